@@ -1,0 +1,622 @@
+"""`Accumulator`: gradient accumulation whose update does not depend on how the batch was cut.
+
+The gradient of a window is, by definition, g = sum over micro-batches of grad(L) / N, where L is a micro-batch's summed
+loss and N the number of targets in the window over all ranks and steps. Before the first backward of a window its
+targets are counted and exchanged, so each micro-batch's loss is multiplied by one weight:
+
+    weight = gradient_divisor / N
+
+`gradient_divisor` is whatever the engine will divide by by itself. Nothing else in this package divides a loss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from accum_trainer.batch_plan import BatchPlan
+from accum_trainer.data.windows import Batch, Collate, Part, Source, as_source, num_samples, num_tokens
+from accum_trainer.engine.build import build_engine
+from accum_trainer.errors import AccumTrainerError, ConfigError, DataError, EngineError
+from accum_trainer.loss import causal_lm_targets
+
+# Number of terms a batch's loss sums over; the sum of their weights where the loss weighs its terms.
+CountTargets = Callable[[Batch], float]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one window did.
+
+    Attributes:
+        step: optimizer updates made so far, this one counted; a skipped window makes none.
+        loss: mean over the window's targets over all ranks, unscaled; nan for an empty window.
+        grad_norm: 2-norm of the averaged, unscaled gradient before clipping; nan for an empty window.
+        num_targets: N, targets of the window over all ranks (the sum of their weights where the loss weighs them).
+        num_samples: samples of the window over all ranks.
+        num_tokens: tokens of `input_ids` over all ranks, padding left out; 0 for batches without `input_ids`.
+        num_positions: the same with padding: what was computed.
+        num_micro_batches: micro-batches of the window over all ranks.
+        gradient_accumulation_steps: most micro-batches that one rank ran; K, or less in a tail window.
+        skipped: the optimizer did not step.
+        reason: why it was skipped: "empty" (no target), "non-finite" (inf or nan in the gradient), else "".
+        stop_requested: some rank called `request_stop`; all ranks see it at the same update.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    num_targets: float
+    num_samples: int
+    num_tokens: int
+    num_positions: int
+    num_micro_batches: int
+    gradient_accumulation_steps: int
+    skipped: bool = False
+    reason: str = ""
+    stop_requested: bool = False
+
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    num_targets: float
+    weight: float
+    is_last: bool
+
+
+class Window:
+    """One optimizer update's worth of data: iterate it for this process's micro-batches, on this process's device.
+
+    Attributes:
+        num_targets: N, over all ranks.
+        num_micro_batches, num_samples, num_tokens, num_positions: over all ranks, as `Update` has them.
+    """
+
+    def __init__(self, accumulator: Accumulator, part: Part, counts: list[float], table: np.ndarray) -> None:
+        """`table[rank]` holds each rank's targets, micro-batches, samples, tokens and positions."""
+        targets, *totals = table.sum(axis=0).tolist()
+        self.num_targets: float = int(targets) if targets.is_integer() else targets
+        self.num_micro_batches, self.num_samples, self.num_tokens, self.num_positions = map(int, totals)
+        most_on_a_rank = int(table[:, 1].max())
+        self._accumulator = accumulator
+        self._most_on_a_rank = most_on_a_rank
+        self._consumed = part.consumed
+        self._started = 0
+        self._finished = False
+        weight = accumulator.engine.gradient_divisor / self.num_targets if self.num_targets > 0 else 0.0
+        # Micro-batches without targets go first: the one that exchanges gradients should have some of its own.
+        order = sorted(range(len(counts)), key=lambda i: counts[i] > 0)
+        run: list[tuple[Batch, float, float]] = [(part.batches[i], counts[i], weight) for i in order]
+        wanted = most_on_a_rank if accumulator.engine.equal_micro_batches else 1
+        while len(run) < wanted:
+            if part.filler is None:
+                raise DataError(
+                    f"process {accumulator.engine.rank} has no batch at all while others have; "
+                    "give every process at least one batch, or a DataLoader that is dealt to them"
+                )
+            run.insert(0, (part.filler, 0, 0.0))
+        self._run = run
+
+    def __len__(self) -> int:
+        """Micro-batches that this process runs."""
+        return len(self._run)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._started:
+            raise AccumTrainerError("this window was already iterated; its gradient would be counted twice")
+        for index, (batch, targets, weight) in enumerate(self._run):
+            self._accumulator._check_accumulated(self._started)
+            self._started += 1
+            moved = self._accumulator.engine.to_device(batch)
+            self._accumulator._microbatch = _MicroBatch(targets, weight, index == len(self._run) - 1)
+            yield moved
+        self._accumulator._check_accumulated(self._started)
+
+
+class Windows:
+    """The windows of a source, epoch after epoch: each `iter()` runs to the end of the current epoch.
+
+    The position counts what finished windows used up, so it can be saved after any update and loaded into a run with
+    another number of processes.
+    """
+
+    def __init__(self, accumulator: Accumulator, source: Source, count_targets: CountTargets) -> None:
+        self._accumulator = accumulator
+        self._source = source
+        self._count_targets = count_targets
+        self.epoch = 0
+        self._consumed = 0
+
+    def __len__(self) -> int:
+        """Windows in one epoch; TypeError where the source has no length."""
+        length = self._source.num_windows()
+        if length is None:
+            raise TypeError("this source of windows has no length")
+        return length
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position: the epoch, and the samples (or batches, of a loader or stream) that its updates consumed."""
+        return {"epoch": self.epoch, f"{self._source.unit}_consumed": self._consumed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved position; the next `iter()` starts there."""
+        key = f"{self._source.unit}_consumed"
+        if key not in state:
+            raise DataError(
+                f"the saved position {state} does not count {self._source.unit}, as this source does; "
+                "resume with the kind of source that was saved"
+            )
+        self.epoch, self._consumed = int(state["epoch"]), int(state[key])
+
+    def __iter__(self) -> Iterator[Window]:
+        accumulator = self._accumulator
+        found_any = self._consumed > 0
+        for part in self._source.parts(self.epoch, self._consumed):
+            window = self._exchange(part)
+            if window is None:
+                break
+            found_any = True
+            accumulator._begin(window, self)
+            yield window
+            accumulator._check_finished()
+        if not found_any:
+            raise DataError("the source gave no batch in this epoch; is it a generator that is already used up?")
+        self.epoch, self._consumed = self.epoch + 1, 0
+
+    def _exchange(self, part: Part) -> Window | None:
+        """Count this rank's targets, add up all ranks', and make the window; None where no rank has a batch left."""
+        engine = self._accumulator.engine
+        counts = [self._count_targets(batch) for batch in part.batches]
+        samples = sum(num_samples(batch) for batch in part.batches)
+        tokens = [num_tokens(batch) for batch in part.batches]
+        table = engine.gather(
+            [
+                sum(counts),
+                len(counts),
+                samples,
+                sum(real for real, _ in tokens),
+                sum(positions for _, positions in tokens),
+                part.fingerprint,
+            ]
+        )
+        if not table[:, 1].any():
+            return None
+        if (table[:, 5] != table[0, 5]).any():
+            raise DataError(
+                "the processes read different data: each would train on batches the others also take or skip. "
+                "Seed the sampler's generator alike on all processes; a loader that is already split by rank is passed as "
+                "an iterable of this rank's batches"
+            )
+        return Window(self._accumulator, part, counts, table[:, :5])
+
+
+class Accumulator:
+    """Exact gradient accumulation around one `accelerate.Accelerator`.
+
+    Args:
+        micro_batch_size: B, most samples in one forward/backward on this process.
+        gradient_accumulation_steps: K, micro-batches per update on one process. Default: the K of the `accelerator`
+            passed in, else 1.
+        global_batch_size: B_eff, samples per update over all processes; K follows. Give this or K.
+        max_grad_norm: clip the averaged gradient to this 2-norm, once per update; None for no clipping.
+        grad_sync: `once-per-window`, `every-microbatch` or `auto`: when processes exchange gradients.
+        accumulation_dtype: `float32`, the dtype gradients accumulate in.
+        accelerator: an Accelerator to use; otherwise one is made from `accelerator_kwargs`.
+
+    Attributes:
+        accelerator: the `accelerate.Accelerator`.
+        plan: the `BatchPlan` in force.
+        engine: what moves the gradients.
+        num_updates: optimizer updates made.
+        num_micro_batches: micro-batches this process has run.
+        last_update: what the last finished window did.
+
+    Raises:
+        ConfigError: sizes that contradict each other or another source of K.
+        EngineError: the engine in force is not the one asked for.
+    """
+
+    def __init__(
+        self,
+        *,
+        micro_batch_size: int,
+        gradient_accumulation_steps: int | None = None,
+        global_batch_size: int | None = None,
+        max_grad_norm: float | None = None,
+        grad_sync: str = "auto",
+        accumulation_dtype: str = "float32",
+        accelerator: Any = None,
+        **accelerator_kwargs: Any,
+    ) -> None:
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ConfigError(f"max_grad_norm={max_grad_norm} must be above 0; give None for no clipping")
+        if accumulation_dtype != "float32":
+            raise ConfigError(
+                f"accumulation_dtype={accumulation_dtype!r} is not available; gradients accumulate in float32"
+            )
+        BatchPlan(micro_batch_size, gradient_accumulation_steps)  # a wrong K is told before accelerate starts
+        if accelerator is not None and gradient_accumulation_steps is None and global_batch_size is None:
+            gradient_accumulation_steps = accelerator.gradient_accumulation_steps
+        self.engine = build_engine(
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            grad_sync=grad_sync,
+            accelerator=accelerator,
+            **accelerator_kwargs,
+        )
+        self.plan = BatchPlan(micro_batch_size, gradient_accumulation_steps, self.engine.world_size, global_batch_size)
+        self.max_grad_norm = max_grad_norm
+        self.num_updates = 0
+        self.num_micro_batches = 0
+        self.last_update: Update | None = None
+        self._optimizers: list[PreparedOptimizer] = []
+        self._window: Window | None = None
+        self._windows: Windows | None = None
+        self._microbatch: _MicroBatch | None = None
+        self._accumulated = 0
+        self._inside = False
+        self._loss_sum: torch.Tensor | float = 0.0
+        self._stop = False
+
+    @property
+    def accelerator(self) -> Any:
+        return self.engine.accelerator
+
+    @property
+    def device(self) -> torch.device:
+        return self.engine.device
+
+    # --- set-up ---
+
+    def prepare(self, *objects: Any) -> Any:
+        """Prepare a model, optimizer and learning-rate scheduler for this engine; returned in the order given.
+
+        The prepared optimizer's `step()` and `zero_grad()` and the prepared scheduler's `step()` act once per window,
+        wherever they are called. A DataLoader is returned as it is: `windows` and `batches` deal it to the processes.
+
+        Raises:
+            EngineError: an object this engine cannot prepare (DataParallel, another type).
+        """
+        prepared = [self._prepare_one(thing) for thing in objects]
+        return prepared[0] if len(prepared) == 1 else tuple(prepared)
+
+    def _prepare_one(self, thing: Any) -> Any:
+        if isinstance(thing, torch.nn.Module):
+            return self.engine.prepare_model(thing)
+        if isinstance(thing, (PreparedOptimizer, PreparedScheduler, DataLoader)):
+            return thing
+        if isinstance(thing, torch.optim.Optimizer):
+            optimizer = PreparedOptimizer(self, self.engine.prepare_optimizer(thing))
+            self._optimizers.append(optimizer)
+            return optimizer
+        if hasattr(thing, "step") and hasattr(thing, "state_dict"):
+            return PreparedScheduler(self, thing)
+        raise EngineError(
+            f"prepare() got a {type(thing).__name__}; it takes a model, an optimizer, a scheduler or a DataLoader"
+        )
+
+    # --- the loop ---
+
+    def windows(
+        self,
+        source: Any,
+        *,
+        collate_fn: Collate | None = None,
+        count_targets: CountTargets = causal_lm_targets,
+        lengths: np.ndarray | None = None,
+        seed: int = 0,
+        shuffle: bool = True,
+        num_workers: int = 0,
+    ) -> Windows:
+        """The windows of a data set, DataLoader or stream; each is one optimizer update.
+
+        Args:
+            source: a map-style data set (windows in the global order from `seed` and epoch); a DataLoader (its batches
+                in its order, dealt to the processes in turn, each sample once; one that is sharded already is taken as it
+                is); or any iterable of this process's batches.
+            collate_fn: samples to a batch, for a data set; torch's default otherwise.
+            count_targets: how many terms the loss of a batch sums (or averages) over; the sum of their weights where
+                it weighs them. Default: next-token labels.
+            lengths: tokens of each sample of a data set, shape (samples,); lets the cut avoid padding.
+            seed: of the global order; also of a DataLoader's RandomSampler that has no generator.
+            shuffle: False keeps a data set's own order.
+            num_workers: processes that load samples of a data set.
+
+        Returns:
+            `Windows`: iterate once per epoch; `len()` where known; `state_dict()` and `load_state_dict()` for the position.
+
+        Raises:
+            DataError: no source of windows, or an empty one.
+        """
+        return Windows(
+            self,
+            as_source(
+                source,
+                self.plan,
+                self.engine.rank,
+                collate_fn=collate_fn,
+                lengths=lengths,
+                seed=seed,
+                shuffle=shuffle,
+                num_workers=num_workers,
+                pin_memory=self.device.type == "cuda",
+                already_sharded=self.engine.gives_this_ranks_batches(source),
+            ),
+            count_targets,
+        )
+
+    def batches(self, source: Any, **options: Any) -> Iterator[Batch]:
+        """This process's micro-batches of one epoch, one after another, for a loop that has no windows.
+
+        Takes what `windows` takes. The loop calls `optimizer.step()` after each micro-batch, as with Accelerate; it acts
+        after the last of a window.
+        """
+        for window in source if isinstance(source, Windows) else self.windows(source, **options):
+            yield from window
+
+    @contextlib.contextmanager
+    def accumulate(self, *models: torch.nn.Module) -> Iterator[None]:
+        """Run one micro-batch's forward and backward inside: gradients stay local until the window's last one.
+
+        Raises:
+            AccumTrainerError: there is no micro-batch to accumulate, or `backward` was not called inside.
+        """
+        microbatch = self._microbatch
+        if microbatch is None or self._window is None:
+            raise AccumTrainerError("accumulate() outside a window; take micro-batches from windows() or batches()")
+        if not models:
+            raise AccumTrainerError("accumulate() needs the model, as in accumulate(model)")
+        before = self._accumulated
+        self._inside = True
+        try:
+            with self.engine.microbatch(models, microbatch.is_last):
+                yield
+        finally:
+            self._inside = False
+        if self._accumulated == before:
+            raise AccumTrainerError(
+                "no backward() of the Accumulator ran inside accumulate(); call acc.backward(loss) there, not "
+                "loss.backward() or accelerator.backward(loss), or this micro-batch has the wrong weight"
+            )
+        if microbatch.is_last and not self._optimizers:
+            self._finish_unowned()
+
+    def backward(self, loss: torch.Tensor, reduction: str = "sum") -> None:
+        """Accumulate the gradient of a micro-batch's loss, with the weight that makes the window's gradient exact.
+
+        Args:
+            loss: shape (); the sum over this micro-batch's targets, or their mean.
+            reduction: `sum` or `mean`, what `loss` is. A mean is taken as mean over the targets that `count_targets` found.
+
+        Raises:
+            AccumTrainerError: called outside `accumulate(model)`, or an unknown reduction.
+        """
+        if not self._inside or self._microbatch is None:
+            raise AccumTrainerError(
+                "backward() outside accumulate(); write `with acc.accumulate(model): acc.backward(loss)`"
+            )
+        if reduction not in ("sum", "mean"):
+            raise AccumTrainerError(
+                f"reduction={reduction!r} is not known; say whether the loss is a `sum` or a `mean`"
+            )
+        microbatch = self._microbatch
+        terms = microbatch.num_targets if reduction == "mean" else 1
+        self._accumulated = self._window._started  # type: ignore[union-attr]
+        if microbatch.weight and terms:
+            seen = loss.detach()
+            self._loss_sum = self._loss_sum + (seen if seen.device.type == "mps" else seen.double()) * terms
+        elif not microbatch.is_last and not self.engine.equal_micro_batches:
+            return  # nothing to add and nobody waits: a mean over no target is nan, and must not touch the gradient
+        self.engine.backward(loss * (microbatch.weight * terms))
+
+    def step(self, optimizer: torch.optim.Optimizer, scheduler: Any = None) -> Update:
+        """Finish the window: clip, decide on all ranks together whether the gradient is finite, step or skip, zero.
+
+        Args:
+            optimizer: as `prepare` returned it.
+            scheduler: stepped once if the optimizer stepped.
+
+        Raises:
+            AccumTrainerError: the window is not complete, or was finished before.
+            EngineError: the optimizer was not prepared here.
+        """
+        if not isinstance(optimizer, PreparedOptimizer):
+            raise EngineError(
+                f"step() got a {type(optimizer).__name__}; pass the optimizer that acc.prepare() returned"
+            )
+        window = self._window
+        if window is None:
+            raise AccumTrainerError("step() without a window to finish; call it once after each window's micro-batches")
+        self._check_accumulated(len(window))
+        update = self._finish(window, optimizer)
+        if scheduler is not None and not update.skipped:
+            scheduler.step()
+        return update
+
+    def request_stop(self) -> None:
+        """Ask all ranks to stop: the next update of every rank has `stop_requested`."""
+        self._stop = True
+
+    # --- the life of a window ---
+
+    def _begin(self, window: Window, windows: Windows) -> None:
+        if self._window is not None:
+            raise AccumTrainerError("a new window began before the last was finished; finish each before the next")
+        self._window, self._windows = window, windows
+        self._microbatch, self._accumulated, self._loss_sum = None, 0, 0.0
+
+    def _check_accumulated(self, started: int) -> None:
+        """Every micro-batch handed out so far went through accumulate() and backward()."""
+        if self._accumulated != started:
+            raise AccumTrainerError(
+                f"{started} of this window's micro-batches are due, but {self._accumulated} went through accumulate() and "
+                "backward(); a micro-batch that is left out would be missing from the gradient"
+            )
+
+    def _check_finished(self) -> None:
+        if self._window is not None:
+            raise AccumTrainerError(
+                "the window's gradient was not used: call acc.step(optimizer) after the window's micro-batches, or "
+                "optimizer.step() after each micro-batch with the optimizer that acc.prepare() returned"
+            )
+
+    def _at_window_end(self) -> bool:
+        return self._window is not None and self._accumulated == len(self._window)
+
+    def _finish(self, window: Window, optimizer: PreparedOptimizer) -> Update:
+        inner, engine = optimizer.accelerated, self.engine
+        grad_norm = math.nan
+        if window.num_targets:
+            grad_norm = engine.clip(inner, self.max_grad_norm)
+        # The one small exchange at the end of a window: the loss, and whether any rank saw inf or nan, or shall stop.
+        table = engine.gather([float(self._loss_sum), float(not math.isfinite(grad_norm)), float(self._stop)])
+        loss_sum, num_non_finite, stops = table.sum(axis=0).tolist()
+        if not window.num_targets:
+            reason, stepped = "empty", False
+        else:
+            stepped = engine.step(inner, is_finite=num_non_finite == 0)
+            reason = "" if stepped else "non-finite"
+        engine.drop(inner)
+        return self._close(window, loss_sum, grad_norm, stepped, reason, bool(stops))
+
+    def _finish_unowned(self) -> None:
+        """End a window whose optimizer accelerate prepared: it steps by itself, and this class cannot clip for it."""
+        if self.max_grad_norm is not None:
+            raise ConfigError(
+                f"max_grad_norm={self.max_grad_norm} is applied by acc.step() or an optimizer that acc.prepare() returned; "
+                "prepare the optimizer with acc.prepare(), or leave max_grad_norm out and clip yourself"
+            )
+        for scheduler in self.accelerator._schedulers:
+            if self.engine.world_size > 1 and scheduler.step_with_optimizer and not scheduler.split_batches:
+                raise ConfigError(
+                    f"accelerate steps the scheduler it prepared {self.engine.world_size} times per update, once per process; "
+                    "prepare the scheduler with acc.prepare(), or leave it unprepared and step it after each update"
+                )
+        assert self._window is not None
+        loss_sum = float(self.engine.gather([float(self._loss_sum)]).sum())
+        self._close(self._window, loss_sum, math.nan, True, "", False)
+
+    def _close(
+        self, window: Window, loss_sum: float, grad_norm: float, stepped: bool, reason: str, stop_requested: bool
+    ) -> Update:
+        assert self._windows is not None
+        self.num_updates += stepped
+        self.num_micro_batches += len(window)
+        self._windows._consumed = window._consumed
+        self._window = self._windows = None
+        self.last_update = Update(
+            step=self.num_updates,
+            loss=loss_sum / window.num_targets if window.num_targets else math.nan,
+            grad_norm=grad_norm,
+            num_targets=window.num_targets,
+            num_samples=window.num_samples,
+            num_tokens=window.num_tokens,
+            num_positions=window.num_positions,
+            num_micro_batches=window.num_micro_batches,
+            gradient_accumulation_steps=window._most_on_a_rank,
+            skipped=not stepped,
+            reason=reason,
+            stop_requested=stop_requested,
+        )
+        return self.last_update
+
+    # --- state ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and the loss scaler."""
+        return {
+            "num_updates": self.num_updates,
+            "num_micro_batches": self.num_micro_batches,
+            "engine": self.engine.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        self.num_updates = int(state["num_updates"])
+        self.num_micro_batches = int(state["num_micro_batches"])
+        self.engine.load_state_dict(state["engine"])
+
+
+class PreparedOptimizer(torch.optim.Optimizer):
+    """An optimizer that acts once per window: what `Accumulator.prepare` returns.
+
+    `step()` after each micro-batch, as in an Accelerate loop, does nothing until the window's last one; then it clips,
+    checks, steps and zeroes. It holds the user's optimizer and shares its state and parameter groups.
+    """
+
+    def __init__(
+        self, accumulator: Accumulator, accelerated: Any
+    ) -> None:  # the base class must not run: it owns nothing
+        self._accumulator = accumulator
+        self.accelerated = accelerated
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The user's own optimizer."""
+        return self.accelerated.optimizer
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.optimizer.state
+
+    @property
+    def param_groups(self) -> Any:  # type: ignore[override]
+        return self.optimizer.param_groups
+
+    @property
+    def defaults(self) -> Any:  # type: ignore[override]
+        return self.optimizer.defaults
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Finish the window if its last micro-batch is done; else nothing."""
+        if closure is not None:
+            raise EngineError(
+                "a closure would run the micro-batches again inside step(); optimizers that need one cannot accumulate"
+            )
+        if self._accumulator._at_window_end():
+            self._accumulator.step(self)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Nothing inside a window, whose gradient is still being made; `step` zeroes at its end."""
+        if self._accumulator._window is None:
+            self.optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.optimizer.add_param_group(param_group)
+
+    def __repr__(self) -> str:
+        return f"PreparedOptimizer({self.optimizer!r})"
+
+
+class PreparedScheduler:
+    """A scheduler that steps once per update that happened, wherever `step()` is called: what `prepare` returns."""
+
+    def __init__(self, accumulator: Accumulator, scheduler: Any) -> None:
+        self._accumulator = accumulator
+        self.scheduler = scheduler
+        self._stepped_for = accumulator.num_updates
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """Step the user's scheduler if there was an update since the last step; else nothing."""
+        if self._accumulator.num_updates != self._stepped_for:
+            self._stepped_for = self._accumulator.num_updates
+            self.scheduler.step(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.scheduler.load_state_dict(state_dict)
+        self._stepped_for = self._accumulator.num_updates
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.scheduler, name)

@@ -1,0 +1,173 @@
+"""From a configuration to the parts of a training: engine, data, model, optimizer, windows.
+
+Everything that can be wrong with a configuration is found here, before the first file is written. `train` runs the
+parts; it does not make them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from accum_trainer.accumulator import Accumulator, Windows
+from accum_trainer.batch_plan import BatchPlan, lr_factor, scale_lr, warmup_updates
+from accum_trainer.config import TrainConfig
+from accum_trainer.data import embedded, files
+from accum_trainer.data.collating import PaddingCollator
+from accum_trainer.data.tokenizing import TokenizedRows, tokenize
+from accum_trainer.engine.build import choose_precision
+from accum_trainer.model import load_model, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a training is made of.
+
+    Attributes:
+        model: as the engine wrapped it.
+        rows, eval_rows: tokenised samples; `eval_rows` is None where nothing is evaluated.
+        plan: the batch plan, with the number of samples.
+        total_updates: updates that the whole run makes if none is skipped.
+        warmup: updates of warm-up.
+        peak_lr: the learning rate after scaling.
+        identity: what decides the windows and the model; a run is continued only where these agree.
+        notes: what a person should know before training starts.
+    """
+
+    config: TrainConfig
+    accumulator: Accumulator
+    model: torch.nn.Module
+    tokenizer: Any
+    collate: PaddingCollator
+    optimizer: Any
+    scheduler: Any
+    windows: Windows
+    rows: TokenizedRows
+    eval_rows: TokenizedRows | None
+    plan: BatchPlan
+    total_updates: int
+    warmup: int
+    peak_lr: float
+    identity: dict[str, Any]
+    notes: list[str]
+
+
+def assemble(config: TrainConfig) -> Parts:
+    """Make the parts of the training that `config` describes, on every process alike.
+
+    Raises:
+        ConfigError, DataError, EngineError: what is wrong, before anything is written to the run directory.
+    """
+    for path in (config.dataset_file, config.eval_file):
+        if path is not None:
+            files.check_file(path)
+    accumulator = Accumulator(
+        micro_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        global_batch_size=config.global_batch_size,
+        max_grad_norm=config.max_grad_norm,
+        grad_sync=config.grad_sync,
+        accumulation_dtype=config.accumulation_dtype,
+        mixed_precision=choose_precision(config.mixed_precision, config.amp, config.cpu),
+        **({"cpu": True} if config.cpu else {}),
+    )
+    engine = accumulator.engine
+    tokenizer = load_tokenizer(config) if engine.world_size == 1 else _main_first(engine, load_tokenizer, config)
+    rows, eval_rows = _main_first(engine, _load_rows, config, tokenizer)
+    plan = BatchPlan(
+        config.batch_size, accumulator.plan.gradient_accumulation_steps, engine.world_size, num_samples=len(rows)
+    )
+    per_epoch = plan.updates_per_epoch
+    assert per_epoch is not None
+    total = config.steps if config.steps is not None else per_epoch * (config.epochs or 1)
+    warmup = warmup_updates(config.warmup, total, per_epoch)
+    peak_lr = scale_lr(config.lr, config.lr_scaling, plan.global_batch_size, config.lr_base_batch_size)
+
+    torch.manual_seed(config.seed)  # the same initial weights on every process, and under every split
+    plain_model = load_model(config, tokenizer)
+    plain_optimizer = torch.optim.AdamW(_decay_groups(plain_model, config.weight_decay), lr=peak_lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(plain_optimizer, lr_factor(config.scheduler, warmup, total))
+    model, optimizer, scheduler = accumulator.prepare(plain_model, plain_optimizer, schedule)
+    # From here on chance means dropout, which must differ between processes.
+    torch.manual_seed(config.seed + (engine.rank << 32))
+
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    collate = PaddingCollator(pad)
+    return Parts(
+        config=config,
+        accumulator=accumulator,
+        model=model,
+        tokenizer=tokenizer,
+        collate=collate,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        windows=accumulator.windows(rows, collate_fn=collate, seed=config.seed),
+        rows=rows,
+        eval_rows=eval_rows,
+        plan=plan,
+        total_updates=total,
+        warmup=warmup,
+        peak_lr=peak_lr,
+        identity={
+            "global_batch_size": plan.global_batch_size,
+            "model": config.model,
+            "use_peft": config.use_peft,
+            "max_seq_len": config.max_seq_len,
+            "seed": config.seed,
+            "num_samples": len(rows),
+            "data": f"{config.dataset_file or config.dataset or 'embedded'} (content {rows.identity[:12]})",
+        },
+        notes=_notes(config, accumulator, rows),
+    )
+
+
+def _main_first(engine: Any, function: Any, *arguments: Any) -> Any:
+    """Call `function` on the main process and then on the others, which find what it cached."""
+    with engine.main_first():
+        return function(*arguments)
+
+
+def _load_rows(config: TrainConfig, tokenizer: Any) -> tuple[TokenizedRows, TokenizedRows | None]:
+    def from_file(path: Any, name: str) -> TokenizedRows:
+        return tokenize(files.read_file(path), name, files.digest(path), tokenizer, config.max_seq_len)
+
+    if config.dataset_file is not None:
+        rows = from_file(config.dataset_file, config.dataset_file)
+    elif config.dataset is not None:
+        table = files.read_hub(config.dataset)
+        rows = tokenize(table, config.dataset, table._fingerprint, tokenizer, config.max_seq_len)
+    else:
+        rows = from_file(embedded.corpus_files()[0], "embedded corpus")
+    if config.eval_file is not None:
+        return rows, from_file(config.eval_file, config.eval_file)
+    if config.eval_every is not None:
+        return rows, from_file(embedded.corpus_files()[1], "embedded evaluation rows")
+    return rows, None
+
+
+def _decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trained parameters in two groups: matrices decay, biases and norms do not."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _notes(config: TrainConfig, accumulator: Accumulator, rows: TokenizedRows) -> list[str]:
+    notes = list(rows.notes)
+    if accumulator.device.type == "cpu" and not config.cpu:
+        notes.append("no GPU was found: training on the CPU")
+    visible = torch.cuda.device_count() if accumulator.device.type == "cuda" else 0
+    if visible > 1 and accumulator.engine.world_size == 1:
+        notes.append(
+            f"{visible} GPUs are visible and this one process uses one; "
+            f"use all with accelerate launch --multi_gpu --num_processes {visible} -m accum_trainer.train"
+        )
+    if len(rows) < accumulator.plan.global_batch_size:
+        notes.append(
+            f"the effective batch of {accumulator.plan.global_batch_size} is more than the {len(rows)} samples: "
+            "every update sees all of them"
+        )
+    return notes

@@ -1,0 +1,75 @@
+"""The command `accum-trainer`: parse, call, translate errors; nothing else.
+
+No command imports torch before it needs it, so that `--help` and `plan` answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+import click
+
+from accum_trainer.errors import AccumTrainerError, ConfigError
+
+# Name -> module of this package that holds `command`, and the line of `accum-trainer --help`.
+COMMANDS = {
+    "train": "Train with an exact effective batch; one record per update.",
+    "plan": "Print B, K, W, effective batch, updates, warm-up and learning rate; needs no GPU.",
+}
+
+
+class _Commands(click.Group):
+    """Loads a command's module when the command is named."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        return import_module(f"accum_trainer.cli.{name}").command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Example: accum-trainer train --model tiny --batch-size 4 --gradient-accumulation-steps 8 --steps 100 --lr 1e-3",
+)
+@click.version_option(package_name="accum-trainer")
+def cli() -> None:
+    """Gradient accumulation that is exactly right: the effective batch is the unit of training."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 2 wrong input, 75 stopped and saved, 1 anything else."""
+    try:
+        sys.exit(
+            cli.main(
+                args=None if arguments is None else list(arguments), prog_name="accum-trainer", standalone_mode=False
+            )
+        )
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except click.Abort:
+        sys.exit(130)
+    except click.ClickException as wrong:
+        if _speaks():
+            wrong.show()
+        sys.exit(wrong.exit_code)
+    except AccumTrainerError as wrong:
+        # A configuration is wrong on all processes alike: one of them says so. Anything else may be one process's own.
+        if _speaks() or not isinstance(wrong, ConfigError):
+            rank = "" if _speaks() else f" (process {os.environ['RANK']})"
+            click.echo(f"error{rank}: {wrong}", err=True)
+        sys.exit(wrong.exit_status)
+
+
+def _speaks() -> bool:
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,51 @@
+"""Options of the command line made from the fields of `TrainConfig`, grouped in `--help` as they are there."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import click
+
+from accum_trainer.config import TrainConfig, kind_of, sections
+
+
+def config_options(names: Iterable[str] | None = None) -> Callable[[Any], Any]:
+    """Decorate a command with the options of `TrainConfig`, or with those named.
+
+    Values arrive as they were typed and None where they were not: `compose` converts them, so that a wrong value gets
+    the same message from the command line, the environment and YAML.
+    """
+
+    def decorate(command: Any) -> Any:
+        for field in reversed(dataclasses.fields(TrainConfig)):
+            if names is None or field.name in names:
+                command = _option(field)(command)
+        return command
+
+    return decorate
+
+
+def _option(field: dataclasses.Field[Any]) -> Callable[[Any], Any]:
+    flag, kind = "--" + field.name.replace("_", "-"), kind_of(field)
+    if kind is bool:
+        return click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=field.metadata["help"])
+    choices = field.metadata.get("choices")
+    metavar = "|".join(choices) if choices else {int: "N", float: "X"}.get(kind, "TEXT")
+    default = "" if field.default is None else f"  [default: {field.default}]"
+    return click.option(flag, field.name, default=None, metavar=metavar, help=field.metadata["help"] + default)
+
+
+class SectionedCommand(click.Command):
+    """Shows the options under the sections of `TrainConfig`."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        shown = {p.name: p.get_help_record(ctx) for p in self.get_params(ctx)}
+        for section, fields in sections():
+            rows = [row for field in fields if (row := shown.pop(field.name, None))]
+            if rows:
+                with formatter.section(section):
+                    formatter.write_dl(rows)
+        with formatter.section("Other"):
+            formatter.write_dl([row for row in shown.values() if row])

@@ -1,0 +1,96 @@
+"""`accum-trainer train`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from accum_trainer.cli.options import SectionedCommand, config_options
+from accum_trainer.config import compose
+
+if TYPE_CHECKING:
+    from accum_trainer.records import Record
+    from accum_trainer.train import Run
+
+STOPPED_AND_SAVED = 75
+
+
+@click.command(
+    "train",
+    cls=SectionedCommand,
+    epilog="Example: accum-trainer train --dataset-file rows.jsonl --batch-size 4 --gradient-accumulation-steps 8 "
+    "--steps 100 --output-dir runs/first",
+)
+@click.option("--config", "config_file", metavar="FILE", help="YAML with these options, underscores for dashes.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set an option by its YAML name; may be repeated."
+)
+@config_options()
+def command(config_file: str | None, settings: tuple[str, ...], **given: Any) -> None:
+    """Train with an exact effective batch: the update never depends on how the batch is cut or spread.
+
+    Without a data file, trains a small model on text that Python carries. Options come from the command line, then
+    from ACCUM_TRAINER_<OPTION> variables, then from --config. Run the same program on several processes with
+    `accelerate launch --multi_gpu --num_processes N -m accum_trainer.train`.
+    """
+    named = {name: value for name, value in given.items() if value is not None}
+    composed = compose(named, settings, config_file, os.environ)
+    from accum_trainer.train import Run, describe
+
+    run = Run(composed.config)
+    if run.engine.is_main:
+        for line in composed.overridden:
+            click.echo(f"note: {line}", err=True)
+        click.echo(describe(run), err=True)
+    if composed.config.dry_run:
+        if run.engine.is_main:
+            click.echo("dry run: nothing was trained and nothing written", err=True)
+        return
+    last = _show_progress(run)
+    if not run.engine.is_main:
+        sys.exit(STOPPED_AND_SAVED if run.stopped_by else 0)
+    done = run.parts.accumulator.num_updates
+    if run.stopped_by:
+        click.echo(
+            f"stopped by {run.stopped_by} after {done} updates, saved; the same command with --output-dir {run.folder} continues"
+        )
+        sys.exit(STOPPED_AND_SAVED)
+    loss = (
+        f", loss {last['loss']:.4f}" if last else " (the run was complete already; raise --steps or --epochs to go on)"
+    )
+    click.echo(f"done: {done} updates{loss}; {run.folder}")
+
+
+def _show_progress(run: Run) -> Record | None:
+    """Run the training under a progress bar, or a line now and then where there is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    total, record = run.parts.total_updates, None
+    with Progress(
+        TextColumn("update"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not (run.engine.is_main and console.is_terminal),
+    ) as bar:
+        task = bar.add_task("train", total=total, completed=run.parts.accumulator.num_updates, status="")
+        for record in run.updates():
+            bar.update(task, completed=record["step"], status=_status(record))
+            plain = not console.is_terminal and (record["step"] % max(1, total // 10) == 0 or record["skipped"])
+            if run.engine.is_main and plain:
+                click.echo(f"update {record['step']}/{total}  {_status(record)}", err=True)
+    return record
+
+
+def _status(record: Record) -> str:
+    if record["skipped"]:
+        return f"SKIPPED ({record['skip_reason']})"
+    evaluated = f"  eval {record['eval_loss']:.4f}" if record.get("eval_loss") is not None else ""
+    return f"loss {record['loss']:.4f}{evaluated}  {record['tokens_per_sec']:,.0f} tokens/s"

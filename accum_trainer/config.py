@@ -1,0 +1,394 @@
+"""The configuration of a training run: one frozen dataclass, and where its values come from.
+
+Each field of `TrainConfig` is one option of `train`: `--batch-size` on the command line, `batch_size` in YAML,
+`ACCUM_TRAINER_BATCH_SIZE` in the environment. The field carries its help, section and limits, and everything else
+(the command line's options, the written YAML, the error messages) is derived from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from accum_trainer.batch_plan import LR_SCALINGS, SCHEDULES, parse_warmup, positive_int
+from accum_trainer.errors import ConfigError
+
+ENVIRONMENT_PREFIX = "ACCUM_TRAINER_"
+# Options that say the same thing in two ways: naming one of them drops the others that a weaker source named.
+_ALTERNATIVES = (
+    {"steps", "epochs"},
+    {"gradient_accumulation_steps", "global_batch_size"},
+    {"dataset", "dataset_file"},
+    {"amp", "mixed_precision"},
+)
+# Variables of this prefix that are not options of `train`.
+OTHER_ENVIRONMENT = {"ACCUM_TRAINER_CACHE"}
+
+
+def _option(default: Any, section: str, help: str, **limits: Any) -> Any:
+    """A dataclass field that is an option: `choices`, `minimum`, `above` limit it, `needs` says what is missing for it."""
+    return dataclasses.field(default=default, metadata={"section": section, "help": help, **limits})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a training run. Sizes are in samples, `steps` and cadences in optimizer updates.
+
+    Raises:
+        ConfigError: a value of the wrong kind or outside its limits, or options that exclude each other.
+    """
+
+    batch_size: int = _option(
+        4, "Batch", "B, the micro-batch: most samples in one forward/backward on one process.", minimum=1
+    )
+    gradient_accumulation_steps: int | None = _option(
+        None,
+        "Batch",
+        "K, micro-batches per update on one process. Default: 1, or what --global-batch-size needs.",
+        minimum=1,
+    )
+    global_batch_size: int | None = _option(
+        None, "Batch", "B_eff, samples per optimizer update over all processes; K follows from it.", minimum=1
+    )
+    grad_sync: str = _option(
+        "auto",
+        "Batch",
+        "When processes exchange gradients. Same update, different traffic and memory.",
+        choices=("auto", "once-per-window", "every-microbatch"),
+    )
+    accumulation_dtype: str = _option(
+        "float32",
+        "Batch",
+        "The dtype that gradients accumulate in.",
+        choices=("float32", "bfloat16"),
+        needs="accumulation in bfloat16",
+    )
+    rank_weights: str | None = _option(
+        None, "Batch", "Shares of the window per process, such as 2,1.", needs="uneven shares per process"
+    )
+
+    steps: int | None = _option(None, "Length", "Optimizer updates to make. Instead of --epochs.", minimum=1)
+    epochs: int | None = _option(
+        None, "Length", "Passes over the data. Default: 1 where --steps is not given.", minimum=1
+    )
+    max_hours: float | None = _option(
+        None, "Length", "Stop in order, saved, before this many hours have passed.", above=0
+    )
+
+    model: str = _option("tiny", "Model", "A path, a hub id, or `tiny`, a small Llama that needs no download.")
+    max_seq_len: int = _option(512, "Model", "Most tokens in one sample.", minimum=2)
+    mixed_precision: str | None = _option(
+        None,
+        "Model",
+        "Autocast dtype of the forward pass. Default: what the launcher says, else no.",
+        choices=("no", "bf16", "fp16"),
+    )
+    amp: bool = _option(False, "Model", "Mixed precision in the best dtype of this device (bf16, else fp16).")
+    gradient_checkpointing: bool = _option(
+        False, "Model", "Recompute activations in the backward: less memory, more time."
+    )
+    use_peft: bool = _option(False, "Model", "Train LoRA adapters instead of the whole model.")
+    lora_r: int = _option(16, "Model", "Rank of the LoRA adapters.", minimum=1)
+    lora_alpha: float = _option(32.0, "Model", "LoRA scale: adapters act with lora_alpha / lora_r.", above=0)
+    lora_dropout: float = _option(0.0, "Model", "Dropout before the adapters, 0 to below 1.", minimum=0, below=1)
+    lora_target_modules: str | None = _option(
+        None, "Model", "Modules to adapt, such as q_proj,v_proj. Default: all linear layers but the output head."
+    )
+
+    dataset_file: str | None = _option(
+        None, "Data", "Training rows: .txt .jsonl .json .csv .parquet. Default: the embedded corpus."
+    )
+    dataset: str | None = _option(None, "Data", "Training rows from the hub: an id, or id:config.")
+    eval_file: str | None = _option(None, "Data", "Rows for evaluation, in the same formats.")
+    eval_every: int | None = _option(None, "Data", "Evaluate every so many updates (and at the end).", minimum=1)
+
+    lr: float = _option(3e-4, "Optimisation", "Peak learning rate, before --lr-scaling.", above=0)
+    lr_scaling: str = _option(
+        "none", "Optimisation", "Scale --lr from --lr-base-batch-size to the effective batch.", choices=LR_SCALINGS
+    )
+    lr_base_batch_size: int | None = _option(
+        None, "Optimisation", "The effective batch at which --lr was found.", minimum=1
+    )
+    scheduler: str = _option("cosine", "Optimisation", "Shape of the learning rate over updates.", choices=SCHEDULES)
+    warmup: str = _option("0", "Optimisation", "Warm-up: 100 (updates), 5% (of the run) or 0.5ep (epochs).")
+    max_grad_norm: float | None = _option(
+        1.0, "Optimisation", "Clip the averaged gradient to this norm once per update; `none` for no clipping.", above=0
+    )
+    weight_decay: float = _option(0.0, "Optimisation", "AdamW weight decay, on matrices only.", minimum=0)
+    seed: int = _option(0, "Optimisation", "Seed of weights, order of samples and dropout.", minimum=0)
+
+    cpu: bool = _option(False, "Engine", "Train on the CPU even where there is a GPU.")
+    zero_stage: str = _option(
+        "none",
+        "Engine",
+        "Shard optimizer, gradients or weights with DeepSpeed ZeRO.",
+        choices=("none", "zero1", "zero2", "zero3"),
+        needs="the DeepSpeed engine",
+    )
+    cpu_offload: bool = _option(False, "Engine", "Keep optimizer state in host memory.", needs="the DeepSpeed engine")
+    parallel_independent: bool = _option(
+        False, "Engine", "Several complete trainings side by side.", needs="the parallel-independent launcher"
+    )
+    cuda_ids: str | None = _option(
+        None, "Engine", "Devices of --parallel-independent, such as 0,1.", needs="the parallel-independent launcher"
+    )
+
+    output_dir: str | None = _option(None, "Output", "The run directory. Default: runs/<model>-<date>-<time>.")
+    log_file: str | None = _option(None, "Output", "A second place for the records, besides metrics.jsonl.")
+    report_to: str = _option("none", "Output", "Also send records to a tracker.", needs="experiment trackers")
+    checkpoint_every: int = _option(
+        500, "Output", "Updates between checkpoints (one is always written at the end).", minimum=1
+    )
+    keep_checkpoints: int = _option(2, "Output", "Newest checkpoints to keep.", minimum=1)
+    resume: str = _option(
+        "auto", "Output", "auto: continue what the run directory holds; never; or a checkpoint's PATH."
+    )
+    dry_run: bool = _option(False, "Output", "Check everything, print the plan, train nothing, write nothing.")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+        if self.gradient_accumulation_steps is None and self.global_batch_size is None:
+            object.__setattr__(self, "gradient_accumulation_steps", 1)
+        if self.steps is not None and self.epochs is not None:
+            raise ConfigError(
+                f"steps={self.steps} and epochs={self.epochs} both say how long to train; give one of them"
+            )
+        if self.steps is None and self.epochs is None:
+            object.__setattr__(self, "epochs", 1)
+        if self.dataset_file is not None and self.dataset is not None:
+            raise ConfigError(
+                f"dataset_file={self.dataset_file} and dataset={self.dataset} both name the training data; give one of them"
+            )
+        if self.amp and self.mixed_precision is not None:
+            raise ConfigError(
+                f"amp picks the precision, but mixed_precision={self.mixed_precision} is given too; leave one of them out"
+            )
+        if self.lr_scaling != "none" and self.lr_base_batch_size is None:
+            raise ConfigError(
+                f"lr_scaling={self.lr_scaling} needs lr_base_batch_size, the effective batch at which lr={self.lr:g} was found"
+            )
+        if self.eval_every is not None and self.eval_file is None and (self.dataset_file or self.dataset):
+            raise ConfigError(
+                f"eval_every={self.eval_every} needs eval_file, the rows to evaluate on "
+                "(only the embedded corpus holds rows back by itself)"
+            )
+        parse_warmup(self.warmup)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> TrainConfig:
+        """Read a configuration from a YAML file, defaults for what it leaves out."""
+        return compose(config_file=path).config
+
+    def to_yaml(self) -> str:
+        """The whole configuration as YAML, by section, every default included; `from_yaml` reads it back."""
+        lines = ["# Every option of this run. `accum-trainer train --config THIS_FILE` repeats it."]
+        for section, fields in sections():
+            lines.append(f"\n# {section}")
+            values = {field.name: getattr(self, field.name) for field in fields}
+            lines.append(yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip())
+        return "\n".join(lines) + "\n"
+
+
+def sections() -> Iterator[tuple[str, list[dataclasses.Field[Any]]]]:
+    """The options of `train` in order, grouped: ("Batch", [fields]), ("Length", [fields]), ..."""
+    grouped: dict[str, list[dataclasses.Field[Any]]] = {}
+    for field in dataclasses.fields(TrainConfig):
+        grouped.setdefault(field.metadata["section"], []).append(field)
+    yield from grouped.items()
+
+
+def kind_of(field: dataclasses.Field[Any]) -> type:
+    """The type of an option's value: int, float, bool or str; `int | None` is int."""
+    hint = typing.get_type_hints(TrainConfig)[field.name]
+    return next(t for t in typing.get_args(hint) if t is not types.NoneType) if typing.get_args(hint) else hint
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A configuration and what lost on the way: `overridden` holds one line for each value that another source beat."""
+
+    config: TrainConfig
+    overridden: list[str]
+
+
+def compose(
+    command_line: Mapping[str, Any] | None = None,
+    settings: Sequence[str] = (),
+    config_file: str | Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Composed:
+    """Compose a configuration: command line over environment over YAML over defaults.
+
+    Args:
+        command_line: option name to value, for the options that were given.
+        settings: `key=value` texts of `--set`, which count as command line.
+        config_file: a YAML file of options.
+        environment: variables; those that start with ACCUM_TRAINER_ are options.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest known one), an unreadable file, a bad value, or one option given
+            two values on the command line.
+    """
+    given: dict[str, tuple[Any, str]] = {}
+    overridden = []
+    for source, values in (
+        (str(config_file), _read_yaml(config_file) if config_file is not None else {}),
+        ("environment", _read_environment(environment or {})),
+        ("command line", _merge_settings(command_line or {}, settings)),
+    ):
+        for key in values:
+            known_key(key, source)
+        for key in _displaced(values, given):
+            value, weaker = given.pop(key)
+            if value is not None:
+                overridden.append(f"{key}={value} ({weaker}) is dropped for what the {source} says instead")
+        for key, value in values.items():
+            if key in given and given[key][0] != value:
+                overridden.append(f"{key}={value} ({source}) over {given[key][0]} ({given[key][1]})")
+            given[key] = (value, source)
+    return Composed(TrainConfig(**{key: value for key, (value, _) in given.items()}), overridden)
+
+
+def _displaced(values: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """Options of weaker sources whose alternative `values` names (and means: a null names nothing)."""
+    named = {key for key, value in values.items() if value is not None}
+    return [key for group in _ALTERNATIVES if named & group for key in group if key in given and key not in values]
+
+
+def known_key(key: str, source: str) -> None:
+    """Raise a ConfigError that suggests the nearest option when `key` is none."""
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
+    if key in names:
+        return
+    near = difflib.get_close_matches(str(key).replace("-", "_"), names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else "`accum-trainer train --help` lists the options"
+    raise ConfigError(f"{source}: unknown option {key!r}; {hint}")
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration {path}: {_reason(error)}") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{where} is not YAML: {getattr(error, 'problem', None) or error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds a {type(values).__name__}, not `option: value` lines")
+    return values
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _read_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name.removeprefix(ENVIRONMENT_PREFIX).lower(): value
+        for name, value in environment.items()
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in OTHER_ENVIRONMENT
+    }
+
+
+def _merge_settings(command_line: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    merged = dict(command_line)
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals:
+            raise ConfigError(f"--set {setting} is not key=value")
+        if key in merged and str(merged[key]) != text:
+            raise ConfigError(
+                f"{key} is given twice on the command line: {merged[key]} and --set {setting}; give it once"
+            )
+        merged[key] = text
+    return merged
+
+
+_PARSERS: dict[type, tuple[Callable[[str], Any], str]] = {
+    int: (lambda text: int(text), "an integer"),
+    float: (lambda text: float(text), "a number"),
+    bool: (
+        lambda text: {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()],
+        "true or false",
+    ),
+    str: (str, "text"),
+}
+
+
+def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
+    """Convert text to the option's type and hold it to its limits, or raise a ConfigError that names it."""
+    kind = kind_of(field)
+    optional = type(None) in typing.get_args(typing.get_type_hints(TrainConfig)[field.name])
+    if optional and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
+        return None
+    parse, wanted = _PARSERS[kind]
+    if isinstance(value, str) and kind is not str:
+        try:
+            value = parse(value.strip())
+        except (ValueError, KeyError):
+            raise ConfigError(f"{field.name}={value!r} is not {wanted}{_example(field)}") from None
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind is str and not isinstance(value, str):
+        value = _as_text(field, value)
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        raise ConfigError(f"{field.name}={value!r} is not {wanted}{_example(field)}")
+    _check_limits(field, value)
+    return value
+
+
+def _as_text(field: dataclasses.Field[Any], value: Any) -> str:
+    """YAML reads `warmup: 100` as a number and `mixed_precision: no` as false; both were meant as written."""
+    if value is False and "no" in field.metadata.get("choices", ()):
+        return "no"
+    if isinstance(value, (list, tuple)) and all(isinstance(item, (str, int, float)) for item in value):
+        return ",".join(str(item) for item in value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    raise ConfigError(f"{field.name}={value!r} is not text{_example(field)}")
+
+
+def _example(field: dataclasses.Field[Any]) -> str:
+    limits = field.metadata
+    if "minimum" in limits and kind_of(field) is int:
+        return f"; give a whole number of at least {limits['minimum']}"
+    return f"; give one of {', '.join(limits['choices'])}" if "choices" in limits else ""
+
+
+def _check_limits(field: dataclasses.Field[Any], value: Any) -> None:
+    name, limits = field.name, field.metadata
+    if "choices" in limits and value not in limits["choices"]:
+        near = difflib.get_close_matches(value, limits["choices"], n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ConfigError(f"{name}={value} is not known; give one of {', '.join(limits['choices'])}{hint}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name}={value} is not a finite number")
+    if limits.get("minimum") == 1:
+        positive_int(name, value)
+    if "minimum" in limits and value < limits["minimum"]:
+        raise ConfigError(f"{name}={value} is below {limits['minimum']}; give at least {limits['minimum']}")
+    if "above" in limits and value <= limits["above"]:
+        raise ConfigError(f"{name}={value:g} must be above {limits['above']}")
+    if "below" in limits and value >= limits["below"]:
+        raise ConfigError(f"{name}={value:g} must be below {limits['below']}")
+    if "needs" in limits and value != field.default:
+        raise ConfigError(
+            f"{name}={value} needs {limits['needs']}, which this version of accum_trainer does not have; "
+            f"leave {name} at {field.default}"
+        )

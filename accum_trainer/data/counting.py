@@ -1,0 +1,40 @@
+"""The number of rows in a data file, without torch and without `datasets`: for `accum-trainer plan`."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+from accum_trainer.data.files import check_file
+from accum_trainer.errors import DataError
+
+
+def count_rows(path: str | Path) -> int:
+    """Rows that `read_file` would give: objects, records, or lines that are not blank.
+
+    Raises:
+        DataError: a file that cannot be read, or that has no rows.
+    """
+    path = check_file(path)
+    try:
+        count = _count(path)
+    except (ValueError, csv.Error, OSError) as error:
+        raise DataError(f"data file {path} cannot be read as {path.suffix[1:]}: {error}") from None
+    if count == 0:
+        raise DataError(f"data file {path} has no rows")
+    return count
+
+
+def _count(path: Path) -> int:
+    if path.suffix == ".parquet":
+        from pyarrow import parquet
+
+        return parquet.ParquetFile(path).metadata.num_rows
+    with open(path, encoding="utf-8", newline="") as file:
+        if path.suffix == ".json":
+            rows = json.load(file)
+            return len(rows) if isinstance(rows, list) else 1
+        if path.suffix == ".csv":
+            return sum(1 for _ in csv.DictReader(file))
+        return sum(1 for line in file if line.strip())

@@ -1,0 +1,118 @@
+"""Rows from files and hub data sets, through `datasets`, with errors that name the file and the line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from accum_trainer.errors import DataError
+
+if TYPE_CHECKING:
+    import datasets
+
+# Suffix -> the builder of `datasets` that reads it.
+BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def cache_dir() -> Path:
+    """Where this package keeps what it can make again: $ACCUM_TRAINER_CACHE, else the user's cache folder."""
+    if "ACCUM_TRAINER_CACHE" in os.environ:
+        return Path(os.environ["ACCUM_TRAINER_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "accum_trainer"
+
+
+def check_file(path: str | Path) -> Path:
+    """Return `path` if rows can be read from it: it exists, is a file, has a known suffix, is not empty; else DataError."""
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"data file {path} does not exist")
+    if not path.is_file():
+        raise DataError(f"data file {path} is a folder; name one file, {_suffixes()}")
+    if path.suffix not in BUILDERS:
+        raise DataError(f"data file {path} ends in {path.suffix or 'nothing'!r}; give {_suffixes()}")
+    if path.stat().st_size == 0:
+        raise DataError(f"data file {path} is empty")
+    return path
+
+
+def _suffixes() -> str:
+    *most, last = BUILDERS
+    return f"{', '.join(most)} or {last}"
+
+
+def digest(path: str | Path) -> str:
+    """SHA-256 of a file's content, hexadecimal: what makes two data files the same."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()
+
+
+def read_file(path: str | Path) -> datasets.Dataset:
+    """Read the rows of a data file. A text file gives one row per line that is not blank.
+
+    Raises:
+        DataError: what `check_file` refuses, content that is not of its format (with the line), or no rows.
+    """
+    path = check_file(path)
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(
+            BUILDERS[path.suffix], data_files=str(path), split="train", cache_dir=str(cache_dir() / "rows")
+        )
+    except Exception as error:  # datasets wraps whatever pyarrow, json and csv raise, without the line
+        raise DataError(_unreadable(path, error)) from None
+    if path.suffix == ".txt":
+        rows = rows.filter(lambda row: bool(row["text"].strip()))
+    if len(rows) == 0:
+        raise DataError(f"data file {path} has no rows")
+    return rows
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    """Say what is wrong with a file that `datasets` gave up on; it does not say where."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as bad:
+        if path.suffix != ".parquet":
+            return f"data file {path} is not UTF-8 text: {bad.reason} at byte {bad.start}"
+        text = ""
+    if path.suffix == ".jsonl":
+        for number, line in enumerate(text.splitlines(), start=1):
+            try:
+                if line.strip() and not isinstance(json.loads(line), dict):
+                    return f"data file {path} line {number} is not a JSON object: {line[:60]}"
+            except json.JSONDecodeError as bad:
+                return f"data file {path} line {number} is not JSON: {bad.msg} at column {bad.colno}"
+    if path.suffix == ".json":
+        try:
+            json.loads(text)
+        except json.JSONDecodeError as bad:
+            return f"data file {path} line {bad.lineno} is not JSON: {bad.msg} at column {bad.colno}"
+    cause = error.__cause__ or error
+    return (
+        f"data file {path} cannot be read as {path.suffix[1:]}: {str(cause).splitlines()[0] if str(cause) else cause!r}"
+    )
+
+
+def read_hub(name: str) -> datasets.Dataset:
+    """Read the training split of a hub data set, `id` or `id:config`.
+
+    Raises:
+        DataError: it cannot be reached or found, or has no training split.
+    """
+    import datasets
+
+    path, _, config = name.partition(":")
+    try:
+        return datasets.load_dataset(path, config or None, split="train")
+    except Exception as error:  # offline, unknown, gated, no such config: many types, one thing to tell
+        first = str(error).splitlines()[0] if str(error) else repr(error)
+        raise DataError(
+            f"dataset {name} cannot be loaded from the hub: {first}; for a file on this machine use dataset_file"
+        ) from None

@@ -1,0 +1,105 @@
+"""The row formats that people have, and which part of each is trained on.
+
+    text                                    all of it
+    prompt + completion                     the completion
+    question + answer                       the answer
+    instruction (+ input) + output          the output
+    messages                                what the assistant says, in the tokenizer's chat template
+
+A row becomes *spans*: pieces of text, each with whether it is a target. Tokens are not known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from accum_trainer.errors import DataError
+
+# A piece of a sample's text and whether the loss counts it.
+Span = tuple[str, bool]
+ChatTemplate = Callable[..., str]
+
+FORMATS = "text; prompt + completion; question + answer; instruction (+ input) + output; or messages"
+
+
+def format_of(columns: Sequence[str]) -> str | None:
+    """The format that these columns make, or None."""
+    have = set(columns)
+    for needed, name in (
+        ({"messages"}, "messages"),
+        ({"prompt", "completion"}, "completion"),
+        ({"question", "answer"}, "question"),
+        ({"instruction", "output"}, "instruction"),
+        ({"text"}, "text"),
+    ):
+        if needed <= have:
+            return name
+    return None
+
+
+def spans_of(row: Mapping[str, Any], where: str, chat_template: ChatTemplate | None = None) -> list[Span]:
+    """Turn one row into its spans.
+
+    Args:
+        row: column name to value; a None value counts as absent.
+        where: names the row in errors, such as `train.jsonl row 7`.
+        chat_template: `tokenizer.apply_chat_template`, needed for `messages`.
+
+    Raises:
+        DataError: no usable columns, a value that is not text, or messages without a template.
+    """
+    present = {key: value for key, value in row.items() if value is not None}
+    name = format_of(list(present))
+    if name is None:
+        raise DataError(
+            f"{where} has the columns {sorted(present)}, none of which can be trained on; expected {FORMATS}"
+        )
+    if name == "messages":
+        return _message_spans(present["messages"], where, chat_template)
+    if name == "text":
+        return [(_text(present, "text", where), True)]
+    if name == "completion":
+        return [(_text(present, "prompt", where), False), (_text(present, "completion", where), True)]
+    if name == "question":
+        return [(_text(present, "question", where) + "\n", False), (_text(present, "answer", where), True)]
+    context = _text(present, "input", where) if present.get("input") else ""
+    prompt = _text(present, "instruction", where) + "\n" + (context + "\n" if context else "")
+    return [(prompt, False), (_text(present, "output", where), True)]
+
+
+def _text(row: Mapping[str, Any], column: str, where: str) -> str:
+    if not isinstance(row[column], str):
+        raise DataError(f"{where}: {column}={row[column]!r} is a {type(row[column]).__name__}, not text")
+    return row[column]
+
+
+def _message_spans(messages: Any, where: str, chat_template: ChatTemplate | None) -> list[Span]:
+    """Mark what each assistant turn adds to the rendered conversation.
+
+    Rendered twice for each such turn, before (with the generation prompt) and after it; what is between is the turn.
+    Needs no template that marks generations, only one that extends a conversation without rewriting its start.
+    """
+    if chat_template is None:
+        raise DataError(
+            f"{where} has messages, but the tokenizer has no chat template; "
+            "use a model with a chat template, or rows of prompt + completion"
+        )
+    if not isinstance(messages, (list, tuple)) or not all(isinstance(m, Mapping) and "role" in m for m in messages):
+        raise DataError(f"{where}: messages is not a list of {{role, content}} items")
+    turns = [dict(m) for m in messages]
+    spans: list[Span] = []
+    done = ""
+    for index, turn in enumerate(turns):
+        if turn["role"] != "assistant":
+            continue
+        before = chat_template(turns[:index], tokenize=False, add_generation_prompt=True)
+        after = chat_template(turns[: index + 1], tokenize=False)
+        if not (before.startswith(done) and after.startswith(before)):
+            raise DataError(
+                f"{where}: the chat template rewrites earlier turns, so the assistant's part cannot be told apart; "
+                "give rows of prompt + completion instead"
+            )
+        spans += [(before[len(done) :], False), (after[len(before) :], True)]
+        done = after
+    return spans

@@ -1,0 +1,161 @@
+"""Rows to token ids and labels, once, cached on disk.
+
+A label is the token itself where it is a target and IGNORE (-100) where it is not; labels stand on their own token's
+position, the shift by one is the loss's business. Nothing is dropped: a `text` row that is too long becomes several
+samples, a completion that is too long is cut, a row left without a target is kept and weighs nothing; the last two are
+counted and told.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from accum_trainer.data.files import cache_dir
+from accum_trainer.data.rows import Span, spans_of
+from accum_trainer.errors import DataError
+
+if TYPE_CHECKING:
+    import datasets
+
+IGNORE = -100
+# Raise when the same rows would give other tokens.
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TokenizedRows:
+    """Samples ready to collate: `rows[i]` is {"input_ids": [int], "labels": [int]}, both of length `lengths[i]`.
+
+    Attributes:
+        lengths: tokens of each sample, shape (samples,), int64.
+        num_targets: labels that the shifted loss counts, of each sample, shape (samples,), int64.
+        identity: hexadecimal digest of the data, tokenizer and sequence length: equal means the same samples.
+        notes: what a person should know, such as how many completions were cut.
+    """
+
+    table: datasets.Dataset
+    lengths: np.ndarray
+    num_targets: np.ndarray
+    identity: str
+    notes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        row = self.table[int(index)]
+        return {"input_ids": row["input_ids"], "labels": row["labels"]}
+
+
+def tokenize(rows: datasets.Dataset, source: str, data_digest: str, tokenizer: Any, max_seq_len: int) -> TokenizedRows:
+    """Tokenise all rows, or load what an earlier run of the same rows, tokenizer and length left in the cache.
+
+    Batches go to the tokenizer whole, which spreads them over the cores; `datasets` shows the progress.
+
+    Args:
+        rows: what `read_file` or `read_hub` gave.
+        source: names the data in errors.
+        data_digest: digest of the data's content, part of the cache's key.
+        tokenizer: a tokenizer of transformers.
+        max_seq_len: most tokens in one sample.
+
+    Raises:
+        DataError: a row that no format fits, or no target in all of the data.
+    """
+    identity = _identity(data_digest, tokenizer, max_seq_len)
+    path = cache_dir() / "tokenized" / f"{identity}.arrow"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    encoder = _Encoder(tokenizer, max_seq_len, source)
+    table = rows.map(
+        encoder,
+        batched=True,
+        with_indices=True,
+        remove_columns=rows.column_names,
+        cache_file_name=str(path),
+        new_fingerprint=identity[:32],
+        desc=f"Tokenising {source}",
+    )
+    lengths = np.asarray(table.data.column("length").to_numpy(), dtype=np.int64)
+    num_targets = np.asarray(table.data.column("num_targets").to_numpy(), dtype=np.int64)
+    if not num_targets.any():
+        raise DataError(
+            f"{source} has no target in any of its {len(table)} samples, so there is nothing to learn; "
+            f"are the completions empty, or the prompts longer than max_seq_len={max_seq_len}?"
+        )
+    return TokenizedRows(table, lengths, num_targets, identity, tuple(_notes(table, num_targets, max_seq_len)))
+
+
+def _notes(table: datasets.Dataset, num_targets: np.ndarray, max_seq_len: int) -> Iterator[str]:
+    cut = int(np.asarray(table.data.column("cut").to_numpy()).sum())
+    if cut:
+        yield f"{cut} of {len(table)} samples were cut at max_seq_len={max_seq_len} tokens"
+    empty = int((num_targets == 0).sum())
+    if empty:
+        yield f"{empty} of {len(table)} samples have no target; they are kept and weigh nothing"
+
+
+def _identity(data_digest: str, tokenizer: Any, max_seq_len: int) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    key = [_VERSION, data_digest, vocabulary, tokenizer.chat_template, tokenizer.eos_token, max_seq_len]
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()
+
+
+class _Encoder:
+    """Turns a batch of rows into columns of samples; called by `datasets.map`."""
+
+    def __init__(self, tokenizer: Any, max_seq_len: int, source: str) -> None:
+        self.tokenizer = tokenizer
+        self.max_seq_len = max_seq_len
+        self.source = source
+        self.template = tokenizer.apply_chat_template if getattr(tokenizer, "chat_template", None) else None
+        # Some tokenizers open a text with a token of their own; a sample begins as the model was trained to see it.
+        opening = tokenizer("a").input_ids[:1]
+        self.opening = opening if opening and opening[0] == tokenizer.bos_token_id else []
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        spans = [
+            spans_of(row, f"{self.source} row {index + 1}", self.template)
+            for row, index in zip(rows, indices, strict=True)
+        ]
+        texts = [text for row_spans in spans for text, _ in row_spans]
+        encoded = iter(self.tokenizer(texts, add_special_tokens=False).input_ids if texts else [])
+        columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": [], "num_targets": [], "cut": []}
+        for row, row_spans in zip(rows, spans, strict=True):
+            for ids, labels, cut in self._samples(row, row_spans, encoded):
+                columns["input_ids"].append(ids)
+                columns["labels"].append(labels)
+                columns["length"].append(len(ids))
+                columns["num_targets"].append(sum(label != IGNORE for label in labels[1:]))
+                columns["cut"].append(cut)
+        return columns
+
+    def _samples(
+        self, row: Mapping[str, Any], spans: list[Span], encoded: Iterator[list[int]]
+    ) -> Iterator[tuple[list[int], list[int], bool]]:
+        """Yield (input_ids, labels, whether it was cut) of one row's sample, or samples where its text is split."""
+        from_template = row.get("messages") is not None
+        ids: list[int] = [] if from_template else list(self.opening)
+        labels = [IGNORE] * len(ids)
+        for _, is_target in spans:
+            tokens = next(encoded)
+            ids += tokens
+            labels += tokens if is_target else [IGNORE] * len(tokens)
+        if not from_template and self.tokenizer.eos_token_id is not None:
+            ids.append(self.tokenizer.eos_token_id)
+            labels.append(self.tokenizer.eos_token_id)
+        limit = self.max_seq_len
+        whole_text = len(spans) == 1 and spans[0][1]
+        if len(ids) <= limit or not whole_text:
+            yield ids[:limit], labels[:limit], len(ids) > limit
+            return
+        # The pieces overlap by one token: the first of a piece is never a target, so each target is trained once.
+        for begin in range(0, len(ids) - 1, limit - 1):
+            yield ids[begin : begin + limit], labels[begin : begin + limit], False

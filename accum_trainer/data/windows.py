@@ -1,0 +1,327 @@
+"""A source of data as windows: this rank's micro-batches of each optimizer update.
+
+Three kinds of source, one contract (`Source.parts`):
+
+    PlannedSource   a map-style data set: windows in the global order, cut and dealt by `window_plan`
+    LoaderSource    a DataLoader: its batches in its order, dealt to ranks in turn
+    StreamSource    batches that are this rank's already
+
+No rank talks to another here. Where all ranks must have read the same thing, a part carries a fingerprint of it, and
+the accumulator compares.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
+
+from accum_trainer.batch_plan import BatchPlan
+from accum_trainer.errors import DataError
+from accum_trainer.window_plan import cut_window, global_order, windows_of
+
+Batch = Any
+Collate = Callable[[list[Any]], Batch]
+
+
+@dataclass(frozen=True)
+class Part:
+    """This rank's part of one window.
+
+    Attributes:
+        batches: this rank's micro-batches; may be none.
+        filler: a batch to run with weight 0 where an exchange needs this rank and it has none of its own.
+        consumed: what of the epoch is used up once this window is done, in the source's unit.
+        fingerprint: equal on all ranks that cut the same window; 0 where ranks read their own data.
+    """
+
+    batches: list[Batch]
+    filler: Batch | None
+    consumed: int
+    fingerprint: int = 0
+
+
+class Source(Protocol):
+    """Where windows come from. `unit` is what `consumed` counts: "samples" or "batches"."""
+
+    unit: str
+
+    def parts(self, epoch: int, consumed: int) -> Iterator[Part]:
+        """This rank's parts of the windows of `epoch`, from where `consumed` units are used up."""
+
+    def num_windows(self) -> int | None:
+        """Windows in one epoch, or None where the source has no length."""
+
+
+def as_source(
+    data: Any,
+    plan: BatchPlan,
+    rank: int,
+    *,
+    collate_fn: Collate | None,
+    lengths: np.ndarray | None,
+    seed: int,
+    shuffle: bool,
+    num_workers: int,
+    pin_memory: bool,
+    already_sharded: bool,
+) -> Source:
+    """Pick the kind of source that `data` is; `already_sharded` says that a loader gives this rank's batches only."""
+    if isinstance(data, DataLoader):
+        if collate_fn is not None:
+            raise DataError("collate_fn is given, but a DataLoader collates by its own; set it there")
+        if already_sharded or _splits_by_rank(data):
+            return StreamSource(data, plan)
+        return LoaderSource(data, plan, rank, seed)
+    if hasattr(data, "__getitem__") and isinstance(data, Sized):
+        return PlannedSource(data, plan, rank, collate_fn, lengths, seed, shuffle, num_workers, pin_memory)
+    if isinstance(data, Iterable):
+        if collate_fn is not None:
+            raise DataError("collate_fn is given, but a stream yields batches, not samples; collate before")
+        return StreamSource(data, plan)
+    raise DataError(
+        f"{type(data).__name__} is no source of windows; give a map-style data set, a DataLoader or an iterable of batches"
+    )
+
+
+def _splits_by_rank(loader: DataLoader) -> bool:
+    """Whether this loader already gives each rank a share of its own (as DistributedSampler does)."""
+    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    by_sampler = hasattr(sampler, "num_replicas")
+    by_dataset = getattr(loader.dataset, "_distributed", None) is not None  # datasets.distributed.split_dataset_by_node
+    return by_sampler or by_dataset
+
+
+@dataclass(frozen=True)
+class _Announced:
+    """A window that a batch sampler has begun: workers load ahead of training, so it is noted when it is sampled."""
+
+    num_batches: int
+    consumed: int
+    fingerprint: int
+
+
+def _read_parts(loader: DataLoader, ahead: deque[_Announced]) -> Iterator[Part]:
+    """Group what `loader` yields into parts, as its batch sampler announced them."""
+    batches = iter(loader)
+    for first in batches:
+        window = ahead.popleft()
+        if window.num_batches == 0:
+            yield Part([], first, window.consumed, window.fingerprint)
+        else:
+            mine = [first, *islice(batches, window.num_batches - 1)]
+            yield Part(mine, mine[-1], window.consumed, window.fingerprint)
+
+
+class PlannedSource:
+    """A map-style data set: the global order from (seed, epoch), windows of B_eff samples, cut by `cut_window`.
+
+    Args:
+        dataset: has `__getitem__` and `__len__`; its attribute `lengths`, if any, is used where `lengths` is None.
+        lengths: tokens of each sample, shape (len(dataset),); lets the cut avoid padding.
+        shuffle: False keeps the data set's own order.
+    """
+
+    unit = "samples"
+
+    def __init__(
+        self,
+        dataset: Any,
+        plan: BatchPlan,
+        rank: int,
+        collate_fn: Collate | None,
+        lengths: np.ndarray | None,
+        seed: int,
+        shuffle: bool,
+        num_workers: int,
+        pin_memory: bool,
+    ) -> None:
+        if len(dataset) == 0:
+            raise DataError("the data set is empty; there is no window to train on")
+        given = lengths if lengths is not None else getattr(dataset, "lengths", None)
+        self._lengths = np.ones(len(dataset), dtype=np.int64) if given is None else np.asarray(given)
+        if len(self._lengths) != len(dataset):
+            raise DataError(f"{len(self._lengths)} lengths are given for a data set of {len(dataset)} samples")
+        self._dataset, self._plan, self._rank = dataset, plan, rank
+        self._collate_fn, self._seed, self._shuffle = collate_fn, seed, shuffle
+        self._num_workers, self._pin_memory = num_workers, pin_memory
+
+    def num_windows(self) -> int:
+        return -(-len(self._dataset) // self._plan.global_batch_size)
+
+    def parts(self, epoch: int, consumed: int) -> Iterator[Part]:
+        ahead: deque[_Announced] = deque()
+        loader = DataLoader(
+            self._dataset,
+            batch_sampler=self._micro_batches(epoch, consumed, ahead),
+            collate_fn=self._collate_fn,
+            num_workers=self._num_workers,
+            pin_memory=self._pin_memory,
+            # A generator of its own: the loader draws a seed at each start, and must not draw it from the stream that
+            # dropout uses, or a resumed run would differ from one never stopped.
+            generator=torch.Generator(),
+        )
+        yield from _read_parts(loader, ahead)
+
+    def _micro_batches(self, epoch: int, consumed: int, ahead: deque[_Announced]) -> Iterator[list[int]]:
+        """Yield this rank's micro-batches as lists of sample indices, announcing each window in `ahead`.
+
+        A rank with no sample of a window loads one of it as filler.
+        """
+        plan, size = self._plan, len(self._dataset)
+        order = global_order(size, self._seed, epoch) if self._shuffle else np.arange(size)
+        for window in windows_of(order, plan.global_batch_size, start=consumed):
+            mine = cut_window(self._lengths[window], plan.micro_batch_size, plan.world_size)[self._rank]
+            consumed += len(window)
+            ahead.append(_Announced(len(mine), consumed, zlib.crc32(window.tobytes())))
+            yield from ([window[micro_batch].tolist() for micro_batch in mine] or [[int(window[0])]])
+
+
+class LoaderSource:
+    """A user's DataLoader: K x W of its batches make a window, batch i goes to rank i % W, each sample once.
+
+    Where the loader has a batch sampler, a rank loads its own batches only; otherwise it reads all and keeps its own.
+    A RandomSampler without a generator is given one from (seed, epoch), so that ranks and restarts agree.
+    """
+
+    unit = "batches"
+
+    def __init__(self, loader: DataLoader, plan: BatchPlan, rank: int, seed: int) -> None:
+        self._loader, self._plan, self._rank, self._seed = loader, plan, rank, seed
+        self._per_window = plan.gradient_accumulation_steps * plan.world_size
+
+    def num_windows(self) -> int | None:
+        try:
+            return -(-len(self._loader) // self._per_window)
+        except TypeError:
+            return None
+
+    def parts(self, epoch: int, consumed: int) -> Iterator[Part]:
+        sampler = getattr(self._loader.batch_sampler, "sampler", self._loader.sampler)
+        _set_epoch(sampler, epoch)
+        lent = sampler if isinstance(sampler, RandomSampler) and sampler.generator is None else None
+        if lent is not None:
+            lent.generator = torch.Generator().manual_seed((self._seed << 32) + epoch)
+        try:
+            by_index = self._loader.batch_sampler is not None and not isinstance(self._loader.dataset, IterableDataset)
+            yield from (self._dealt_by_index if by_index else self._dealt_by_reading)(consumed)
+        finally:
+            if lent is not None:
+                lent.generator = None
+
+    def _dealt_by_index(self, consumed: int) -> Iterator[Part]:
+        loader, world_size = self._loader, self._plan.world_size
+        ahead: deque[_Announced] = deque()
+
+        def mine() -> Iterator[list[Any]]:
+            used = consumed
+            assert loader.batch_sampler is not None
+            batches = islice(iter(loader.batch_sampler), consumed, None)
+            while window := list(islice(batches, self._per_window)):
+                used += len(window)
+                own = window[self._rank :: world_size]
+                ahead.append(_Announced(len(own), used, zlib.crc32(repr(window).encode())))
+                yield from (own or window[:1])
+
+        yield from _read_parts(_with_batch_sampler(loader, mine()), ahead)
+
+    def _dealt_by_reading(self, consumed: int) -> Iterator[Part]:
+        batches = islice(iter(self._loader), consumed, None)
+        while window := list(islice(batches, self._per_window)):
+            consumed += len(window)
+            own = window[self._rank :: self._plan.world_size]
+            yield Part(own, window[0], consumed, _content_fingerprint(window))
+
+
+def _with_batch_sampler(loader: DataLoader, batch_sampler: Any) -> DataLoader:
+    """The same loader over other batches of indices."""
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=batch_sampler,
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=loader.generator or torch.Generator(),
+        prefetch_factor=loader.prefetch_factor,
+    )
+
+
+def _content_fingerprint(batches: list[Batch]) -> int:
+    fingerprint = 0
+    for batch in batches:
+        tensor = first_tensor(batch)
+        if tensor is not None:
+            fingerprint = zlib.crc32(
+                tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), fingerprint
+            )
+    return fingerprint
+
+
+class StreamSource:
+    """Batches that are this rank's already, K at a time; ranks may run out at different windows."""
+
+    unit = "batches"
+
+    def __init__(self, batches: Iterable[Batch], plan: BatchPlan) -> None:
+        self._batches, self._plan = batches, plan
+
+    def num_windows(self) -> int | None:
+        if self._plan.world_size > 1 or not isinstance(self._batches, Sized):
+            return None  # another rank's stream may be longer
+        return -(-len(self._batches) // self._plan.gradient_accumulation_steps)
+
+    def parts(self, epoch: int, consumed: int) -> Iterator[Part]:
+        _set_epoch(getattr(self._batches, "sampler", None), epoch)
+        batches = islice(iter(self._batches), consumed, None)
+        filler = None
+        while window := list(islice(batches, self._plan.gradient_accumulation_steps)):
+            consumed += len(window)
+            filler = window[-1]
+            yield Part(window, filler, consumed)
+        while True:  # other ranks may still have data; the accumulator ends the epoch when none has
+            yield Part([], filler, consumed)
+
+
+def _set_epoch(sampler: Any, epoch: int) -> None:
+    """Tell samplers that shuffle by epoch (DistributedSampler and its kind) which one it is."""
+    if hasattr(sampler, "set_epoch"):
+        sampler.set_epoch(epoch)
+
+
+def first_tensor(batch: Batch) -> torch.Tensor | None:
+    """The first tensor of a batch (a tensor, a mapping, a sequence or a data class of them), or None."""
+    if isinstance(batch, torch.Tensor):
+        return batch
+    values: Iterable[Any] = ()
+    if isinstance(batch, Mapping):
+        values = batch.values()
+    elif isinstance(batch, (list, tuple)):
+        values = batch
+    elif hasattr(batch, "__dict__"):
+        values = vars(batch).values()
+    return next((tensor for value in values if (tensor := first_tensor(value)) is not None), None)
+
+
+def num_samples(batch: Batch) -> int:
+    """Samples of a batch: the first dimension of its first tensor (1 where it has none)."""
+    tensor = first_tensor(batch)
+    return 1 if tensor is None or tensor.ndim == 0 else int(tensor.shape[0])
+
+
+def num_tokens(batch: Batch) -> tuple[int, int]:
+    """(tokens, positions) of a batch's `input_ids`: without and with padding; (0, 0) where it has none."""
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(ids, torch.Tensor):
+        return 0, 0
+    mask = batch.get("attention_mask")
+    return int(mask.sum()) if isinstance(mask, torch.Tensor) else ids.numel(), ids.numel()

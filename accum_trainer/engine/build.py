@@ -1,0 +1,129 @@
+"""From what was asked for to the engine in force, or an EngineError that says what is in force instead.
+
+accelerate falls back in silence: it ignores fp16 on a CPU, a launcher that lost its processes, a K in the environment
+that beats the constructor's. Each such fall-back is an error here.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from accum_trainer.engine.base import Engine
+from accum_trainer.engine.ddp import DDPEngine
+from accum_trainer.engine.single import SingleEngine
+from accum_trainer.errors import ConfigError, EngineError
+
+GRAD_SYNCS = ("auto", "once-per-window", "every-microbatch")
+K_VARIABLE = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+
+
+def build_engine(
+    *,
+    gradient_accumulation_steps: int | None,
+    grad_sync: str = "auto",
+    accelerator: Accelerator | None = None,
+    **accelerator_kwargs: Any,
+) -> Engine:
+    """Build (or adopt) an Accelerator and return the engine that drives it.
+
+    Args:
+        gradient_accumulation_steps: the K asked for, compared with every other source of K; None where it follows
+            from the global batch.
+        grad_sync: `auto`, `once-per-window` or `every-microbatch`.
+        accelerator: the user's own; otherwise one is made from `accelerator_kwargs`.
+
+    Raises:
+        ConfigError: another source says another K; an unknown policy; an Accelerator and arguments for one.
+        EngineError: the engine in force is not the one asked for, or none of ours.
+    """
+    if grad_sync not in GRAD_SYNCS:
+        raise ConfigError(f"grad_sync={grad_sync!r} is not known; give one of {', '.join(GRAD_SYNCS)}")
+    if accelerator is not None and accelerator_kwargs:
+        raise ConfigError(
+            f"accelerator is given together with {', '.join(sorted(accelerator_kwargs))}; "
+            "pass these to your Accelerator(...) instead"
+        )
+    _check_environment(gradient_accumulation_steps)
+    if accelerator is None:
+        accelerator = _new_accelerator(accelerator_kwargs)
+    elif gradient_accumulation_steps is not None and accelerator.gradient_accumulation_steps not in (
+        1,
+        gradient_accumulation_steps,
+    ):
+        raise ConfigError(
+            f"gradient_accumulation_steps={gradient_accumulation_steps}, but the Accelerator passed in has "
+            f"gradient_accumulation_steps={accelerator.gradient_accumulation_steps}; make them agree, or leave the Accelerator's out"
+        )
+    _check_in_force(accelerator)
+    if accelerator.distributed_type in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        return DDPEngine(accelerator, grad_sync)
+    if accelerator.distributed_type == DistributedType.NO:
+        return SingleEngine(accelerator, grad_sync)
+    raise EngineError(
+        f"accelerate runs {accelerator.distributed_type.value}, for which accum_trainer has no engine; "
+        "launch a single process or DDP (accelerate launch --multi_gpu)"
+    )
+
+
+def choose_precision(mixed_precision: str | None, amp: bool, cpu: bool) -> str:
+    """The autocast dtype in force: `no`, `bf16` or `fp16`.
+
+    `amp` takes the best of this device. Without a word from the user the launcher decides; where both name a dtype and
+    differ, neither can win in silence.
+
+    Raises:
+        ConfigError: the launcher (ACCELERATE_MIXED_PRECISION) names another dtype.
+    """
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if amp:
+        on_gpu = torch.cuda.is_available() and not cpu
+        mixed_precision = "bf16" if not on_gpu or torch.cuda.is_bf16_supported() else "fp16"
+    if mixed_precision is None:
+        return launcher
+    if launcher not in ("no", mixed_precision):
+        raise ConfigError(
+            f"mixed_precision={mixed_precision}, but the launcher says ACCELERATE_MIXED_PRECISION={launcher}; make them agree"
+        )
+    return mixed_precision
+
+
+def _check_environment(gradient_accumulation_steps: int | None) -> None:
+    """Refuse a K in accelerate's environment variable that is not ours: it would beat the constructor's in silence."""
+    stated = os.environ.get(K_VARIABLE)
+    if stated is None or gradient_accumulation_steps is None or stated == str(gradient_accumulation_steps):
+        return
+    raise ConfigError(
+        f"gradient_accumulation_steps={gradient_accumulation_steps}, but the environment says {K_VARIABLE}={stated} "
+        "(accelerate's launcher sets it); make them agree, or leave it out of the launch configuration"
+    )
+
+
+def _new_accelerator(kwargs: dict[str, Any]) -> Accelerator:
+    if not torch.cuda.is_available() and not torch.backends.mps.is_available():
+        # Without a GPU two processes find each other over gloo only where accelerate is told of the CPU.
+        kwargs.setdefault("cpu", True)
+    try:
+        # K is ours to apply: accelerate's stays 1, unless its environment variable repeats ours.
+        return Accelerator(**kwargs)
+    except (ValueError, TypeError) as error:
+        raise EngineError(f"accelerate refuses {kwargs}: {error}") from None
+
+
+def _check_in_force(accelerator: Accelerator) -> None:
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise EngineError(
+            f"{launched} processes were launched (WORLD_SIZE), but accelerate sees {accelerator.num_processes}: they would "
+            "train apart from each other; create the Accelerator after the launcher set its variables, and with cpu=True "
+            "where there is no GPU"
+        )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise EngineError(
+            "mixed_precision=fp16 needs a GPU; on this CPU accelerate would train in float32 without a word. "
+            "Use mixed_precision=bf16 or no"
+        )

@@ -1,0 +1,43 @@
+"""The errors a user can meet: one tree, each with the exit status of the command line.
+
+    AccumTrainerError        1   training cannot go on (every window non-finite, say)
+      ConfigError            2   an option, or several options together, cannot be obeyed
+      DataError              2   the data cannot be read, or cannot be trained on
+      EngineError            2   the engine asked for is not the engine in force, or cannot do this
+      CheckpointError        2   a checkpoint is missing, damaged, or belongs to another run
+
+Every message gives the values, the rule they break, and the remedy, in that order. The command line prints the
+message alone; nobody should need the traceback of a mistake in an option.
+"""
+
+from __future__ import annotations
+
+
+class AccumTrainerError(Exception):
+    """Base of every error this package raises on purpose."""
+
+    exit_status = 1
+
+
+class ConfigError(AccumTrainerError):
+    """An option, or several options together, cannot be obeyed."""
+
+    exit_status = 2
+
+
+class DataError(AccumTrainerError):
+    """The data cannot be read, or cannot be trained on."""
+
+    exit_status = 2
+
+
+class EngineError(AccumTrainerError):
+    """The engine asked for is not the engine in force, or cannot hold a promise."""
+
+    exit_status = 2
+
+
+class CheckpointError(AccumTrainerError):
+    """A checkpoint is missing, damaged, or belongs to another run."""
+
+    exit_status = 2

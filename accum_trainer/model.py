@@ -1,0 +1,123 @@
+"""The model and its tokenizer: loaded or built, adapted with LoRA, checkpointed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from accum_trainer.config import TrainConfig
+from accum_trainer.errors import ConfigError
+
+TINY = "tiny"
+
+
+def load_tokenizer(config: TrainConfig) -> Any:
+    """The tokenizer that belongs to `config.model`; ConfigError where there is none."""
+    if config.model == TINY:
+        from accum_trainer.data.embedded import corpus_tokenizer
+
+        return corpus_tokenizer()
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(config.model)
+    except Exception as error:  # hub, file and parser errors of many types; the remedy is the same
+        raise ConfigError(
+            f"model={config.model} gives no tokenizer: {_first_line(error)}{_model_hint(config)}"
+        ) from None
+
+
+def load_model(config: TrainConfig, tokenizer: Any) -> Any:
+    """Build or load the causal language model in float32, with LoRA and gradient checkpointing as asked.
+
+    Random weights (of `tiny`, of new adapters) come from torch's generator: seed it first.
+
+    Raises:
+        ConfigError: the model cannot be loaded, is too short for max_seq_len or too small for its tokenizer, or has
+            none of the modules that LoRA shall adapt.
+    """
+    model = _tiny(tokenizer) if config.model == TINY else _pretrained(config)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and config.max_seq_len > positions:
+        raise ConfigError(
+            f"max_seq_len={config.max_seq_len} is more than the {positions} positions of model={config.model}; "
+            f"use max_seq_len={positions} or less"
+        )
+    embeddings = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > embeddings:
+        raise ConfigError(
+            f"the tokenizer of model={config.model} has {len(tokenizer)} tokens, its embedding only {embeddings} rows"
+        )
+    model.config.use_cache = False
+    if config.use_peft:
+        model = _with_lora(model, config)
+    if config.gradient_checkpointing:
+        # Reentrant checkpointing runs its own autograd inside backward, where DDP cannot see it.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """(all parameters, trained parameters)."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+
+
+def _tiny(tokenizer: Any) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=352,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def _pretrained(config: TrainConfig) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+    except Exception as error:  # hub, file, parser and architecture errors of many types; the remedy is the same
+        raise ConfigError(f"model={config.model} cannot be loaded: {_first_line(error)}{_model_hint(config)}") from None
+
+
+def _with_lora(model: Any, config: TrainConfig) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    targets = config.lora_target_modules
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=config.lora_dropout,
+        target_modules=[name.strip() for name in targets.split(",")] if targets else "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        linear = sorted(
+            {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+        )
+        raise ConfigError(
+            f"lora_target_modules={targets} cannot be adapted: {_first_line(error)}; this model's linear modules are {', '.join(linear)}"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+
+
+def _model_hint(config: TrainConfig) -> str:
+    return f"; give a folder that save_pretrained wrote, a hub id, or `{TINY}`"

@@ -1,0 +1,194 @@
+"""The run directory: what a run leaves for people and programs to read.
+
+config.yaml     the composed configuration
+plan.json       B, K, W, B_eff, updates per epoch, engine, versions, seed
+metrics.jsonl   one record per update
+loss.png        loss and learning rate over updates
+checkpoints/    see `checkpoint`
+model/          what `from_pretrained` loads
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from accum_trainer.errors import ConfigError
+
+CONFIG, PLAN, METRICS, PICTURE, CHECKPOINTS, MODEL = (
+    "config.yaml",
+    "plan.json",
+    "metrics.jsonl",
+    "loss.png",
+    "checkpoints",
+    "model",
+)
+Record = dict[str, Any]
+
+
+def check_output_dir(path: Path, resume: str) -> None:
+    """Raise a ConfigError unless a run can live in `path`: it can be written, and holds nothing or a run to continue."""
+    if path.is_dir() and any(path.iterdir()):
+        if not (path / CONFIG).is_file():
+            raise ConfigError(
+                f"output_dir={path} holds other files and no run ({CONFIG} is missing); choose a new or empty folder"
+            )
+        if resume == "never":
+            raise ConfigError(
+                f"output_dir={path} already holds a run and resume=never; choose another folder, or resume=auto"
+            )
+    _check_writable("output_dir", path)
+
+
+def check_log_file(path: Path) -> None:
+    """Raise a ConfigError unless records can be written to `path`: it can be made, or holds records and nothing else."""
+    if path.is_dir():
+        raise ConfigError(f"log_file={path} is a folder; name a file")
+    if path.is_file() and path.stat().st_size:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            first = file.readline()
+        if '"effective_batch_size"' not in first:
+            raise ConfigError(f"log_file={path} exists and does not hold records; name another file")
+    _check_writable("log_file", path)
+
+
+def _check_writable(option: str, path: Path) -> None:
+    existing = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
+    wanted = os.W_OK if existing.is_file() and existing == path else os.W_OK | os.X_OK
+    is_parent = existing != path
+    if (is_parent and not existing.is_dir()) or (option == "output_dir" and path.exists() and not path.is_dir()):
+        raise ConfigError(f"{option}={path} cannot be written: {existing} is a file, not a folder")
+    if not os.access(existing, wanted):
+        raise ConfigError(f"{option}={path} cannot be written: no permission in {existing}")
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+class RecordWriter:
+    """Appends one JSON line per update to metrics.jsonl, and to a second file where asked.
+
+    Args:
+        path: metrics.jsonl; created, or cut to its first `kept` records.
+        copy: the second file (`--log-file`), brought to the same content.
+        kept: records that a resumed run keeps; what came after its checkpoint is made again.
+        earlier: a metrics.jsonl to take the kept records from, where it is another run's.
+    """
+
+    def __init__(self, path: Path, copy: Path | None = None, kept: int = 0, earlier: Path | None = None) -> None:
+        source = earlier or path
+        self.records = read_records(source)[:kept] if kept else []
+        if len(self.records) < kept:
+            raise ConfigError(f"{source} has {len(self.records)} records, but the checkpoint was written after {kept}")
+        self._files = []
+        for target in [path, *([copy] if copy else [])]:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(f"{target.name}.partial")
+            partial.write_text("".join(_line(record) for record in self.records), encoding="utf-8")
+            partial.replace(target)
+            self._files.append(open(target, "a", encoding="utf-8"))  # noqa: SIM115 - closed by close()
+
+    def write(self, record: Record) -> None:
+        """Append a record and hand it to the operating system."""
+        self.records.append(record)
+        for file in self._files:
+            file.write(_line(record))
+            file.flush()
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+
+def _line(record: Record) -> str:
+    # JSON has no nan and inf; readers in other languages refuse Python's spelling of them.
+    plain = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+    }
+    return json.dumps(plain) + "\n"
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a metrics.jsonl; a last line that a killed process left unfinished is not one."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def draw_loss(runs: dict[str, Sequence[Record]], path: Path, title: str) -> None:
+    """Draw loss, and below it the learning rate, over optimizer updates; one curve per run (label -> records)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(8, 5.5), sharex=True, height_ratios=(3, 1), layout="constrained"
+    )
+    for label, records in runs.items():
+        made = [record for record in records if not record["skipped"]]
+        top.plot([r["step"] for r in made], [r["loss"] for r in made], label=label, linewidth=1.2)
+        bottom.plot([r["step"] for r in made], [r["lr"] for r in made], linewidth=1.2)
+        evaluated = [record for record in made if record.get("eval_loss") is not None]
+        if evaluated:
+            top.plot(
+                [r["step"] for r in evaluated],
+                [r["eval_loss"] for r in evaluated],
+                "o--",
+                markersize=3,
+                label=f"{label}, evaluation",
+            )
+    top.set(ylabel="loss (mean per target)", title=title)
+    bottom.set(xlabel="optimizer updates", ylabel="learning rate")
+    top.legend(frameon=False)
+    for axes in (top, bottom):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def memory_gb(device: torch.device) -> float:
+    """Memory in use now, in 10^9 bytes: allocated on the GPU, or resident for a process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 1e9
+    return _process_status("VmRSS")
+
+
+def peak_gb(device: torch.device) -> float:
+    """The most memory in use since `reset_peak`, in 10^9 bytes, counted as `memory_gb` does."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return _process_status("VmHWM")
+
+
+def reset_peak(device: torch.device) -> None:
+    """Count the peak from here on, where the system can (CUDA, Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        with contextlib.suppress(OSError):  # a container may forbid it; the peak then counts from the process's start
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def _process_status(key: str) -> float:
+    """A size of this process from the kernel, in 10^9 bytes; on systems without /proc, the peak for either key."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        kibibytes = next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+        return kibibytes * 1024 / 1e9
+    except (OSError, StopIteration):
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -1,0 +1,735 @@
+"""One contract, run on every engine: each case trains something small and returns numbers that a test can judge.
+
+Every case compares with an independent reference (one float64 big batch, or arithmetic by hand). It runs in one process
+or in each of several, and must not know in how many: B and K are given for the effective batch it names.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from accum_trainer import Accumulator, causal_lm_loss
+from accum_trainer.window_plan import global_order, windows_of
+from tests.reference import IGNORE, big_batch, make_model, make_rows, num_targets, pad, relative_error
+
+CASES: dict[str, Callable[[], dict[str, Any]]] = {}
+
+
+def case(function: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    CASES[function.__name__] = function
+    return function
+
+
+def world_size() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def accumulator(micro_batch_size: int, **options: Any) -> Accumulator:
+    return Accumulator(
+        micro_batch_size=micro_batch_size, **({} if "accelerator" in options else {"cpu": True}), **options
+    )
+
+
+class Probe:
+    """A model under an optimizer whose gradient is seen at the moment of the step."""
+
+    def __init__(self, acc: Accumulator, model: torch.nn.Module, lr: float = 0.1, schedule: Any = None) -> None:
+        self.acc, self.plain = acc, model
+        sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
+        self.stepped: list[dict[str, torch.Tensor]] = []
+        sgd.register_step_pre_hook(lambda *_: self.stepped.append(self.gradient()))
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(sgd, schedule) if schedule else None
+        self.model, self.optimizer = acc.prepare(model, sgd)
+
+    def gradient(self) -> dict[str, torch.Tensor]:
+        return {n: p.grad.detach().clone() for n, p in self.plain.named_parameters() if p.grad is not None}
+
+    def weights(self) -> list[torch.Tensor]:
+        return [p.detach().clone() for p in self.plain.parameters()]
+
+
+def summed(model: torch.nn.Module, batch: dict) -> tuple[torch.Tensor, str]:
+    return causal_lm_loss(model, batch), "sum"
+
+
+def models_own_mean(model: torch.nn.Module, batch: dict) -> tuple[torch.Tensor, str]:
+    return model(**batch).loss, "mean"
+
+
+def compare(probe: Probe, windows: Any, expected: list[list[dict]], loss: Any = summed) -> dict[str, Any]:
+    """Run one epoch; compare each update with the float64 big batch of the rows it should have seen."""
+    errors, loss_errors, sizes = [], [], []
+    for window, rows in zip(windows, expected, strict=True):
+        exact_loss, exact = big_batch(probe.plain, rows)
+        for batch in window:
+            with probe.acc.accumulate(probe.model):
+                value, reduction = loss(probe.model, batch)
+                probe.acc.backward(value, reduction=reduction)
+        update = probe.acc.step(probe.optimizer)
+        errors.append(relative_error(probe.stepped[-1], exact))
+        loss_errors.append(abs(update.loss - exact_loss) / exact_loss)
+        sizes.append([update.num_samples, len(rows), update.num_targets, num_targets(rows)])
+    return {"errors": errors, "loss_errors": loss_errors, "sizes": sizes}
+
+
+def planned(rows: list[dict], batch: int, epoch: int = 0) -> list[list[dict]]:
+    return [[rows[i] for i in window] for window in windows_of(global_order(len(rows), 0, epoch), batch)]
+
+
+def lengths(rows: list[dict]) -> np.ndarray:
+    return np.array([len(row["input_ids"]) for row in rows])
+
+
+# --- exactness: 37 rows divide by nothing, three have no target ---
+
+
+def _planned_case(kind: str, **options: Any) -> dict[str, Any]:
+    rows = make_rows(37, all_masked=(3, 4, 8))
+    acc = accumulator(3, global_batch_size=12, **options)
+    probe = Probe(acc, make_model(kind))
+    windows = acc.windows(rows, collate_fn=pad, lengths=lengths(rows))
+    return compare(probe, windows, planned(rows, 12)) | {"length": len(windows)}
+
+
+@case
+def planned_llama() -> dict[str, Any]:
+    return _planned_case("llama")
+
+
+@case
+def planned_gpt2() -> dict[str, Any]:
+    return _planned_case("gpt2")
+
+
+@case
+def planned_lora() -> dict[str, Any]:
+    return _planned_case("lora")
+
+
+@case
+def planned_every_microbatch() -> dict[str, Any]:
+    return _planned_case("llama", grad_sync="every-microbatch")
+
+
+@case
+def planned_checkpointing() -> dict[str, Any]:
+    rows = make_rows(37, all_masked=(3, 4, 8))
+    model = make_model("llama")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    acc = accumulator(3, global_batch_size=12)
+    probe = Probe(acc, model.train())
+    return compare(probe, acc.windows(rows, collate_fn=pad), planned(rows, 12))
+
+
+@case
+def planned_with_workers() -> dict[str, Any]:
+    rows = make_rows(37)
+    acc = accumulator(3, global_batch_size=12)
+    probe = Probe(acc, make_model("llama"))
+    return compare(probe, acc.windows(rows, collate_fn=pad, num_workers=1), planned(rows, 12))
+
+
+def _loader_case(kind: str, loss: Any, rows: list[dict]) -> dict[str, Any]:
+    acc = accumulator(3, global_batch_size=12)
+    probe = Probe(acc, make_model(kind))
+    loader = DataLoader(rows, batch_size=3, collate_fn=pad)
+    expected = [rows[begin : begin + 12] for begin in range(0, len(rows), 12)]
+    return compare(probe, acc.windows(loader), expected, loss)
+
+
+@case
+def loader_llama_own_mean() -> dict[str, Any]:
+    # Rows 6 to 8 are one micro-batch without a target, whose own mean is nan; 35 rows leave an odd tail.
+    return _loader_case("llama", models_own_mean, make_rows(35, all_masked=(6, 7, 8)))
+
+
+@case
+def loader_lora_own_mean() -> dict[str, Any]:
+    return _loader_case("lora", models_own_mean, make_rows(35, all_masked=(6, 7, 8)))
+
+
+@case
+def loader_gpt2_sum() -> dict[str, Any]:
+    return _loader_case("gpt2", summed, make_rows(35, all_masked=(6, 7, 8)))
+
+
+@case
+def loader_shuffled_every_sample_once() -> dict[str, Any]:
+    rows = [{"input_ids": [1, 2 + i], "labels": [1, 2 + i]} for i in range(35)]
+    acc = accumulator(3, global_batch_size=12)
+    probe = Probe(acc, make_model("llama"))
+    torch.manual_seed(rank())  # ranks whose own seeds differ still agree on the order
+    windows = acc.windows(DataLoader(rows, batch_size=3, shuffle=True, collate_fn=pad))
+    orders = []
+    for _ in range(2):
+        seen: list[int] = []
+        for window in windows:
+            for batch in window:
+                with acc.accumulate(probe.model):
+                    acc.backward(causal_lm_loss(probe.model, batch))
+                seen += (batch["input_ids"][:, 1] - 2).tolist()
+            acc.step(probe.optimizer)
+        orders.append([index for part in acc.engine.gather_objects(seen) for index in part])
+    return {"orders": orders}
+
+
+@case
+def stream_unsized() -> dict[str, Any]:
+    """Ranks hold different numbers of batches of different sizes, and end in the middle of a window."""
+    rows = make_rows(41)
+    per_rank = [rows] if world_size() == 1 else [rows[:26], rows[26:]]
+
+    def batches(of: int) -> Iterator[list[dict]]:
+        mine = per_rank[of]
+        for begin in range(0, len(mine), 3):
+            yield mine[begin : begin + 3]
+
+    acc = accumulator(3, gradient_accumulation_steps=4 // world_size())
+    probe = Probe(acc, make_model("llama"))
+    expected: list[list[dict]] = []
+    k = acc.plan.gradient_accumulation_steps
+    for of in range(world_size()):
+        for index, batch in enumerate(batches(of)):
+            while len(expected) <= index // k:
+                expected.append([])
+            expected[index // k] += batch
+    windows = acc.windows(pad(batch) for batch in batches(rank()))
+    return compare(probe, windows, expected) | {"gradients_left": len(probe.gradient())}
+
+
+@case
+def own_accelerator_with_k() -> dict[str, Any]:
+    """The user's Accelerator divides by its own K as well; the weights cancel it, in tails too."""
+    from accelerate import Accelerator
+
+    rows = make_rows(37)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4 // world_size())
+    acc = accumulator(3, accelerator=accelerator)
+    probe = Probe(acc, make_model("llama"))
+    return compare(probe, acc.windows(rows, collate_fn=pad), planned(rows, 12)) | {
+        "k": acc.plan.gradient_accumulation_steps
+    }
+
+
+# --- losses ---
+
+
+@case
+def i2_three_against_three_hundred() -> dict[str, Any]:
+    few = {"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}
+    ids = np.random.RandomState(0).randint(1, 97, 301).tolist()
+    rows = [few, {"input_ids": ids, "labels": ids}]
+    acc = accumulator(1, global_batch_size=2)
+    probe = Probe(acc, make_model("llama"))
+    return compare(probe, acc.windows(rows, collate_fn=pad, shuffle=False), [rows])
+
+
+class SwallowsKwargs(torch.nn.Module):
+    """A model that takes **kwargs and averages by its own idea, whatever `num_items_in_batch` it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = make_model("llama")
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return self.inner(input_ids=input_ids, attention_mask=kwargs["attention_mask"], labels=labels).loss
+
+
+@case
+def i3_kwargs_model_has_one_norm() -> dict[str, Any]:
+    rows = make_rows(8)
+    norms = []
+    for k in (1, 8 // world_size()):
+        acc = accumulator(8 // world_size() // k, gradient_accumulation_steps=k)
+        probe = Probe(acc, SwallowsKwargs())
+        for window in acc.windows(rows, collate_fn=pad):
+            for batch in window:
+                with acc.accumulate(probe.model):
+                    acc.backward(probe.model(**batch), reduction="mean")
+            norms.append(acc.step(probe.optimizer).grad_norm)
+    exact = big_batch(make_model("llama"), rows)[1]
+    return {"norms": norms, "exact": sum((g**2).sum().item() for g in exact.values()) ** 0.5}
+
+
+def _regression(loss: Callable[[torch.Tensor], tuple[torch.Tensor, str]]) -> dict[str, Any]:
+    """Squared error of y = x.w over 13 samples at B_eff 8: the gradient by hand, in float64."""
+    x = torch.randn(13, 3, generator=torch.Generator().manual_seed(1))
+    y = torch.randn(13, generator=torch.Generator().manual_seed(2))
+    data = torch.utils.data.TensorDataset(x, y)
+    acc = accumulator(2, global_batch_size=8)
+    model = torch.nn.Linear(3, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(0.5)
+    probe = Probe(acc, model)
+    errors = []
+    windows = acc.windows(data, count_targets=lambda batch: len(batch[1]))
+    for window, indices in zip(windows, windows_of(global_order(13, 0, 0), 8), strict=True):
+        wx, wy = x[indices].double(), y[indices].double()
+        exact = 2 * ((wx @ model.weight.detach().double().T).squeeze(1) - wy) @ wx / len(indices)
+        for bx, by in window:
+            with acc.accumulate(probe.model):
+                value, reduction = loss((probe.model(bx).squeeze(1) - by) ** 2)
+                acc.backward(value, reduction=reduction)
+        acc.step(probe.optimizer)
+        errors.append(((probe.stepped[-1]["weight"][0].double() - exact).norm() / exact.norm()).item())
+    return {"errors": errors}
+
+
+@case
+def i4_own_loss_as_sum() -> dict[str, Any]:
+    return _regression(lambda squares: (squares.sum(), "sum"))
+
+
+@case
+def i4_own_loss_as_mean() -> dict[str, Any]:
+    return _regression(lambda squares: (squares.mean(), "mean"))
+
+
+@case
+def i8_sum_of_weights_is_the_denominator() -> dict[str, Any]:
+    """Loss sum(w_i * v * x_i) / sum(w_i) has the gradient sum(w_i x_i) / sum(w_i): by hand."""
+    x, w = torch.arange(1.0, 11.0), torch.linspace(0.1, 1.9, 10)
+    acc = accumulator(1, global_batch_size=4)
+    model = torch.nn.Linear(1, 1, bias=False)
+    probe = Probe(acc, model)
+    found, exact = [], []
+    windows = acc.windows(
+        torch.utils.data.TensorDataset(x, w), shuffle=False, count_targets=lambda batch: float(batch[1].double().sum())
+    )
+    for begin, window in zip((0, 4, 8), windows, strict=True):
+        for bx, bw in window:
+            with acc.accumulate(probe.model):
+                acc.backward((bw * probe.model(bx.unsqueeze(1)).squeeze(1)).sum())
+        acc.step(probe.optimizer)
+        found.append(probe.stepped[-1]["weight"].item())
+        wx, ww = x[begin : begin + 4].double(), w[begin : begin + 4].double()
+        exact.append(((wx * ww).sum() / ww.sum()).item())
+    return {"found": found, "exact": exact}
+
+
+@case
+def i5_splits_log_the_same_loss() -> dict[str, Any]:
+    rows, curves = make_rows(40), []
+    for micro in (8, 4, 2, 1):
+        if micro * world_size() > 8:
+            continue
+        acc = accumulator(micro, global_batch_size=8)
+        probe = Probe(acc, make_model("llama"))
+        curves.append([])
+        for window in acc.windows(rows, collate_fn=pad, lengths=lengths(rows)):
+            for batch in window:
+                with acc.accumulate(probe.model):
+                    acc.backward(causal_lm_loss(probe.model, batch))
+            curves[-1].append(acc.step(probe.optimizer).loss)
+    return {"curves": curves}
+
+
+@case
+def i10_no_target_anywhere() -> dict[str, Any]:
+    """Windows of 4: the first has targets on one row only, the second none at all, the third is ordinary."""
+    rows = make_rows(12, all_masked=(0, 1, 2, 4, 5, 6, 7))
+    acc = accumulator(1, global_batch_size=4)
+    probe = Probe(acc, make_model("llama"), schedule=lambda update: 1 / (1 + update))
+    scheduler = acc.prepare(probe.scheduler)
+    results = []
+    exact = []
+    for index, window in enumerate(acc.windows(rows, collate_fn=pad, shuffle=False)):
+        before = probe.weights()
+        exact.append(None if index == 1 else big_batch(probe.plain, rows[index * 4 : index * 4 + 4])[1])
+        for batch in window:
+            with acc.accumulate(probe.model):
+                acc.backward(probe.model(**batch).loss, reduction="mean")
+        update = acc.step(probe.optimizer, scheduler)
+        unchanged = all(torch.equal(a, b) for a, b in zip(before, probe.weights(), strict=True))
+        lr = probe.optimizer.param_groups[0]["lr"]
+        results.append([update.step, update.skipped, update.reason, unchanged, lr, len(probe.gradient())])
+    errors = [relative_error(g, e) for g, e in zip(probe.stepped, [exact[0], exact[2]], strict=True)]
+    return {"results": results, "errors": errors}
+
+
+# --- windows ---
+
+
+class Slope(torch.nn.Module):
+    """Output w * x: the gradient of the summed output is the sum of x, so a person can compute it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w * x
+
+
+def _slope(values: list[float], order: list[int] | None = None, **options: Any) -> tuple[Probe, list[Any]]:
+    """Train Slope on batches of one value each, window by window of B_eff = 4."""
+    acc = accumulator(1, global_batch_size=4, **options)
+    probe = Probe(acc, Slope())
+    data = torch.tensor(values)[order] if order else torch.tensor(values)
+    updates = []
+    for window in acc.windows(DataLoader(data, batch_size=1), count_targets=len):
+        for x in window:
+            with acc.accumulate(probe.model):
+                acc.backward(probe.model(x).sum())
+        updates.append(acc.step(probe.optimizer))
+    return probe, updates
+
+
+@case
+def i13_tail_window_is_the_mean_of_its_own() -> dict[str, Any]:
+    probe, updates = _slope([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    return {"gradients": [g["w"].item() for g in probe.stepped], "samples": [u.num_samples for u in updates]}
+
+
+@case
+def i17_odd_counts_every_sample_once() -> dict[str, Any]:
+    """11 samples at B_eff 4: means 2.5, 6.5, 10; the tail of 3 leaves ranks unequal."""
+    probe, updates = _slope([float(v) for v in range(1, 12)])
+    return {"gradients": [g["w"].item() for g in probe.stepped], "samples": [u.num_samples for u in updates]}
+
+
+@case
+def i17_rank_without_a_sample() -> dict[str, Any]:
+    probe, updates = _slope([1.0, 2.0, 3.0, 4.0, 7.0])
+    return {"gradients": [g["w"].item() for g in probe.stepped], "samples": [u.num_samples for u in updates]}
+
+
+@case
+def i19_constant_gradient_is_one() -> dict[str, Any]:
+    return {
+        f"{policy} K={k}": [g["w"].item() for g in _constant(policy, k).stepped]
+        for policy in ("once-per-window", "every-microbatch")
+        for k in (1, 3, 8)
+    }
+
+
+def _constant(policy: str, k: int) -> Probe:
+    acc = accumulator(2, gradient_accumulation_steps=k, grad_sync=policy)
+    probe = Probe(acc, Slope())
+    for window in acc.windows(DataLoader(torch.ones(37), batch_size=2), count_targets=len):
+        for x in window:
+            with acc.accumulate(probe.model):
+                acc.backward(probe.model(x).sum())
+        acc.step(probe.optimizer)
+    return probe
+
+
+@case
+def i14_gradients_empty_at_every_window() -> dict[str, Any]:
+    rows = make_rows(22)
+    acc = accumulator(2, global_batch_size=8)
+    probe = Probe(acc, make_model("llama"))
+    left = []
+    windows = acc.windows(rows, collate_fn=pad)
+    for _ in range(2):
+        for window in windows:
+            left.append(len(probe.gradient()))
+            for batch in window:
+                with acc.accumulate(probe.model):
+                    acc.backward(causal_lm_loss(probe.model, batch))
+            acc.step(probe.optimizer)
+    return {"left": left, "updates": acc.num_updates, "epoch": windows.epoch}
+
+
+def _with_scaler(**options: Any) -> tuple[Accumulator, torch.amp.GradScaler]:
+    """An Accumulator under fp16's loss scaler; the scaler runs on the CPU too, accelerate just never makes one there."""
+    from accelerate import Accelerator
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = scaler
+    return accumulator(2, global_batch_size=8, accelerator=accelerator, **options), scaler
+
+
+@case
+def i15_scaler_two_epochs() -> dict[str, Any]:
+    rows = make_rows(22)
+    acc, scaler = _with_scaler()
+    probe = Probe(acc, make_model("llama"))
+    windows = acc.windows(rows, collate_fn=pad)
+    scales, errors = [], []
+    for epoch in range(2):
+        for window, expected in zip(windows, planned(rows, 8, epoch), strict=True):
+            exact = big_batch(probe.plain, expected)[1]
+            for batch in window:
+                with acc.accumulate(probe.model):
+                    acc.backward(causal_lm_loss(probe.model, batch))
+            acc.step(probe.optimizer)
+            errors.append(relative_error(probe.stepped[-1], exact))
+            scales.append(scaler.get_scale())
+    return {"scales": scales, "errors": errors, "updates": acc.num_updates}
+
+
+@case
+def i16_consumed_as_planned_and_equal_exchanges() -> dict[str, Any]:
+    rows = make_rows(45)
+    acc = accumulator(2, global_batch_size=8)
+    probe = Probe(acc, make_model("llama"))
+    exchanged = _count_exchanges(probe)
+    gathers = []
+    gather = acc.engine.gather
+    acc.engine.gather = lambda values: gathers.append(len(values)) or gather(values)  # type: ignore[method-assign]
+    ran = planned_batches = 0
+    for window in acc.windows(rows, collate_fn=pad, lengths=lengths(rows)):
+        planned_batches += window.num_micro_batches
+        for batch in window:
+            ran += 1
+            with acc.accumulate(probe.model):
+                acc.backward(causal_lm_loss(probe.model, batch))
+        acc.step(probe.optimizer)
+    return {
+        "ran": int(acc.engine.gather_objects(ran) and sum(acc.engine.gather_objects(ran))),
+        "planned": planned_batches,
+        "gathers": acc.engine.gather_objects(gathers),
+        "exchanged": acc.engine.gather_objects(exchanged),
+        "updates": acc.num_updates,
+    }
+
+
+def _count_exchanges(probe: Probe) -> list[int]:
+    """Have DDP note the numbers in each bucket it reduces; stays empty where nothing is exchanged."""
+    exchanged: list[int] = []
+    if isinstance(probe.model, torch.nn.parallel.DistributedDataParallel):
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+        def hook(state, bucket):  # DDP refuses annotations that are text
+            exchanged.append(bucket.buffer().numel())
+            return allreduce_hook(None, bucket)
+
+        probe.model.register_comm_hook(None, hook)
+    return exchanged
+
+
+@case
+def exchanges_per_window() -> dict[str, Any]:
+    """Numbers exchanged in each window, as multiples of the trained parameters, for each policy and K."""
+    result = {}
+    for policy in ("once-per-window", "every-microbatch"):
+        for k in (1, 2, 8):
+            acc = accumulator(1, gradient_accumulation_steps=k, grad_sync=policy)
+            probe = Probe(acc, make_model("llama"))
+            exchanged = _count_exchanges(probe)
+            trained = sum(p.numel() for p in probe.plain.parameters() if p.requires_grad)
+            per_window = []
+            for window in acc.windows(make_rows(3 * k * world_size()), collate_fn=pad):
+                before = sum(exchanged)
+                for batch in window:
+                    with acc.accumulate(probe.model):
+                        acc.backward(causal_lm_loss(probe.model, batch))
+                acc.step(probe.optimizer)
+                per_window.append((sum(exchanged) - before) / trained)
+            result[f"{policy} K={k}"] = per_window
+    return result
+
+
+@case
+def i21_order_of_micro_batches_does_not_matter() -> dict[str, Any]:
+    rows = make_rows(16)
+    gradients = []
+    for seed in range(3):
+        order = np.random.RandomState(seed).permutation(16)
+        acc = accumulator(2, global_batch_size=16)
+        probe = Probe(acc, make_model("llama"))
+        loader = DataLoader([rows[i] for i in order], batch_size=2, collate_fn=pad)
+        for window in acc.windows(loader):
+            for batch in window:
+                with acc.accumulate(probe.model):
+                    acc.backward(causal_lm_loss(probe.model, batch))
+            acc.step(probe.optimizer)
+        gradients.append(probe.stepped[-1])
+    exact = {name: g.double() for name, g in gradients[0].items()}
+    return {"errors": [relative_error(g, exact) for g in gradients[1:]]}
+
+
+# --- the step ---
+
+
+@case
+def i31_one_clip_of_the_averaged_gradient() -> dict[str, Any]:
+    rows, results = make_rows(16), []
+    exact = big_batch(make_model("llama"), rows)[1]
+    norm = sum((g**2).sum().item() for g in exact.values()) ** 0.5
+    limit = norm / 3
+    clipped = {name: g * (limit / norm) for name, g in exact.items()}
+    for micro in (8, 4, 1):
+        acc = accumulator(micro, global_batch_size=16, max_grad_norm=limit)
+        probe = Probe(acc, make_model("llama"))
+        for window in acc.windows(rows, collate_fn=pad):
+            for batch in window:
+                with acc.accumulate(probe.model):
+                    acc.backward(causal_lm_loss(probe.model, batch))
+            update = acc.step(probe.optimizer)
+        results.append([relative_error(probe.stepped[-1], clipped), abs(update.grad_norm - norm) / norm])
+    return {"results": results, "norm": norm}
+
+
+@case
+def i32_lr_knows_updates_only() -> dict[str, Any]:
+    """The lr after each update, with the step of the scheduler after every micro-batch, as Accelerate loops have it."""
+    curves = []
+    for micro in (4, 1):
+        acc = accumulator(micro, global_batch_size=8)
+        probe = Probe(acc, make_model("llama"), lr=1.0, schedule=lambda update: 1 / (1 + update))
+        scheduler = acc.prepare(probe.scheduler)
+        curve = []
+        for batch in acc.batches(make_rows(27), collate_fn=pad):
+            with acc.accumulate(probe.model):
+                acc.backward(causal_lm_loss(probe.model, batch))
+            probe.optimizer.step()
+            scheduler.step()
+            probe.optimizer.zero_grad()
+            if acc.last_update is not None and acc.last_update.step > len(curve):
+                curve.append(scheduler.get_last_lr()[0])
+        curves.append(curve)
+    return {"curves": curves}
+
+
+def _inject(acc: Accumulator) -> dict[str, Any]:
+    """The second of four windows meets an inf on the last rank only."""
+    rows = make_rows(32)
+    probe = Probe(acc, make_model("llama"), schedule=lambda update: 1 / (1 + update))
+    scheduler = acc.prepare(probe.scheduler)
+    results = []
+    for index, window in enumerate(acc.windows(rows, collate_fn=pad, shuffle=False)):
+        before, lr = probe.weights(), scheduler.get_last_lr()[0]
+        for number, batch in enumerate(window):
+            with acc.accumulate(probe.model):
+                bad = index == 1 and number == 0 and rank() == world_size() - 1
+                acc.backward(causal_lm_loss(probe.model, batch) * (float("inf") if bad else 1.0))
+        update = acc.step(probe.optimizer, scheduler)
+        results.append(
+            {
+                "unchanged": all(torch.equal(a, b) for a, b in zip(before, probe.weights(), strict=True)),
+                "lr_unchanged": lr == scheduler.get_last_lr()[0],
+                "step": update.step,
+                "reason": update.reason,
+                "gradients_left": len(probe.gradient()),
+            }
+        )
+    return {"windows": results}
+
+
+@case
+def i33_inf_is_dropped_everywhere() -> dict[str, Any]:
+    return _inject(accumulator(2, global_batch_size=8, max_grad_norm=1.0))
+
+
+@case
+def i33_inf_is_dropped_everywhere_under_a_scaler() -> dict[str, Any]:
+    acc, scaler = _with_scaler(max_grad_norm=1.0)
+    return _inject(acc) | {"scale": scaler.get_scale()}
+
+
+@case
+def i36_fifty_updates() -> dict[str, Any]:
+    rows = make_rows(16 * 10 + 5)
+    curves = {}
+    for micro in (16, 4) if world_size() == 1 else (2, 1):
+        acc = accumulator(micro, global_batch_size=16, max_grad_norm=1.0)
+        model = make_model("llama")
+        adam = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        prepared, optimizer = acc.prepare(model, adam)
+        windows = acc.windows(rows, collate_fn=pad, lengths=lengths(rows))
+        losses: list[float] = []
+        while len(losses) < 50:
+            for window in windows:
+                for batch in window:
+                    with acc.accumulate(prepared):
+                        acc.backward(causal_lm_loss(prepared, batch))
+                losses.append(acc.step(optimizer).loss)
+                if len(losses) == 50:
+                    break
+        curves[f"B={micro} K={acc.plan.gradient_accumulation_steps} W={world_size()}"] = losses
+    return {"curves": curves}
+
+
+# --- loops that exist already ---
+
+
+@case
+def loop_of_accelerate_gives_the_same_weights() -> dict[str, Any]:
+    """The windows loop, the micro-batch loop, and the micro-batch loop with everything prepared by accelerate."""
+    from accelerate import Accelerator
+
+    rows = make_rows(35)
+    final = []
+    for style in ("windows", "batches", "accelerate"):
+        accelerator = Accelerator(cpu=True)
+        acc = accumulator(3, global_batch_size=12, accelerator=accelerator)
+        model = make_model("llama")
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        loader = DataLoader(rows, batch_size=3, collate_fn=pad)
+        prepare = accelerator.prepare if style == "accelerate" else acc.prepare
+        prepared, optimizer = prepare(model, sgd)
+        if style == "windows":
+            for window in acc.windows(loader):
+                for batch in window:
+                    with acc.accumulate(prepared):
+                        acc.backward(prepared(**batch).loss, reduction="mean")
+                acc.step(optimizer)
+        else:
+            for batch in acc.batches(loader):
+                with acc.accumulate(prepared):
+                    acc.backward(prepared(**batch).loss, reduction="mean")
+                optimizer.step()
+                optimizer.zero_grad()
+        final.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    reference = {name: p.double() for name, p in final[0].items()}
+    start = {n: p.double() for n, p in make_model("llama").named_parameters()}
+    return {
+        "moved": relative_error(start, reference),
+        "errors": [relative_error(weights, reference) for weights in final[1:]],
+    }
+
+
+@case
+def loader_sharded_by_accelerate_is_taken_as_it_is() -> dict[str, Any]:
+    from accelerate import Accelerator
+
+    rows = make_rows(24)
+    accelerator = Accelerator(cpu=True)
+    acc = accumulator(3, global_batch_size=12, accelerator=accelerator)
+    loader = accelerator.prepare(DataLoader(rows, batch_size=3, collate_fn=pad))
+    probe = Probe(acc, make_model("llama"))
+    return compare(probe, acc.windows(loader), [rows[:12], rows[12:]])
+
+
+@case
+def position_survives_another_world() -> dict[str, Any]:
+    """Stop after two windows, continue from the saved position: the rest of the epoch, then the next."""
+    rows = make_rows(30)
+    acc = accumulator(2, global_batch_size=8)
+    probe = Probe(acc, make_model("llama"))
+    first = acc.windows(rows, collate_fn=pad)
+    for count, window in enumerate(first, start=1):
+        for batch in window:
+            with acc.accumulate(probe.model):
+                acc.backward(causal_lm_loss(probe.model, batch))
+        acc.step(probe.optimizer)
+        if count == 2:
+            break
+    state = copy.deepcopy(first.state_dict())
+    second = acc.windows(rows, collate_fn=pad)
+    second.load_state_dict(state)
+    rest = compare(probe, second, planned(rows, 8)[2:])
+    following = compare(probe, second, planned(rows, 8, epoch=1))
+    return {"state": state, "errors": rest["errors"] + following["errors"]}
+
+
+@case
+def masked_prompt_of_first_label_is_not_counted() -> dict[str, Any]:
+    """A row whose only label stands on its first token has no target: nothing predicts a first token."""
+    rows = make_rows(7) + [{"input_ids": [5, 6, 7], "labels": [5, IGNORE, IGNORE]}]
+    acc = accumulator(2, global_batch_size=8)
+    probe = Probe(acc, make_model("gpt2"))
+    return compare(probe, acc.windows(rows, collate_fn=pad), [rows])

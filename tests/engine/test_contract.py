@@ -1,0 +1,207 @@
+"""The contract that every engine holds. Tolerance: relative 2e-6 against one float64 big batch (one float32 big batch is
+itself up to 9e-7 off)."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+EXACT = 2e-6
+
+COMPARED = {
+    "planned_llama": 4,
+    "planned_gpt2": 4,
+    "planned_lora": 4,
+    "planned_every_microbatch": 4,
+    "planned_checkpointing": 4,
+    "planned_with_workers": 4,
+    "loader_llama_own_mean": 3,
+    "loader_lora_own_mean": 3,
+    "loader_gpt2_sum": 3,
+    "own_accelerator_with_k": 4,
+    "loader_sharded_by_accelerate_is_taken_as_it_is": 2,
+}
+
+
+def assert_exact(result, updates=None):
+    assert updates is None or len(result["errors"]) == updates
+    assert all(error <= EXACT for error in result["errors"]), result["errors"]
+    assert all(error <= EXACT for error in result["loss_errors"]), result["loss_errors"]
+    for samples, expected_samples, targets, expected_targets in result["sizes"]:
+        assert (samples, targets) == (expected_samples, expected_targets)
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_i1_i35_ragged_windows_and_their_loss_are_one_big_batch(case, name):
+    for result in case(name):
+        assert_exact(result, COMPARED[name])
+
+
+def test_i2_three_against_three_hundred_targets(case):
+    for result in case("i2_three_against_three_hundred"):
+        assert result["sizes"] == [[2, 2, 303, 303]]
+        assert_exact(result, 1)
+
+
+def test_i3_kwargs_swallowing_model_has_one_norm_at_any_k(case):
+    for result in case("i3_kwargs_model_has_one_norm"):
+        assert result["norms"] == pytest.approx([result["exact"]] * 2, rel=EXACT)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_i4_users_own_loss(case, reduction):
+    for result in case(f"i4_own_loss_as_{reduction}"):
+        assert len(result["errors"]) == 2
+        assert all(error <= EXACT for error in result["errors"])
+
+
+def test_i5_logged_loss_does_not_depend_on_the_split(case, world_size):
+    for result in case("i5_splits_log_the_same_loss"):
+        assert len(result["curves"]) == (4 if world_size == 1 else 3)
+        for curve in result["curves"][1:]:
+            assert curve == pytest.approx(result["curves"][0], rel=EXACT)
+
+
+def test_i6_first_label_of_a_padded_row_is_not_counted(case):
+    for result in case("masked_prompt_of_first_label_is_not_counted"):
+        assert_exact(result, 1)
+
+
+def test_i8_sum_of_weights_is_the_denominator(case):
+    for result in case("i8_sum_of_weights_is_the_denominator"):
+        assert result["found"] == pytest.approx(result["exact"], rel=EXACT)
+
+
+def test_i10_no_target_in_micro_batch_rank_or_window(case):
+    for result in case("i10_no_target_anywhere"):
+        assert all(error <= EXACT for error in result["errors"])
+        first, empty, third = result["results"]
+        assert first == [1, False, "", False, 0.1 / 2, 0]
+        assert empty == [1, True, "empty", True, 0.1 / 2, 0]
+        assert third == [2, False, "", False, pytest.approx(0.1 / 3), 0]
+
+
+def test_i13_tail_window_of_two_is_the_mean_of_two(case):
+    for result in case("i13_tail_window_is_the_mean_of_its_own"):
+        assert result == {"gradients": [2.5, 5.5], "samples": [4, 2]}
+
+
+def test_i14_gradients_are_empty_at_every_window(case):
+    for result in case("i14_gradients_empty_at_every_window"):
+        assert result == {"left": [0] * 6, "updates": 6, "epoch": 2}
+
+
+def test_i15_scaler_updates_once_per_update_over_two_epochs(case):
+    """22 samples at B_eff 8 are 3 updates an epoch; the scale doubles after every third update."""
+    for result in case("i15_scaler_two_epochs"):
+        assert result["updates"] == 6
+        assert result["scales"] == [1024, 1024, 2048, 2048, 2048, 4096]
+        assert all(error <= EXACT for error in result["errors"])
+
+
+def test_i16_consumed_is_planned_and_exchanges_are_equal(case, world_size):
+    for result in case("i16_consumed_as_planned_and_equal_exchanges"):
+        assert result["ran"] == result["planned"] == 23
+        assert result["updates"] == 6
+        assert all(gathers == result["gathers"][0] for gathers in result["gathers"])
+        assert all(buckets == result["exchanged"][0] for buckets in result["exchanged"])
+        assert len(result["exchanged"][0]) == (0 if world_size == 1 else 6)
+
+
+def test_i17_every_sample_once_whatever_divides(case):
+    for result in case("i17_odd_counts_every_sample_once"):
+        assert result == {"gradients": [2.5, 6.5, 10.0], "samples": [4, 4, 3]}
+
+
+def test_i17_rank_without_a_sample(case):
+    for result in case("i17_rank_without_a_sample"):
+        assert result == {"gradients": [2.5, 7.0], "samples": [4, 1]}
+
+
+def test_i17_shuffled_loader_deals_every_sample_once_to_ranks_with_other_seeds(case):
+    for result in case("loader_shuffled_every_sample_once"):
+        first, second = result["orders"]
+        assert sorted(first) == sorted(second) == list(range(35))
+        assert first != second
+
+
+def test_i17b_tail_of_an_unsized_stream_is_its_own_update(case, world_size):
+    for result in case("stream_unsized"):
+        assert_exact(result, 4 if world_size == 1 else 5)
+        assert result["gradients_left"] == 0
+
+
+def test_i19_constant_gradient_is_one_at_any_k(case):
+    for result in case("i19_constant_gradient_is_one"):
+        assert len(result) == 6
+        for gradients in result.values():
+            assert gradients == pytest.approx([1.0] * len(gradients), rel=EXACT)
+
+
+def test_i21_order_of_micro_batches_does_not_matter(case):
+    for result in case("i21_order_of_micro_batches_does_not_matter"):
+        assert len(result["errors"]) == 2
+        assert all(error <= EXACT for error in result["errors"])
+
+
+def test_i24_each_gradient_is_exchanged_once_per_window(case, world_size):
+    for result in case("exchanges_per_window"):
+        for k in (1, 2, 8):
+            once, every = (0, 0) if world_size == 1 else (1, k)
+            assert result[f"once-per-window K={k}"] == [once] * 3
+            assert result[f"every-microbatch K={k}"] == [every] * 3
+
+
+def test_i31_r6_one_clip_of_the_averaged_gradient(case):
+    """The limit is a third of the true norm; torch divides by norm + 1e-6, which is 1.7e-6 of this norm."""
+    for result in case("i31_one_clip_of_the_averaged_gradient"):
+        assert len(result["results"]) == 3
+        for gradient_error, norm_error in result["results"]:
+            assert gradient_error <= EXACT
+            assert norm_error <= EXACT
+
+
+def test_i32_r9_lr_knows_updates_only(case):
+    for result in case("i32_lr_knows_updates_only"):
+        assert result["curves"] == [[1 / 2, 1 / 3, 1 / 4, 1 / 5]] * 2
+
+
+@pytest.mark.parametrize("name", ["i33_inf_is_dropped_everywhere", "i33_inf_is_dropped_everywhere_under_a_scaler"])
+def test_i33_r7_injected_inf_changes_nothing_on_any_rank(case, name):
+    for result in case(name):
+        assert [w["step"] for w in result["windows"]] == [1, 1, 2, 3]
+        assert [w["unchanged"] for w in result["windows"]] == [False, True, False, False]
+        assert [w["lr_unchanged"] for w in result["windows"]] == [False, True, False, False]
+        assert [w["reason"] for w in result["windows"]] == ["", "non-finite", "", ""]
+        assert [w["gradients_left"] for w in result["windows"]] == [0, 0, 0, 0]
+        # 1024 halves at the inf; two good updates after it are one short of growing.
+        assert result.get("scale", 512.0) == 512.0
+
+
+_CURVES: dict[str, list[float]] = {}
+
+
+def test_i36_one_curve_for_one_effective_batch(case):
+    """Fifty updates at B_eff 16 as (B, K, W) = (16,1,1), (4,4,1), (2,4,2), (1,8,2)."""
+    for result in case("i36_fifty_updates"):
+        _CURVES.update(result["curves"])
+    reference = _CURVES["B=16 K=1 W=1"]
+    assert len(reference) == 50
+    assert reference[-1] < reference[0]
+    for curve in _CURVES.values():
+        assert curve == pytest.approx(reference, rel=1e-4)
+
+
+def test_i37_position_continues_the_same_windows(case):
+    for result in case("position_survives_another_world"):
+        assert result["state"] == {"epoch": 0, "samples_consumed": 16}
+        assert len(result["errors"]) == 2 + 4
+        assert all(error <= EXACT for error in result["errors"])
+
+
+def test_loop_of_accelerate_gives_the_weights_of_the_windows_loop(case):
+    for result in case("loop_of_accelerate_gives_the_same_weights"):
+        assert result["moved"] > 1e-3
+        assert all(error <= EXACT for error in result["errors"])
+        assert not any(math.isnan(error) for error in result["errors"])

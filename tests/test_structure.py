@@ -1,0 +1,146 @@
+"""The shape of the package: what imports what, what is public, what stays light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import accum_trainer
+
+PACKAGE = Path(accum_trainer.__file__).parent
+# A module imports only from those above it; inside a folder the same holds among its own.
+ORDER = [
+    "errors",
+    "batch_plan",
+    "window_plan",
+    "config",
+    "data",
+    "loss",
+    "model",
+    "engine",
+    "accumulator",
+    "checkpoint",
+    "records",
+    "assemble",
+    "train",
+    "cli",
+]
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def top_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of the package that a file imports, anywhere in it but under `if __name__ == "__main__"`."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test):
+            return  # being the program is not being imported
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("accum_trainer"):
+            for alias in node.names:
+                deeper = f"{node.module}.{alias.name}"
+                known = {name_of(p) for p in MODULES}
+                found.add(deeper if deeper in known else node.module)
+        if isinstance(node, ast.Import):
+            found.update(a.name for a in node.names if a.name.startswith("accum_trainer"))
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text()))
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_go_one_way(path):
+    mine = top_of(name_of(path))
+    if mine in ("__init__", "__main__"):
+        return
+    assert mine in ORDER, f"{mine} has no place in the order"
+    for other in imports_of(path):
+        theirs = top_of(other)
+        if theirs in ("__init__", mine):
+            continue
+        assert ORDER.index(theirs) < ORDER.index(mine), f"{name_of(path)} imports {other}"
+
+
+def test_no_circles_inside_a_folder():
+    graph = {name_of(path): imports_of(path) for path in MODULES}
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join([*path, module])
+        if module not in done:
+            for other in graph.get(module, ()):
+                if other not in ("accum_trainer", module):
+                    visit(other, (*path, module))
+            done.add(module)
+
+    for module in graph:
+        if module != "accum_trainer":
+            visit(module, ())
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_only_engines_know_accelerate_and_deepspeed(path):
+    if top_of(name_of(path)) == "engine":
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        assert not {name.split(".")[0] for name in names} & {"accelerate", "deepspeed"}
+
+
+def test_public_names():
+    assert sorted(accum_trainer.__all__) == [
+        "AccumTrainerError",
+        "Accumulator",
+        "BatchPlan",
+        "CheckpointError",
+        "ConfigError",
+        "DataError",
+        "EngineError",
+        "TrainConfig",
+        "Update",
+        "Window",
+        "Windows",
+        "causal_lm_loss",
+    ]
+    for name in accum_trainer.__all__:
+        assert getattr(accum_trainer, name).__doc__, f"{name} has no docstring"
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = accum_trainer.nothing
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import accum_trainer",
+        "from accum_trainer import BatchPlan, TrainConfig; BatchPlan(4, 8); TrainConfig()",
+        "from accum_trainer.cli import main; main(['--help'])",
+        "from accum_trainer.cli import main; main(['train', '--help'])",
+        "from accum_trainer.cli import main; main(['plan', '--num-samples', '100'])",
+    ],
+)
+def test_light_programs_do_not_import_torch(program):
+    heavy = "{'torch', 'accelerate', 'transformers', 'datasets', 'rich', 'matplotlib'}"
+    check = f"import atexit, sys; atexit.register(lambda: print('HEAVY', sorted({heavy} & set(sys.modules))))"
+    run = subprocess.run([sys.executable, "-c", f"{check}\n{program}"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "HEAVY []" in run.stdout
+
+
+def test_every_module_says_what_it_is():
+    for path in MODULES:
+        assert ast.get_docstring(ast.parse(path.read_text())), path
