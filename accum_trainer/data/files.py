@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -59,6 +60,8 @@ def read_file(path: str | Path) -> datasets.Dataset:
         DataError: what `check_file` refuses, content that is not of its format (with the line), or no rows.
     """
     path = check_file(path)
+    if path.suffix != ".parquet":
+        _check_utf8(path)
     import datasets
 
     try:
@@ -74,14 +77,19 @@ def read_file(path: str | Path) -> datasets.Dataset:
     return rows
 
 
+def _check_utf8(path: Path) -> None:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                decoder.decode(line)
+            except UnicodeDecodeError as bad:
+                raise DataError(f"data file {path} line {number} is not UTF-8 text: {bad.reason}") from None
+
+
 def _unreadable(path: Path, error: Exception) -> str:
     """Say what is wrong with a file that `datasets` gave up on; it does not say where."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as bad:
-        if path.suffix != ".parquet":
-            return f"data file {path} is not UTF-8 text: {bad.reason} at byte {bad.start}"
-        text = ""
+    text = "" if path.suffix == ".parquet" else path.read_text(encoding="utf-8-sig")
     if path.suffix == ".jsonl":
         for number, line in enumerate(text.splitlines(), start=1):
             try:

@@ -729,7 +729,7 @@ def position_survives_another_world() -> dict[str, Any]:
 @case
 def masked_prompt_of_first_label_is_not_counted() -> dict[str, Any]:
     """A row whose only label stands on its first token has no target: nothing predicts a first token."""
-    rows = make_rows(7) + [{"input_ids": [5, 6, 7], "labels": [5, IGNORE, IGNORE]}]
+    rows = [*make_rows(7), {"input_ids": [5, 6, 7], "labels": [5, IGNORE, IGNORE]}]
     acc = accumulator(2, global_batch_size=8)
     probe = Probe(acc, make_model("gpt2"))
     return compare(probe, acc.windows(rows, collate_fn=pad), [rows])

@@ -1,0 +1,86 @@
+"""`command(...)`: run `accum-trainer` in a process of its own and see its status, output and files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from tests.launching import ROOT, environment
+
+
+@dataclass
+class Finished:
+    status: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line of error; fails where there is not exactly one, or a traceback."""
+        assert "Traceback" not in self.err, self.err
+        lines = [line for line in self.err.splitlines() if line.lower().startswith("error")]
+        assert len(lines) == 1, self.err
+        return lines[0]
+
+
+@pytest.fixture(scope="session")
+def _forkserver():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.end_to_end.forkserver"],
+        cwd=ROOT,
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    yield process
+    process.stdin.close()
+    process.wait()
+
+
+@pytest.fixture
+def command(_forkserver, tmp_path_factory):
+    logs = tmp_path_factory.mktemp("logs")
+
+    def run(*argv, cwd, kill=None, **env) -> Finished:
+        request = {
+            "argv": [str(part) for part in argv],
+            "cwd": str(cwd),
+            "env": {name: str(value) for name, value in env.items()},
+            "out": str(logs / "out"),
+            "err": str(logs / "err"),
+            "kill": kill,
+        }
+        _forkserver.stdin.write(json.dumps(request) + "\n")
+        _forkserver.stdin.flush()
+        status = json.loads(_forkserver.stdout.readline())["status"]
+        return Finished(status, (logs / "out").read_text(), (logs / "err").read_text())
+
+    return run
+
+
+@pytest.fixture
+def train(command, tmp_path):
+    """Run `accum-trainer train` on the embedded default on the CPU, in an empty folder."""
+
+    def run(*argv, **options) -> Finished:
+        return command("train", "--cpu", *argv, cwd=options.pop("cwd", tmp_path), **options)
+
+    return run
+
+
+@pytest.fixture
+def rows_file(tmp_path_factory):
+    """Write a data file and return its path: `rows_file("name.jsonl", lines or text)`."""
+
+    def write(name, content):
+        path = tmp_path_factory.mktemp("data") / name
+        text = content if isinstance(content, str) else "".join(json.dumps(row) + "\n" for row in content)
+        path.write_text(text)
+        return path
+
+    return write

@@ -1,0 +1,179 @@
+"""Stopped at any moment and continued: the same weights to the bit, and each record once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from accum_trainer.records import read_records
+from tests.launching import ROOT, environment, torchrun
+
+# 22 rows at B_eff 8 are windows of 8, 8 and 6: 4, 4 and 3 micro-batches an epoch. Dropout makes chance count.
+K, UPDATES, MICRO_STEPS = 4, 6, 22
+
+
+@pytest.fixture(scope="module")
+def argv(tmp_path_factory):
+    """A LoRA run with dropout, so that a generator out of place would show."""
+    data = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{n}? ", "completion": "yes " * (n % 5 + 1)}) + "\n" for n in range(22)))
+    return [
+        *("--dataset-file", str(data), "--batch-size", "2", "--gradient-accumulation-steps", str(K)),
+        *("--steps", str(UPDATES), "--lr", "1e-2", "--warmup", "2", "--checkpoint-every", "1", "--output-dir", "run"),
+        *("--use-peft", "--lora-dropout", "0.3"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(argv, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run = subprocess.run(
+        [sys.executable, "-m", "accum_trainer.train", "--cpu", *argv],
+        cwd=folder,
+        env=environment(OMP_NUM_THREADS=1, PYTHONPATH=ROOT),
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert len(read_records(folder / "run" / "metrics.jsonl")) == UPDATES
+    return folder / "run"
+
+
+def assert_same_run(found, expected):
+    """Equal weights to the bit, and the same records but for what time decides."""
+    for name in ("adapter_model.safetensors",):
+        ours, theirs = load_file(found / "model" / name), load_file(expected / "model" / name)
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert torch.equal(ours[key], theirs[key]), key
+    timed = {"tokens_per_sec", "samples_per_sec", "step_time_sec", "memory_gb", "peak_gb"}
+    plain = [
+        [{k: v for k, v in record.items() if k not in timed} for record in read_records(run / "metrics.jsonl")]
+        for run in (found, expected)
+    ]
+    assert plain[0] == plain[1]
+
+
+@pytest.mark.parametrize("micro_step", range(1, MICRO_STEPS + 1))
+def test_i34_killed_at_any_micro_step(train, argv, undisturbed, tmp_path, micro_step):
+    killed = train(*argv, kill={"micro_step": micro_step})
+    assert killed.status == -signal.SIGKILL
+    assert train(*argv).status == 0
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+# A save syncs four files, the manifest, the folder, and its parent: 7; the third save begins at the 15th.
+@pytest.mark.parametrize("sync", range(15, 22))
+def test_i34_killed_while_a_checkpoint_is_written(train, argv, undisturbed, tmp_path, sync):
+    killed = train(*argv, kill={"sync": sync})
+    assert killed.status == -signal.SIGKILL
+    whole = [path.name for path in sorted((tmp_path / "run" / "checkpoints").glob("step-*"))]
+    # The seventh sync comes after the rename: the new one is whole, the oldest not yet deleted.
+    assert whole == ["step-00000001", "step-00000002", "step-00000003"][: 3 if sync == 21 else 2]
+    assert train(*argv).status == 0
+    assert_same_run(tmp_path / "run", undisturbed)
+    assert not list((tmp_path / "run" / "checkpoints").glob(".partial*"))
+
+
+def test_damaged_newest_checkpoint_is_passed_over_with_a_warning(train, argv, undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    with open(newest / "model.safetensors", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x55")
+    finished = train(*argv)
+    assert finished.status == 0
+    assert "model.safetensors is not what its manifest lists; falling back" in finished.err
+    assert "step-00000005 after 5 updates" in finished.err
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_nothing_is_unpickled_that_the_manifest_does_not_vouch_for(train, argv, undisturbed, tmp_path):
+    """A pickle that would write a file when loaded, put where the optimizer state was: refused unread."""
+    shutil.copytree(undisturbed, tmp_path / "run")
+    for step in (tmp_path / "run" / "checkpoints").iterdir():
+        (step / "optimizer.pt").write_bytes(b"cos\nsystem\n(S'touch broken'\ntR.")
+    finished = train(*argv)
+    assert finished.status == 0
+    assert finished.err.count("falling back") == 2
+    assert not (tmp_path / "broken").exists()
+    assert_same_run(tmp_path / "run", undisturbed)  # both damaged: trained again from the start
+
+
+def test_finished_run_says_so_and_changes_nothing(train, argv, undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    finished = train(*argv)
+    assert finished.status == 0
+    assert "the run was complete already" in finished.out
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_resume_from_another_runs_checkpoint_keeps_its_records(train, argv, undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "first")
+    step = tmp_path / "first" / "checkpoints" / "step-00000005"
+    assert train(*argv, "--resume", step).status == 0
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_signal_saves_and_exits_75(argv, undisturbed, tmp_path, name):
+    """A real signal to a real process in the middle of training; the same command then continues."""
+    command = [sys.executable, "-m", "accum_trainer.train", "--cpu", *argv]
+    env = environment(OMP_NUM_THREADS=1, PYTHONPATH=ROOT)
+    log_file = tmp_path / "log.jsonl"
+    # Many updates, so that the signal finds the run still going.
+    long = [*command, "--steps", "100000", "--checkpoint-every", "100000", "--log-file", str(log_file)]
+    process = subprocess.Popen(long, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(read_records(log_file)) < 3:
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(getattr(signal, name))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert f"stopped by {name} after" in out
+    records = read_records(tmp_path / "run" / "metrics.jsonl")
+    assert (tmp_path / "run" / "checkpoints" / f"step-{len(records):08d}").is_dir()
+    assert (tmp_path / "run" / "loss.png").is_file()
+    assert read_records(log_file) == records
+
+
+def test_r26_time_limit_ends_saved_and_within_it(train, argv, tmp_path):
+    begun = time.monotonic()
+    finished = train(*argv, "--steps", "1000000", "--max-hours", str(4 / 3600), "--checkpoint-every", "100000")
+    assert finished.status == 75
+    assert "stopped by time limit" in finished.out
+    assert time.monotonic() - begun < 4 + 2  # the process starts before its clock does
+    records = read_records(tmp_path / "run" / "metrics.jsonl")
+    assert len(records) > 3
+    assert (tmp_path / "run" / "checkpoints" / f"step-{len(records):08d}").is_dir()
+
+
+def test_i37_two_processes_killed_then_continued_on_one_and_back(argv, tmp_path):
+    """W=2 stopped, W=1 continues, W=2 finishes: the same windows and the same curve as never stopped (no dropout)."""
+    argv = [a for a in argv if a not in ("--use-peft",)]
+    argv = argv[: argv.index("--lora-dropout")]
+    argv[argv.index("--gradient-accumulation-steps") : argv.index("--gradient-accumulation-steps") + 2] = ["--global-batch-size", "8"]
+
+    def train(processes: int, steps: int, folder: str) -> None:
+        out = argv[: argv.index("--output-dir")] + ["--output-dir", str(tmp_path / folder), "--steps", str(steps)]
+        extra = ["--cpu", *out, "--scheduler", "constant"]
+        run = torchrun(processes, "accum_trainer.train", *extra)
+        assert run.returncode == 0, run.stderr[-3000:]
+
+    train(1, 6, "whole")
+    for processes, steps in ((2, 2), (1, 4), (2, 6)):
+        train(processes, steps, "moved")
+    whole, moved = (read_records(tmp_path / name / "metrics.jsonl") for name in ("whole", "moved"))
+    assert [r["world_size"] for r in moved] == [2, 2, 1, 1, 2, 2]
+    assert [r["num_targets"] for r in moved] == [r["num_targets"] for r in whole]
+    assert [r["loss"] for r in moved] == pytest.approx([r["loss"] for r in whole], rel=1e-5)

@@ -1,0 +1,242 @@
+"""Wrong input ends with status 2, one message that names the thing, no traceback, and nothing written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+GOOD = [{"prompt": f"What is {n}?\n", "completion": f"It is {n}."} for n in range(20)]
+
+
+def snapshot(folder):
+    return sorted((str(path.relative_to(folder)), path.is_file() and path.stat().st_size) for path in folder.rglob("*"))
+
+
+def refused(run, folder, *argv, says, **env):
+    """Run `train` with wrong input in `folder`; check status, message and that nothing changed."""
+    before = snapshot(folder)
+    finished = run(*argv, cwd=folder, **env)
+    assert finished.status == 2, finished.err
+    for part in says if isinstance(says, tuple) else (says,):
+        assert part in finished.error, finished.error
+    assert snapshot(folder) == before
+
+
+OPTIONS = {
+    "K zero": (["--gradient-accumulation-steps", "0"], "gradient_accumulation_steps=0 is below 1"),
+    "K word": (["--gradient-accumulation-steps", "two"], "gradient_accumulation_steps='two' is not an integer"),
+    "K fraction": (["--gradient-accumulation-steps", "2.5"], "gradient_accumulation_steps='2.5' is not an integer"),
+    "B negative": (["--batch-size", "-1"], "batch_size=-1 is below 1"),
+    "lr zero": (["--lr", "0"], "lr=0 must be above 0"),
+    "lr word": (["--lr", "fast"], "lr='fast' is not a number"),
+    "lr nan": (["--lr", "nan"], "lr=nan is not a finite number"),
+    "scheduler": (["--scheduler", "cosin"], ("scheduler=cosin is not known", "did you mean cosine?")),
+    "warmup": (["--warmup", "lots"], "warmup='lots' is not a warm-up"),
+    "warmup too long": (["--steps", "5", "--warmup", "9"], "warmup=9 is 9 updates, but the run has only 5"),
+    "steps and epochs": (["--steps", "5", "--epochs", "1"], "steps=5 and epochs=1 both say how long"),
+    "lr scaling": (["--lr-scaling", "linear"], "lr_scaling=linear needs lr_base_batch_size"),
+    "set unknown": (["--set", "batchsize=4"], ("unknown option 'batchsize'", "did you mean batch_size?")),
+    "set without value": (["--set", "lr"], "--set lr is not key=value"),
+    "set twice": (["--lr", "0.1", "--set", "lr=0.2"], "lr is given twice on the command line"),
+    "unknown option": (["--grad-acum-steps", "4"], "No such option '--grad-acum-steps'"),
+    "B_eff unreachable": (
+        ["--batch-size", "4", "--global-batch-size", "10"],
+        ("global_batch_size=10", "use global_batch_size=8 or 12"),
+    ),
+    "K against B_eff": (
+        ["--batch-size", "4", "--gradient-accumulation-steps", "8", "--global-batch-size", "64"],
+        "global_batch_size=64 contradicts micro_batch_size=4 x gradient_accumulation_steps=8",
+    ),
+    "amp twice": (["--amp", "--mixed-precision", "bf16"], "mixed_precision=bf16 is given too"),
+    "fp16 on a CPU": (["--mixed-precision", "fp16"], "mixed_precision=fp16 needs a GPU"),
+    "engine of later": (["--zero-stage", "zero2"], "zero_stage=zero2 needs the DeepSpeed engine"),
+    "rank weights of later": (["--rank-weights", "2,1"], "rank_weights=2,1 needs uneven shares"),
+    "lora dropout": (["--use-peft", "--lora-dropout", "1.0"], "lora_dropout=1 must be below 1"),
+    "lora modules": (["--use-peft", "--lora-target-modules", "q_prog"], ("lora_target_modules=q_prog", "q_proj")),
+    "sequence too long": (["--max-seq-len", "4096"], "max_seq_len=4096 is more than the 2048 positions of model=tiny"),
+    "unknown model": (["--model", "no/such-model"], "model=no/such-model"),
+    "missing file": (["--dataset-file", "nowhere.jsonl"], "data file nowhere.jsonl does not exist"),
+    "missing config": (["--config", "nowhere.yaml"], "cannot read the configuration nowhere.yaml"),
+    "two data sets": (["--dataset", "a", "--dataset-file", "b.jsonl"], "both name the training data"),
+    "unreachable hub": (["--dataset", "no/such-data"], "dataset no/such-data cannot be loaded from the hub"),
+    "resume nowhere": (["--resume", "nowhere"], "resume=nowhere is no folder"),
+    "evaluation without rows": (
+        ["--dataset-file", "b.jsonl", "--eval-every", "5"],
+        "eval_every=5 needs eval_file",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_wrong_option(train, tmp_path, name):
+    argv, says = OPTIONS[name]
+    refused(train, tmp_path, "--output-dir", "run", *argv, says=says)
+
+
+FILES = {
+    "empty": ("rows.jsonl", "", "rows.jsonl is empty"),
+    "blank": ("rows.txt", "\n\n  \n", "rows.txt has no rows"),
+    "malformed line": (
+        "rows.jsonl",
+        "".join(json.dumps(row) + "\n" for row in GOOD[:6]) + '{"prompt": "x", \n' + json.dumps(GOOD[7]) + "\n",
+        "rows.jsonl line 7 is not JSON",
+    ),
+    "malformed json": ("rows.json", '[{"text": "a"},\n {"text": }]', "rows.json line 2 is not JSON"),
+    "not objects": ("rows.jsonl", '{"text": "a"}\n[1, 2]\n', "rows.jsonl line 2 is not a JSON object"),
+    "no column": (
+        "rows.jsonl",
+        '{"body": "a", "title": "b"}\n',
+        ("row 1 has the columns ['body', 'title']", "expected text;"),
+    ),
+    "csv columns": ("rows.csv", "a,b\n1,2\n", "row 1 has the columns ['a', 'b']"),
+    "one row short": (
+        "rows.jsonl",
+        json.dumps(GOOD[0]) + "\n" + '{"prompt": "x"}\n',
+        "row 2 has the columns ['prompt']",
+    ),
+    "not text": ("rows.jsonl", '{"prompt": 3, "completion": 4}\n', "prompt=3 is a int, not text"),
+    "messages": (
+        "rows.jsonl",
+        '{"messages": [{"role": "user", "content": "hi"}]}\n',
+        "the tokenizer has no chat template",
+    ),
+    "suffix": ("rows.tsv", "a\tb\n", "ends in '.tsv'"),
+    "no target": ("rows.jsonl", '{"text": ""}\n', "has no target in any of its 1 samples"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_wrong_data(train, tmp_path, rows_file, name):
+    file, content, says = FILES[name]
+    refused(train, tmp_path, "--output-dir", "run", "--dataset-file", rows_file(file, content), says=says)
+
+
+def test_not_utf8(train, tmp_path, rows_file):
+    path = rows_file("rows.jsonl", "")
+    path.write_bytes(b'{"text": "caf\xe9"}\n')
+    refused(train, tmp_path, "--output-dir", "run", "--dataset-file", path, says="is not UTF-8 text")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("batch_sise: 4\n", ("unknown option 'batch_sise'", "did you mean batch_size?")),
+        ("gradient_accumulation_steps: 0\n", "gradient_accumulation_steps=0 is below 1"),
+        ("gradient_accumulation_steps: true\n", "gradient_accumulation_steps=True is not an integer"),
+        ("lr: [1\n", "line 2 is not YAML"),
+        ("- lr\n", "holds a list, not `option: value` lines"),
+    ],
+)
+def test_wrong_yaml(train, tmp_path, rows_file, content, says):
+    refused(train, tmp_path, "--output-dir", "run", "--config", rows_file("run.yaml", content), says=says)
+
+
+def test_wrong_environment(train, tmp_path):
+    says = "environment: unknown option 'batchsize'; did you mean batch_size?"
+    refused(train, tmp_path, "--output-dir", "run", says=says, ACCUM_TRAINER_BATCHSIZE=4)
+
+
+def test_i23_k_of_the_launcher_must_agree(train, tmp_path):
+    refused(
+        train,
+        tmp_path,
+        *("--output-dir", "run", "--gradient-accumulation-steps", "8"),
+        says="gradient_accumulation_steps=8, but the environment says ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4",
+        ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4,
+    )
+
+
+def test_precision_of_the_launcher_must_agree(train, tmp_path):
+    refused(
+        train,
+        tmp_path,
+        *("--output-dir", "run", "--mixed-precision", "bf16"),
+        says="mixed_precision=bf16, but the launcher says ACCELERATE_MIXED_PRECISION=fp16",
+        ACCELERATE_MIXED_PRECISION="fp16",
+    )
+
+
+def test_output_dir_under_a_file(train, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    refused(train, tmp_path, "--output-dir", "file/run", says="file is a file, not a folder")
+
+
+def test_output_dir_is_a_file(train, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    refused(train, tmp_path, "--output-dir", "file", says="file is a file, not a folder")
+
+
+def test_output_dir_holds_something_else(train, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    refused(train, tmp_path, "--output-dir", "run", says="holds other files and no run")
+
+
+def test_log_file_holds_something_else(train, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine\n")
+    refused(train, tmp_path, "--output-dir", "run", "--log-file", "notes.txt", says="does not hold records")
+
+
+def test_model_folder_without_a_model(train, tmp_path):
+    (tmp_path / "model").mkdir()
+    refused(train, tmp_path, "--output-dir", "run", "--model", "model", says="model=model gives no tokenizer")
+
+
+def test_messages_are_not_mixed_up_with_a_missing_plan_file(command, tmp_path):
+    finished = command("plan", "--dataset-file", "nowhere.jsonl", cwd=tmp_path)
+    assert finished.status == 2
+    assert "data file nowhere.jsonl does not exist" in finished.error
+
+
+def test_plan_of_contradicting_sizes(command, tmp_path):
+    finished = command("plan", "--dataset-file", "x.jsonl", "--num-samples", "5", cwd=tmp_path)
+    assert finished.status == 2
+    assert "both say how much data" in finished.error
+    finished = command("plan", "--processes", "0", cwd=tmp_path)
+    assert finished.status == 2
+    assert "world_size=0 is below 1" in finished.error
+
+
+class TestResume:
+    """Continuing what is not the same run."""
+
+    @pytest.fixture
+    def folder(self, train, tmp_path, rows_file):
+        self.data = rows_file("rows.jsonl", GOOD)
+        self.argv = ["--dataset-file", self.data, "--batch-size", "4", "--steps", "2", "--output-dir", "run"]
+        finished = train(*self.argv)
+        assert finished.status == 0, finished.err
+        return tmp_path
+
+    def test_other_effective_batch(self, train, folder):
+        says = "trained with global_batch_size=4, this run has global_batch_size=8"
+        refused(train, folder, *self.argv, "--gradient-accumulation-steps", "2", says=says)
+
+    def test_other_data(self, train, folder):
+        self.data.write_text("".join(json.dumps(row) + "\n" for row in reversed(GOOD)))
+        refused(train, folder, *self.argv, says=("trained with data=", "this run has data="))
+
+    def test_other_seed(self, train, folder):
+        refused(train, folder, *self.argv, "--seed", "7", says="trained with seed=0, this run has seed=7")
+
+    def test_never(self, train, folder):
+        refused(train, folder, *self.argv, "--resume", "never", says="already holds a run and resume=never")
+
+    def test_foreign_folder(self, train, folder):
+        (folder / "elsewhere").mkdir()
+        argv = [*self.argv[:-1], "fresh", "--resume", "elsewhere"]
+        refused(train, folder, *argv, says="elsewhere is not a whole checkpoint")
+
+    def test_damaged_checkpoint(self, train, folder):
+        step = folder / "run" / "checkpoints" / "step-00000002"
+        (step / "optimizer.pt").write_bytes(b"x" * (step / "optimizer.pt").stat().st_size)
+        argv = [*self.argv[:-1], "fresh", "--resume", step]
+        refused(train, folder, *argv, says="damaged: optimizer.pt is not what its manifest lists")
+
+    def test_run_without_checkpoints(self, train, folder):
+        for path in (folder / "run" / "checkpoints").iterdir():
+            shutil.rmtree(path)
+        argv = [*self.argv[:-1], "fresh", "--resume", "run"]
+        refused(train, folder, *argv, says="resume=run is a run without a whole checkpoint")
