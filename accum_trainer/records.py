@@ -16,6 +16,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -135,10 +136,11 @@ def draw_loss(runs: dict[str, Sequence[Record]], path: Path, title: str) -> None
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(8, 5.5), sharex=True, height_ratios=(3, 1), layout="constrained"
     )
-    for label, records in runs.items():
+    # Curves that should lie on one another must both be seen: later ones are dashed.
+    for (label, records), style in zip(runs.items(), cycle(["-", "-", (0, (3, 3))]), strict=False):
         made = [record for record in records if not record["skipped"]]
-        top.plot([r["step"] for r in made], [r["loss"] for r in made], label=label, linewidth=1.2)
-        bottom.plot([r["step"] for r in made], [r["lr"] for r in made], linewidth=1.2)
+        top.plot([r["step"] for r in made], [r["loss"] for r in made], label=label, linewidth=1.4, linestyle=style)
+        bottom.plot([r["step"] for r in made], [r["lr"] for r in made], linewidth=1.4, linestyle=style)
         evaluated = [record for record in made if record.get("eval_loss") is not None]
         if evaluated:
             top.plot(

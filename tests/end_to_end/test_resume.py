@@ -25,7 +25,9 @@ K, UPDATES, MICRO_STEPS = 4, 6, 22
 def argv(tmp_path_factory):
     """A LoRA run with dropout, so that a generator out of place would show."""
     data = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    data.write_text("".join(json.dumps({"prompt": f"{n}? ", "completion": "yes " * (n % 5 + 1)}) + "\n" for n in range(22)))
+    data.write_text(
+        "".join(json.dumps({"prompt": f"{n}? ", "completion": "yes " * (n % 5 + 1)}) + "\n" for n in range(22))
+    )
     return [
         *("--dataset-file", str(data), "--batch-size", "2", "--gradient-accumulation-steps", str(K)),
         *("--steps", str(UPDATES), "--lr", "1e-2", "--warmup", "2", "--checkpoint-every", "1", "--output-dir", "run"),
@@ -162,12 +164,14 @@ def test_i37_two_processes_killed_then_continued_on_one_and_back(argv, tmp_path)
     """W=2 stopped, W=1 continues, W=2 finishes: the same windows and the same curve as never stopped (no dropout)."""
     argv = [a for a in argv if a not in ("--use-peft",)]
     argv = argv[: argv.index("--lora-dropout")]
-    argv[argv.index("--gradient-accumulation-steps") : argv.index("--gradient-accumulation-steps") + 2] = ["--global-batch-size", "8"]
+    argv[argv.index("--gradient-accumulation-steps") : argv.index("--gradient-accumulation-steps") + 2] = [
+        "--global-batch-size",
+        "8",
+    ]
 
     def train(processes: int, steps: int, folder: str) -> None:
-        out = argv[: argv.index("--output-dir")] + ["--output-dir", str(tmp_path / folder), "--steps", str(steps)]
-        extra = ["--cpu", *out, "--scheduler", "constant"]
-        run = torchrun(processes, "accum_trainer.train", *extra)
+        out = ["--output-dir", tmp_path / folder, "--steps", steps, "--scheduler", "constant"]
+        run = torchrun(processes, "accum_trainer.train", "--cpu", *argv[: argv.index("--output-dir")], *out)
         assert run.returncode == 0, run.stderr[-3000:]
 
     train(1, 6, "whole")

@@ -1,0 +1,16 @@
+"""`make demo` shows what it says: R24 (variance down by half) and R22 (peak memory does not depend on K)."""
+
+from __future__ import annotations
+
+import re
+
+from tests.launching import ROOT, python
+
+
+def test_r22_r24_demo(tmp_path):
+    run = python(ROOT / "examples" / "demo.py", timeout=900, DEMO_FOLDER=tmp_path / "demo")
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert int(re.search(r"loss variance .* down by (\d+)%", run.stdout)[1]) >= 50
+    assert 0.99 <= float(re.search(r"peak memory .* ratio ([\d.]+)", run.stdout)[1]) <= 1.01
+    assert float(re.search(r"losses at most (\S+) apart", run.stdout)[1]) <= 1e-5
+    assert (tmp_path / "demo" / "loss.png").read_bytes().startswith(b"\x89PNG")

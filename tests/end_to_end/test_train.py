@@ -1,0 +1,276 @@
+"""`train` as users run it: records, run directory, launchers, evaluation, precision, data formats."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+import yaml
+
+from accum_trainer.records import read_records
+from tests.launching import python, run, torchrun
+
+RUN_37 = ["--batch-size", "4", "--gradient-accumulation-steps", "8", "--max-seq-len", "64", "--lr", "1e-3"]
+
+
+@pytest.fixture
+def tiny_rows(rows_file):
+    return rows_file("rows.jsonl", [{"prompt": f"{n} plus {n} is ", "completion": f"{2 * n}"} for n in range(70)])
+
+
+def records_of(folder):
+    return read_records(folder / "metrics.jsonl")
+
+
+def test_r5_r11_r27_r28_r37_records_of_a_run(train, tmp_path, tiny_rows):
+    finished = train(
+        *RUN_37, "--dataset-file", tiny_rows, "--epochs", "2", "--output-dir", "run", "--log-file", "log.jsonl"
+    )
+    assert finished.status == 0, finished.err
+    assert "B 4 x K 8 x W 1 = effective batch 32" in finished.err
+    assert "3 updates per epoch of 70 samples, the last of 6 samples; 6 updates in all" in finished.err
+    records = records_of(tmp_path / "run")
+    assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
+    assert [r["gradient_accumulation_steps"] for r in records] == [8, 8, 2] * 2
+    assert [r["effective_batch_size"] for r in records] == [32, 32, 6] * 2
+    assert {r["physical_batch_size"] for r in records} == {4}
+    assert [r["batch_idx"] for r in records] == [8, 16, 18, 26, 34, 36]
+    assert [r["epoch"] for r in records] == pytest.approx([32 / 70, 64 / 70, 1, 1 + 32 / 70, 1 + 64 / 70, 2])
+    assert not any(r["skipped"] for r in records)
+    assert all(0 < r["memory_gb"] <= r["peak_gb"] for r in records)
+    assert all(0.5 < r["padding_efficiency"] <= 1 for r in records)
+    assert (tmp_path / "log.jsonl").read_text() == (tmp_path / "run" / "metrics.jsonl").read_text()
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    expected = {
+        "physical_batch_size": 4,
+        "gradient_accumulation_steps": 8,
+        "world_size": 1,
+        "effective_batch_size": 32,
+        "eval_gradient_accumulation_steps": 1,
+        "updates_per_epoch": 3,
+        "tail_samples": 6,
+        "total_updates": 6,
+        "engine": "single",
+        "device": "cpu",
+    }
+    assert expected.items() <= plan.items()
+
+
+def test_r29_composed_configuration_repeats_the_run(train, tmp_path, tiny_rows):
+    argv = [*RUN_37, "--dataset-file", tiny_rows, "--steps", "3", "--warmup", "2"]
+    assert train(*argv, "--output-dir", "first").status == 0
+    saved = yaml.safe_load((tmp_path / "first" / "config.yaml").read_text())
+    assert saved["gradient_accumulation_steps"] == 8 and saved["scheduler"] == "cosine" and saved["warmup"] == "2"
+    again = train("--config", "first/config.yaml", "--output-dir", "second")
+    assert again.status == 0, again.err
+    losses = [[r["loss"] for r in records_of(tmp_path / name)] for name in ("first", "second")]
+    assert losses[0] == losses[1]
+
+
+def test_overridden_values_are_shown(train, tmp_path, tiny_rows, rows_file):
+    config = rows_file("run.yaml", "batch_size: 2\nepochs: 9\n")
+    finished = train("--config", config, "--batch-size", "4", "--steps", "1", "--dataset-file", tiny_rows, "--dry-run")
+    assert finished.status == 0
+    assert f"note: batch_size=4 (command line) over 2 ({config})" in finished.err
+    assert f"note: epochs=9 ({config}) is dropped for what the command line says instead" in finished.err
+    assert "nothing written" in finished.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_r9_r10_r30_lr_against_updates(train, tmp_path, tiny_rows):
+    """Warm-up of half an epoch is 2 of 3 updates (rounded up); then linear to 0 at update 6."""
+    argv = [*RUN_37, "--dataset-file", tiny_rows, "--epochs", "2", "--warmup", "0.5ep", "--scheduler", "linear"]
+    assert train(*argv, "--output-dir", "run").status == 0
+    lrs = [r["lr"] for r in records_of(tmp_path / "run")]
+    assert lrs == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+
+
+def test_r19_r21_evaluation_on_the_cadence_of_updates(train, tmp_path, tiny_rows):
+    argv = [*RUN_37, "--dataset-file", tiny_rows, "--eval-file", tiny_rows, "--eval-every", "2", "--steps", "5"]
+    assert train(*argv, "--output-dir", "run").status == 0
+    records = records_of(tmp_path / "run")
+    assert [r["step"] for r in records if "eval_loss" in r] == [2, 4, 5]
+    # Independent of the run: the saved model's mean loss per target over the file, row by row in float64.
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").double()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    total = count = 0.0
+    for line in tiny_rows.read_text().splitlines():
+        row = json.loads(line)
+        prompt, completion = (tokenizer(row[key]).input_ids for key in ("prompt", "completion"))
+        ids = torch.tensor([[*prompt, *completion, tokenizer.eos_token_id]])
+        log_p = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[len(prompt) - 1 :]
+        total, count = total - log_p.sum().item(), count + len(log_p)
+    assert records[-1]["eval_loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [["--amp"], ["--mixed-precision", "bf16", "--gradient-checkpointing"], ["--use-peft", "--lora-r", "4", "--amp"]],
+    ids=["amp", "bf16+checkpointing", "lora+amp"],
+)
+def test_r16_r17_r18_twenty_updates(train, tmp_path, tiny_rows, extra):
+    argv = [*RUN_37, "--dataset-file", tiny_rows, "--steps", "20", "--lr", "1e-2", "--output-dir", "run"]
+    assert train(*argv, *extra).status == 0
+    records = records_of(tmp_path / "run")
+    assert len(records) == 20 and not any(r["skipped"] for r in records)
+    assert records[-1]["loss"] < records[0]["loss"] - 0.2
+    assert json.loads((tmp_path / "run" / "plan.json").read_text())["mixed_precision"] == "bf16"
+
+
+def test_r18_lora_saves_an_adapter_that_peft_loads(train, tmp_path, tiny_rows):
+    argv = ["--dataset-file", tiny_rows, "--steps", "2", "--use-peft", "--lora-target-modules", "q_proj,v_proj"]
+    assert train(*argv, "--output-dir", "run").status == 0
+    adapter = json.loads((tmp_path / "run" / "model" / "adapter_config.json").read_text())
+    assert sorted(adapter["target_modules"]) == ["q_proj", "v_proj"]
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan["trained_parameters"] == 4 * 2 * (128 * 16 + 16 * 128)  # layers x modules x (A + B)
+
+
+def test_r42_smoke_profile_is_deterministic(train, tmp_path):
+    argv = ["--batch-size", "1", "--steps", "2"]
+    losses = []
+    for name in ("a", "b"):
+        assert train(*argv, "--output-dir", name).status == 0
+        losses.append([r["loss"] for r in records_of(tmp_path / name)])
+    assert losses[0] == losses[1]
+
+
+def test_k_from_the_environment(train, tmp_path, tiny_rows):
+    argv = ["--dataset-file", tiny_rows, "--steps", "1", "--output-dir", "run"]
+    assert train(*argv, ACCUM_TRAINER_GRADIENT_ACCUMULATION_STEPS="3").status == 0
+    assert records_of(tmp_path / "run")[0]["gradient_accumulation_steps"] == 3
+
+
+LAUNCHERS = {
+    "python -m": lambda argv: python("-m", "accum_trainer.train", *argv),
+    "accum-trainer": lambda argv: python("-m", "accum_trainer", "train", *argv),
+    "torchrun": lambda argv: torchrun(2, "accum_trainer.train", *argv),
+    "accelerate launch": lambda argv: run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+            *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+            *("-m", "accum_trainer.train", *argv),
+        ]
+    ),
+}
+
+
+def test_r12_r13_one_program_under_every_launcher(tmp_path, tiny_rows):
+    curves = {}
+    for name, launch in LAUNCHERS.items():
+        folder = tmp_path / name.replace(" ", "-")
+        argv = ["--cpu", "--dataset-file", tiny_rows, "--batch-size", "2", "--global-batch-size", "16", "--epochs", "1"]
+        finished = launch([*argv, "--output-dir", folder])
+        assert finished.returncode == 0, finished.stderr[-3000:]
+        curves[name] = [r["loss"] for r in records_of(folder)]
+        plan = json.loads((folder / "plan.json").read_text())
+        two = name in ("torchrun", "accelerate launch")
+        assert (plan["engine"], plan["world_size"]) == (("ddp", 2) if two else ("single", 1))
+    assert len(curves["python -m"]) == 5
+    for curve in curves.values():
+        assert curve == pytest.approx(curves["python -m"], rel=1e-5)
+
+
+def test_lost_processes_are_an_error(tmp_path):
+    """A launcher that says two processes while accelerate sees one (I23b)."""
+    program = "from accelerate import Accelerator; from accum_trainer import Accumulator; "
+    program += "Accumulator(micro_batch_size=1, accelerator=Accelerator())"
+    finished = python("-c", program, WORLD_SIZE="2")
+    assert "EngineError: 2 processes were launched (WORLD_SIZE), but accelerate sees 1" in finished.stderr
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv", ".parquet"])
+def test_file_formats_give_the_same_training(train, tmp_path, rows_file, suffix):
+    texts = [f"row {n} says {'something ' * (n % 4)}".strip() for n in range(12)]
+    path = rows_file(f"rows{suffix}", "")
+    if suffix == ".txt":
+        path.write_text("\n\n".join(texts) + "\n")
+    elif suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    elif suffix == ".json":
+        path.write_text(json.dumps([{"text": text} for text in texts]))
+    elif suffix == ".csv":
+        path.write_text("text\n" + "".join(f'"{text}"\n' for text in texts))
+    else:
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.table({"text": texts}), path)
+    finished = train("--dataset-file", path, "--epochs", "1", "--lr", "1e-9", "--output-dir", "run")
+    assert finished.status == 0, finished.err
+    found = [
+        (r["num_targets"], r["num_samples"] if "num_samples" in r else r["effective_batch_size"])
+        for r in records_of(tmp_path / "run")
+    ]
+    reference = tmp_path.parent / "formats-reference.json"
+    if reference.exists():
+        assert found == [tuple(pair) for pair in json.loads(reference.read_text())]
+    reference.write_text(json.dumps(found))
+    assert [samples for _, samples in found] == [4, 4, 4]
+
+
+def test_r35_help_is_complete_and_has_an_example():
+    for command in ("train", "plan"):
+        finished = python("-m", "accum_trainer", command, "--help")
+        assert finished.returncode == 0 and f"Example: accum-trainer {command}" in finished.stdout
+    shown = python("-m", "accum_trainer", "train", "--help").stdout
+    for option in (
+        "--gradient-accumulation-steps",
+        "--global-batch-size",
+        "--resume",
+        "--lora-target-modules",
+        "--warmup",
+    ):
+        assert option in shown
+
+
+def test_r36_k_is_in_help_and_in_the_configuration(train, tmp_path):
+    assert train("--steps", "1", "--output-dir", "run").status == 0
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["gradient_accumulation_steps"] == 1
+
+
+def test_cpu_time_of_help_and_plan():
+    """--help takes at most 0.3 s of CPU, plan 0.4 s; the CPU's own account of the process, not the clock."""
+    measure = (
+        "import resource, subprocess, sys; subprocess.run([sys.executable, '-m', 'accum_trainer', *sys.argv[1:]], check=True);"
+        "u = resource.getrusage(resource.RUSAGE_CHILDREN); print('CPU', u.ru_utime + u.ru_stime)"
+    )
+    for limit, argv in ((0.3, ["--help"]), (0.4, ["plan", "--num-samples", "1000"])):
+        used = min(float(python("-c", measure, *argv).stdout.split()[-1]) for _ in range(3))
+        assert used <= limit, f"{argv}: {used} s"
+
+
+def test_breaking_out_saves_the_run(tmp_path):
+    program = (
+        "from accum_trainer import TrainConfig\nfrom accum_trainer.train import updates\n"
+        f"for r in updates(TrainConfig(steps=50, cpu=True, output_dir={str(tmp_path / 'run')!r})):\n"
+        "    if r['step'] == 3: break\n"
+    )
+    finished = python("-c", program)
+    assert finished.returncode == 0, finished.stderr
+    assert len(records_of(tmp_path / "run")) == 3
+    assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
+
+
+def test_diverged_training_ends_with_status_1(train, tmp_path, tiny_rows):
+    finished = train(
+        "--dataset-file",
+        tiny_rows,
+        "--batch-size",
+        "1",
+        "--epochs",
+        "2",
+        "--lr",
+        "1e30",
+        "--max-grad-norm",
+        "none",
+        "--output-dir",
+        "run",
+    )
+    assert finished.status == 1
+    assert "50 windows in a row gave no update (last reason: non-finite)" in finished.error

@@ -1,0 +1,166 @@
+"""Rows to tokens to batches, on texts whose answer a person can read off."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from accum_trainer.data import embedded
+from accum_trainer.data.collating import PaddingCollator
+from accum_trainer.data.counting import count_rows
+from accum_trainer.data.files import digest, read_file
+from accum_trainer.data.rows import spans_of
+from accum_trainer.data.tokenizing import tokenize
+from accum_trainer.errors import DataError
+
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+@pytest.fixture
+def tokenizer():
+    return embedded.corpus_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch, request):
+    monkeypatch.setenv("ACCUM_TRAINER_CACHE", str(request.config.cache.mkdir("accum_trainer")))
+
+
+def tokenized(tmp_path, tokenizer, rows, max_seq_len=64):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tokenize(read_file(path), "rows.jsonl", digest(path), tokenizer, max_seq_len)
+
+
+def trained_text(tokenizer, sample):
+    return tokenizer.decode([label for label in sample["labels"] if label != -100])
+
+
+@pytest.mark.parametrize(
+    ("row", "spans"),
+    [
+        ({"text": "a b"}, [("a b", True)]),
+        ({"prompt": "p", "completion": "c"}, [("p", False), ("c", True)]),
+        ({"question": "q", "answer": "a", "text": None}, [("q\n", False), ("a", True)]),
+        ({"instruction": "i", "input": "x", "output": "o"}, [("i\nx\n", False), ("o", True)]),
+        ({"instruction": "i", "input": "", "output": "o"}, [("i\n", False), ("o", True)]),
+    ],
+)
+def test_formats_and_what_is_trained_on(row, spans):
+    assert spans_of(row, "row 1") == spans
+
+
+def test_messages_train_on_what_the_assistant_says(tmp_path, tokenizer):
+    tokenizer.chat_template = CHAT
+    talk = [("system", "be brief"), ("user", "hi"), ("assistant", "hello"), ("user", "bye"), ("assistant", "so long")]
+    rows = [{"messages": [{"role": role, "content": content} for role, content in talk]}]
+    sample = tokenized(tmp_path, tokenizer, rows)[0]
+    assert tokenizer.decode(sample["input_ids"]) == "".join(f"<{role}>{content}</s>" for role, content in talk)
+    assert trained_text(tokenizer, sample) == "hello</s>so long</s>"
+
+
+def test_a_template_that_rewrites_the_past_is_refused(tmp_path, tokenizer):
+    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    rows = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}]
+    with pytest.raises(DataError, match=r"rows.jsonl row 1: the chat template rewrites earlier turns"):
+        tokenized(tmp_path, tokenizer, rows)
+
+
+def test_completion_only_with_end_of_text(tmp_path, tokenizer):
+    rows = tokenized(tmp_path, tokenizer, [{"prompt": "one two ", "completion": "three"}])
+    assert trained_text(tokenizer, rows[0]) == "three" + embedded.END_OF_TEXT
+    assert rows.lengths.tolist() == [len(rows[0]["input_ids"])]
+    assert rows.num_targets.tolist() == [sum(label != -100 for label in rows[0]["labels"][1:])]
+
+
+def test_long_text_becomes_samples_that_train_each_target_once(tmp_path, tokenizer):
+    text = " ".join(f"word{n}" for n in range(100))
+    rows = tokenized(tmp_path, tokenizer, [{"text": text}], max_seq_len=16)
+    ids = [*tokenizer(text).input_ids, tokenizer.eos_token_id]
+    targets = [label for i in range(len(rows)) for label in rows[i]["labels"][1:]]
+    assert targets == ids[1:]
+    assert rows.lengths.max() == 16
+    assert rows.notes == ()
+
+
+def test_long_completions_and_lost_targets_are_told(tmp_path, tokenizer):
+    long = "word " * 40
+    rows = [
+        {"prompt": "p ", "completion": long},
+        {"prompt": long, "completion": "c"},
+        {"prompt": "p ", "completion": "c"},
+    ]
+    rows = tokenized(tmp_path, tokenizer, rows, max_seq_len=16)
+    assert len(rows) == 3
+    assert rows.num_targets[1] == 0
+    assert rows.notes == (
+        "2 of 3 samples were cut at max_seq_len=16 tokens",
+        "1 of 3 samples have no target; they are kept and weigh nothing",
+    )
+
+
+def test_identity_changes_with_content_and_length(tmp_path, tokenizer):
+    rows = [{"text": "alpha beta"}, {"text": "gamma"}]
+    first = tokenized(tmp_path, tokenizer, rows)
+    assert tokenized(tmp_path, tokenizer, rows).identity == first.identity
+    assert tokenized(tmp_path, tokenizer, rows[::-1]).identity != first.identity
+    assert tokenized(tmp_path, tokenizer, rows, max_seq_len=32).identity != first.identity
+
+
+def test_second_tokenising_comes_from_the_cache(tmp_path, tokenizer):
+    rows = [{"text": f"row {n}"} for n in range(5)]
+    first = tokenized(tmp_path, tokenizer, rows)
+    calls = []
+    spy = type("Spy", (), {"__getattr__": lambda self, name: getattr(tokenizer, name)})()
+    type(spy).__call__ = lambda self, texts, **options: calls.append(texts) or tokenizer(texts, **options)
+    again = tokenized(tmp_path, spy, rows)
+    assert [again[i] for i in range(5)] == [first[i] for i in range(5)]
+    assert calls in ([], ["a"])  # no row was tokenised again; "a" asks how the tokenizer opens a text
+
+
+def test_opening_token_of_a_tokenizer_is_kept(tmp_path, tokenizer):
+    from tokenizers import processors
+
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.convert_tokens_to_ids("<s>"))]
+    )
+    rows = tokenized(tmp_path, tokenizer, [{"prompt": "p ", "completion": "c"}])
+    assert rows[0]["input_ids"][0] == tokenizer.bos_token_id
+    assert rows[0]["labels"][0] == -100
+    assert rows[0]["input_ids"].count(tokenizer.bos_token_id) == 1
+
+
+def test_padding_by_hand():
+    batch = PaddingCollator(9)([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4], "labels": [4]}])
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 2, 3], [4, -100, -100]]
+    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+
+
+def test_embedded_corpus_is_real_and_skewed():
+    train, evaluation = embedded.corpus_files()
+    rows = [json.loads(line) for line in train.read_text().splitlines()]
+    held_back = [json.loads(line) for line in evaluation.read_text().splitlines()]
+    lengths = sorted(len(row["completion"]) for row in rows)
+    assert len(rows) > 4000 and 70 <= lengths[len(lengths) // 2] <= 120
+    assert lengths[int(len(lengths) * 0.99)] > 1200
+    assert not {row["completion"] for row in rows} & {row["completion"] for row in held_back}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "count"),
+    [
+        ("a.txt", "one\n\ntwo\n", 2),
+        ("a.jsonl", '{"text": "a"}\n\n{"text": "b"}\n', 2),
+        ("a.json", '[{"text": "a"}, {"text": "b"}, {"text": "c"}]', 3),
+        ("a.csv", 'text\n"two\nlines"\nb\n', 2),
+    ],
+)
+def test_rows_are_counted_as_they_are_read(tmp_path, name, content, count):
+    path = tmp_path / name
+    path.write_text(content)
+    assert count_rows(path) == len(read_file(path)) == count
