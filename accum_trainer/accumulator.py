@@ -23,10 +23,12 @@ from torch.utils.data import DataLoader
 
 from accum_trainer.batch_plan import BatchPlan
 from accum_trainer.data.windows import Batch, Collate, Part, Source, as_source, num_samples, num_tokens
+from accum_trainer.engine.base import Settings
 from accum_trainer.engine.build import build_engine
 from accum_trainer.errors import AccumTrainerError, ConfigError, DataError, EngineError
 from accum_trainer.loss import causal_lm_targets
 
+ACCUMULATION_DTYPES = ("float32", "bfloat16")
 # Number of terms a batch's loss sums over; the sum of their weights where the loss weighs its terms.
 CountTargets = Callable[[Batch], float]
 
@@ -68,6 +70,7 @@ class Update:
 class _MicroBatch:
     num_targets: float
     weight: float
+    is_first: bool
     is_last: bool
 
 
@@ -115,7 +118,7 @@ class Window:
             self._accumulator._check_accumulated(self._started)
             self._started += 1
             moved = self._accumulator.engine.to_device(batch)
-            self._accumulator._microbatch = _MicroBatch(targets, weight, index == len(self._run) - 1)
+            self._accumulator._microbatch = _MicroBatch(targets, weight, index == 0, index == len(self._run) - 1)
             yield moved
         self._accumulator._check_accumulated(self._started)
 
@@ -207,8 +210,10 @@ class Accumulator:
         global_batch_size: B_eff, samples per update over all processes; K follows. Give this or K.
         max_grad_norm: clip the averaged gradient to this 2-norm, once per update; None for no clipping.
         grad_sync: `once-per-window`, `every-microbatch` or `auto`: when processes exchange gradients.
-        accumulation_dtype: `float32`, the dtype gradients accumulate in.
-        accelerator: an Accelerator to use; otherwise one is made from `accelerator_kwargs`.
+        accumulation_dtype: the dtype gradients accumulate in, whatever the weights' dtype: `float32`, or `bfloat16` to save
+            memory at the price of exactness.
+        accelerator: an Accelerator to use; otherwise one is made from `accelerator_kwargs`, which may also name
+            `zero_stage` (0 to 3) and `cpu_offload` for DeepSpeed, or `fsdp=True` for FSDP2.
 
     Attributes:
         accelerator: the `accelerate.Accelerator`.
@@ -237,9 +242,9 @@ class Accumulator:
     ) -> None:
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ConfigError(f"max_grad_norm={max_grad_norm} must be above 0; give None for no clipping")
-        if accumulation_dtype != "float32":
+        if accumulation_dtype not in ACCUMULATION_DTYPES:
             raise ConfigError(
-                f"accumulation_dtype={accumulation_dtype!r} is not available; gradients accumulate in float32"
+                f"accumulation_dtype={accumulation_dtype!r} is not known; give one of {', '.join(ACCUMULATION_DTYPES)}"
             )
         BatchPlan(micro_batch_size, gradient_accumulation_steps)  # a wrong K is told before accelerate starts
         if accelerator is not None and gradient_accumulation_steps is None and global_batch_size is None:
@@ -251,6 +256,7 @@ class Accumulator:
             **accelerator_kwargs,
         )
         self.plan = BatchPlan(micro_batch_size, gradient_accumulation_steps, self.engine.world_size, global_batch_size)
+        self.engine.configure(self.plan, Settings(max_grad_norm, accumulation_dtype))
         self.max_grad_norm = max_grad_norm
         self.num_updates = 0
         self.num_micro_batches = 0
@@ -283,18 +289,19 @@ class Accumulator:
         Raises:
             EngineError: an object this engine cannot prepare (DataParallel, another type).
         """
-        prepared = [self._prepare_one(thing) for thing in objects]
+        models = [thing for thing in objects if isinstance(thing, torch.nn.Module)]
+        own = [t for t in objects if isinstance(t, torch.optim.Optimizer) and not isinstance(t, PreparedOptimizer)]
+        ready_models, ready_optimizers = self.engine.prepare(models, own)
+        ready: dict[int, Any] = dict(zip(map(id, models), ready_models, strict=True))
+        for plain, accelerated in zip(own, ready_optimizers, strict=True):
+            ready[id(plain)] = PreparedOptimizer(self, accelerated)
+            self._optimizers.append(ready[id(plain)])
+        prepared = [ready[id(thing)] if id(thing) in ready else self._prepare_other(thing) for thing in objects]
         return prepared[0] if len(prepared) == 1 else tuple(prepared)
 
-    def _prepare_one(self, thing: Any) -> Any:
-        if isinstance(thing, torch.nn.Module):
-            return self.engine.prepare_model(thing)
+    def _prepare_other(self, thing: Any) -> Any:
         if isinstance(thing, (PreparedOptimizer, PreparedScheduler, DataLoader)):
             return thing
-        if isinstance(thing, torch.optim.Optimizer):
-            optimizer = PreparedOptimizer(self, self.engine.prepare_optimizer(thing))
-            self._optimizers.append(optimizer)
-            return optimizer
         if hasattr(thing, "step") and hasattr(thing, "state_dict"):
             return PreparedScheduler(self, thing)
         raise EngineError(
@@ -375,7 +382,7 @@ class Accumulator:
         before = self._accumulated
         self._inside = True
         try:
-            with self.engine.microbatch(models, microbatch.is_last):
+            with self.engine.microbatch(models, microbatch.is_first, microbatch.is_last):
                 yield
         finally:
             self._inside = False
@@ -470,20 +477,15 @@ class Accumulator:
         return self._window is not None and self._accumulated == len(self._window)
 
     def _finish(self, window: Window, optimizer: PreparedOptimizer) -> Update:
-        inner, engine = optimizer.accelerated, self.engine
-        grad_norm = math.nan
-        if window.num_targets:
-            grad_norm = engine.clip(inner, self.max_grad_norm)
-        # The one small exchange at the end of a window: the loss, and whether any rank saw inf or nan, or shall stop.
-        table = engine.gather([float(self._loss_sum), float(not math.isfinite(grad_norm)), float(self._stop)])
-        loss_sum, num_non_finite, stops = table.sum(axis=0).tolist()
-        if not window.num_targets:
-            reason, stepped = "empty", False
-        else:
-            stepped = engine.step(inner, is_finite=num_non_finite == 0)
+        # Shared in the one small exchange at the end of a window: the loss, and whether any rank shall stop.
+        numbers = [float(self._loss_sum), float(self._stop)]
+        if window.num_targets > 0:
+            grad_norm, stepped, sums = self.engine.finish(optimizer.accelerated, numbers)
             reason = "" if stepped else "non-finite"
-        engine.drop(inner)
-        return self._close(window, loss_sum, grad_norm, stepped, reason, bool(stops))
+        else:
+            self.engine.drop(optimizer.accelerated)
+            grad_norm, stepped, sums, reason = math.nan, False, self.engine.sum_over_ranks(numbers), "empty"
+        return self._close(window, sums[0], grad_norm, stepped, reason, bool(sums[1]))
 
     def _finish_unowned(self) -> None:
         """End a window whose optimizer accelerate prepared: it steps by itself, and this class cannot clip for it."""
@@ -499,7 +501,7 @@ class Accumulator:
                     "prepare the scheduler with acc.prepare(), or leave it unprepared and step it after each update"
                 )
         assert self._window is not None
-        loss_sum = float(self.engine.gather([float(self._loss_sum)]).sum())
+        (loss_sum,) = self.engine.sum_over_ranks([float(self._loss_sum)])
         self._close(self._window, loss_sum, math.nan, True, "", False)
 
     def _close(
@@ -512,7 +514,7 @@ class Accumulator:
         self._window = self._windows = None
         self.last_update = Update(
             step=self.num_updates,
-            loss=loss_sum / window.num_targets if window.num_targets else math.nan,
+            loss=loss_sum / window.num_targets if window.num_targets > 0 else math.nan,
             grad_norm=grad_norm,
             num_targets=window.num_targets,
             num_samples=window.num_samples,

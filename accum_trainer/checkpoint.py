@@ -39,7 +39,7 @@ class Checkpoint:
 
     Attributes:
         model: trained parameters and buffers by name.
-        optimizer: the optimizer's state dict.
+        optimizer: the optimizer's state by parameter name, and the options of its groups.
         rng: one generator state per rank that wrote it.
         state: everything else, as JSON has it.
     """
@@ -50,30 +50,18 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Trained parameters and persistent buffers by name, each shared tensor once; frozen weights are the source's."""
-    tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    named = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    tensors |= {name: t for name, t in model.state_dict().items() if name not in named}
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def load_model_tensors(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Copy what `model_tensors` gave into a model of the same make; CheckpointError where names or shapes differ."""
-    own = dict(model.named_parameters()) | dict(model.named_buffers())
-    expected = model_tensors(model).keys()
-    if expected != tensors.keys():
-        differing = sorted(expected ^ tensors.keys())
+def check_same_weights(saved: dict[str, torch.Tensor], current: dict[str, torch.Tensor]) -> None:
+    """Raise a CheckpointError where the names or shapes of two sets of weights differ."""
+    if saved.keys() != current.keys():
+        differing = sorted(saved.keys() ^ current.keys())
         raise CheckpointError(
             f"the checkpoint's weights are not this model's: {len(differing)} names differ, such as {differing[0]}"
         )
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            if own[name].shape != tensor.shape:
-                raise CheckpointError(
-                    f"the checkpoint's {name} has shape {tuple(tensor.shape)}, this model's {tuple(own[name].shape)}"
-                )
-            own[name].copy_(tensor)
+    for name, tensor in saved.items():
+        if current[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"the checkpoint's {name} has shape {tuple(tensor.shape)}, this model's {tuple(current[name].shape)}"
+            )
 
 
 def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
@@ -88,7 +76,7 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int) 
     target = folder / f"step-{step:08d}"
     partial = folder / f".partial-{target.name}"
     partial.mkdir()
-    save_file(checkpoint.model, partial / "model.safetensors")
+    save_file({name: t.contiguous() for name, t in checkpoint.model.items()}, partial / "model.safetensors")
     torch.save(checkpoint.optimizer, partial / "optimizer.pt")
     torch.save(checkpoint.rng, partial / "rng.pt")
     (partial / "state.json").write_text(json.dumps(checkpoint.state, indent=1))

@@ -133,12 +133,16 @@ class Run:
         """Mean loss per target over the evaluation rows, over all processes. No gradient: K is 1 and means nothing."""
         rows, engine, acc = self.parts.eval_rows, self.engine, self.parts.accumulator
         assert rows is not None
-        model = engine.unwrap(self.parts.model)  # DDP's forward would exchange buffers, ranks may hold unequal shares
+        model = engine.unwrap(self.parts.model)  # DDP's forward would exchange buffers
         model.eval()
+        cut = cut_window(rows.lengths, acc.plan.micro_batch_size, engine.world_size)
         loss_sum = 0.0
-        for micro_batch in cut_window(rows.lengths, acc.plan.micro_batch_size, engine.world_size)[engine.rank]:
-            batch = engine.to_device(self.parts.collate([rows[int(i)] for i in micro_batch]))
-            loss_sum += causal_lm_loss(model, batch).double().item()
+        # All ranks run as many forwards: an engine that shards weights gathers them in each.
+        for step in range(max(map(len, cut))):
+            mine = cut[engine.rank][step] if step < len(cut[engine.rank]) else np.array([0])
+            batch = engine.to_device(self.parts.collate([rows[int(i)] for i in mine]))
+            loss = causal_lm_loss(model, batch).double().item()
+            loss_sum += loss if step < len(cut[engine.rank]) else 0.0
         model.train()
         return float(engine.gather([loss_sum]).sum() / rows.num_targets.sum())
 
@@ -227,11 +231,12 @@ class Run:
 
     def _finish(self) -> None:
         self.save()
+        weights = self.engine.full_weights(self.parts.model)
         if self.engine.is_main and self._writer is not None and self.folder is not None:
             partial, target = self.folder / f".{files.MODEL}.partial", self.folder / files.MODEL
             for leftover in (partial, target):
                 shutil.rmtree(leftover, ignore_errors=True)
-            self.engine.unwrap(self.parts.model).save_pretrained(partial)
+            self.engine.unwrap(self.parts.model).save_pretrained(partial, state_dict=weights)
             self.parts.tokenizer.save_pretrained(partial)
             partial.rename(target)
             if self._writer.records:
@@ -282,13 +287,15 @@ class Run:
         started = time.perf_counter()
         parts, acc = self.parts, self.parts.accumulator
         rng = self.engine.gather_objects(self.engine.rng_state())
+        weights = self.engine.full_weights(parts.model, trained_only=True)
+        optimizer_state = self.engine.full_optimizer_state(parts.model, parts.optimizer.accelerated)
         if self.engine.is_main:
             checkpoints.save_checkpoint(
                 self.folder / files.CHECKPOINTS,
                 acc.num_updates,
                 checkpoints.Checkpoint(
-                    model=checkpoints.model_tensors(self.engine.unwrap(parts.model)),
-                    optimizer=parts.optimizer.state_dict(),
+                    model=weights,
+                    optimizer=optimizer_state,
                     rng=rng,
                     state={
                         "identity": parts.identity,
@@ -329,8 +336,9 @@ class Run:
         parts, acc = self.parts, self.parts.accumulator
         saved = checkpoints.load_checkpoint(path)
         checkpoints.check_same_run(saved.state["identity"], parts.identity, path)
-        checkpoints.load_model_tensors(self.engine.unwrap(parts.model), saved.model)
-        parts.optimizer.load_state_dict(saved.optimizer)
+        checkpoints.check_same_weights(saved.model, self.engine.full_weights(parts.model, trained_only=True))
+        self.engine.load_full_weights(parts.model, saved.model)
+        self.engine.load_full_optimizer_state(parts.model, parts.optimizer.accelerated, saved.optimizer)
         acc.load_state_dict(saved.state["accumulator"])
         parts.scheduler.load_state_dict(saved.state["scheduler"])
         parts.windows.load_state_dict(saved.state["windows"])

@@ -49,6 +49,10 @@ def variance_around_trend(records: list[dict]) -> float:
 
 def main() -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)
+    # The corpus and its tokenizer are made once, in a process of their own: what that takes is not the first run's memory.
+    subprocess.run(
+        [str(BIN / "accum-trainer"), "train", *shlex.split(COMMON), "--dry-run"], check=True, capture_output=True
+    )
     runs = {label: train(name, command) for label, (name, command) in RUNS.items()}
     draw_loss(runs, FOLDER / "loss.png", "The effective batch decides the curve, not how it is cut")
     small, large, split = runs.values()

@@ -1,16 +1,19 @@
 """The contract between the accumulator and whatever moves the gradients.
 
 An engine says what it will divide by (`gradient_divisor`), holds gradients local or exchanges them (`microbatch`),
-runs a backward, and finishes a window: unscale, norm, clip, step or not, zero. It knows nothing of windows, targets or
-data. What is here is right for one process; an engine overrides what differs.
+runs a backward, and finishes a window: unscale, norm, clip, step or not, zero. It gives whole gradients, weights and
+optimizer state by parameter name however it shards them, so that a checkpoint and a comparison know no engine. It knows
+nothing of windows, targets or data. What is here is right for one process; an engine overrides what differs.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -20,7 +23,21 @@ from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import send_to_device
 
+from accum_trainer.batch_plan import BatchPlan
 from accum_trainer.errors import EngineError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user wants of every engine alike.
+
+    Attributes:
+        max_grad_norm: clip the averaged gradient to this 2-norm; None for no clipping.
+        accumulation_dtype: the dtype gradients accumulate in, `float32` or `bfloat16`.
+    """
+
+    max_grad_norm: float | None = None
+    accumulation_dtype: str = "float32"
 
 
 class Engine(ABC):
@@ -38,7 +55,6 @@ class Engine(ABC):
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
-        self._models: list[torch.nn.Module] = []
 
     # --- place among the ranks ---
 
@@ -69,24 +85,32 @@ class Engine(ABC):
 
     # --- set-up ---
 
-    def prepare_model(self, model: torch.nn.Module) -> torch.nn.Module:
-        """Place and wrap a model.
+    def configure(self, plan: BatchPlan, settings: Settings) -> None:
+        """Learn the sizes and settings in force, once, before `prepare`; ConfigError where another source contradicts them."""
+        self.plan, self.settings = plan, settings
+
+    def prepare(
+        self, models: list[torch.nn.Module], optimizers: list[torch.optim.Optimizer]
+    ) -> tuple[list[torch.nn.Module], list[AcceleratedOptimizer]]:
+        """Place and wrap models and the optimizers of their parameters, given together.
 
         Raises:
-            EngineError: it is wrapped in DataParallel, which splits each micro-batch over GPUs and averages per GPU.
+            EngineError: a model is wrapped in DataParallel, which splits each micro-batch over GPUs and averages per GPU;
+                or the engine cannot take these together.
         """
-        if isinstance(model, torch.nn.DataParallel):
-            raise EngineError(
-                "the model is wrapped in DataParallel, which averages per GPU inside one process, so the weights of a "
-                "window cannot be right; pass the plain model and start one process per GPU with accelerate launch"
-            )
-        prepared = self.accelerator.prepare_model(model)
-        self._models.append(prepared)
-        return prepared
+        for model in models:
+            if isinstance(model, torch.nn.DataParallel):
+                raise EngineError(
+                    "the model is wrapped in DataParallel, which averages per GPU inside one process, so the weights of a "
+                    "window cannot be right; pass the plain model and start one process per GPU with accelerate launch"
+                )
+        return self._prepare(models, optimizers)
 
-    def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> AcceleratedOptimizer:
-        """Give an optimizer the life it has under this engine (its scaler in fp16)."""
-        return self.accelerator.prepare_optimizer(optimizer)
+    def _prepare(
+        self, models: list[torch.nn.Module], optimizers: list[torch.optim.Optimizer]
+    ) -> tuple[list[torch.nn.Module], list[AcceleratedOptimizer]]:
+        prepared = [self.accelerator.prepare_model(model) for model in models]
+        return prepared, [self.accelerator.prepare_optimizer(optimizer) for optimizer in optimizers]
 
     def unwrap(self, model: torch.nn.Module) -> Any:
         """The user's own model inside whatever the engine wrapped around it, autocast left in place."""
@@ -99,8 +123,8 @@ class Engine(ABC):
     # --- one window ---
 
     @contextlib.contextmanager
-    def microbatch(self, models: Sequence[torch.nn.Module], is_last: bool) -> Iterator[None]:
-        """Run one forward and backward: gradients stay local, or are exchanged now, as the policy says."""
+    def microbatch(self, models: Sequence[torch.nn.Module], is_first: bool, is_last: bool) -> Iterator[None]:
+        """Run one forward and backward of a window: gradients stay local, or are exchanged now, as the policy says."""
         # Objects that accelerate prepared (its optimizer and scheduler wrappers) act on this flag.
         self.accelerator.sync_gradients = is_last
         with self._sync(models, is_last or self.grad_sync == "every-microbatch"):
@@ -115,11 +139,23 @@ class Engine(ABC):
         """Accumulate the gradient of an already weighted loss, shape ()."""
         self.accelerator.backward(loss)
 
-    def clip(self, optimizer: AcceleratedOptimizer, max_grad_norm: float | None) -> float:
-        """Unscale the window's gradient, clip it to `max_grad_norm` where given, and return its norm before clipping.
+    def finish(self, optimizer: AcceleratedOptimizer, numbers: Sequence[float]) -> tuple[float, bool, list[float]]:
+        """End a window that had targets: unscale, clip, decide on all ranks together, step or drop.
 
-        The norm is the 2-norm over all trained parameters; inf or nan where any gradient is.
+        Args:
+            numbers: added up over ranks in the same exchange that decides.
+
+        Returns:
+            (norm, stepped, sums): the norm before clipping, inf or nan where any gradient is; whether the optimizer
+            stepped; `numbers` summed over ranks.
         """
+        norm = self._clip(optimizer, self.settings.max_grad_norm)
+        non_finite, *sums = self.sum_over_ranks([float(not math.isfinite(norm)), *numbers])
+        stepped = self._step(optimizer, is_finite=non_finite == 0)
+        self.drop(optimizer)
+        return norm, stepped, sums
+
+    def _clip(self, optimizer: AcceleratedOptimizer, max_grad_norm: float | None) -> float:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.unscale_(optimizer.optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -128,8 +164,8 @@ class Engine(ABC):
             torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
         return float(norm)
 
-    def step(self, optimizer: AcceleratedOptimizer, is_finite: bool) -> bool:
-        """Step the optimizer, or drop this gradient, and tell the loss scaler once; return whether it stepped."""
+    def _step(self, optimizer: AcceleratedOptimizer, is_finite: bool) -> bool:
+        """Step the optimizer or not, and tell the loss scaler once; return whether it stepped."""
         self.accelerator.sync_gradients = True
         scaler = self.accelerator.scaler
         if scaler is None:
@@ -158,6 +194,10 @@ class Engine(ABC):
         mine = torch.tensor([list(values)], dtype=dtype, device=self.device)
         return self.accelerator.gather(mine).cpu().double().numpy()
 
+    def sum_over_ranks(self, numbers: Sequence[float]) -> list[float]:
+        """`numbers` added up over ranks, in the order of ranks, so equal on all of them."""
+        return self.gather(numbers).sum(axis=0).tolist()
+
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's picklable `value`, in the order of ranks."""
         if self.world_size == 1:
@@ -179,6 +219,80 @@ class Engine(ABC):
     def to_device(self, batch: Any) -> Any:
         """The batch's tensors on this process's device; copied without waiting where they are pinned."""
         return send_to_device(batch, self.device, non_blocking=True)
+
+    # --- whole tensors by parameter name, however they are sharded; every rank calls, every rank gets them ---
+
+    def full_gradients(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """The averaged, unscaled gradient of each trained parameter that has one, after a window's last backward and
+        before the window is finished."""
+        scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
+        named = self.unwrap(model).named_parameters()
+        return {name: self._whole(p.grad).detach() / scale for name, p in named if p.grad is not None}
+
+    def full_weights(self, model: torch.nn.Module, trained_only: bool = False) -> dict[str, torch.Tensor]:
+        """Parameters and persistent buffers on the CPU, in the precision that the optimizer updates.
+
+        `trained_only` leaves frozen parameters out: they are what the model was loaded with.
+        """
+        plain = self.unwrap(model)
+        weights = {
+            name: self._whole_weight(p).detach().cpu()
+            for name, p in plain.named_parameters()
+            if p.requires_grad or not trained_only
+        }
+        return weights | {name: b.detach().cpu() for name, b in persistent_buffers(plain).items()}
+
+    def load_full_weights(self, model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+        """Copy what `full_weights(trained_only=True)` gave; names and shapes were compared before."""
+        plain = self.unwrap(model)
+        parameters, buffers = dict(plain.named_parameters()), dict(plain.named_buffers())
+        for name, tensor in weights.items():
+            if name in buffers:
+                buffers[name].copy_(tensor)
+            else:
+                self._set_weight(parameters[name], tensor)
+
+    def full_optimizer_state(self, model: torch.nn.Module, optimizer: AcceleratedOptimizer) -> dict[str, Any]:
+        """{"state": {parameter name: {key: tensor}}, "groups": [options of each group]}, tensors on the CPU."""
+        state = {}
+        for name, p in self.unwrap(model).named_parameters():
+            found = self._parameter_state(optimizer, p)
+            if found:
+                state[name] = {key: value.detach().cpu().clone() for key, value in found.items()}
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        return {"state": state, "groups": groups}
+
+    def load_full_optimizer_state(
+        self, model: torch.nn.Module, optimizer: AcceleratedOptimizer, saved: dict[str, Any]
+    ) -> None:
+        """Restore what `full_optimizer_state` gave, on this engine or another."""
+        for group, options in zip(optimizer.param_groups, saved["groups"], strict=True):
+            group.update(options)
+        for name, p in self.unwrap(model).named_parameters():
+            if name in saved["state"]:
+                self._set_parameter_state(optimizer, p, saved["state"][name])
+
+    def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def _whole_weight(self, parameter: torch.Tensor) -> torch.Tensor:
+        return self._whole(parameter)
+
+    def _set_weight(self, parameter: torch.Tensor, value: torch.Tensor) -> None:
+        with torch.no_grad():
+            parameter.copy_(value)
+
+    def _parameter_state(self, optimizer: AcceleratedOptimizer, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {key: self._whole(value) for key, value in optimizer.optimizer.state.get(parameter, {}).items()}
+
+    def _set_parameter_state(
+        self, optimizer: AcceleratedOptimizer, parameter: torch.Tensor, state: dict[str, torch.Tensor]
+    ) -> None:
+        # A scalar such as AdamW's `step` stays where the optimizer wants it: on the CPU, unless it is fused.
+        optimizer.optimizer.state[parameter] = {
+            key: value.clone() if value.ndim == 0 else value.to(parameter.device).clone()
+            for key, value in state.items()
+        }
 
     # --- state ---
 
@@ -214,3 +328,10 @@ class Engine(ABC):
         torch.set_rng_state(state["torch"].cpu())
         if self.device.type == "cuda" and "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"].cpu(), self.device)
+
+
+def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers that a state dict holds, by name."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    buffers = dict(model.named_buffers())
+    return {name: buffers[name] for name in model.state_dict() if name not in parameters and name in buffers}

@@ -15,6 +15,8 @@ from accelerate.utils import DistributedType
 
 from accum_trainer.engine.base import Engine
 from accum_trainer.engine.ddp import DDPEngine
+from accum_trainer.engine.deepspeed import DeepSpeedEngine, make_plugin, process_group_kwargs
+from accum_trainer.engine.fsdp import FSDPEngine
 from accum_trainer.engine.single import SingleEngine
 from accum_trainer.errors import ConfigError, EngineError
 
@@ -27,6 +29,9 @@ def build_engine(
     gradient_accumulation_steps: int | None,
     grad_sync: str = "auto",
     accelerator: Accelerator | None = None,
+    zero_stage: int | None = None,
+    cpu_offload: bool = False,
+    fsdp: bool = False,
     **accelerator_kwargs: Any,
 ) -> Engine:
     """Build (or adopt) an Accelerator and return the engine that drives it.
@@ -35,7 +40,11 @@ def build_engine(
         gradient_accumulation_steps: the K asked for, compared with every other source of K; None where it follows
             from the global batch.
         grad_sync: `auto`, `once-per-window` or `every-microbatch`.
-        accelerator: the user's own; otherwise one is made from `accelerator_kwargs`.
+        accelerator: the user's own; otherwise one is made from the following.
+        zero_stage: DeepSpeed ZeRO stage, 0 to 3; None where it is not asked for here (the launcher may).
+        cpu_offload: keep ZeRO's optimizer state in host memory.
+        fsdp: shard with FSDP2; the launcher may ask for it too.
+        accelerator_kwargs: for `Accelerator(...)`.
 
     Raises:
         ConfigError: another source says another K; an unknown policy; an Accelerator and arguments for one.
@@ -43,14 +52,24 @@ def build_engine(
     """
     if grad_sync not in GRAD_SYNCS:
         raise ConfigError(f"grad_sync={grad_sync!r} is not known; give one of {', '.join(GRAD_SYNCS)}")
-    if accelerator is not None and accelerator_kwargs:
+    given = {"zero_stage": zero_stage, "cpu_offload": cpu_offload or None, "fsdp": fsdp or None}
+    given = {name: value for name, value in given.items() if value is not None} | accelerator_kwargs
+    if accelerator is not None and given:
         raise ConfigError(
-            f"accelerator is given together with {', '.join(sorted(accelerator_kwargs))}; "
+            f"accelerator is given together with {', '.join(sorted(given))}; "
             "pass these to your Accelerator(...) instead"
         )
     _check_environment(gradient_accumulation_steps)
+    if cpu_offload and zero_stage is None and not _wants("deepspeed", accelerator_kwargs):
+        raise ConfigError("cpu_offload keeps ZeRO's optimizer state in host memory; give a zero_stage too")
+    wants_zero = zero_stage is not None or _wants("deepspeed", accelerator_kwargs)
+    wants_fsdp = fsdp or _wants("fsdp", accelerator_kwargs)
     if accelerator is None:
-        accelerator = _new_accelerator(accelerator_kwargs)
+        if wants_zero and wants_fsdp:
+            raise ConfigError("DeepSpeed ZeRO and FSDP are both asked for; choose one")
+        if wants_zero:
+            accelerator_kwargs = _for_deepspeed(zero_stage, cpu_offload, accelerator_kwargs)
+        accelerator = _new_accelerator(accelerator_kwargs, wants_zero, wants_fsdp)
     elif gradient_accumulation_steps is not None and accelerator.gradient_accumulation_steps not in (
         1,
         gradient_accumulation_steps,
@@ -60,13 +79,19 @@ def build_engine(
             f"gradient_accumulation_steps={accelerator.gradient_accumulation_steps}; make them agree, or leave the Accelerator's out"
         )
     _check_in_force(accelerator)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return DeepSpeedEngine(accelerator, grad_sync)
+    if wants_zero:
+        raise EngineError(f"DeepSpeed was asked for, but accelerate runs {accelerator.distributed_type.value}")
+    if wants_fsdp:
+        return FSDPEngine(accelerator, grad_sync)
     if accelerator.distributed_type in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         return DDPEngine(accelerator, grad_sync)
     if accelerator.distributed_type == DistributedType.NO:
         return SingleEngine(accelerator, grad_sync)
     raise EngineError(
         f"accelerate runs {accelerator.distributed_type.value}, for which accum_trainer has no engine; "
-        "launch a single process or DDP (accelerate launch --multi_gpu)"
+        "launch a single process, DDP, DeepSpeed or FSDP2"
     )
 
 
@@ -103,10 +128,33 @@ def _check_environment(gradient_accumulation_steps: int | None) -> None:
     )
 
 
-def _new_accelerator(kwargs: dict[str, Any]) -> Accelerator:
-    if not torch.cuda.is_available() and not torch.backends.mps.is_available():
+def _wants(engine: str, kwargs: dict[str, Any]) -> bool:
+    """Whether the arguments for an Accelerator, or the launcher's environment, ask for `deepspeed` or `fsdp`."""
+    return (
+        kwargs.get(f"{engine}_plugin") is not None
+        or os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "false").lower() == "true"
+    )
+
+
+def _for_deepspeed(zero_stage: int | None, cpu_offload: bool, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for an Accelerator that runs DeepSpeed; `cpu=True` would make it run DDP in silence."""
+    if kwargs.get("cpu") and torch.cuda.is_available():
+        raise EngineError(
+            "DeepSpeed cannot be kept on the CPU where there is a GPU; hide the GPU with CUDA_VISIBLE_DEVICES="
+        )
+    plugin = make_plugin(zero_stage, cpu_offload, kwargs.get("deepspeed_plugin"))
+    handlers = [*process_group_kwargs(), *kwargs.get("kwargs_handlers", [])]
+    kept = {name: value for name, value in kwargs.items() if name != "cpu"}
+    return kept | {"deepspeed_plugin": plugin, "kwargs_handlers": handlers}
+
+
+def _new_accelerator(kwargs: dict[str, Any], wants_zero: bool, wants_fsdp: bool) -> Accelerator:
+    if not wants_zero and not torch.cuda.is_available() and not torch.backends.mps.is_available():
         # Without a GPU two processes find each other over gloo only where accelerate is told of the CPU.
         kwargs.setdefault("cpu", True)
+    if wants_fsdp:  # accelerate has no FSDP on the CPU; the engine shards by itself, on GPUs too, so both are one code
+        kwargs = {name: value for name, value in kwargs.items() if name != "fsdp_plugin"}
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
     try:
         # K is ours to apply: accelerate's stays 1, unless its environment variable repeats ours.
         return Accelerator(**kwargs)

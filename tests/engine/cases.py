@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
 from torch.utils.data import DataLoader
 
 from accum_trainer import Accumulator, causal_lm_loss
@@ -19,6 +20,15 @@ from accum_trainer.window_plan import global_order, windows_of
 from tests.reference import IGNORE, big_batch, make_model, make_rows, num_targets, pad, relative_error
 
 CASES: dict[str, Callable[[], dict[str, Any]]] = {}
+
+
+# Cases that pass an Accelerator of their own; a sharded engine is built from arguments.
+OF_ACCELERATE: set[str] = set()
+
+
+def case_of_accelerate(function: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    OF_ACCELERATE.add(function.__name__)
+    return case(function)
 
 
 def case(function: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
@@ -34,28 +44,54 @@ def rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
+ENGINE: dict[str, Any] = {}  # what the worker was told of the engine: zero_stage, fsdp, grad_sync
+
+
 def accumulator(micro_batch_size: int, **options: Any) -> Accumulator:
-    return Accumulator(
-        micro_batch_size=micro_batch_size, **({} if "accelerator" in options else {"cpu": True}), **options
-    )
+    engine = {} if "accelerator" in options else {"cpu": True} | ENGINE
+    if "zero_stage" in engine:  # accelerate takes one DeepSpeed plugin per process; a case may build several
+        AcceleratorState._reset_state()
+    return Accumulator(micro_batch_size=micro_batch_size, **(engine | options))
 
 
 class Probe:
-    """A model under an optimizer whose gradient is seen at the moment of the step."""
+    """A model under an optimizer whose averaged gradient is seen at the moment of the step, whole, on every engine."""
 
     def __init__(self, acc: Accumulator, model: torch.nn.Module, lr: float = 0.1, schedule: Any = None) -> None:
-        self.acc, self.plain = acc, model
+        self.acc, self.lr = acc, lr
+        self.pristine = copy.deepcopy(model)
         sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
         self.stepped: list[dict[str, torch.Tensor]] = []
-        sgd.register_step_pre_hook(lambda *_: self.stepped.append(self.gradient()))
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(sgd, schedule) if schedule else None
         self.model, self.optimizer = acc.prepare(model, sgd)
+        self.trained = sum(p.numel() for p in self.pristine.parameters() if p.requires_grad)
+
+    def step(self, scheduler: Any = None) -> Any:
+        self.stepped.append(self.gradient())
+        return self.acc.step(self.optimizer, scheduler)
 
     def gradient(self) -> dict[str, torch.Tensor]:
-        return {n: p.grad.detach().clone() for n, p in self.plain.named_parameters() if p.grad is not None}
+        return {n: g.clone() for n, g in self.acc.engine.full_gradients(self.model).items()}
 
-    def weights(self) -> list[torch.Tensor]:
-        return [p.detach().clone() for p in self.plain.parameters()]
+    def left(self) -> int:
+        """Gradients that this rank still holds, in parameters or in ZeRO's shards."""
+        engine = getattr(self.model, "optimizer", None)
+        shards = getattr(engine, "averaged_gradients", {}).values()
+        held = sum(p.grad is not None for p in self.acc.engine.unwrap(self.model).parameters())
+        return held + sum(bool(shard) for shard in shards)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {n: w.clone() for n, w in self.acc.engine.full_weights(self.model, trained_only=True).items()}
+
+    def exact(self, rows: list[dict]) -> tuple[float, dict[str, torch.Tensor]]:
+        """Loss and gradient of one float64 big batch at the weights of now."""
+        now = copy.deepcopy(self.pristine)
+        now.load_state_dict(self.weights(), strict=False)
+        return big_batch(now, rows)
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def summed(model: torch.nn.Module, batch: dict) -> tuple[torch.Tensor, str]:
@@ -70,12 +106,12 @@ def compare(probe: Probe, windows: Any, expected: list[list[dict]], loss: Any = 
     """Run one epoch; compare each update with the float64 big batch of the rows it should have seen."""
     errors, loss_errors, sizes = [], [], []
     for window, rows in zip(windows, expected, strict=True):
-        exact_loss, exact = big_batch(probe.plain, rows)
+        exact_loss, exact = probe.exact(rows)
         for batch in window:
             with probe.acc.accumulate(probe.model):
                 value, reduction = loss(probe.model, batch)
                 probe.acc.backward(value, reduction=reduction)
-        update = probe.acc.step(probe.optimizer)
+        update = probe.step()
         errors.append(relative_error(probe.stepped[-1], exact))
         loss_errors.append(abs(update.loss - exact_loss) / exact_loss)
         sizes.append([update.num_samples, len(rows), update.num_targets, num_targets(rows)])
@@ -178,7 +214,7 @@ def loader_shuffled_every_sample_once() -> dict[str, Any]:
                 with acc.accumulate(probe.model):
                     acc.backward(causal_lm_loss(probe.model, batch))
                 seen += (batch["input_ids"][:, 1] - 2).tolist()
-            acc.step(probe.optimizer)
+            probe.step()
         orders.append([index for part in acc.engine.gather_objects(seen) for index in part])
     return {"orders": orders}
 
@@ -204,10 +240,10 @@ def stream_unsized() -> dict[str, Any]:
                 expected.append([])
             expected[index // k] += batch
     windows = acc.windows(pad(batch) for batch in batches(rank()))
-    return compare(probe, windows, expected) | {"gradients_left": len(probe.gradient())}
+    return compare(probe, windows, expected) | {"gradients_left": probe.left()}
 
 
-@case
+@case_of_accelerate
 def own_accelerator_with_k() -> dict[str, Any]:
     """The user's Accelerator divides by its own K as well; the weights cancel it, in tails too."""
     from accelerate import Accelerator
@@ -256,7 +292,7 @@ def i3_kwargs_model_has_one_norm() -> dict[str, Any]:
             for batch in window:
                 with acc.accumulate(probe.model):
                     acc.backward(probe.model(**batch), reduction="mean")
-            norms.append(acc.step(probe.optimizer).grad_norm)
+            norms.append(probe.step().grad_norm)
     exact = big_batch(make_model("llama"), rows)[1]
     return {"norms": norms, "exact": sum((g**2).sum().item() for g in exact.values()) ** 0.5}
 
@@ -275,12 +311,12 @@ def _regression(loss: Callable[[torch.Tensor], tuple[torch.Tensor, str]]) -> dic
     windows = acc.windows(data, count_targets=lambda batch: len(batch[1]))
     for window, indices in zip(windows, windows_of(global_order(13, 0, 0), 8), strict=True):
         wx, wy = x[indices].double(), y[indices].double()
-        exact = 2 * ((wx @ model.weight.detach().double().T).squeeze(1) - wy) @ wx / len(indices)
+        exact = 2 * ((wx @ probe.weights()["weight"].double().T).squeeze(1) - wy) @ wx / len(indices)
         for bx, by in window:
             with acc.accumulate(probe.model):
                 value, reduction = loss((probe.model(bx).squeeze(1) - by) ** 2)
                 acc.backward(value, reduction=reduction)
-        acc.step(probe.optimizer)
+        probe.step()
         errors.append(((probe.stepped[-1]["weight"][0].double() - exact).norm() / exact.norm()).item())
     return {"errors": errors}
 
@@ -310,7 +346,7 @@ def i8_sum_of_weights_is_the_denominator() -> dict[str, Any]:
         for bx, bw in window:
             with acc.accumulate(probe.model):
                 acc.backward((bw * probe.model(bx.unsqueeze(1)).squeeze(1)).sum())
-        acc.step(probe.optimizer)
+        probe.step()
         found.append(probe.stepped[-1]["weight"].item())
         wx, ww = x[begin : begin + 4].double(), w[begin : begin + 4].double()
         exact.append(((wx * ww).sum() / ww.sum()).item())
@@ -330,7 +366,7 @@ def i5_splits_log_the_same_loss() -> dict[str, Any]:
             for batch in window:
                 with acc.accumulate(probe.model):
                     acc.backward(causal_lm_loss(probe.model, batch))
-            curves[-1].append(acc.step(probe.optimizer).loss)
+            curves[-1].append(probe.step().loss)
     return {"curves": curves}
 
 
@@ -345,15 +381,15 @@ def i10_no_target_anywhere() -> dict[str, Any]:
     exact = []
     for index, window in enumerate(acc.windows(rows, collate_fn=pad, shuffle=False)):
         before = probe.weights()
-        exact.append(None if index == 1 else big_batch(probe.plain, rows[index * 4 : index * 4 + 4])[1])
+        exact.append(None if index == 1 else probe.exact(rows[index * 4 : index * 4 + 4])[1])
         for batch in window:
             with acc.accumulate(probe.model):
                 acc.backward(probe.model(**batch).loss, reduction="mean")
-        update = acc.step(probe.optimizer, scheduler)
-        unchanged = all(torch.equal(a, b) for a, b in zip(before, probe.weights(), strict=True))
+        update = probe.step(scheduler)
+        unchanged = equal(before, probe.weights())
         lr = probe.optimizer.param_groups[0]["lr"]
-        results.append([update.step, update.skipped, update.reason, unchanged, lr, len(probe.gradient())])
-    errors = [relative_error(g, e) for g, e in zip(probe.stepped, [exact[0], exact[2]], strict=True)]
+        results.append([update.step, update.skipped, update.reason, unchanged, lr, probe.left()])
+    errors = [relative_error(probe.stepped[i], exact[i]) for i in (0, 2)]
     return {"results": results, "errors": errors}
 
 
@@ -365,7 +401,7 @@ class Slope(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.w = torch.nn.Parameter(torch.zeros(()))
+        self.w = torch.nn.Parameter(torch.zeros(1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.w * x
@@ -381,7 +417,7 @@ def _slope(values: list[float], order: list[int] | None = None, **options: Any) 
         for x in window:
             with acc.accumulate(probe.model):
                 acc.backward(probe.model(x).sum())
-        updates.append(acc.step(probe.optimizer))
+        updates.append(probe.step())
     return probe, updates
 
 
@@ -420,7 +456,7 @@ def _constant(policy: str, k: int) -> Probe:
         for x in window:
             with acc.accumulate(probe.model):
                 acc.backward(probe.model(x).sum())
-        acc.step(probe.optimizer)
+        probe.step()
     return probe
 
 
@@ -433,11 +469,11 @@ def i14_gradients_empty_at_every_window() -> dict[str, Any]:
     windows = acc.windows(rows, collate_fn=pad)
     for _ in range(2):
         for window in windows:
-            left.append(len(probe.gradient()))
+            left.append(probe.left())
             for batch in window:
                 with acc.accumulate(probe.model):
                     acc.backward(causal_lm_loss(probe.model, batch))
-            acc.step(probe.optimizer)
+            probe.step()
     return {"left": left, "updates": acc.num_updates, "epoch": windows.epoch}
 
 
@@ -451,7 +487,7 @@ def _with_scaler(**options: Any) -> tuple[Accumulator, torch.amp.GradScaler]:
     return accumulator(2, global_batch_size=8, accelerator=accelerator, **options), scaler
 
 
-@case
+@case_of_accelerate
 def i15_scaler_two_epochs() -> dict[str, Any]:
     rows = make_rows(22)
     acc, scaler = _with_scaler()
@@ -460,11 +496,11 @@ def i15_scaler_two_epochs() -> dict[str, Any]:
     scales, errors = [], []
     for epoch in range(2):
         for window, expected in zip(windows, planned(rows, 8, epoch), strict=True):
-            exact = big_batch(probe.plain, expected)[1]
+            exact = probe.exact(expected)[1]
             for batch in window:
                 with acc.accumulate(probe.model):
                     acc.backward(causal_lm_loss(probe.model, batch))
-            acc.step(probe.optimizer)
+            probe.step()
             errors.append(relative_error(probe.stepped[-1], exact))
             scales.append(scaler.get_scale())
     return {"scales": scales, "errors": errors, "updates": acc.num_updates}
@@ -486,13 +522,15 @@ def i16_consumed_as_planned_and_equal_exchanges() -> dict[str, Any]:
             ran += 1
             with acc.accumulate(probe.model):
                 acc.backward(causal_lm_loss(probe.model, batch))
-        acc.step(probe.optimizer)
+        probe.step()
     return {
         "ran": int(acc.engine.gather_objects(ran) and sum(acc.engine.gather_objects(ran))),
         "planned": planned_batches,
         "gathers": acc.engine.gather_objects(gathers),
         "exchanged": acc.engine.gather_objects(exchanged),
         "updates": acc.num_updates,
+        "engine": acc.engine.name,
+        "equal": acc.engine.equal_micro_batches,
     }
 
 
@@ -510,7 +548,7 @@ def _count_exchanges(probe: Probe) -> list[int]:
     return exchanged
 
 
-@case
+@case_of_accelerate
 def exchanges_per_window() -> dict[str, Any]:
     """Numbers exchanged in each window, as multiples of the trained parameters, for each policy and K."""
     result = {}
@@ -519,14 +557,14 @@ def exchanges_per_window() -> dict[str, Any]:
             acc = accumulator(1, gradient_accumulation_steps=k, grad_sync=policy)
             probe = Probe(acc, make_model("llama"))
             exchanged = _count_exchanges(probe)
-            trained = sum(p.numel() for p in probe.plain.parameters() if p.requires_grad)
+            trained = probe.trained
             per_window = []
             for window in acc.windows(make_rows(3 * k * world_size()), collate_fn=pad):
                 before = sum(exchanged)
                 for batch in window:
                     with acc.accumulate(probe.model):
                         acc.backward(causal_lm_loss(probe.model, batch))
-                acc.step(probe.optimizer)
+                probe.step()
                 per_window.append((sum(exchanged) - before) / trained)
             result[f"{policy} K={k}"] = per_window
     return result
@@ -545,7 +583,7 @@ def i21_order_of_micro_batches_does_not_matter() -> dict[str, Any]:
             for batch in window:
                 with acc.accumulate(probe.model):
                     acc.backward(causal_lm_loss(probe.model, batch))
-            acc.step(probe.optimizer)
+            probe.step()
         gradients.append(probe.stepped[-1])
     exact = {name: g.double() for name, g in gradients[0].items()}
     return {"errors": [relative_error(g, exact) for g in gradients[1:]]}
@@ -563,13 +601,17 @@ def i31_one_clip_of_the_averaged_gradient() -> dict[str, Any]:
     clipped = {name: g * (limit / norm) for name, g in exact.items()}
     for micro in (8, 4, 1):
         acc = accumulator(micro, global_batch_size=16, max_grad_norm=limit)
-        probe = Probe(acc, make_model("llama"))
+        # Seen in what it did to the weights, on every engine; a large rate, so that their rounding does not hide it.
+        probe = Probe(acc, make_model("llama"), lr=64.0)
+        before = probe.weights()
         for window in acc.windows(rows, collate_fn=pad):
             for batch in window:
                 with acc.accumulate(probe.model):
                     acc.backward(causal_lm_loss(probe.model, batch))
-            update = acc.step(probe.optimizer)
-        results.append([relative_error(probe.stepped[-1], clipped), abs(update.grad_norm - norm) / norm])
+            update = probe.step()
+        after = probe.weights()
+        moved = {name: (before[name].double() - after[name].double()) / probe.lr for name in before}
+        results.append([relative_error(moved, clipped), abs(update.grad_norm - norm) / norm])
     return {"results": results, "norm": norm}
 
 
@@ -606,14 +648,14 @@ def _inject(acc: Accumulator) -> dict[str, Any]:
             with acc.accumulate(probe.model):
                 bad = index == 1 and number == 0 and rank() == world_size() - 1
                 acc.backward(causal_lm_loss(probe.model, batch) * (float("inf") if bad else 1.0))
-        update = acc.step(probe.optimizer, scheduler)
+        update = probe.step(scheduler)
         results.append(
             {
-                "unchanged": all(torch.equal(a, b) for a, b in zip(before, probe.weights(), strict=True)),
+                "unchanged": equal(before, probe.weights()),
                 "lr_unchanged": lr == scheduler.get_last_lr()[0],
                 "step": update.step,
                 "reason": update.reason,
-                "gradients_left": len(probe.gradient()),
+                "gradients_left": probe.left(),
             }
         )
     return {"windows": results}
@@ -624,7 +666,7 @@ def i33_inf_is_dropped_everywhere() -> dict[str, Any]:
     return _inject(accumulator(2, global_batch_size=8, max_grad_norm=1.0))
 
 
-@case
+@case_of_accelerate
 def i33_inf_is_dropped_everywhere_under_a_scaler() -> dict[str, Any]:
     acc, scaler = _with_scaler(max_grad_norm=1.0)
     return _inject(acc) | {"scale": scaler.get_scale()}
@@ -656,7 +698,7 @@ def i36_fifty_updates() -> dict[str, Any]:
 # --- loops that exist already ---
 
 
-@case
+@case_of_accelerate
 def loop_of_accelerate_gives_the_same_weights() -> dict[str, Any]:
     """The windows loop, the micro-batch loop, and the micro-batch loop with everything prepared by accelerate."""
     from accelerate import Accelerator
@@ -692,7 +734,7 @@ def loop_of_accelerate_gives_the_same_weights() -> dict[str, Any]:
     }
 
 
-@case
+@case_of_accelerate
 def loader_sharded_by_accelerate_is_taken_as_it_is() -> dict[str, Any]:
     from accelerate import Accelerator
 
@@ -715,7 +757,7 @@ def position_survives_another_world() -> dict[str, Any]:
         for batch in window:
             with acc.accumulate(probe.model):
                 acc.backward(causal_lm_loss(probe.model, batch))
-        acc.step(probe.optimizer)
+        probe.step()
         if count == 2:
             break
     state = copy.deepcopy(first.state_dict())

@@ -102,11 +102,13 @@ def test_i15_scaler_updates_once_per_update_over_two_epochs(case):
 
 def test_i16_consumed_is_planned_and_exchanges_are_equal(case, world_size):
     for result in case("i16_consumed_as_planned_and_equal_exchanges"):
-        assert result["ran"] == result["planned"] == 23
+        # Two ranks that must run as many each fill up the tail of three micro-batches with one of weight 0.
+        assert result["planned"] == 23
+        assert result["ran"] == (24 if result["equal"] else 23)
         assert result["updates"] == 6
         assert all(gathers == result["gathers"][0] for gathers in result["gathers"])
         assert all(buckets == result["exchanged"][0] for buckets in result["exchanged"])
-        assert len(result["exchanged"][0]) == (0 if world_size == 1 else 6)
+        assert len(result["exchanged"][0]) == (6 if result["engine"] == "ddp" else 0)  # seen by DDP's hook only
 
 
 def test_i17_every_sample_once_whatever_divides(case):

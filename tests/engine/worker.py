@@ -1,8 +1,12 @@
-"""Run all cases on this process's engine and write what they return: one JSON per rank."""
+"""Run cases on one engine and write what they return: one JSON per rank.
+
+python -m tests.engine.worker OUT ENGINE-OPTIONS-AS-JSON [CASE ...]
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from datetime import timedelta
@@ -11,19 +15,27 @@ from pathlib import Path
 import torch
 
 
-def main(out: str) -> None:
-    from accelerate import PartialState
+def main(out: str, engine: str, *names: str) -> None:
     from accelerate.state import AcceleratorState, GradientState
 
-    from tests.engine.cases import CASES, rank
+    from tests.engine import cases
 
+    cases.ENGINE.update(json.loads(engine))
     # A case that fails on one rank must fail the launch, not hang it.
-    PartialState(cpu=True, timeout=timedelta(seconds=60))
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+    if set(cases.ENGINE) & {"zero_stage", "fsdp"}:
+        names = names or tuple(set(cases.CASES) - cases.OF_ACCELERATE)
+    CASES, rank = {name: run for name, run in cases.CASES.items() if name in names or not names}, cases.rank
     results = {}
     for name, run in CASES.items():
-        AcceleratorState._reset_state()
+        if "ACCELERATE_USE_DEEPSPEED" in os.environ:
+            del os.environ["ACCELERATE_USE_DEEPSPEED"]  # accelerate sets it for good
+        AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         torch.manual_seed(0)
+        if rank() == 0:
+            print(f"case {name}", file=sys.stderr, flush=True)  # a case that hangs is the last one named
         try:
             results[name] = run()
         except Exception:
@@ -36,4 +48,4 @@ def main(out: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -1,0 +1,301 @@
+"""DeepSpeed ZeRO: optimizer state, gradients and weights sharded over ranks, one engine object that does it all.
+
+DeepSpeed wants to own the loop: it divides by its own K, steps inside accelerate's backward, clips and skips by its
+configuration. Here it keeps what it does well and gives the rest back: each backward is told not to divide, the boundary
+is set by hand, clipping comes from our `max_grad_norm` written into its configuration, and its own overflow check (a
+decision of all ranks together) is read, not repeated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DeepSpeedPlugin
+
+from accum_trainer.batch_plan import BatchPlan
+from accum_trainer.engine.base import Engine, Settings
+from accum_trainer.errors import ConfigError, EngineError
+
+INSTALL = "pip install 'accum-trainer[deepspeed]'"
+CONFIG_FILE_VARIABLE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
+
+
+class DeepSpeedEngine(Engine):
+    """ZeRO stages 0 to 3.
+
+    once-per-window: gradients stay local through the window (`coalesce_grad_reduction`) and are reduced in one pass; it
+    takes a full local gradient in memory. every-microbatch: reduced and sharded after each backward, the least memory.
+    """
+
+    def __init__(self, accelerator: Accelerator, grad_sync: str) -> None:
+        super().__init__(accelerator)
+        plugin = accelerator.state.deepspeed_plugin
+        self.stage = int(plugin.zero_stage)
+        self.name = f"zero{self.stage}"
+        self._grad_sync_asked = grad_sync
+        self.grad_sync = "once-per-window" if grad_sync == "auto" else grad_sync
+        self._window = contextlib.ExitStack()
+        # ZeRO-3 gathers weights in each forward; reducing each micro-batch needs all ranks at each.
+        self.equal_micro_batches = self.stage == 3 or self.grad_sync == "every-microbatch"
+
+    @property
+    def gradient_divisor(self) -> float:
+        # DeepSpeed averages over ranks; `backward(scale_wrt_gas=False)` keeps it from dividing by its K as well.
+        return self.world_size
+
+    def configure(self, plan: BatchPlan, settings: Settings) -> None:
+        super().configure(plan, settings)
+        config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+        _complete(config, plan, settings, self.mixed_precision)
+        self.accelerator.gradient_accumulation_steps = plan.gradient_accumulation_steps
+
+    def _prepare(
+        self, models: list[torch.nn.Module], optimizers: list[torch.optim.Optimizer]
+    ) -> tuple[list[torch.nn.Module], list[AcceleratedOptimizer]]:
+        if not models and not optimizers:
+            return [], []
+        if len(models) != 1 or len(optimizers) != 1:
+            raise EngineError(
+                f"DeepSpeed prepares one model and its optimizer together, not {len(models)} and {len(optimizers)}; "
+                "call acc.prepare(model, optimizer)"
+            )
+        model, optimizer = self.accelerator.prepare(models[0], optimizers[0])
+        self._engine = model
+        if model.zero_optimization_stage() != self.stage:
+            raise EngineError(
+                f"ZeRO stage {self.stage} was asked for, stage {model.zero_optimization_stage()} is in force"
+            )
+        if self.grad_sync == "once-per-window" and not self._can_coalesce():
+            if self._grad_sync_asked == "once-per-window":
+                raise EngineError(
+                    f"grad_sync=once-per-window is not to be had from DeepSpeed here (stage {self.stage}, "
+                    f"{type(model.optimizer).__name__}); use grad_sync=every-microbatch or auto"
+                )
+            self.grad_sync, self.equal_micro_batches = "every-microbatch", True
+        return [model], [optimizer]
+
+    def _can_coalesce(self) -> bool:
+        # Stage 0 exchanges at the boundary only, as DDP does. Some wrappers (bf16 weights under stage 1) cannot coalesce.
+        return self.stage == 0 or hasattr(self._engine.optimizer, "_coalesce_grad_reduction")
+
+    # --- one window ---
+
+    @contextlib.contextmanager
+    def microbatch(self, models: Sequence[torch.nn.Module], is_first: bool, is_last: bool) -> Iterator[None]:
+        if list(models) != [self._engine]:
+            raise EngineError(
+                "accumulate() got a model that is not the one prepare() returned; DeepSpeed would not see its gradients"
+            )
+        self.accelerator.sync_gradients = is_last
+        coalesce = self.grad_sync == "once-per-window" and self.stage > 0
+        if is_first:
+            self._leave_window()
+            if coalesce:
+                self._window.enter_context(self._engine.coalesce_grad_reduction())
+        # Stages 1 and 2 accumulate in their shard until the boundary; while coalescing, leaving the window is the boundary.
+        self._engine.set_gradient_accumulation_boundary(is_last and not coalesce)
+        yield
+        if is_last:
+            self._leave_window()
+
+    def _leave_window(self) -> None:
+        self._window.close()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def finish(self, optimizer: AcceleratedOptimizer, numbers: Sequence[float]) -> tuple[float, bool, list[float]]:
+        if self.stage == 0:
+            return self._finish_unsharded(optimizer, numbers)
+        skipped = self._engine.skipped_steps
+        self._engine.set_gradient_accumulation_boundary(True)
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        return float(norm), self._engine.skipped_steps == skipped, self.sum_over_ranks(numbers)
+
+    def _finish_unsharded(
+        self, optimizer: AcceleratedOptimizer, numbers: Sequence[float]
+    ) -> tuple[float, bool, list[float]]:
+        """Stage 0 steps on whatever the gradient is: take the norm and decide before, and let it clip by its config."""
+        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        non_finite, *sums = self.sum_over_ranks([float(norm != norm or norm == float("inf")), *numbers])
+        if non_finite:
+            self.drop(optimizer)
+            return norm, False, sums
+        self._engine.set_gradient_accumulation_boundary(True)
+        self._engine.step()
+        return norm, True, sums
+
+    def drop(self, optimizer: AcceleratedOptimizer) -> None:
+        self._leave_window()
+        sharded = self._engine.optimizer
+        sharded.zero_grad(set_to_none=True)
+        # What DeepSpeed itself does when it skips a step: forget the reduced shards, and begin counting micro-steps anew.
+        if self.stage in (1, 2) and hasattr(sharded, "averaged_gradients"):
+            for key in sharded.averaged_gradients:
+                sharded.averaged_gradients[key] = sharded.all_grad_tensors[key] = None
+            sharded.micro_step_id = -1
+        elif self.stage == 3:
+            sharded.averaged_gradients = {}
+            sharded.micro_step_id = 0
+
+    # --- whole tensors ---
+
+    def full_gradients(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        from deepspeed.utils import safe_get_full_grad
+
+        named = [(name, p) for name, p in self.unwrap(model).named_parameters() if p.requires_grad]
+        if self.stage == 0:
+            return {name: p.grad.detach() for name, p in named if p.grad is not None}
+        return {name: gradient for name, p in named if (gradient := safe_get_full_grad(p)) is not None}
+
+    def _whole_weight(self, parameter: torch.Tensor) -> torch.Tensor:
+        import deepspeed
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if parameter.requires_grad and self.stage > 0:
+            return safe_get_full_fp32_param(parameter)
+        if self.stage < 3:
+            return parameter
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+
+    def _set_weight(self, parameter: torch.Tensor, value: torch.Tensor) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        if self.stage == 0:
+            super()._set_weight(parameter, value)
+            return
+        safe_set_full_fp32_param(parameter, value.to(self.device))
+        if self.stage < 3:  # the copy that the forward uses is made from the master copy at a step only
+            with torch.no_grad():
+                parameter.copy_(value)
+
+    def _parameter_state(self, optimizer: AcceleratedOptimizer, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        if self.stage == 0:
+            return super()._parameter_state(optimizer, parameter)
+        if not parameter.requires_grad:
+            return {}
+        keys = self._state_keys()
+        return {
+            key: self._inner_states()[0][key] if scalar else safe_get_full_optimizer_state(parameter, key)
+            for key, scalar in keys.items()
+        }
+
+    def _set_parameter_state(
+        self, optimizer: AcceleratedOptimizer, parameter: torch.Tensor, state: dict[str, torch.Tensor]
+    ) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        if self.stage == 0:
+            super()._set_parameter_state(optimizer, parameter, state)
+            return
+        for key, value in state.items():
+            if value.ndim == 0:
+                for inner in self._inner_states():
+                    inner[key] = value.clone()
+            else:
+                safe_set_full_optimizer_state(parameter, value.to(self.device), key)
+
+    def _inner_states(self) -> list[dict[str, Any]]:
+        """State of the torch optimizer's flat shards; DeepSpeed makes it before the first step."""
+        return [state for state in self._engine.optimizer.optimizer.state.values() if state]
+
+    def _state_keys(self) -> dict[str, bool]:
+        """Keys of the optimizer's state, and whether each is one number for all parameters."""
+        states = self._inner_states()
+        return {key: not torch.is_tensor(v) or v.ndim == 0 for key, v in states[0].items()} if states else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        return {"loss_scale": float(scaler.cur_scale)} if self.mixed_precision == "fp16" and scaler is not None else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if "loss_scale" in state:
+            self._engine.optimizer.loss_scaler.cur_scale = state["loss_scale"]
+
+
+def make_plugin(zero_stage: int | None, cpu_offload: bool, plugin: DeepSpeedPlugin | None) -> DeepSpeedPlugin:
+    """The plugin of the user or of the launcher's file, or a new one, with `zero_stage` in it; "auto" elsewhere.
+
+    Raises:
+        ConfigError: the launcher or its file says another stage.
+        EngineError: DeepSpeed is not installed.
+    """
+    check_installed()
+    path = os.environ.get(CONFIG_FILE_VARIABLE, "none")
+    if plugin is not None:
+        config = plugin.deepspeed_config
+    elif path != "none":
+        try:
+            config = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"the DeepSpeed configuration {path} cannot be read: {error}") from None
+    else:
+        launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") if launched else None
+        config = {"zero_optimization": {"stage": int(stage)} if stage is not None else {}}
+    zero = config.setdefault("zero_optimization", {})
+    _agree(zero, "stage", 2 if zero_stage is None and "stage" not in zero else zero_stage, "zero_stage")
+    for device in ("optimizer", "param"):
+        if os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{device.upper()}_DEVICE", "none") == "cpu":
+            zero.setdefault(f"offload_{device}", {"device": "cpu"})
+    if cpu_offload:
+        zero.setdefault("offload_optimizer", {"device": "cpu"})
+    # Missing, it would become 1 in silence and beat everybody else's; the micro-batch must be a number for accelerate.
+    config.setdefault("gradient_accumulation_steps", "auto")
+    config.setdefault("train_micro_batch_size_per_gpu", "auto")
+    return plugin if plugin is not None else DeepSpeedPlugin(hf_ds_config=config)
+
+
+def _complete(config: dict[str, Any], plan: BatchPlan, settings: Settings, mixed_precision: str) -> None:
+    """Fill in what is missing or "auto"; what is there and decides the update must agree."""
+    _agree(config, "train_micro_batch_size_per_gpu", plan.micro_batch_size, "micro_batch_size")
+    _agree(config, "gradient_accumulation_steps", plan.gradient_accumulation_steps, "gradient_accumulation_steps")
+    _agree(config, "train_batch_size", plan.global_batch_size, "global_batch_size")
+    _agree(config, "gradient_clipping", settings.max_grad_norm or 0.0, "max_grad_norm")
+    for dtype in ("bf16", "fp16"):
+        _agree(config.setdefault(dtype, {}), "enabled", mixed_precision == dtype, f"mixed_precision={dtype}")
+    if mixed_precision == "bf16":
+        # ZeRO's default is the weights' dtype, in which 256 + 1 - 256 is 0.
+        wanted = "fp32" if settings.accumulation_dtype == "float32" else "bf16"
+        _agree(config.setdefault("data_types", {}), "grad_accum_dtype", wanted, "accumulation_dtype")
+        config["bf16"].setdefault("check_grad_overflow", True)
+    # The user's torch optimizer is used as it is: any of them, and not DeepSpeed's own Adam in its place when offloaded.
+    config.setdefault("zero_allow_untested_optimizer", True)
+    config.setdefault("zero_force_ds_cpu_optimizer", False)
+
+
+def _agree(section: dict[str, Any], key: str, ours: Any, name: str) -> None:
+    """Set section[key] where it is missing or "auto"; otherwise it must be `ours` (None: no opinion)."""
+    theirs = section.get(key, "auto")
+    if theirs in ("auto", None):
+        if ours is not None:
+            section[key] = ours
+    elif ours is not None and theirs != ours:
+        where = os.environ.get(CONFIG_FILE_VARIABLE, "the DeepSpeed configuration")
+        raise ConfigError(f'{name}={ours}, but {where} says {key}={theirs}; make them agree, or write "auto" there')
+
+
+def check_installed() -> None:
+    """Raise an EngineError with the install command where DeepSpeed is missing."""
+    try:
+        import deepspeed  # noqa: F401
+    except ImportError as error:
+        raise EngineError(f"DeepSpeed is asked for but not installed ({error}); {INSTALL}") from None
+
+
+def process_group_kwargs() -> list[Any]:
+    """On a machine without GPUs DeepSpeed finds its processes over gloo; accelerate has to be told."""
+    return [] if torch.cuda.is_available() else [InitProcessGroupKwargs(backend="gloo")]

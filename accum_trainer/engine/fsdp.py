@@ -1,0 +1,122 @@
+"""FSDP2: weights, gradients and optimizer state sharded over ranks by torch's own `fully_shard`.
+
+Applied here rather than by accelerate, which knows no FSDP on the CPU and reduces gradients in the parameters' dtype:
+each block and then the whole model is sharded, gradients are reduced in float32, and the optimizer is pointed at the
+sharded parameters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from accum_trainer.engine.base import Engine
+from accum_trainer.errors import EngineError
+
+
+class FSDPEngine(Engine):
+    """once-per-window: gradients stay unsharded in memory until the last micro-batch; every-microbatch: reduced and
+    sharded after each backward, the least memory."""
+
+    name = "fsdp2"
+    equal_micro_batches = True  # weights are gathered in every forward
+
+    def __init__(self, accelerator: Accelerator, grad_sync: str) -> None:
+        super().__init__(accelerator)
+        if accelerator.num_processes == 1:
+            raise EngineError("FSDP2 shards over processes, and there is one; launch several, or leave FSDP out")
+        if accelerator.mixed_precision == "fp16":
+            raise EngineError("mixed_precision=fp16 is not available with FSDP2 here; use bf16")
+        self.grad_sync = "once-per-window" if grad_sync == "auto" else grad_sync
+
+    @property
+    def gradient_divisor(self) -> float:
+        # fully_shard averages over ranks; Accelerator.backward divides by the K it was configured with.
+        return self.world_size * self.accelerator.gradient_accumulation_steps
+
+    def _prepare(
+        self, models: list[torch.nn.Module], optimizers: list[torch.optim.Optimizer]
+    ) -> tuple[list[torch.nn.Module], list[AcceleratedOptimizer]]:
+        renamed: dict[int, torch.nn.Parameter] = {}
+        for model in models:
+            before = dict(model.named_parameters())
+            self._shard(model)
+            renamed |= {id(before[name]): p for name, p in model.named_parameters()}
+        for optimizer in optimizers:
+            if optimizer.state:
+                raise EngineError(
+                    "the optimizer has state already; FSDP2 shards its parameters, so prepare it before the first step"
+                )
+            for group in optimizer.param_groups:
+                missing = [p for p in group["params"] if id(p) not in renamed]
+                if missing:
+                    raise EngineError(
+                        "the optimizer holds parameters of no model prepared with it; call acc.prepare(model, optimizer)"
+                    )
+                group["params"] = [renamed[id(p)] for p in group["params"]]
+        return models, [AcceleratedOptimizer(optimizer, device_placement=False) for optimizer in optimizers]
+
+    def _shard(self, model: torch.nn.Module) -> None:
+        mesh = init_device_mesh(self.device.type, (self.world_size,))
+        # Gradients cross ranks in float32: in the parameters' bf16 a sum over ranks would lose the small ones.
+        compute = torch.bfloat16 if self.mixed_precision == "bf16" else None
+        reduce = torch.bfloat16 if self.settings.accumulation_dtype == "bfloat16" else torch.float32
+        options: dict[str, Any] = {
+            "mesh": mesh,
+            "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce),
+        }
+        model.to(self.device)
+        blocks = set(getattr(model, "_no_split_modules", None) or ())
+        for module in list(model.modules()):
+            if type(module).__name__ in blocks:
+                fully_shard(module, **options)
+        fully_shard(model, **options)
+
+    @contextlib.contextmanager
+    def _sync(self, models: Sequence[torch.nn.Module], exchange: bool) -> Iterator[None]:
+        for model in models:
+            if not isinstance(model, FSDPModule):
+                raise EngineError(
+                    f"accumulate() got a {type(model).__name__} that is not sharded; pass the model that prepare() returned"
+                )
+            model.set_requires_gradient_sync(exchange)
+        yield
+
+    def unwrap(self, model: torch.nn.Module) -> Any:
+        return model
+
+    def _clip(self, optimizer: AcceleratedOptimizer, max_grad_norm: float | None) -> float:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        if max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+        return float(norm)
+
+    def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def _set_weight(self, parameter: torch.Tensor, value: torch.Tensor) -> None:
+        with torch.no_grad():
+            parameter.copy_(self._sharded_like(parameter, value))
+
+    def _set_parameter_state(
+        self, optimizer: AcceleratedOptimizer, parameter: torch.Tensor, state: dict[str, torch.Tensor]
+    ) -> None:
+        optimizer.optimizer.state[parameter] = {
+            key: value.clone() if value.ndim == 0 else self._sharded_like(parameter, value)
+            for key, value in state.items()
+        }
+
+    def _sharded_like(self, parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        assert isinstance(parameter, DTensor)
+        return distribute_tensor(value.to(self.device), parameter.device_mesh, parameter.placements)
