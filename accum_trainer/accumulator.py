@@ -70,6 +70,7 @@ class Update:
 class _MicroBatch:
     num_targets: float
     weight: float
+    auxiliary_weight: float
     is_first: bool
     is_last: bool
 
@@ -114,11 +115,14 @@ class Window:
     def __iter__(self) -> Iterator[Batch]:
         if self._started:
             raise AccumTrainerError("this window was already iterated; its gradient would be counted twice")
+        auxiliary = self._accumulator.engine.gradient_divisor / max(1, self.num_micro_batches)
         for index, (batch, targets, weight) in enumerate(self._run):
             self._accumulator._check_accumulated(self._started)
             self._started += 1
             moved = self._accumulator.engine.to_device(batch)
-            self._accumulator._microbatch = _MicroBatch(targets, weight, index == 0, index == len(self._run) - 1)
+            self._accumulator._microbatch = _MicroBatch(
+                targets, weight, auxiliary if weight else 0.0, index == 0, index == len(self._run) - 1
+            )
             yield moved
         self._accumulator._check_accumulated(self._started)
 
@@ -394,12 +398,15 @@ class Accumulator:
         if microbatch.is_last and not self._optimizers:
             self._finish_unowned()
 
-    def backward(self, loss: torch.Tensor, reduction: str = "sum") -> None:
+    def backward(self, loss: torch.Tensor, reduction: str = "sum", auxiliary: torch.Tensor | None = None) -> None:
         """Accumulate the gradient of a micro-batch's loss, with the weight that makes the window's gradient exact.
 
         Args:
             loss: shape (); the sum over this micro-batch's targets, or their mean.
             reduction: `sum` or `mean`, what `loss` is. A mean is taken as mean over the targets that `count_targets` found.
+            auxiliary: shape (); a second term that is a mean over micro-batches by definition, such as a router's
+                load-balancing loss with its coefficient: the window's gradient holds its mean over all micro-batches.
+                Not part of `Update.loss`.
 
         Raises:
             AccumTrainerError: called outside `accumulate(model)`, or an unknown reduction.
@@ -418,9 +425,12 @@ class Accumulator:
         if microbatch.weight and terms:
             seen = loss.detach()
             self._loss_sum = self._loss_sum + (seen if seen.device.type == "mps" else seen.double()) * terms
-        elif not microbatch.is_last and not self.engine.equal_micro_batches:
+        elif auxiliary is None and not microbatch.is_last and not self.engine.equal_micro_batches:
             return  # nothing to add and nobody waits: a mean over no target is nan, and must not touch the gradient
-        self.engine.backward(loss * (microbatch.weight * terms))
+        total = loss * (microbatch.weight * terms)
+        if auxiliary is not None:
+            total = total + auxiliary * microbatch.auxiliary_weight
+        self.engine.backward(total)
 
     def step(self, optimizer: torch.optim.Optimizer, scheduler: Any = None) -> Update:
         """Finish the window: clip, decide on all ranks together whether the gradient is finite, step or skip, zero.

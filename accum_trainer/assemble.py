@@ -71,7 +71,7 @@ def assemble(config: TrainConfig) -> Parts:
         grad_sync=config.grad_sync,
         accumulation_dtype=config.accumulation_dtype,
         mixed_precision=choose_precision(config.mixed_precision, config.amp, config.cpu),
-        **({"cpu": True} if config.cpu else {}),
+        **_engine_options(config),
     )
     engine = accumulator.engine
     tokenizer = load_tokenizer(config) if engine.world_size == 1 else _main_first(engine, load_tokenizer, config)
@@ -121,6 +121,16 @@ def assemble(config: TrainConfig) -> Parts:
         },
         notes=_notes(config, accumulator, rows),
     )
+
+
+def _engine_options(config: TrainConfig) -> dict[str, Any]:
+    """What the configuration asks of the engine, where it asks for something; the launcher may ask for the rest."""
+    options: dict[str, Any] = {"cpu": True} if config.cpu else {}
+    if config.zero_stage != "none":
+        options["zero_stage"] = int(config.zero_stage.removeprefix("zero"))
+    if config.cpu_offload:
+        options["cpu_offload"] = True
+    return options
 
 
 def _main_first(engine: Any, function: Any, *arguments: Any) -> Any:

@@ -70,7 +70,6 @@ class TrainConfig:
         "Batch",
         "The dtype that gradients accumulate in.",
         choices=("float32", "bfloat16"),
-        needs="accumulation in bfloat16",
     )
     rank_weights: str | None = _option(
         None, "Batch", "Shares of the window per process, such as 2,1.", needs="uneven shares per process"
@@ -132,9 +131,8 @@ class TrainConfig:
         "Engine",
         "Shard optimizer, gradients or weights with DeepSpeed ZeRO.",
         choices=("none", "zero1", "zero2", "zero3"),
-        needs="the DeepSpeed engine",
     )
-    cpu_offload: bool = _option(False, "Engine", "Keep optimizer state in host memory.", needs="the DeepSpeed engine")
+    cpu_offload: bool = _option(False, "Engine", "Keep ZeRO's optimizer state in host memory.")
     parallel_independent: bool = _option(
         False, "Engine", "Several complete trainings side by side.", needs="the parallel-independent launcher"
     )
@@ -181,6 +179,10 @@ class TrainConfig:
             raise ConfigError(
                 f"eval_every={self.eval_every} needs eval_file, the rows to evaluate on "
                 "(only the embedded corpus holds rows back by itself)"
+            )
+        if self.cpu_offload and self.zero_stage == "none":
+            raise ConfigError(
+                "cpu_offload keeps ZeRO's optimizer state in host memory; give zero_stage (zero1 to zero3) too"
             )
         parse_warmup(self.warmup)
 

@@ -263,6 +263,7 @@ class Run:
             "lr": parts.peak_lr,
             "engine": self.engine.name,
             "grad_sync": self.engine.grad_sync,
+            "grad_sync_reason": self.engine.grad_sync_reason,
             "accumulation_dtype": self.config.accumulation_dtype,
             "mixed_precision": self.engine.mixed_precision,
             "device": str(self.engine.device.type),

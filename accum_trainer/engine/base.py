@@ -9,7 +9,6 @@ nothing of windows, targets or data. What is here is right for one process; an e
 from __future__ import annotations
 
 import contextlib
-import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -46,15 +45,21 @@ class Engine(ABC):
     Attributes:
         name: of the engine, as it stands in plan.json.
         grad_sync: the policy in force, `once-per-window` or `every-microbatch`.
+        grad_sync_reason: why it is this one.
         equal_micro_batches: every rank must run the same number of micro-batches, because each exchanges something.
     """
 
     name: str
     grad_sync: str
+    grad_sync_reason: str = "asked for"
     equal_micro_batches: bool = False
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    def __init__(self, accelerator: Accelerator, grad_sync: str) -> None:
         self.accelerator = accelerator
+        self._grad_sync_asked = grad_sync
+        self.grad_sync = grad_sync
+        if grad_sync == "auto":
+            self.grad_sync, self.grad_sync_reason = "once-per-window", "it costs no memory"
 
     # --- place among the ranks ---
 
@@ -104,7 +109,29 @@ class Engine(ABC):
                     "the model is wrapped in DataParallel, which averages per GPU inside one process, so the weights of a "
                     "window cannot be right; pass the plain model and start one process per GPU with accelerate launch"
                 )
-        return self._prepare(models, optimizers)
+        ready = self._prepare(models, optimizers)
+        self._accumulate_in([p for model in ready[0] for p in model.parameters() if p.requires_grad])
+        return ready
+
+    def _accumulate_in(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Have autograd keep gradients in the accumulation dtype, whatever the weights' dtype: bf16 loses 256 + 1 - 256."""
+        wanted = getattr(torch, self.settings.accumulation_dtype)
+        for parameter in parameters:
+            if parameter.is_floating_point() and parameter.dtype != wanted:
+                parameter.grad_dtype = wanted
+
+    def _decide_grad_sync(self, model: torch.nn.Module) -> None:
+        """Under `auto`, defer the exchange where a full local gradient takes at most half of the memory that is free.
+
+        4 bytes per trained parameter in float32, 2 in bfloat16. All ranks decide alike, by the one with least room.
+        """
+        if self._grad_sync_asked != "auto":
+            return
+        size = 4 if self.settings.accumulation_dtype == "float32" else 2
+        needed = size * sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+        free = float(self.gather([_free_bytes(self.device)])[:, 0].min())
+        self.grad_sync = "once-per-window" if needed <= free / 2 else "every-microbatch"
+        self.grad_sync_reason = f"a full local gradient takes {needed / 1e9:.2f} GB, {free / 1e9:.1f} GB are free"
 
     def _prepare(
         self, models: list[torch.nn.Module], optimizers: list[torch.optim.Optimizer]
@@ -150,10 +177,32 @@ class Engine(ABC):
             stepped; `numbers` summed over ranks.
         """
         norm = self._clip(optimizer, self.settings.max_grad_norm)
-        non_finite, *sums = self.sum_over_ranks([float(not math.isfinite(norm)), *numbers])
-        stepped = self._step(optimizer, is_finite=non_finite == 0)
+        table = self.gather([norm, *numbers])
+        is_finite = bool(np.isfinite(table[:, 0]).all())
+        if is_finite and (table[:, 0] != norm).any():
+            raise EngineError(
+                f"the processes hold different gradients (norms {', '.join(f'{n:.6g}' for n in table[:, 0])}): a parameter that "
+                "only some micro-batches use was left out of the exchange. Pass "
+                "kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)], or use every parameter in each"
+            )
+        with self._in_weights_dtype(optimizer):
+            stepped = self._step(optimizer, is_finite)
         self.drop(optimizer)
-        return norm, stepped, sums
+        return norm, stepped, table[:, 1:].sum(axis=0).tolist()
+
+    @contextlib.contextmanager
+    def _in_weights_dtype(self, optimizer: AcceleratedOptimizer) -> Iterator[None]:
+        """Optimizers take gradients in their weights' dtype only; the accumulation dtype comes back after the step."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        cast = [p for p in parameters if p.grad is not None and p.grad.dtype != p.dtype]
+        for p in cast:
+            gradient, p.grad = p.grad.to(p.dtype), None
+            p.grad_dtype = p.dtype
+            p.grad = gradient
+        yield
+        for p in cast:
+            p.grad = None
+        self._accumulate_in(cast)
 
     def _clip(self, optimizer: AcceleratedOptimizer, max_grad_norm: float | None) -> float:
         if self.accelerator.scaler is not None:
@@ -335,3 +384,12 @@ def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     buffers = dict(model.named_buffers())
     return {name: buffers[name] for name in model.state_dict() if name not in parameters and name in buffers}
+
+
+def _free_bytes(device: torch.device) -> float:
+    """Memory that this process could still take on its device."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    import psutil  # comes with accelerate
+
+    return float(psutil.virtual_memory().available)

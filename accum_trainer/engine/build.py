@@ -7,6 +7,7 @@ that beats the constructor's. Each such fall-back is an error here.
 from __future__ import annotations
 
 import os
+import socket
 from typing import Any
 
 import torch
@@ -60,8 +61,6 @@ def build_engine(
             "pass these to your Accelerator(...) instead"
         )
     _check_environment(gradient_accumulation_steps)
-    if cpu_offload and zero_stage is None and not _wants("deepspeed", accelerator_kwargs):
-        raise ConfigError("cpu_offload keeps ZeRO's optimizer state in host memory; give a zero_stage too")
     wants_zero = zero_stage is not None or _wants("deepspeed", accelerator_kwargs)
     wants_fsdp = fsdp or _wants("fsdp", accelerator_kwargs)
     if accelerator is None:
@@ -142,7 +141,18 @@ def _for_deepspeed(zero_stage: int | None, cpu_offload: bool, kwargs: dict[str, 
         raise EngineError(
             "DeepSpeed cannot be kept on the CPU where there is a GPU; hide the GPU with CUDA_VISIBLE_DEVICES="
         )
-    plugin = make_plugin(zero_stage, cpu_offload, kwargs.get("deepspeed_plugin"))
+    if "WORLD_SIZE" not in os.environ:  # DeepSpeed wants a launcher's variables for one process too
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            alone = {
+                "RANK": 0,
+                "LOCAL_RANK": 0,
+                "WORLD_SIZE": 1,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": free.getsockname()[1],
+            }
+        os.environ.update({name: str(value) for name, value in alone.items()})
+    plugin = make_plugin(zero_stage, cpu_offload, kwargs.get("mixed_precision"), kwargs.get("deepspeed_plugin"))
     handlers = [*process_group_kwargs(), *kwargs.get("kwargs_handlers", [])]
     kept = {name: value for name, value in kwargs.items() if name != "cpu"}
     return kept | {"deepspeed_plugin": plugin, "kwargs_handlers": handlers}
@@ -159,7 +169,7 @@ def _new_accelerator(kwargs: dict[str, Any], wants_zero: bool, wants_fsdp: bool)
         # K is ours to apply: accelerate's stays 1, unless its environment variable repeats ours.
         return Accelerator(**kwargs)
     except (ValueError, TypeError) as error:
-        raise EngineError(f"accelerate refuses {kwargs}: {error}") from None
+        raise EngineError(f"accelerate refuses {', '.join(sorted(kwargs))}: {error}") from None
 
 
 def _check_in_force(accelerator: Accelerator) -> None:

@@ -1,4 +1,9 @@
-"""DistributedDataParallel: gradients are averaged over ranks, once per window unless asked otherwise."""
+"""DistributedDataParallel: gradients are averaged over ranks, once per window unless asked otherwise.
+
+DDP exchanges while the backward runs, in buckets of the weights' dtype, and only what the last micro-batch used. Where
+that is not enough (weights in bf16 whose gradients accumulate in float32; parameters that some micro-batches leave
+unused) every backward stays local and the exchange is made here, at its end.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +11,16 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch.nn.parallel import DistributedDataParallel
 
 from accum_trainer.engine.base import Engine
 from accum_trainer.errors import EngineError
+
+# Numbers exchanged at a time: large enough for the network, small beside the gradient. DDP's own default is 25 MiB.
+_BUCKET = 25 * 2**20 // 4
 
 
 class DDPEngine(Engine):
@@ -18,8 +29,7 @@ class DDPEngine(Engine):
     name = "ddp"
 
     def __init__(self, accelerator: Accelerator, grad_sync: str) -> None:
-        super().__init__(accelerator)
-        self.grad_sync = "once-per-window" if grad_sync == "auto" else grad_sync
+        super().__init__(accelerator, grad_sync)
         self.equal_micro_batches = self.grad_sync == "every-microbatch"
 
     @property
@@ -27,15 +37,57 @@ class DDPEngine(Engine):
         # DDP averages over ranks; Accelerator.backward divides by the K it was configured with.
         return self.world_size * self.accelerator.gradient_accumulation_steps
 
+    def _prepare(
+        self, models: list[torch.nn.Module], optimizers: list[torch.optim.Optimizer]
+    ) -> tuple[list[torch.nn.Module], list[AcceleratedOptimizer]]:
+        if any(isinstance(model, DistributedDataParallel) for model in models):
+            raise EngineError("the model is wrapped in DistributedDataParallel already; pass the plain model")
+        return super()._prepare(models, optimizers)
+
     @contextlib.contextmanager
     def _sync(self, models: Sequence[torch.nn.Module], exchange: bool) -> Iterator[None]:
+        here = []
         with contextlib.ExitStack() as stack:
             for model in models:
-                if not isinstance(model, torch.nn.parallel.DistributedDataParallel):
+                if not isinstance(model, DistributedDataParallel):
                     raise EngineError(
                         f"accumulate() got a {type(model).__name__} that is not distributed, so its gradients would never be "
                         f"averaged over the {self.world_size} processes; pass the model that prepare() returned"
                     )
-                if not exchange:
+                if exchange and self._exchanged_here(model):
+                    here.append(model)
+                if not exchange or model in here:
                     stack.enter_context(model.no_sync())
             yield
+        for model in here:
+            self._exchange([p for p in model.parameters() if p.requires_grad])
+
+    def _exchanged_here(self, model: DistributedDataParallel) -> bool:
+        dtype = getattr(torch, self.settings.accumulation_dtype)
+        return model.find_unused_parameters or any(p.dtype != dtype for p in model.parameters() if p.requires_grad)
+
+    def _exchange(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Average gradients over ranks in place; a parameter that no rank used keeps none, one that some used counts as 0."""
+        used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=self.device)
+        dist.all_reduce(used, op=dist.ReduceOp.MAX)
+        bucket: list[torch.nn.Parameter] = []
+        for parameter, is_used in zip(parameters, used.tolist(), strict=True):
+            if not is_used:
+                continue
+            if parameter.grad is None:
+                dtype = getattr(torch, self.settings.accumulation_dtype)
+                parameter.grad = torch.zeros_like(parameter, dtype=dtype)
+            bucket.append(parameter)
+            if sum(p.numel() for p in bucket) >= _BUCKET:
+                self._average(bucket)
+                bucket = []
+        if bucket:
+            self._average(bucket)
+
+    def _average(self, bucket: list[torch.nn.Parameter]) -> None:
+        gradients = [p.grad for p in bucket if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= self.world_size
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))

@@ -31,20 +31,17 @@ CONFIG_FILE_VARIABLE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 class DeepSpeedEngine(Engine):
     """ZeRO stages 0 to 3.
 
-    once-per-window: gradients stay local through the window (`coalesce_grad_reduction`) and are reduced in one pass; it
-    takes a full local gradient in memory. every-microbatch: reduced and sharded after each backward, the least memory.
+    Stages 0 and 1 reduce at a window's end only. For 2 and 3, once-per-window keeps gradients local through the window
+    (`coalesce_grad_reduction`) and reduces them in one pass, which takes a full local gradient in memory;
+    every-microbatch reduces and shards them after each backward, the least memory.
     """
 
     def __init__(self, accelerator: Accelerator, grad_sync: str) -> None:
-        super().__init__(accelerator)
+        super().__init__(accelerator, grad_sync)
         plugin = accelerator.state.deepspeed_plugin
         self.stage = int(plugin.zero_stage)
         self.name = f"zero{self.stage}"
-        self._grad_sync_asked = grad_sync
-        self.grad_sync = "once-per-window" if grad_sync == "auto" else grad_sync
         self._window = contextlib.ExitStack()
-        # ZeRO-3 gathers weights in each forward; reducing each micro-batch needs all ranks at each.
-        self.equal_micro_batches = self.stage == 3 or self.grad_sync == "every-microbatch"
 
     @property
     def gradient_divisor(self) -> float:
@@ -53,6 +50,11 @@ class DeepSpeedEngine(Engine):
 
     def configure(self, plan: BatchPlan, settings: Settings) -> None:
         super().configure(plan, settings)
+        if self.stage == 0 and self.mixed_precision == "bf16" and settings.accumulation_dtype == "float32":
+            raise EngineError(
+                "ZeRO stage 0 keeps gradients of bf16 weights in bf16, and accumulation_dtype=float32 is asked for; "
+                "use zero_stage=1, plain DDP (which trains float32 weights under autocast), or accumulation_dtype=bfloat16"
+            )
         config = self.accelerator.state.deepspeed_plugin.deepspeed_config
         _complete(config, plan, settings, self.mixed_precision)
         self.accelerator.gradient_accumulation_steps = plan.gradient_accumulation_steps
@@ -73,18 +75,33 @@ class DeepSpeedEngine(Engine):
             raise EngineError(
                 f"ZeRO stage {self.stage} was asked for, stage {model.zero_optimization_stage()} is in force"
             )
-        if self.grad_sync == "once-per-window" and not self._can_coalesce():
-            if self._grad_sync_asked == "once-per-window":
-                raise EngineError(
-                    f"grad_sync=once-per-window is not to be had from DeepSpeed here (stage {self.stage}, "
-                    f"{type(model.optimizer).__name__}); use grad_sync=every-microbatch or auto"
-                )
-            self.grad_sync, self.equal_micro_batches = "every-microbatch", True
+        self._decide_grad_sync(model)
+        # ZeRO-3 gathers weights in each forward; reducing each micro-batch needs all ranks at each.
+        self.equal_micro_batches = self.stage == 3 or self.grad_sync == "every-microbatch"
         return [model], [optimizer]
 
-    def _can_coalesce(self) -> bool:
-        # Stage 0 exchanges at the boundary only, as DDP does. Some wrappers (bf16 weights under stage 1) cannot coalesce.
-        return self.stage == 0 or hasattr(self._engine.optimizer, "_coalesce_grad_reduction")
+    def _decide_grad_sync(self, model: torch.nn.Module) -> None:
+        if self.stage < 2:
+            self.grad_sync, self.grad_sync_reason = (
+                "once-per-window",
+                f"stage {self.stage} reduces at a window's end only",
+            )
+            return
+        super()._decide_grad_sync(model)
+        if self.grad_sync == "once-per-window" and not hasattr(self._engine, "coalesce_grad_reduction"):
+            if self._grad_sync_asked == "once-per-window":
+                raise EngineError(
+                    "grad_sync=once-per-window needs deepspeed 0.19 or newer at stages 2 and 3; upgrade, or use auto"
+                )
+            self.grad_sync, self.grad_sync_reason = (
+                "every-microbatch",
+                "deepspeed before 0.19 cannot hold reductions back",
+            )
+
+    def _accumulate_in(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Reduced shards follow `grad_accum_dtype`; what is held back through a window lies in the parameters' gradients."""
+        if self.stage in (2, 3) and self.grad_sync == "once-per-window":
+            super()._accumulate_in(parameters)
 
     # --- one window ---
 
@@ -95,12 +112,12 @@ class DeepSpeedEngine(Engine):
                 "accumulate() got a model that is not the one prepare() returned; DeepSpeed would not see its gradients"
             )
         self.accelerator.sync_gradients = is_last
-        coalesce = self.grad_sync == "once-per-window" and self.stage > 0
+        coalesce = self.grad_sync == "once-per-window" and self.stage >= 2
         if is_first:
             self._leave_window()
             if coalesce:
                 self._window.enter_context(self._engine.coalesce_grad_reduction())
-        # Stages 1 and 2 accumulate in their shard until the boundary; while coalescing, leaving the window is the boundary.
+        # While coalescing, leaving the window is the boundary.
         self._engine.set_gradient_accumulation_boundary(is_last and not coalesce)
         yield
         if is_last:
@@ -170,15 +187,28 @@ class DeepSpeedEngine(Engine):
             return parameter.detach().clone()
 
     def _set_weight(self, parameter: torch.Tensor, value: torch.Tensor) -> None:
+        import deepspeed
         from deepspeed.utils import safe_set_full_fp32_param
 
         if self.stage == 0:
             super()._set_weight(parameter, value)
             return
         safe_set_full_fp32_param(parameter, value.to(self.device))
-        if self.stage < 3:  # the copy that the forward uses is made from the master copy at a step only
-            with torch.no_grad():
-                parameter.copy_(value)
+        # The copy that the forward uses is made from the master copy at a step only.
+        gathered = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3)
+        with torch.no_grad(), gathered:
+            parameter.copy_(value)
+
+    def full_optimizer_state(self, model: torch.nn.Module, optimizer: AcceleratedOptimizer) -> dict[str, Any]:
+        self._link_states()
+        return super().full_optimizer_state(model, optimizer)
+
+    def _link_states(self) -> None:
+        """Have DeepSpeed find the state of each parameter in its flat shards; by itself it looks once, when the first of
+        several parameter groups has stepped and the others have none."""
+        if self.stage in (1, 2) and hasattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+            self._engine.optimizer._hp_optimizer_states_linked = False
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _parameter_state(self, optimizer: AcceleratedOptimizer, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -201,6 +231,8 @@ class DeepSpeedEngine(Engine):
         if self.stage == 0:
             super()._set_parameter_state(optimizer, parameter, state)
             return
+        if not self._inner_states():
+            self._make_inner_states(state)
         for key, value in state.items():
             if value.ndim == 0:
                 for inner in self._inner_states():
@@ -209,8 +241,18 @@ class DeepSpeedEngine(Engine):
                 safe_set_full_optimizer_state(parameter, value.to(self.device), key)
 
     def _inner_states(self) -> list[dict[str, Any]]:
-        """State of the torch optimizer's flat shards; DeepSpeed makes it before the first step."""
+        """State of the torch optimizer's flat shards, which its first step makes."""
         return [state for state in self._engine.optimizer.optimizer.state.values() if state]
+
+    def _make_inner_states(self, like: dict[str, torch.Tensor]) -> None:
+        """Make the flat shards' state as a first step would, to be filled in."""
+        sharded = self._engine.optimizer
+        shards = sharded.fp32_partitioned_groups_flat if self.stage == 3 else sharded.single_partition_of_fp32_groups
+        for shard in shards:
+            sharded.optimizer.state[shard] = {
+                key: value.clone() if value.ndim == 0 else torch.zeros_like(shard) for key, value in like.items()
+            }
+        self._link_states()
 
     def _state_keys(self) -> dict[str, bool]:
         """Keys of the optimizer's state, and whether each is one number for all parameters."""
@@ -226,11 +268,13 @@ class DeepSpeedEngine(Engine):
             self._engine.optimizer.loss_scaler.cur_scale = state["loss_scale"]
 
 
-def make_plugin(zero_stage: int | None, cpu_offload: bool, plugin: DeepSpeedPlugin | None) -> DeepSpeedPlugin:
+def make_plugin(
+    zero_stage: int | None, cpu_offload: bool, mixed_precision: str | None, plugin: DeepSpeedPlugin | None
+) -> DeepSpeedPlugin:
     """The plugin of the user or of the launcher's file, or a new one, with `zero_stage` in it; "auto" elsewhere.
 
     Raises:
-        ConfigError: the launcher or its file says another stage.
+        ConfigError: the launcher or its file says another stage, or another precision than `mixed_precision`.
         EngineError: DeepSpeed is not installed.
     """
     check_installed()
@@ -242,12 +286,16 @@ def make_plugin(zero_stage: int | None, cpu_offload: bool, plugin: DeepSpeedPlug
             config = json.loads(Path(path).read_text())
         except (OSError, ValueError) as error:
             raise ConfigError(f"the DeepSpeed configuration {path} cannot be read: {error}") from None
+    elif "ACCELERATE_DEEPSPEED_ZERO_STAGE" in os.environ:
+        plugin = DeepSpeedPlugin()  # what accelerate's launcher says in its variables
+        config = plugin.deepspeed_config
     else:
-        launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") if launched else None
-        config = {"zero_optimization": {"stage": int(stage)} if stage is not None else {}}
+        config = {}
     zero = config.setdefault("zero_optimization", {})
     _agree(zero, "stage", 2 if zero_stage is None and "stage" not in zero else zero_stage, "zero_stage")
+    for dtype in ("bf16", "fp16"):  # accelerate would take the file's word for ours
+        if mixed_precision is not None and config.get(dtype, {}).get("enabled") is True and mixed_precision != dtype:
+            raise ConfigError(f"mixed_precision={mixed_precision}, but {_where()} enables {dtype}; make them agree")
     for device in ("optimizer", "param"):
         if os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{device.upper()}_DEVICE", "none") == "cpu":
             zero.setdefault(f"offload_{device}", {"device": "cpu"})
@@ -284,8 +332,11 @@ def _agree(section: dict[str, Any], key: str, ours: Any, name: str) -> None:
         if ours is not None:
             section[key] = ours
     elif ours is not None and theirs != ours:
-        where = os.environ.get(CONFIG_FILE_VARIABLE, "the DeepSpeed configuration")
-        raise ConfigError(f'{name}={ours}, but {where} says {key}={theirs}; make them agree, or write "auto" there')
+        raise ConfigError(f'{name}={ours}, but {_where()} says {key}={theirs}; make them agree, or write "auto" there')
+
+
+def _where() -> str:
+    return os.environ.get(CONFIG_FILE_VARIABLE, "the DeepSpeed configuration")
 
 
 def check_installed() -> None:

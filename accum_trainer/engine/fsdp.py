@@ -30,12 +30,11 @@ class FSDPEngine(Engine):
     equal_micro_batches = True  # weights are gathered in every forward
 
     def __init__(self, accelerator: Accelerator, grad_sync: str) -> None:
-        super().__init__(accelerator)
+        super().__init__(accelerator, grad_sync)
         if accelerator.num_processes == 1:
             raise EngineError("FSDP2 shards over processes, and there is one; launch several, or leave FSDP out")
         if accelerator.mixed_precision == "fp16":
             raise EngineError("mixed_precision=fp16 is not available with FSDP2 here; use bf16")
-        self.grad_sync = "once-per-window" if grad_sync == "auto" else grad_sync
 
     @property
     def gradient_divisor(self) -> float:
@@ -45,6 +44,8 @@ class FSDPEngine(Engine):
     def _prepare(
         self, models: list[torch.nn.Module], optimizers: list[torch.optim.Optimizer]
     ) -> tuple[list[torch.nn.Module], list[AcceleratedOptimizer]]:
+        for model in models:
+            self._decide_grad_sync(model)
         renamed: dict[int, torch.nn.Parameter] = {}
         for model in models:
             before = dict(model.named_parameters())
@@ -79,6 +80,9 @@ class FSDPEngine(Engine):
             if type(module).__name__ in blocks:
                 fully_shard(module, **options)
         fully_shard(model, **options)
+
+    def _accumulate_in(self, parameters: list[torch.nn.Parameter]) -> None:
+        """`reduce_dtype` decides: unreduced gradients are kept in it too."""
 
     @contextlib.contextmanager
     def _sync(self, models: Sequence[torch.nn.Module], exchange: bool) -> Iterator[None]:

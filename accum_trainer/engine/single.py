@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from accelerate import Accelerator
-
 from accum_trainer.engine.base import Engine
 
 
@@ -11,10 +9,6 @@ class SingleEngine(Engine):
     """The contract as `base` has it; both `grad_sync` policies are the same here."""
 
     name = "single"
-
-    def __init__(self, accelerator: Accelerator, grad_sync: str) -> None:
-        super().__init__(accelerator)
-        self.grad_sync = "once-per-window" if grad_sync == "auto" else grad_sync
 
     @property
     def gradient_divisor(self) -> float:

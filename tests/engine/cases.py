@@ -6,6 +6,7 @@ or in each of several, and must not know in how many: B and K are given for the 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch.utils.data import DataLoader
 
-from accum_trainer import Accumulator, causal_lm_loss
+from accum_trainer import Accumulator, EngineError, causal_lm_loss
 from accum_trainer.window_plan import global_order, windows_of
 from tests.reference import IGNORE, big_batch, make_model, make_rows, num_targets, pad, relative_error
 
@@ -548,24 +549,54 @@ def _count_exchanges(probe: Probe) -> list[int]:
     return exchanged
 
 
-@case_of_accelerate
+@contextlib.contextmanager
+def counting_reductions() -> Iterator[list[int]]:
+    """Note how many numbers each reduction hands in, whichever function makes it: torch's, or DeepSpeed's own of ZeRO-3."""
+    import torch.distributed as dist
+
+    places = [(dist, "all_reduce", 0), (dist, "reduce", 0), (dist, "reduce_scatter_tensor", 1)]
+    places += [(dist, "reduce_scatter_single", 1)] if hasattr(dist, "reduce_scatter_single") else []
+    if "zero_stage" in ENGINE:
+        import deepspeed.comm
+
+        places.append((deepspeed.comm, "reduce_scatter_fn", 1))
+    counted: list[int] = []
+    kept = [(module, name, getattr(module, name)) for module, name, _ in places]
+
+    def spy(function: Any, position: int) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given = args[position] if len(args) > position else kwargs.get("tensor", kwargs.get("input"))
+            counted.append(given.numel())
+            return function(*args, **kwargs)
+
+        return call
+
+    for (module, name, position), (_, _, function) in zip(places, kept, strict=True):
+        setattr(module, name, spy(function, position))
+    try:
+        yield counted
+    finally:
+        for module, name, function in kept:
+            setattr(module, name, function)
+
+
+@case
 def exchanges_per_window() -> dict[str, Any]:
-    """Numbers exchanged in each window, as multiples of the trained parameters, for each policy and K."""
+    """Numbers reduced in each window, as multiples of the trained parameters, for each policy and K."""
     result = {}
     for policy in ("once-per-window", "every-microbatch"):
         for k in (1, 2, 8):
             acc = accumulator(1, gradient_accumulation_steps=k, grad_sync=policy)
             probe = Probe(acc, make_model("llama"))
-            exchanged = _count_exchanges(probe)
-            trained = probe.trained
+            _count_exchanges(probe)  # has DDP reduce through a Python function, which is then seen
             per_window = []
             for window in acc.windows(make_rows(3 * k * world_size()), collate_fn=pad):
-                before = sum(exchanged)
-                for batch in window:
-                    with acc.accumulate(probe.model):
-                        acc.backward(causal_lm_loss(probe.model, batch))
-                probe.step()
-                per_window.append((sum(exchanged) - before) / trained)
+                with counting_reductions() as counted:
+                    for batch in window:
+                        with acc.accumulate(probe.model):
+                            acc.backward(causal_lm_loss(probe.model, batch))
+                per_window.append(sum(counted) / probe.trained)
+                acc.step(probe.optimizer)
             result[f"{policy} K={k}"] = per_window
     return result
 
@@ -775,3 +806,218 @@ def masked_prompt_of_first_label_is_not_counted() -> dict[str, Any]:
     acc = accumulator(2, global_batch_size=8)
     probe = Probe(acc, make_model("gpt2"))
     return compare(probe, acc.windows(rows, collate_fn=pad), [rows])
+
+
+@case
+def i7_label_smoothing() -> dict[str, Any]:
+    """By the definition: (1 - s) * nll + s * mean over the vocabulary of -log p, in float64."""
+    rows, smoothing = make_rows(10), 0.1
+    acc = accumulator(2, global_batch_size=10 if world_size() == 1 else 12)
+    probe = Probe(acc, make_model("llama"))
+    exact_model = copy.deepcopy(probe.pristine).double()
+    batch = pad(rows)
+    log_p = (
+        exact_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].log_softmax(-1)
+    )
+    labels = batch["labels"][:, 1:]
+    nll = -log_p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    each = (1 - smoothing) * nll - smoothing * log_p.mean(-1)
+    ((each * (labels != IGNORE)).sum() / num_targets(rows)).backward()
+    exact = {name: p.grad for name, p in exact_model.named_parameters()}
+    for window in acc.windows(rows, collate_fn=pad):
+        for part in window:
+            with acc.accumulate(probe.model):
+                acc.backward(causal_lm_loss(probe.model, part, label_smoothing=smoothing))
+        probe.step()
+    return {"errors": [relative_error(probe.stepped[-1], exact)]}
+
+
+@case
+def i9_each_term_of_two() -> dict[str, Any]:
+    """Loss sum(w x) over samples, and a term 100 w x_k of each micro-batch k: 101 times the mean."""
+    values = torch.arange(1.0, 12.0)  # windows of 4, 4 and 3 micro-batches of one sample
+    acc = accumulator(1, global_batch_size=4)
+    probe = Probe(acc, Slope())
+    for window in acc.windows(DataLoader(values, batch_size=1), count_targets=len):
+        for x in window:
+            with acc.accumulate(probe.model):
+                out = probe.model(torch.stack([x, 100 * x]))
+                acc.backward(out[0].sum(), auxiliary=out[1].mean())
+        probe.step()
+    return {"gradients": [g["w"].item() for g in probe.stepped]}
+
+
+@case
+def i30_gradients_accumulate_in_float32() -> dict[str, Any]:
+    """Weights in bf16 and micro-batches with gradients 256, 1, -256: the sum is 1, which bf16 would make 0."""
+    if ENGINE.get("zero_stage") == 0:
+        return {"refused": refusal(lambda: accumulator(1, mixed_precision="bf16"))}
+    sharded = set(ENGINE) & {"zero_stage", "fsdp"}
+    gradients = []
+    for dtype in ("float32", "bfloat16"):
+        # Sharded engines keep a float32 master copy and make the bf16 weights themselves.
+        own_weights = {"mixed_precision": "bf16"} if sharded else {}
+        acc = accumulator(1, gradient_accumulation_steps=3, accumulation_dtype=dtype, **own_weights)
+        probe = Probe(acc, Slope() if sharded else Slope().bfloat16())
+        data = [torch.tensor([v], dtype=torch.bfloat16) for v in (256.0, 1.0, -256.0)]
+        # Counted so that N is the number of ranks: every weight is then 1 and nothing is rounded before the sum.
+        for window in acc.windows(iter(data), count_targets=lambda _: 1 / 3):
+            for x in window:
+                with acc.accumulate(probe.model):
+                    acc.backward(probe.model(x).sum())
+            probe.step()
+        gradients.append(probe.stepped[-1]["w"].item())
+    return {"gradients": gradients}
+
+
+def refusal(build: Callable[[], Any]) -> str:
+    try:
+        build()
+    except EngineError as error:
+        return str(error)
+    return ""
+
+
+class Branches(torch.nn.Module):
+    """Two slopes; a sample's sign says which of them it uses, so a micro-batch may leave one without a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positive = torch.nn.Parameter(torch.zeros(3))
+        self.negative = torch.nn.Parameter(torch.zeros(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.positive if x.item() > 0 else self.negative).sum() * x
+
+
+@case
+def i27_i28_parameters_that_some_micro_batches_use() -> dict[str, Any]:
+    """`positive` is used only in the first micro-batches of a window, `negative` only in the last ones."""
+    from accelerate import DistributedDataParallelKwargs
+
+    handlers = (
+        {}
+        if set(ENGINE) & {"zero_stage", "fsdp"}
+        else {"kwargs_handlers": [DistributedDataParallelKwargs(find_unused_parameters=True)]}
+    )
+    results = []
+    for values in ([1.0, 2.0, -3.0, -5.0], [-3.0, -5.0, 1.0, 2.0], [1.0, 2.0, 4.0, 5.0]):
+        acc = accumulator(1, global_batch_size=4, **handlers)
+        probe = Probe(acc, Branches())
+        for window in acc.windows(DataLoader(torch.tensor(values), batch_size=1), count_targets=len):
+            for x in window:
+                with acc.accumulate(probe.model):
+                    acc.backward(probe.model(x).sum())
+            probe.step()
+        weights = probe.weights()
+        everywhere = acc.engine.gather_objects({name: w.tolist() for name, w in weights.items()})
+        used = [sum(v for v in values if v > 0) / 4, sum(v for v in values if v < 0) / 4]
+        results.append(
+            {
+                "equal": all(w == everywhere[0] for w in everywhere),
+                "moved": [weights["positive"][0].item() / -probe.lr, weights["negative"][0].item() / -probe.lr],
+                "exact": used,
+            }
+        )
+    return {"results": results}
+
+
+@case
+def i27_left_out_of_the_exchange_is_an_error() -> dict[str, Any]:
+    """Without find_unused_parameters DDP leaves the bucket of an unused parameter unreduced: told, not trained on."""
+    if world_size() == 1 or set(ENGINE) & {"zero_stage", "fsdp"}:
+        return {"error": ""}
+    acc = accumulator(1, global_batch_size=4)
+    probe = Probe(acc, Branches())
+    try:
+        for window in acc.windows(DataLoader(torch.tensor([1.0, 2.0, -3.0, -5.0]), batch_size=1), count_targets=len):
+            for x in window:
+                with acc.accumulate(probe.model):
+                    acc.backward(probe.model(x).sum())
+            acc.step(probe.optimizer)
+    except EngineError as error:
+        return {"error": str(error)}
+    return {"error": "none"}
+
+
+@case
+def bf16_is_as_near_as_one_big_bf16_batch() -> dict[str, Any]:
+    """Errors against float64 of our updates and of one big batch in bf16, both with the engine's own bf16."""
+    if ENGINE.get("zero_stage") == 0:
+        return {"refused": refusal(lambda: accumulator(1, mixed_precision="bf16"))}
+    rows = make_rows(16)
+    errors = {}
+    for name, micro in (("ours", 2), ("big", 16 // world_size())):
+        if "zero_stage" not in ENGINE:
+            AcceleratorState._reset_state()
+        acc = accumulator(micro, global_batch_size=16, mixed_precision="bf16")
+        probe = Probe(acc, make_model("llama"))
+        exact = big_batch(probe.pristine, rows)[1]
+        for window in acc.windows(rows, collate_fn=pad):
+            for batch in window:
+                with acc.accumulate(probe.model):
+                    acc.backward(causal_lm_loss(probe.model, batch))
+            probe.step()
+        errors[name] = relative_error(probe.stepped[-1], exact)
+    return {"ours": errors["ours"], "big": errors["big"]}
+
+
+@case
+def i22_i26_offload_by_policy() -> dict[str, Any]:
+    """ZeRO with optimizer state in host memory, under both policies: the same norms and the same exact gradient."""
+    if ENGINE.get("zero_stage", 0) not in (1, 2, 3):
+        return {"norms": [], "errors": []}
+    rows = make_rows(16)
+    norms, errors = [], []
+    for offload in (False, True):
+        for policy in ("once-per-window", "every-microbatch"):
+            acc = accumulator(2, global_batch_size=16, cpu_offload=offload, grad_sync=policy)
+            model = make_model("llama")
+            exact = big_batch(model, rows)[1]
+            prepared, optimizer = acc.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+            for window in acc.windows(rows, collate_fn=pad):
+                for batch in window:
+                    with acc.accumulate(prepared):
+                        acc.backward(causal_lm_loss(prepared, batch))
+                errors.append(relative_error(acc.engine.full_gradients(prepared), exact))
+                norms.append(acc.step(optimizer).grad_norm)
+    return {"norms": norms, "errors": errors}
+
+
+@case
+def state_survives_a_round_trip() -> dict[str, Any]:
+    """Three AdamW updates, everything saved and loaded into fresh objects, three more: as six without a stop."""
+    rows = make_rows(48)
+    finals = []
+    for stop_after in (6, 3):
+        done, saved = 0, None
+        while done < 6:
+            acc = accumulator(2, global_batch_size=8, max_grad_norm=1.0)
+            model = make_model("llama")
+            groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == wide]} for wide in (True, False)]
+            adam = torch.optim.AdamW(groups, lr=1e-2)
+            prepared, optimizer = acc.prepare(model, adam)
+            windows = acc.windows(rows, collate_fn=pad)
+            if saved is not None:
+                acc.engine.load_full_weights(prepared, saved[0])
+                acc.engine.load_full_optimizer_state(prepared, optimizer.accelerated, saved[1])
+                windows.load_state_dict(saved[2])
+            for window in windows:
+                for batch in window:
+                    with acc.accumulate(prepared):
+                        acc.backward(causal_lm_loss(prepared, batch))
+                acc.step(optimizer)
+                done += 1
+                if done in (stop_after, 6):
+                    break
+            saved = (
+                acc.engine.full_weights(prepared, trained_only=True),
+                acc.engine.full_optimizer_state(prepared, optimizer.accelerated),
+                windows.state_dict(),
+            )
+        assert saved is not None
+        finals.append(saved[0])
+    return {
+        "equal": equal(*finals),
+        "moved": max((finals[0][n] - p).abs().max().item() for n, p in make_model("llama").named_parameters()),
+    }

@@ -33,6 +33,11 @@ def engine_results(request, tmp_path_factory):
 
 
 @pytest.fixture
+def engine(request):
+    return request.node.callspec.params["engine_results"]
+
+
+@pytest.fixture
 def world_size(engine_results):
     return len(next(iter(engine_results.values())))
 

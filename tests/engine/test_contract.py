@@ -147,12 +147,74 @@ def test_i21_order_of_micro_batches_does_not_matter(case):
         assert all(error <= EXACT for error in result["errors"])
 
 
-def test_i24_each_gradient_is_exchanged_once_per_window(case, world_size):
+def test_i18_i24_each_gradient_is_exchanged_once_per_window(case, engine, world_size):
+    """In multiples of the trained parameters; FSDP2 pads what it reduces by a little."""
     for result in case("exchanges_per_window"):
         for k in (1, 2, 8):
-            once, every = (0, 0) if world_size == 1 else (1, k)
-            assert result[f"once-per-window K={k}"] == [once] * 3
-            assert result[f"every-microbatch K={k}"] == [every] * 3
+            once = 0 if world_size == 1 else 1
+            every = (
+                once if engine in ("single", "zero0", "zero1") else k
+            )  # stages 0 and 1 reduce at a window's end only
+            assert result[f"once-per-window K={k}"] == pytest.approx([once] * 3, rel=0.01)
+            assert result[f"every-microbatch K={k}"] == pytest.approx([every] * 3, rel=0.01)
+
+
+def test_i7_label_smoothing(case):
+    for result in case("i7_label_smoothing"):
+        assert all(error <= EXACT for error in result["errors"])
+
+
+def test_i9_each_term_of_a_two_term_loss(case):
+    """Means of 1..4, 5..8, 9..11, times 1 for the loss and times 100 for the term that is a mean over micro-batches."""
+    for result in case("i9_each_term_of_two"):
+        assert result["gradients"] == pytest.approx([2.5 * 101, 6.5 * 101, 10.0 * 101], rel=EXACT)
+
+
+def test_i22_i26_offload_and_policy_give_one_norm(case, engine):
+    for result in case("i22_i26_offload_by_policy"):
+        assert len(result["norms"]) == (4 if engine in ("zero1", "zero2", "zero3") else 0)
+        assert all(norm == pytest.approx(result["norms"][0], rel=EXACT) for norm in result["norms"])
+        assert all(error <= EXACT for error in result["errors"])
+
+
+def test_i27_i28_parameters_that_only_some_micro_batches_use(case):
+    for result in case("i27_i28_parameters_that_some_micro_batches_use"):
+        assert len(result["results"]) == 3
+        for found in result["results"]:
+            assert found["equal"]
+            assert found["moved"] == pytest.approx(found["exact"], rel=EXACT)
+
+
+def test_i27_left_out_of_the_exchange_is_told(case, engine):
+    for result in case("i27_left_out_of_the_exchange_is_an_error"):
+        if engine == "ddp":
+            assert "the processes hold different gradients" in result["error"]
+            assert "find_unused_parameters=True" in result["error"]
+        else:
+            assert result["error"] == ""
+
+
+def test_i30_256_plus_1_minus_256_is_1_in_the_accumulation_dtype(case, engine):
+    for result in case("i30_gradients_accumulate_in_float32"):
+        if engine == "zero0":
+            assert "ZeRO stage 0 keeps gradients of bf16 weights in bf16" in result["refused"]
+            continue
+        assert result["gradients"] == [1.0, 0.0]  # in float32, and in bfloat16 where asked for
+
+
+def test_bf16_is_at_most_1_1_times_one_big_bf16_batch_off(case, engine):
+    for result in case("bf16_is_as_near_as_one_big_bf16_batch"):
+        if engine == "zero0":
+            assert "use zero_stage=1, plain DDP" in result["refused"]
+            continue
+        assert 1e-4 < result["big"] < 0.02  # bf16 is in force
+        assert result["ours"] <= 1.1 * result["big"]
+
+
+def test_state_of_an_engine_survives_a_round_trip_to_the_bit(case):
+    for result in case("state_survives_a_round_trip"):
+        assert result["equal"]
+        assert result["moved"] > 1e-2
 
 
 def test_i31_r6_one_clip_of_the_averaged_gradient(case):
