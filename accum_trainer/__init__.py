@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from accum_trainer.accumulator import Accumulator, Update, Window, Windows
+    from accum_trainer.accumulator import Accumulator
     from accum_trainer.batch_plan import BatchPlan
     from accum_trainer.config import TrainConfig
     from accum_trainer.errors import (
@@ -21,12 +21,13 @@ if TYPE_CHECKING:
         EngineError,
     )
     from accum_trainer.loss import causal_lm_loss
+    from accum_trainer.window import Update, Window, Windows
 
 _HOME = {
     "Accumulator": "accumulator",
-    "Update": "accumulator",
-    "Window": "accumulator",
-    "Windows": "accumulator",
+    "Update": "window",
+    "Window": "window",
+    "Windows": "window",
     "BatchPlan": "batch_plan",
     "TrainConfig": "config",
     "causal_lm_loss": "loss",

@@ -75,7 +75,7 @@ def assemble(config: TrainConfig) -> Parts:
     )
     engine = accumulator.engine
     tokenizer = load_tokenizer(config) if engine.world_size == 1 else _main_first(engine, load_tokenizer, config)
-    rows, eval_rows = _main_first(engine, _load_rows, config, tokenizer)
+    rows, eval_rows = _main_first(engine, load_rows, config, tokenizer)
     plan = BatchPlan(
         config.batch_size, accumulator.plan.gradient_accumulation_steps, engine.world_size, num_samples=len(rows)
     )
@@ -139,7 +139,7 @@ def _main_first(engine: Any, function: Any, *arguments: Any) -> Any:
         return function(*arguments)
 
 
-def _load_rows(config: TrainConfig, tokenizer: Any) -> tuple[TokenizedRows, TokenizedRows | None]:
+def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[TokenizedRows, TokenizedRows | None]:
     def from_file(path: Any, name: str) -> TokenizedRows:
         return tokenize(files.read_file(path), name, files.digest(path), tokenizer, config.max_seq_len)
 

@@ -103,6 +103,10 @@ class TrainConfig:
         None, "Model", "Modules to adapt, such as q_proj,v_proj. Default: all linear layers but the output head."
     )
 
+    merge_adapter: bool = _option(
+        False, "Model", "With --use-peft, also write the base model with the adapter merged in, to model-merged/."
+    )
+
     dataset_file: str | None = _option(
         None, "Data", "Training rows: .txt .jsonl .json .csv .parquet. Default: the embedded corpus."
     )
@@ -180,6 +184,8 @@ class TrainConfig:
                 f"eval_every={self.eval_every} needs eval_file, the rows to evaluate on "
                 "(only the embedded corpus holds rows back by itself)"
             )
+        if self.merge_adapter and not self.use_peft:
+            raise ConfigError("merge_adapter merges a LoRA adapter into its base model; give use_peft too")
         if self.cpu_offload and self.zero_stage == "none":
             raise ConfigError(
                 "cpu_offload keeps ZeRO's optimizer state in host memory; give zero_stage (zero1 to zero3) too"

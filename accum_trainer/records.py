@@ -5,7 +5,8 @@ plan.json       B, K, W, B_eff, updates per epoch, engine, versions, seed
 metrics.jsonl   one record per update
 loss.png        loss and learning rate over updates
 checkpoints/    see `checkpoint`
-model/          what `from_pretrained` loads
+model/          what `from_pretrained` loads; with LoRA the adapter
+model-merged/   the base model with the adapter merged in, where asked for
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ import torch
 
 from accum_trainer.errors import ConfigError
 
-CONFIG, PLAN, METRICS, PICTURE, CHECKPOINTS, MODEL = (
+CONFIG, PLAN, METRICS, PICTURE, CHECKPOINTS, MODEL, MERGED = (
     "config.yaml",
     "plan.json",
     "metrics.jsonl",
     "loss.png",
     "checkpoints",
     "model",
+    "model-merged",
 )
 Record = dict[str, Any]
 

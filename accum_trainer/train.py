@@ -29,13 +29,13 @@ import torch
 from accum_trainer import __version__
 from accum_trainer import checkpoint as checkpoints
 from accum_trainer import records as files
-from accum_trainer.accumulator import Update
 from accum_trainer.assemble import assemble
 from accum_trainer.config import TrainConfig
 from accum_trainer.errors import AccumTrainerError, CheckpointError
 from accum_trainer.loss import causal_lm_loss
-from accum_trainer.model import count_parameters
+from accum_trainer.model import count_parameters, load_model
 from accum_trainer.records import Record, RecordWriter
+from accum_trainer.window import Update
 from accum_trainer.window_plan import cut_window
 
 # So many windows in a row without an update mean that training has diverged; fp16 needs about 16 to find its scale.
@@ -233,16 +233,27 @@ class Run:
         self.save()
         weights = self.engine.full_weights(self.parts.model)
         if self.engine.is_main and self._writer is not None and self.folder is not None:
-            partial, target = self.folder / f".{files.MODEL}.partial", self.folder / files.MODEL
-            for leftover in (partial, target):
-                shutil.rmtree(leftover, ignore_errors=True)
-            self.engine.unwrap(self.parts.model).save_pretrained(partial, state_dict=weights)
-            self.parts.tokenizer.save_pretrained(partial)
-            partial.rename(target)
+            self._write_model(files.MODEL, self.engine.unwrap(self.parts.model), weights)
+            if self.config.merge_adapter:
+                # Made anew, so that it is whole however the trained one is sharded.
+                fresh = load_model(self.config, self.parts.tokenizer)
+                fresh.load_state_dict(weights, strict=False)
+                merged = fresh.merge_and_unload()
+                self._write_model(files.MERGED, merged, merged.state_dict())
             if self._writer.records:
                 title = f"{self.folder.name}: {self.parts.plan.describe()}"
                 files.draw_loss({"training": self._writer.records}, self.folder / files.PICTURE, title)
         self.engine.barrier()
+
+    def _write_model(self, name: str, model: Any, weights: dict[str, torch.Tensor]) -> None:
+        """What `from_pretrained` loads, written beside and renamed into place."""
+        assert self.folder is not None
+        partial, target = self.folder / f".{name}.partial", self.folder / name
+        for leftover in (partial, target):
+            shutil.rmtree(leftover, ignore_errors=True)
+        model.save_pretrained(partial, state_dict=weights)
+        self.parts.tokenizer.save_pretrained(partial)
+        partial.rename(target)
 
     def plan(self) -> dict[str, Any]:
         """What is decided before training, as plan.json has it."""

@@ -17,6 +17,7 @@ from accum_trainer.errors import AccumTrainerError, ConfigError
 # Name -> module of this package that holds `command`, and the line of `accum-trainer --help`.
 COMMANDS = {
     "train": "Train with an exact effective batch; one record per update.",
+    "verify": "Prove on your model, data and engine that the update is that of one big batch; or check your own loop.",
     "plan": "Print B, K, W, effective batch, updates, warm-up and learning rate; needs no GPU.",
 }
 

@@ -143,7 +143,7 @@ class DeepSpeedEngine(Engine):
     ) -> tuple[float, bool, list[float]]:
         """Stage 0 steps on whatever the gradient is: take the norm and decide before, and let it clip by its config."""
         gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
+        norm = self._norm(gradients)
         non_finite, *sums = self.sum_over_ranks([float(norm != norm or norm == float("inf")), *numbers])
         if non_finite:
             self.drop(optimizer)

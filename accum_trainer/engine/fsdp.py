@@ -8,6 +8,7 @@ sharded parameters.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from accum_trainer.engine.base import Engine
+from accum_trainer.engine.base import Engine, square_sums
 from accum_trainer.errors import EngineError
 
 
@@ -97,14 +98,9 @@ class FSDPEngine(Engine):
     def unwrap(self, model: torch.nn.Module) -> Any:
         return model
 
-    def _clip(self, optimizer: AcceleratedOptimizer, max_grad_norm: float | None) -> float:
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        if max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
-        return float(norm)
+    def _norm(self, gradients: list[torch.Tensor]) -> float:
+        local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        return math.sqrt(self.sum_over_ranks([sum(square_sums(local))])[0])
 
     def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -74,6 +74,39 @@ def test_r14_r18_r41_lora_under_zero2(tmp_path, rows, extra):
     assert sum(t.numel() for t in checkpoint.values()) == 157_696
 
 
+def test_r18_merged_model_is_the_base_with_the_adapter(tmp_path, rows):
+    """On ZeRO-3, where the trained model is in shards: the merged model predicts what base and adapter predict together."""
+    argv = [
+        "--use-peft",
+        "--merge-adapter",
+        "--lr",
+        "1e-1",
+        "--steps",
+        "3",
+        "--dataset-file",
+        rows,
+        "--zero-stage",
+        "zero3",
+    ]
+    finished = torchrun(2, "accum_trainer.train", "--cpu", *argv, "--output-dir", tmp_path / "run")
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from accum_trainer import TrainConfig
+    from accum_trainer.model import load_model, load_tokenizer
+
+    config = TrainConfig()
+    torch.manual_seed(config.seed)
+    base = load_model(config, load_tokenizer(config)).eval()
+    ids = torch.arange(5, 25)[None]
+    before = base(input_ids=ids).logits
+    adapted = PeftModel.from_pretrained(base, tmp_path / "run" / "model").eval()(input_ids=ids).logits
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model-merged").eval()(input_ids=ids).logits
+    assert torch.allclose(merged, adapted, atol=1e-4)
+    assert (adapted - before).abs().max() > 1e-2
+
+
 def test_fsdp2_from_a_launch_config(tmp_path, rows):
     argv = ["--batch-size", "2", "--global-batch-size", "8", "--steps", "4", "--dataset-file", rows]
     finished = launch(tmp_path, FSDP2, *argv, "--output-dir", tmp_path / "run")

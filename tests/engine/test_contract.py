@@ -159,6 +159,23 @@ def test_i18_i24_each_gradient_is_exchanged_once_per_window(case, engine, world_
             assert result[f"every-microbatch K={k}"] == pytest.approx([every] * 3, rel=0.01)
 
 
+def test_i20_i25_i29_every_combination(case, engine):
+    """{full, LoRA} x {float32, bf16} x checkpointing x policy; the first of each list is one big batch of its kind."""
+    for result in case("combinations"):
+        assert len(result["errors_by_kind"]) == (2 if engine == "zero0" else 4)
+        for kind, (big, *ours) in result["errors_by_kind"].items():
+            assert len(ours) == 4
+            if kind.endswith("bf16"):
+                assert big > 1e-4
+            limit = 1.1 * big if kind.endswith("bf16") else EXACT
+            assert all(error <= limit for error in ours), (kind, big, ours)
+
+
+def test_i6_packed_samples_have_the_padded_gradient(case):
+    for result in case("i6_packed_samples"):
+        assert all(error <= EXACT for error in result["errors"])
+
+
 def test_i7_label_smoothing(case):
     for result in case("i7_label_smoothing"):
         assert all(error <= EXACT for error in result["errors"])

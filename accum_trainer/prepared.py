@@ -1,0 +1,86 @@
+"""The user's optimizer and scheduler, acting once per window wherever the loop calls them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from accum_trainer.errors import EngineError
+
+
+class PreparedOptimizer(torch.optim.Optimizer):
+    """An optimizer that acts once per window: what `Accumulator.prepare` returns.
+
+    `step()` after each micro-batch, as in an Accelerate loop, does nothing until the window's last one; then it clips,
+    checks, steps and zeroes. It holds the user's optimizer and shares its state and parameter groups.
+    """
+
+    def __init__(self, accumulator: Any, accelerated: Any) -> None:  # the base class must not run: it owns nothing
+        self._accumulator = accumulator
+        self.accelerated = accelerated
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The user's own optimizer."""
+        return self.accelerated.optimizer
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.optimizer.state
+
+    @property
+    def param_groups(self) -> Any:  # type: ignore[override]
+        return self.optimizer.param_groups
+
+    @property
+    def defaults(self) -> Any:  # type: ignore[override]
+        return self.optimizer.defaults
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Finish the window if its last micro-batch is done; else nothing."""
+        if closure is not None:
+            raise EngineError(
+                "a closure would run the micro-batches again inside step(); optimizers that need one cannot accumulate"
+            )
+        if self._accumulator._at_window_end():
+            self._accumulator.step(self)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Nothing inside a window, whose gradient is still being made; `step` zeroes at its end."""
+        if self._accumulator._window is None:
+            self.optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.optimizer.add_param_group(param_group)
+
+    def __repr__(self) -> str:
+        return f"PreparedOptimizer({self.optimizer!r})"
+
+
+class PreparedScheduler:
+    """A scheduler that steps once per update that happened, wherever `step()` is called: what `prepare` returns."""
+
+    def __init__(self, accumulator: Any, scheduler: Any) -> None:
+        self._accumulator = accumulator
+        self.scheduler = scheduler
+        self._stepped_for = accumulator.num_updates
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """Step the user's scheduler if there was an update since the last step; else nothing."""
+        if self._accumulator.num_updates != self._stepped_for:
+            self._stepped_for = self._accumulator.num_updates
+            self.scheduler.step(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.scheduler.load_state_dict(state_dict)
+        self._stepped_for = self._accumulator.num_updates
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.scheduler, name)

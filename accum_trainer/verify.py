@@ -1,0 +1,649 @@
+"""Proof, on the user's own model, data and engine, that K micro-batches on W ranks give the one-big-batch update.
+
+    from accum_trainer.verify import Subject, verify
+
+    report = verify(Subject.of(assemble(config)))
+    assert report.passed
+
+The real loop runs a few real windows. Each is compared with the definition: the gradient of one big batch, computed in one
+process on the CPU in float64 from the plain model (`BigBatch`), without anything of this package's loss, weights or cuts.
+In mixed precision the error that one big batch has itself is measured and is the bound. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from accum_trainer import Accumulator, Update, Windows
+from accum_trainer.assemble import Parts
+from accum_trainer.engine.base import Engine
+from accum_trainer.errors import DataError, EngineError
+from accum_trainer.loss import causal_lm_loss
+from accum_trainer.model import load_model
+from accum_trainer.window_plan import global_order, windows_of
+
+PASS, FAIL, INFO = "PASS", "FAIL", "INFO"
+# Relative error of a float32 gradient: one float32 big batch is itself 3e-7 to 9e-7 off.
+FLOAT32_TOLERANCE = 2e-6
+# How much worse than one big batch in the same low precision a window may be. Rounding falls differently in every cut:
+# right updates were measured at 0.9 to 1.4 times the big batch's error, wrong weights are ten times and more off.
+PRECISION_MARGIN = 2.0
+# What a sum of single rows may differ from their batch; models compute some of a float64 forward in float32.
+SEPARABLE_TOLERANCE = 1e-6
+# torch adds up a norm in float32: over a million squares that alone is 1e-5 off. A wrong clip is off by far more.
+NORM_TOLERANCE = 1e-4
+IGNORE = -100
+_REFERENCE_ROWS = 4  # rows of one chunk of the reference: any cut of it is exact
+_SEPARABLE_ROWS = 8
+
+Row = Mapping[str, Sequence[int]]
+Gradient = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of the report.
+
+    Attributes:
+        result: PASS, FAIL or INFO.
+        error, tolerance: relative, where something was measured; PASS means error <= tolerance.
+        meaning: one sentence for a person.
+        details: lines that belong below the table.
+    """
+
+    name: str
+    result: str
+    meaning: str
+    error: float | None = None
+    tolerance: float | None = None
+    details: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was verified, and every check of it; equal on all ranks."""
+
+    subject: dict[str, Any]
+    checks: list[Check] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return all(check.result != FAIL for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: {"passed", "subject", "checks"}; an error that is not finite is its name as text."""
+        return {
+            "passed": self.passed,
+            "subject": self.subject,
+            "checks": [{k: _for_json(v) for k, v in dataclasses.asdict(check).items()} for check in self.checks],
+        }
+
+
+def _for_json(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def measured(name: str, error: float, tolerance: float, meaning: str, otherwise: str | None = None) -> Check:
+    """A check that passes where `error` is within `tolerance`; nan never is."""
+    passed = error <= tolerance
+    return Check(name, PASS if passed else FAIL, meaning if passed else otherwise or meaning, error, tolerance)
+
+
+# --- the truth ---
+
+
+@dataclass(frozen=True)
+class Truth:
+    """A batch's loss and gradient by the definition.
+
+    Attributes:
+        row_losses: summed loss of each row, in the order given, shape (rows,).
+        num_targets: N, labels that are targets after the shift.
+        gradient: of the summed losses (not divided by N), by parameter name, float64 on the CPU.
+    """
+
+    row_losses: torch.Tensor
+    num_targets: int
+    gradient: Gradient
+
+    @property
+    def loss(self) -> float:
+        return float(self.row_losses.sum()) / self.num_targets
+
+    @property
+    def mean_gradient(self) -> Gradient:
+        """The gradient of the mean over targets: what one update should see."""
+        return {name: g / self.num_targets for name, g in self.gradient.items()}
+
+
+class BigBatch:
+    """A plain model, in one process, that gives the loss and gradient of any rows by the definition.
+
+    Args:
+        model: a causal language model of its own, which is changed; its logits are all that is used of it.
+        dtype: of its weights.
+        device: where it runs.
+        autocast: dtype of an autocast around its forward, or None.
+        scale: the loss is multiplied by this before the backward, and the gradient divided (fp16 needs it).
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str = "cpu",
+        autocast: torch.dtype | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        self.model, self._device = model.to(device, dtype).train(), torch.device(device)
+        self._autocast, self._scale = autocast, scale
+
+    def load(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Take over whole weights by name; EngineError where the engine names them otherwise."""
+        missing = {name for name, _ in self.model.named_parameters()} - set(weights)
+        if missing:
+            raise EngineError(
+                f"the engine gave no weight named {', '.join(sorted(missing)[:3])}; nothing can be compared"
+            )
+        self.model.load_state_dict(weights, strict=False)
+
+    def truth(self, rows: Sequence[Row], chunk: int = _REFERENCE_ROWS) -> Truth:
+        """Loss and gradient of `rows`, `chunk` rows at a time; the gradient of a sum is exact under any cut."""
+        self.model.zero_grad()
+        losses = torch.zeros(len(rows), dtype=torch.float64)
+        longest_first = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
+        with dropout_off(self.model):
+            for begin in range(0, len(rows), chunk):
+                chosen = longest_first[begin : begin + chunk]
+                summed = self._row_losses([rows[i] for i in chosen])
+                (summed.sum() * self._scale).backward()
+                losses[chosen] = summed.detach().double().cpu()
+        gradient = {
+            name: p.grad.detach().double().cpu() / self._scale
+            for name, p in self.model.named_parameters()
+            if p.grad is not None
+        }
+        self.model.zero_grad()
+        return Truth(losses, sum(map(num_targets, rows)), gradient)
+
+    def truth_of_one_batch(self, rows: Sequence[Row]) -> Truth:
+        """The same in a single forward and backward; in two, four, ... where the device's memory does not hold it."""
+        chunk = len(rows)
+        while True:
+            try:
+                return self.truth(rows, chunk)
+            except torch.OutOfMemoryError:
+                if chunk == 1:
+                    raise
+                chunk = -(-chunk // 2)
+
+    def _row_losses(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Summed loss of each row, shape (rows,): -log softmax(logits[t])[label[t + 1]] over labels that are targets."""
+        batch = {key: value.to(self._device) for key, value in pad(rows).items()}
+        autocast = torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None)
+        with autocast:
+            output = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        logits = (output.logits if hasattr(output, "logits") else output)[:, :-1]
+        log_p = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+        labels = batch["labels"][:, 1:]
+        picked = log_p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        return -(picked * (labels != IGNORE)).sum(dim=1)
+
+
+def pad(rows: Sequence[Row], pad_token_id: int = 0) -> dict[str, torch.Tensor]:
+    """Rows to `input_ids`, `attention_mask` and `labels` of shape (rows, longest), padded on the right."""
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def filled(key: str, value: int) -> torch.Tensor:
+        return torch.tensor([[*row[key], *[value] * (longest - len(row[key]))] for row in rows])
+
+    mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows])
+    return {"input_ids": filled("input_ids", pad_token_id), "attention_mask": mask, "labels": filled("labels", IGNORE)}
+
+
+def num_targets(row: Row) -> int:
+    """Labels of a row that are targets: all but the first that are not -100."""
+    return sum(label != IGNORE for label in row["labels"][1:])
+
+
+def relative_error(found: Gradient, exact: Gradient) -> float:
+    """|found - exact| / |exact|, 2-norms over all parameters together; a gradient that is missing counts as zero."""
+    difference = sum(_square(found, exact, name) for name in found.keys() | exact.keys())
+    size = sum(float((g.double() ** 2).sum()) for g in exact.values())
+    return math.sqrt(difference / size) if size else math.sqrt(difference)
+
+
+def _square(found: Gradient, exact: Gradient, name: str) -> float:
+    a, b = found.get(name), exact.get(name)
+    difference = a.double() - b.double() if a is not None and b is not None else (a if a is not None else b)
+    assert difference is not None
+    return float((difference.double() ** 2).sum())
+
+
+def worst_parameter(found: Gradient, exact: Gradient) -> str:
+    """The parameter with the largest share of the difference."""
+    return max(sorted(found.keys() | exact.keys()), key=lambda name: _square(found, exact, name))
+
+
+def norm_of(gradient: Gradient) -> float:
+    return math.sqrt(sum(float((g.double() ** 2).sum()) for g in gradient.values()))
+
+
+def clip_factor(norm: float, max_grad_norm: float | None) -> float:
+    """What one clip multiplies a gradient of this norm by; the 1e-6 is torch's and DeepSpeed's."""
+    return 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (norm + 1e-6))
+
+
+@contextlib.contextmanager
+def dropout_off(model: torch.nn.Module) -> Iterator[int]:
+    """Set every dropout rate in `model` to 0 and yield how many modules had one above; train mode stays on.
+
+    Rates are the `p` of dropout modules, and the attributes that modules pass to functional dropout (`attention_dropout`).
+    """
+    before: list[tuple[Any, str, float]] = []
+    for module in model.modules():
+        is_dropout = isinstance(module, torch.nn.modules.dropout._DropoutNd)
+        for name, value in list(vars(module).items()):
+            is_rate = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+            if is_rate and ("drop" in name or (is_dropout and name == "p")):
+                before.append((module, name, value))
+                setattr(module, name, 0.0)
+    try:
+        yield len({id(module) for module, _, _ in before})
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
+def dropout_check(modules: int) -> Check:
+    found = f"{modules} modules" if modules else "the model has none"
+    return Check("dropout", INFO, f"dropout off for the comparison: {found}")
+
+
+def separability(exact: BigBatch, rows: Sequence[Row]) -> Check:
+    """Whether the gradient of a batch is the sum of its rows' gradients, in float64 and train mode.
+
+    Where it is not, no cut into micro-batches can give the big batch's update, whoever makes it.
+    """
+    some = [row for row in rows if num_targets(row)][:_SEPARABLE_ROWS]
+    if len(some) < 2:
+        return Check("separable loss", INFO, "one row with targets only: there is nothing to separate")
+    whole, again = exact.truth(some, len(some)), exact.truth(some, len(some))
+    random = relative_error(again.gradient, whole.gradient)
+    if not random <= SEPARABLE_TOLERANCE:
+        meaning = "the model draws random numbers besides dropout, so no two passes agree and nothing can be compared"
+        return Check("separable loss", FAIL, meaning, random, SEPARABLE_TOLERANCE)
+    error = relative_error(exact.truth(some, 1).gradient, whole.gradient)
+    return measured(
+        "separable loss",
+        error,
+        SEPARABLE_TOLERANCE,
+        f"a batch of {len(some)} rows has the sum of its rows' gradients, so it can be cut anywhere",
+        f"not separable: {_coupling(exact.model)}; no cut into micro-batches gives the big batch's update",
+    )
+
+
+def _coupling(model: torch.nn.Module) -> str:
+    """What makes the rows of a batch depend on each other."""
+    norms = [n for n, m in model.named_modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    if norms:
+        return (
+            f"{len(norms)} BatchNorm modules ({', '.join(norms[:3])}) take statistics over the micro-batch; "
+            "use LayerNorm or GroupNorm, or freeze them in eval mode"
+        )
+    return "the rows of a batch depend on each other (an in-batch loss such as in-batch negatives, or a batch-wide routing)"
+
+
+# --- the real loop against it ---
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is verified: the prepared parts of a training, and how to make the plain model again.
+
+    Attributes:
+        rows: all samples, `rows[i]` with `input_ids` and `labels`; `windows` were made of them with this `seed`.
+        make_plain: the unprepared model in float32; its weights do not matter.
+    """
+
+    accumulator: Accumulator
+    model: torch.nn.Module
+    optimizer: Any
+    windows: Windows
+    rows: Any
+    make_plain: Callable[[], torch.nn.Module]
+    seed: int = 0
+
+    @classmethod
+    def of(cls, parts: Parts) -> Subject:
+        """The subject that `assemble(config)` made; gradient checkpointing is left out of the reference."""
+        plain = dataclasses.replace(parts.config, gradient_checkpointing=False)
+        return cls(
+            accumulator=parts.accumulator,
+            model=parts.model,
+            optimizer=parts.optimizer,
+            windows=parts.windows,
+            rows=parts.rows,
+            make_plain=lambda: load_model(plain, parts.tokenizer),
+            seed=parts.config.seed,
+        )
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """One window against the truth; errors are relative."""
+
+    is_tail: bool
+    num_samples: int
+    error: float
+    tolerance: float
+    worst: str
+    loss_error: float
+    loss_tolerance: float
+    norm: float
+    norm_error: float
+    exchanges: int
+    expected_exchanges: int
+    unequal: list[str]
+
+
+def verify(subject: Subject, windows: int = 3) -> Report:
+    """Run up to `windows` whole windows of the first epoch, and its tail, and compare each with one big batch.
+
+    Collective: every rank calls, every rank gets the same report. The model's weights are changed by the updates.
+
+    Raises:
+        DataError: no window has a target.
+    """
+    with dropout_off(subject.model) as dropouts:
+        session = _Session(subject)
+        found = [session.measure(start, rows) for start, rows in session.chosen(windows)]
+        separable = session.separability()
+    if not found:
+        raise DataError(f"none of the {len(subject.rows)} samples has a target; there is nothing to compare")
+    checks = [*_update_checks(found, session), *_loop_checks(found, session), separable, dropout_check(dropouts)]
+    return Report(_describe(subject, len(found)), [_engine_check(subject), *checks])
+
+
+class _Session:
+    """Runs windows of a subject; rank 0 keeps the plain models that they are compared with."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject, self.acc = subject, subject.accumulator
+        self.engine: Engine = subject.accumulator.engine
+        self.exact: BigBatch | None = None
+        self.peer: BigBatch | None = None
+        if self.engine.is_main:
+            self.exact, self.peer = BigBatch(subject.make_plain()), low_precision_peer(self.engine, subject.make_plain)
+        self._exchanges = _count_exchanges(subject.model)
+        self._first_rows: list[Row] = []
+
+    def chosen(self, windows: int) -> Iterator[tuple[int, list[Row]]]:
+        """(samples consumed before it, rows) of each window to run: the first whole ones with targets, and the tail."""
+        size, batch = len(self.subject.rows), self.acc.plan.global_batch_size
+        starts = range(0, size, batch)
+        wholes = 0
+        for start, positions in zip(starts, windows_of(global_order(size, self.subject.seed, 0), batch), strict=True):
+            is_tail = len(positions) < batch
+            if not is_tail and wholes >= windows:
+                continue
+            rows = [self.subject.rows[int(i)] for i in positions]
+            if any(map(num_targets, rows)):
+                wholes += not is_tail
+                self._first_rows = self._first_rows or rows
+                yield start, rows
+
+    def separability(self) -> Check:
+        check = separability(self.exact, self._first_rows) if self.exact is not None else None
+        return self.engine.gather_objects(check)[0]
+
+    def measure(self, start: int, rows: list[Row]) -> _Measurement:
+        """Run the window that begins after `start` samples of the epoch; the same result on all ranks."""
+        weights = {n: w.clone() for n, w in self.engine.full_weights(self.subject.model).items()}
+        gradient, update, given, exchanges = self._run(start)
+        unequal = unequal_names(self.engine, self.engine.full_weights(self.subject.model))
+        steps = update.gradient_accumulation_steps if self.engine.grad_sync == "every-microbatch" else 1
+        if self.exact is None:
+            return self.engine.gather_objects(None)[0]
+        self.exact.load(weights)
+        truth = self.exact.truth(rows)
+        exact = truth.mean_gradient
+        tolerance, loss_tolerance = self._tolerances(weights, rows, truth)
+        norm = norm_of(exact)
+        expected = norm * clip_factor(norm, self.acc.max_grad_norm)
+        measurement = _Measurement(
+            is_tail=len(rows) < self.acc.plan.global_batch_size,
+            num_samples=update.num_samples,
+            error=relative_error(gradient, exact),
+            tolerance=tolerance,
+            worst=worst_parameter(gradient, exact),
+            loss_error=abs(update.loss - truth.loss) / truth.loss,
+            loss_tolerance=loss_tolerance,
+            norm=norm,
+            norm_error=max(abs(update.grad_norm - norm) / norm, abs(given - expected) / expected),
+            exchanges=exchanges,
+            expected_exchanges=steps,
+            unequal=unequal,
+        )
+        return self.engine.gather_objects(measurement)[0]
+
+    def _run(self, start: int) -> tuple[Gradient, Update, float, int]:
+        """The real loop over one window: (averaged gradient, update, norm that the optimizer was given, exchanges)."""
+        subject, acc = self.subject, self.acc
+        while True:
+            subject.windows.load_state_dict({"epoch": 0, "samples_consumed": start})
+            before = self._exchanges[0]
+            window = next(iter(subject.windows))
+            for batch in window:
+                with acc.accumulate(subject.model):
+                    acc.backward(causal_lm_loss(subject.model, batch))
+            gradient = {n: g.double().cpu() for n, g in self.engine.full_gradients(subject.model).items()}
+            with _given_to(subject.optimizer) as squares:
+                update = acc.step(subject.optimizer)
+            if not (update.skipped and self.engine.mixed_precision == "fp16"):  # a skip halves fp16's loss scale
+                break
+        by_rank = self.engine.gather([sum(squares)])[:, 0]
+        is_sharded = self.engine.name not in ("single", "ddp", "zero0")
+        given = math.sqrt(float(by_rank.sum() if is_sharded else by_rank[0]))
+        return gradient, update, given, self._exchanges[0] - before
+
+    def _tolerances(self, weights: Mapping[str, torch.Tensor], rows: list[Row], truth: Truth) -> tuple[float, float]:
+        """(of the gradient, of the loss): in low precision by what one big batch of the same rows is itself off."""
+        return tolerances(self.peer, weights, rows, truth)
+
+
+def tolerances(
+    peer: BigBatch | None, weights: Mapping[str, torch.Tensor], rows: Sequence[Row], truth: Truth
+) -> tuple[float, float]:
+    """(of the gradient, of the loss): float32's, or PRECISION_MARGIN times the error of one big batch in `peer`.
+
+    Errors of single rows may cancel in a loss by chance, so its bound is made of their sizes.
+    """
+    if peer is None:
+        return FLOAT32_TOLERANCE, FLOAT32_TOLERANCE
+    peer.load(weights)
+    one = peer.truth_of_one_batch(rows)
+    error = relative_error(one.mean_gradient, truth.mean_gradient)
+    loss_error = float((one.row_losses - truth.row_losses).abs().sum() / truth.row_losses.sum())
+    return max(FLOAT32_TOLERANCE, PRECISION_MARGIN * error), max(FLOAT32_TOLERANCE, PRECISION_MARGIN * loss_error)
+
+
+def low_precision_peer(engine: Engine, make_plain: Callable[[], torch.nn.Module]) -> BigBatch | None:
+    """One process's big batch in the engine's precision; None in float32."""
+    if engine.mixed_precision not in ("bf16", "fp16"):
+        return None
+    dtype = torch.bfloat16 if engine.mixed_precision == "bf16" else torch.float16
+    scale = 1.0 if dtype == torch.bfloat16 else 1024.0
+    if engine.name in ("single", "ddp"):
+        return BigBatch(make_plain(), torch.float32, engine.device, autocast=dtype, scale=scale)
+    return BigBatch(make_plain(), dtype, engine.device, scale=scale)  # these cast the weights themselves
+
+
+def unequal_names(engine: Engine, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of the tensors that are not equal to the bit on all ranks; the same list on all."""
+    digests = {
+        name: hashlib.blake2b(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).digest()
+        for name, t in tensors.items()
+    }
+    ranks = engine.gather_objects(digests)
+    names = {name for rank in ranks for name in rank}
+    return sorted(name for name in names if len({rank.get(name) for rank in ranks}) > 1)
+
+
+def _count_exchanges(model: torch.nn.Module) -> list[int]:
+    """[exchanges of gradients so far], counted by DDP itself; stays [0] where it is not DDP that exchanges."""
+    counted = [0]
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+        def hook(group: Any, bucket: Any) -> Any:
+            counted[0] += bucket.is_last()
+            return allreduce_hook(group, bucket)
+
+        hook.__annotations__ = {}  # DDP wants classes there, and finds their names as text
+        with contextlib.suppress(RuntimeError):  # the user's own hook is there already
+            model.register_comm_hook(None, hook)
+    return counted
+
+
+@contextlib.contextmanager
+def _given_to(optimizer: Any) -> Iterator[list[float]]:
+    """Note the square of each gradient (of this rank's shards) that the innermost torch optimizer is given at a step."""
+    squares: list[float] = []
+
+    def note(inner: torch.optim.Optimizer, *_: Any) -> None:
+        for group in inner.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    gradient = p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad
+                    squares.append(float((gradient.double() ** 2).sum()))
+
+    inner = optimizer
+    while hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    handle = inner.register_step_pre_hook(note)
+    try:
+        yield squares
+    finally:
+        handle.remove()
+
+
+# --- the report ---
+
+
+def _update_checks(found: list[_Measurement], session: _Session) -> list[Check]:
+    wholes, tails = [m for m in found if not m.is_tail], [m for m in found if m.is_tail]
+    batch = session.acc.plan.global_batch_size
+    checks = []
+    if wholes:
+        worst = max(wholes, key=lambda m: m.error / m.tolerance)
+        meaning = f"the gradient of {len(wholes)} window{'s' if len(wholes) > 1 else ''} of {batch} samples is that of one big batch in float64"
+        checks.append(_gradient_check("update = one big batch", worst, meaning, session))
+    if tails:
+        meaning = f"the same for the epoch's last window, of {tails[0].num_samples} samples"
+        checks.append(_gradient_check("tail window", tails[0], meaning, session))
+    else:
+        meaning = f"there is none: {len(session.subject.rows)} samples are a multiple of {batch}"
+        checks.append(Check("tail window", INFO, meaning))
+    loss = max(found, key=lambda m: m.loss_error / m.loss_tolerance)
+    logged = "the loss that is logged is the big batch's mean over its targets"
+    return [*checks, measured("logged loss", loss.loss_error, loss.loss_tolerance, logged)]
+
+
+def _gradient_check(name: str, worst: _Measurement, meaning: str, session: _Session) -> Check:
+    precision = session.engine.mixed_precision
+    if precision != "no":
+        meaning += f", within {PRECISION_MARGIN:g} times what one big batch in {precision} is off ({worst.tolerance / PRECISION_MARGIN:.1e})"
+    otherwise = f"the gradient is not the big batch's; most of the difference is in {worst.worst}"
+    return measured(name, worst.error, worst.tolerance, meaning, otherwise)
+
+
+def _loop_checks(found: list[_Measurement], session: _Session) -> list[Check]:
+    unequal = sorted({name for m in found for name in m.unequal})
+    ranks = session.engine.world_size
+    equal = f"all weights are equal to the bit on {ranks} ranks after each update" if ranks > 1 else "one rank only"
+    differ = f"after an update the ranks hold different weights of {', '.join(unequal[:3])}"
+    equality = Check("equal weights", FAIL if unequal else PASS if ranks > 1 else INFO, differ if unequal else equal)
+    return [_exchange_check(found, session), equality, _clip_check(found, session.acc.max_grad_norm)]
+
+
+def _exchange_check(found: list[_Measurement], session: _Session) -> Check:
+    name, policy = "gradient exchanges", session.engine.grad_sync
+    if session.engine.world_size == 1:
+        return Check(name, INFO, "one rank: nothing is exchanged")
+    if not any(m.exchanges for m in found):
+        return Check(name, INFO, f"not counted on {session.engine.name}; grad_sync={policy} is in force")
+    wrong = [m for m in found if m.exchanges != m.expected_exchanges]
+    if wrong:
+        meaning = (
+            f"{wrong[0].exchanges} exchanges in a window where grad_sync={policy} makes {wrong[0].expected_exchanges}"
+        )
+        return Check(name, FAIL, meaning)
+    most = max(m.exchanges for m in found)
+    return Check(
+        name, PASS, f"counted: {most} per window (grad_sync={policy}, K={session.acc.plan.gradient_accumulation_steps})"
+    )
+
+
+def _clip_check(found: list[_Measurement], max_grad_norm: float | None) -> Check:
+    worst = max(found, key=lambda m: m.norm_error / max(m.tolerance, NORM_TOLERANCE))
+    largest = max(m.norm for m in found)
+    if max_grad_norm is None:
+        meaning = f"no clipping: the optimizer is given the big batch's norm (up to {largest:.3g})"
+    elif largest > max_grad_norm:
+        meaning = f"norm {largest:.3g} is reported as the big batch's and clipped once, to {max_grad_norm:g}"
+    else:
+        meaning = (
+            f"the big batch's norm is reported; at most {largest:.3g}, it never reaches max_grad_norm={max_grad_norm:g}"
+        )
+    otherwise = "the norm reported, or that of the gradient given to the optimizer, is not the big batch's clipped once"
+    tolerance = max(worst.tolerance, NORM_TOLERANCE)
+    return measured("norm and clipping", worst.norm_error, tolerance, meaning, otherwise)
+
+
+def _engine_check(subject: Subject) -> Check:
+    engine, plan = subject.accumulator.engine, subject.accumulator.plan
+    meaning = (
+        f"{engine.name} on {engine.device.type}, precision {engine.mixed_precision}, {plan.describe()}; "
+        "every source of K agrees, or this would not have started"
+    )
+    if plan.gradient_accumulation_steps * plan.world_size == 1:
+        meaning += ". K = 1 on one process cuts nothing: verify the K that you train with"
+    return Check("engine in force", INFO, meaning)
+
+
+def _describe(subject: Subject, windows: int) -> dict[str, Any]:
+    engine, plan = subject.accumulator.engine, subject.accumulator.plan
+    return {
+        "mode": "training",
+        "engine": engine.name,
+        "device": engine.device.type,
+        "mixed_precision": engine.mixed_precision,
+        "grad_sync": engine.grad_sync,
+        "micro_batch_size": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+        "world_size": plan.world_size,
+        "global_batch_size": plan.global_batch_size,
+        "max_grad_norm": subject.accumulator.max_grad_norm,
+        "windows": windows,
+        "seed": subject.seed,
+        "num_samples": len(subject.rows),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
+
+
+if __name__ == "__main__":
+    from accum_trainer.cli import main
+
+    main(["verify", *sys.argv[1:]])

@@ -1,0 +1,600 @@
+"""Which fault a training step has: a user's own loop on plain Accelerate, against one big batch in float64.
+
+    def update(accelerator, model, optimizer, scheduler, batches): ...   # one optimizer update from this process's batches
+
+The loop is given windows that tell faults apart: ragged micro-batches, a micro-batch without a target, ranks that hold
+very different numbers of targets, a tail with fewer micro-batches than K. The gradient that its optimizer steps with is
+compared with the right one; where it differs, with what each known fault would make of the same micro-batches. The nearest
+names the fault, and the weights that the loop gave its micro-batches are found by least squares and shown.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from accum_trainer.assemble import load_rows
+from accum_trainer.batch_plan import BatchPlan
+from accum_trainer.config import TrainConfig
+from accum_trainer.engine.base import Engine
+from accum_trainer.engine.build import choose_precision
+from accum_trainer.engine.plain import MicroBatches, plain_engine, start_update
+from accum_trainer.errors import ConfigError, DataError
+from accum_trainer.model import load_model, load_tokenizer
+from accum_trainer.verify import (
+    FAIL,
+    IGNORE,
+    INFO,
+    PASS,
+    BigBatch,
+    Check,
+    Gradient,
+    Report,
+    Row,
+    clip_factor,
+    dropout_check,
+    dropout_off,
+    low_precision_peer,
+    measured,
+    num_targets,
+    pad,
+    separability,
+    tolerances,
+    unequal_names,
+)
+
+Loop = Callable[[Any, torch.nn.Module, Any, Any, list[Any]], Any]
+Vector = torch.Tensor  # a gradient of all trained parameters, flat, float64
+Weights = list[list[float]]  # [rank][step], what multiplies a micro-batch's summed loss in the averaged gradient
+
+# A found gradient this near to a known fault's is that fault.
+_MATCH = 1e-3
+_LR = 0.1
+# Rows of the user's data longer than this are left out where enough are shorter: the check is about weights, not length.
+_SHORT = 96
+
+RIGHT = "right: weight = gradient_divisor / N for every micro-batch's summed loss, N = targets of the whole window"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A known mistake: what it is in one sentence, and the formula that it computes."""
+
+    sentence: str
+    formula: str
+
+
+MEAN_OF_MEANS = Fault(
+    "mean of means: every micro-batch weighs the same, however many targets it holds",
+    "mean over micro-batches of L_rk / n_rk",
+)
+PER_RANK = Fault(
+    "normalised per rank: each rank divides by its own number of targets, so ranks weigh the same whatever they hold",
+    "mean over ranks of sum_k L_rk / sum_k n_rk",
+)
+TWICE = Fault(
+    "division by K twice: the loss is divided by K (or by N) and accelerator.backward divides by K again", "g / K"
+)
+TAIL = Fault(
+    "the tail is divided by K: a last window of m < K micro-batches is scaled as if it had K",
+    "g * m / K, m micro-batches in the tail",
+)
+NOT_TIMES_W = Fault(
+    "not multiplied by the number of processes: the loss is divided by the N of all ranks, and DDP averages over ranks again",
+    "g / W",
+)
+SUMMED = Fault("summed, not averaged, over micro-batches: nothing divides by K", "g * K")
+LAST_ONLY = Fault(
+    "zero_grad per micro-step: the gradient of the last micro-batch is all that is left",
+    "weight * L_rk of the last k only",
+)
+CLIP_EACH = Fault(
+    "clip per micro-step: the accumulated gradient is clipped after every micro-batch, not once per update",
+    "a = clip(a + weight * grad L_rk) for each k",
+)
+IN_BF16 = Fault(
+    "gradients are accumulated in bf16: small contributions are rounded away",
+    "a = bf16(a + bf16(weight * grad L_rk)) for each k",
+)
+LEFTOVER = Fault(
+    "zero_grad is missing: the gradient of the window before is still in this one", "g + g of the window before"
+)
+
+
+# --- the command's entry ---
+
+
+def load_loop(spec: str) -> Loop:
+    """The function named by `FILE.py:function`; ConfigError where there is none."""
+    path, colon, name = spec.rpartition(":")
+    if not colon or not path or not name:
+        raise ConfigError(f"loop={spec} does not name a function; give FILE.py:function")
+    if not Path(path).is_file():
+        raise ConfigError(f"loop={spec}: there is no file {path}")
+    module_spec = importlib.util.spec_from_file_location("loop_to_verify", path)
+    if module_spec is None or module_spec.loader is None:
+        raise ConfigError(f"loop={spec}: {path} is not a Python file; give FILE.py:function")
+    module = importlib.util.module_from_spec(module_spec)
+    sys.path.insert(0, str(Path(path).resolve().parent))  # as `python FILE.py` would, for what it imports
+    try:
+        module_spec.loader.exec_module(module)
+    except (SyntaxError, ImportError) as error:
+        raise ConfigError(f"loop={spec}: {path} cannot be imported: {error}") from None
+    loop = getattr(module, name, None)
+    if not callable(loop):
+        there = sorted(
+            n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__
+        )
+        raise ConfigError(f"loop={spec}: {path} has no function {name}; it has {', '.join(there) or 'none'}")
+    return loop
+
+
+def verify_loop_of(config: TrainConfig, loop: Loop, world_size: int) -> Report:
+    """Check `loop` with the model, data, sizes and precision of a configuration.
+
+    Raises:
+        ConfigError: K is 1, so that nothing accumulates; or another source says another K.
+    """
+    plan = BatchPlan(config.batch_size, config.gradient_accumulation_steps, world_size, config.global_batch_size)
+    if plan.gradient_accumulation_steps == 1:
+        raise ConfigError(
+            "gradient_accumulation_steps=1 accumulates nothing, so every loop would pass; "
+            "give --gradient-accumulation-steps the K of your loop, 2 or more"
+        )
+    precision = choose_precision(config.mixed_precision, config.amp, config.cpu)
+    if precision == "fp16":
+        raise ConfigError(
+            "mixed_precision=fp16 skips updates until its loss scale fits, so a single update cannot be judged; "
+            "check the loop with mixed_precision=no or bf16"
+        )
+    engine = plain_engine(plan.gradient_accumulation_steps, config.cpu, precision)
+    with engine.main_first():
+        tokenizer = load_tokenizer(config)
+        rows = load_rows(config, tokenizer)[0]
+    short = [int(i) for i in np.flatnonzero((rows.lengths <= _SHORT) & (rows.num_targets > 0))]
+    needed = plan.global_batch_size * 3
+    positions = short if len(short) >= needed else [int(i) for i in np.flatnonzero(rows.num_targets > 0)]
+    chosen = np.random.RandomState(config.seed).permutation(positions)[:needed]
+
+    def make_model() -> torch.nn.Module:
+        torch.manual_seed(config.seed)
+        return load_model(config, tokenizer)
+
+    return verify_loop(loop, engine, make_model, [rows[int(i)] for i in chosen], plan, config.max_grad_norm)
+
+
+def verify_loop(
+    loop: Loop,
+    engine: Engine,
+    make_model: Callable[[], torch.nn.Module],
+    rows: Sequence[Row],
+    plan: BatchPlan,
+    max_grad_norm: float | None = None,
+) -> Report:
+    """Run `loop` on windows made of `rows` and say what it computes. Collective; every rank gets the same report.
+
+    Args:
+        engine: from `plain_engine(K, ...)`.
+        make_model: the plain model in float32, with the same weights on every call.
+        rows: samples with targets, of different lengths; used again and again where they are few.
+        max_grad_norm: a loop that clips must clip to this, once.
+    """
+    if not any(map(num_targets, rows)):
+        raise DataError(f"none of the {len(rows)} samples has a target; there is nothing to compare")
+    judge = _Judge(engine, make_model, plan, max_grad_norm) if engine.is_main else None
+    separable = engine.gather_objects(judge.separability(rows) if judge is not None else None)[0]
+    subject = {
+        "mode": "loop",
+        "loop": f"{loop.__module__}.{getattr(loop, '__name__', loop)}",
+        "engine": engine.name,
+        "device": engine.device.type,
+        "mixed_precision": engine.mixed_precision,
+        "micro_batch_size": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+        "world_size": plan.world_size,
+        "max_grad_norm": max_grad_norm,
+        "torch": torch.__version__,
+    }
+    in_force = f"plain Accelerate, {engine.name} on {engine.device.type}, precision {engine.mixed_precision}, {plan.describe()}"
+    first = [Check("engine in force", INFO, in_force), separable]
+    if separable.result == FAIL:
+        return Report(subject, first)  # no update can be right, so there is none to judge
+    runner = _Runner(loop, engine, make_model())
+    with dropout_off(runner.model) as dropouts:
+        seen = [runner.run(window) for window in windows_for(rows, plan)]
+    checks = judge.checks(seen) if judge is not None else None
+    return Report(subject, [*first, *engine.gather_objects(checks)[0], dropout_check(dropouts)])
+
+
+# --- windows ---
+
+
+@dataclass(frozen=True)
+class LoopWindow:
+    """One update's rows, cut: `ranks[rank][step]` is a micro-batch. `is_tail`: fewer micro-batches than K."""
+
+    name: str
+    ranks: list[list[list[Row]]]
+    is_tail: bool = False
+
+
+def windows_for(rows: Sequence[Row], plan: BatchPlan) -> list[LoopWindow]:
+    """The windows that tell faults apart, the same on all ranks."""
+    batch, steps, ranks = plan.micro_batch_size, plan.gradient_accumulation_steps, plan.world_size
+    shortest_first = sorted(rows, key=num_targets)
+
+    def take(count: int) -> list[Row]:
+        """`count` rows from the shortest to the longest, evenly."""
+        return [shortest_first[int(i)] for i in np.linspace(0, len(rows) - 1, count).round()]
+
+    def cut(chosen: list[Row], num_steps: int) -> list[list[Row]]:
+        return [chosen[k * batch : (k + 1) * batch] for k in range(num_steps)]
+
+    whole, size = take(batch * steps * ranks), batch * steps
+    ragged = [cut(whole[r::ranks], steps) for r in range(ranks)]
+    windows = [LoopWindow("ragged window", ragged)]
+    if ranks > 1:
+        uneven = [cut(whole[r * size : (r + 1) * size], steps) for r in range(ranks)]
+        windows.append(LoopWindow("uneven ranks", uneven))
+    fewer = max(1, min(steps - 1, steps // 2 + 1))  # not 1 where it can be more: m / K and 1 / K would look alike
+    tail = take(batch * fewer * ranks)
+    tails = [cut(tail[r::ranks], fewer) for r in range(ranks)]
+    tails[0][-1] = tails[0][-1][-1:]
+    windows.append(LoopWindow("tail window", tails, is_tail=True))
+    masked: list[Row] = [{**row, "labels": [IGNORE] * len(row["labels"])} for row in ragged[0][0]]
+    empty = [[masked, *ragged[0][1:]], *ragged[1:]]
+    return [*windows, LoopWindow("a micro-batch without a target", empty)]
+
+
+# --- running the loop ---
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What one call of the loop did, on rank 0.
+
+    Attributes:
+        start: weights before it.
+        gradient: what the optimizer stepped with, the mean of the ranks' where they differ; None where it did not step.
+        unequal: parameters whose weights differ between ranks after it.
+        optimizer_steps, scheduler_steps: how often each stepped.
+        leftover: what was left in the parameters' gradients before it.
+    """
+
+    window: LoopWindow
+    start: Mapping[str, torch.Tensor]
+    gradient: Gradient | None
+    unequal: list[str]
+    optimizer_steps: int
+    scheduler_steps: int
+    leftover: Gradient
+
+
+class _Runner:
+    """Calls the loop on prepared objects, every time from the same weights."""
+
+    def __init__(self, loop: Loop, engine: Engine, model: torch.nn.Module) -> None:
+        self._loop, self._engine = loop, engine
+        self._sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=_LR)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._sgd, lambda update: 0.9**update)
+        prepared = engine.accelerator.prepare(model, self._sgd, self._schedule)
+        self.model, self._optimizer, self._scheduler = prepared
+        self._start = {n: w.clone() for n, w in engine.full_weights(self.model).items()}
+
+    def run(self, window: LoopWindow) -> _Seen:
+        engine = self._engine
+        engine.load_full_weights(self.model, self._start)
+        leftover = self._gradients()
+        stepped: list[Gradient] = []
+        handle = self._sgd.register_step_pre_hook(lambda *_: stepped.append(self._gradients()))
+        before = self._schedule.last_epoch
+        start_update(engine)
+        batches = [engine.to_device(pad(rows)) for rows in window.ranks[engine.rank]]
+        try:
+            self._loop(engine.accelerator, self.model, self._optimizer, self._scheduler, MicroBatches(engine, batches))
+        finally:
+            handle.remove()
+        return _Seen(
+            window=window,
+            start=self._start,
+            gradient=self._mean_over_ranks(stepped[-1]) if stepped else None,
+            unequal=unequal_names(engine, engine.full_weights(self.model)),
+            optimizer_steps=len(stepped),
+            scheduler_steps=self._schedule.last_epoch - before,
+            leftover=leftover,
+        )
+
+    def _gradients(self) -> Gradient:
+        named = self._engine.unwrap(self.model).named_parameters()
+        return {name: p.grad.detach().double().cpu() for name, p in named if p.grad is not None}
+
+    def _mean_over_ranks(self, gradient: Gradient) -> Gradient:
+        """Equal on all ranks as it should be, or else their mean: what a parameter left out would have been."""
+        if not unequal_names(self._engine, gradient):
+            return gradient
+        ranks = self._engine.gather_objects(gradient)
+        names = {name for rank in ranks for name in rank}
+        return {
+            n: torch.stack([rank.get(n, torch.zeros_like(next(r[n] for r in ranks if n in r))) for rank in ranks]).mean(
+                0
+            )
+            for n in names
+        }
+
+
+# --- judging it, on rank 0 ---
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A gradient that some faults together would give; no fault is the right one."""
+
+    faults: tuple[Fault, ...]
+    vector: Vector
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """A window's verdict: right where `error` is within `tolerance`; else `fits` are the faults, or sets of them, that
+    would look like it, and `meaning` is what can be said without."""
+
+    name: str
+    meaning: str
+    error: float | None = None
+    tolerance: float | None = None
+    fits: Sequence[tuple[Fault, ...]] = ()
+    details: tuple[str, ...] = ()
+
+    def check(self, certain: set[Fault]) -> Check:
+        """The report's row; `certain` are faults that another window has shown beyond doubt."""
+        if self.error is not None and self.tolerance is not None and self.error <= self.tolerance:
+            return measured(self.name, self.error, self.tolerance, self.meaning)
+        if not self.fits:
+            return Check(self.name, FAIL, self.meaning, self.error, self.tolerance, self.details)
+        known = max(len(certain & set(faults)) for faults in self.fits)
+        named = [faults for faults in self.fits if len(certain & set(faults)) == known]
+        # What would have shown in whole windows too, and did not, is not what is wrong with the tail.
+        named = [faults for faults in named if TAIL in faults and not known] or named
+        meaning = "; or ".join(" AND ".join(fault.sentence for fault in faults) for faults in named)
+        formulas = tuple(f"loop:  {fault.formula}" for faults in named for fault in faults)
+        return Check(self.name, FAIL, meaning, self.error, self.tolerance, (RIGHT, *formulas, *self.details))
+
+
+class _Parts:
+    """A window by the definition: the gradient of each micro-batch's summed loss, and its targets.
+
+    Attributes:
+        gradients[rank][step]: flat, float64.
+        targets[rank][step]: n_rk.
+    """
+
+    def __init__(self, exact: BigBatch, names: dict[str, int], window: LoopWindow, steps: int) -> None:
+        truths = [[exact.truth(rows) for rows in rank] for rank in window.ranks]
+        self.names, self.steps, self.window = names, steps, window
+        self.gradients = [[flat(truth.gradient, names) for truth in rank] for rank in truths]
+        self.targets = [[truth.num_targets for truth in rank] for rank in truths]
+        self.num_targets = sum(map(sum, self.targets))
+        self.world_size = len(truths)
+
+    def each(self, weight: Callable[[int, int], float]) -> Weights:
+        return [[weight(r, k) for k in range(len(rank))] for r, rank in enumerate(self.targets)]
+
+    def combine(self, weights: Weights) -> Vector:
+        return torch.stack(
+            [w * g for r, rank in enumerate(self.gradients) for w, g in zip(weights[r], rank, strict=True)]
+        ).sum(0)
+
+    @property
+    def right(self) -> Weights:
+        return self.each(lambda r, k: 1 / self.num_targets)
+
+    def linear(self) -> Iterator[tuple[tuple[Fault, ...], Weights]]:
+        """What known faults weigh micro-batches with: a way to normalise, times a factor too many or too few."""
+        targets, ranks, steps = self.targets, self.world_size, self.steps
+        bases: list[tuple[tuple[Fault, ...], Weights]] = [
+            ((), self.right),
+            ((MEAN_OF_MEANS,), self.each(lambda r, k: 1 / (max(1, targets[r][k]) * len(targets[r]) * ranks))),
+        ]
+        if ranks > 1:
+            bases.append(((PER_RANK,), self.each(lambda r, k: 1 / (max(1, sum(targets[r])) * ranks))))
+        factors: list[tuple[tuple[Fault, ...], Callable[[int], float]]] = [((), lambda r: 1.0)]
+        if self.window.is_tail:
+            factors.append(((TAIL,), lambda r: len(targets[r]) / steps))
+        factors += [((TWICE,), lambda r: 1 / steps), ((SUMMED,), lambda r: float(len(targets[r])))]
+        if ranks > 1:
+            factors += [((NOT_TIMES_W,), lambda r: 1 / ranks), ((TWICE, NOT_TIMES_W), lambda r: 1 / ranks / steps)]
+        for factor_faults, factor in factors:
+            for base_faults, base in bases:
+                yield base_faults + factor_faults, [[w * factor(r) for w in rank] for r, rank in enumerate(base)]
+
+    def clipped_each(self, weights: Weights, clip: Callable[[Vector], Vector]) -> Vector:
+        """Each rank clips what it has so far; the last clip comes after the exchange, on the mean over ranks."""
+        ranks = []
+        for weights_of, gradients in zip(weights, self.gradients, strict=True):
+            total = torch.zeros_like(gradients[0])
+            for weight, gradient in zip(weights_of, gradients, strict=True):
+                total = clip(total) + self.world_size * weight * gradient
+            ranks.append(total)
+        return clip(torch.stack(ranks).mean(0))
+
+    def in_bf16(self, weights: Weights) -> Vector:
+        """The mean over ranks of what each adds up in bf16."""
+        ranks = []
+        for weights_of, gradients in zip(weights, self.gradients, strict=True):
+            total = torch.zeros_like(gradients[0], dtype=torch.bfloat16)
+            for weight, gradient in zip(weights_of, gradients, strict=True):
+                total += (self.world_size * weight * gradient).bfloat16()
+            ranks.append(total.double())
+        return torch.stack(ranks).mean(0)
+
+
+def flat(gradient: Gradient, names: dict[str, int]) -> Vector:
+    """All parameters' gradients in one vector, in the order of `names` (name -> numbers in it); missing ones are 0."""
+    zero = torch.zeros(0, dtype=torch.float64)
+    pieces = [gradient[n].flatten() if n in gradient else zero.new_zeros(size) for n, size in names.items()]
+    return torch.cat(pieces)
+
+
+class _Judge:
+    """Compares what the loop did with the definition, and names the fault."""
+
+    def __init__(
+        self, engine: Engine, make_model: Callable[[], torch.nn.Module], plan: BatchPlan, max_grad_norm: float | None
+    ) -> None:
+        self._exact, self._peer = BigBatch(make_model()), low_precision_peer(engine, make_model)
+        self._names = {n: p.numel() for n, p in self._exact.model.named_parameters() if p.requires_grad}
+        self._plan, self._max_grad_norm = plan, max_grad_norm
+
+    def separability(self, rows: Sequence[Row]) -> Check:
+        return separability(self._exact, rows)
+
+    def checks(self, seen: list[_Seen]) -> list[Check]:
+        updates = [self._update(one) for one in seen]
+        # Where several faults fit a window, another window may have told which it is.
+        certain = {fault for u in updates if len(u.fits) == 1 for fault in u.fits[0]}
+        return [*(u.check(certain) for u in updates), _ranks_check(seen), _steps_check(seen), _scheduler_check(seen)]
+
+    def _update(self, seen: _Seen) -> _Judged:
+        """One window: is the gradient of its update the big batch's, and if not, what is it?"""
+        name = seen.window.name
+        if seen.gradient is None or seen.optimizer_steps > 1:
+            return _Judged(
+                name, f"the function must make one update, and the optimizer stepped {seen.optimizer_steps} times"
+            )
+        parts = _Parts(self._exact, self._names, seen.window, self._plan.gradient_accumulation_steps)
+        found = flat(seen.gradient, self._names)
+        if not torch.isfinite(found).all():
+            empty = any(0 in rank for rank in parts.targets)
+            why = (
+                "a mean over no target is 0/0; use the sum of the losses"
+                if empty
+                else "the loop divides by 0 or overflows"
+            )
+            return _Judged(name, f"the gradient is not finite: {why}", math.inf, details=(RIGHT,))
+        rows = [row for rank in seen.window.ranks for batch in rank for row in batch]
+        tolerance, _ = tolerances(self._peer, seen.start, rows, self._exact.truth(rows))
+        right = parts.combine(parts.right)
+        error = self._distance(found, right)
+        if error <= tolerance:
+            return _Judged(name, self._describe_right(found, right), error, tolerance)
+        fits = self._fits(found, parts, flat(seen.leftover, self._names), max(_MATCH, tolerance))
+        return _Judged(name, self._unknown(found, right, error), error, tolerance, fits, _weights_found(found, parts))
+
+    def _distance(self, found: Vector, candidate: Vector) -> float:
+        """Relative difference, to the candidate as it is or clipped once: whether a loop clips is its own choice."""
+        norm = float(candidate.norm()) or 1.0
+        factor = clip_factor(norm, self._max_grad_norm)
+        plain = float((found - candidate).norm()) / norm
+        return min(plain, float((found - factor * candidate).norm()) / (factor * norm))
+
+    def _describe_right(self, found: Vector, right: Vector) -> str:
+        clipped = float(found.norm()) < 0.999 * float(right.norm())
+        return f"the big batch's gradient{f', clipped once to {self._max_grad_norm:g}' if clipped else ''}"
+
+    def _fits(self, found: Vector, parts: _Parts, leftover: Vector, limit: float) -> list[tuple[Fault, ...]]:
+        """The faults that give this gradient, within `limit`: the nearest, and those as simple that look alike here."""
+        distances = [(self._distance(found, c.vector), c.faults) for c in self._candidates(parts, leftover)]
+        nearest = min(distance for distance, _ in distances)
+        if nearest > limit:
+            return []
+        alike = [faults for distance, faults in distances if distance <= 1.5 * nearest + 1e-7]
+        return [faults for faults in alike if len(faults) == min(map(len, alike))]
+
+    def _candidates(self, parts: _Parts, leftover: Vector) -> Iterator[_Candidate]:
+        """Gradients that known faults give, the simpler ones first."""
+        linear = list(parts.linear())
+        for faults, weights in linear:
+            if faults:
+                yield _Candidate(faults, parts.combine(weights))
+        for faults, weights in linear:
+            last = [[w if k == len(rank) - 1 else 0.0 for k, w in enumerate(rank)] for rank in weights]
+            yield _Candidate((*faults, LAST_ONLY), parts.combine(last))
+            if self._max_grad_norm is not None:
+                yield _Candidate((*faults, CLIP_EACH), parts.clipped_each(weights, self._clip))
+            yield _Candidate((*faults, IN_BF16), parts.in_bf16(weights))
+            if leftover.any():
+                yield _Candidate((*faults, LEFTOVER), parts.combine(weights) + leftover)
+
+    def _clip(self, vector: Vector) -> Vector:
+        return vector * clip_factor(float(vector.norm()), self._max_grad_norm)
+
+    def _unknown(self, found: Vector, right: Vector, error: float) -> str:
+        """What can be said of a gradient that no known fault gives."""
+        cosine = float(found @ right / (found.norm() * right.norm())) if found.any() else 0.0
+        if cosine > 1 - 1e-6:
+            length = f"{float(found.norm() / right.norm()):.4g} times the right length"
+            norm = f"its norm is {float(found.norm()):.4g}; a loop may clip to max_grad_norm={self._max_grad_norm} and nothing else"
+            return f"the gradient has the right direction but {length} ({norm})"
+        if 1e-4 < error < 1e-1 and cosine > 0.99:
+            return f"none of the known faults, but {error:.1e} off, as where something is kept or added up in low precision"
+        return (
+            f"none of the known faults: the gradient is {error:.2g} off (cosine {cosine:.4f}); does the loss compare the rows "
+            "of a micro-batch with each other, weigh its targets, or leave some out?"
+        )
+
+
+def _weights_found(found: Vector, parts: _Parts) -> tuple[str, ...]:
+    """Lines with the weight that the loop gave each micro-batch's summed loss, in units of the right 1/N."""
+    places = [(r, k) for r, rank in enumerate(parts.targets) for k, n in enumerate(rank) if n > 0]
+    columns = torch.stack([parts.gradients[r][k] for r, k in places])
+    fitted = torch.linalg.pinv(columns @ columns.T, hermitian=True) @ (columns @ found)
+    left = float((fitted @ columns - found).norm() / (found.norm() or 1.0))
+    if left > 1e-2:
+        return (f"loop:  no weighted sum of the micro-batches' gradients ({left:.0%} of it is something else)",)
+    return tuple(
+        f"  rank {r} micro-batch {k}: {parts.targets[r][k]:5} targets, weight found {w * parts.num_targets:8.4f} / N, right 1 / N"
+        for (r, k), w in zip(places, fitted.tolist(), strict=True)
+    )
+
+
+def _ranks_check(seen: list[_Seen]) -> Check:
+    name, ranks = "equal weights", len(seen[0].window.ranks)
+    if ranks == 1:
+        return Check(name, INFO, "one rank only")
+    unequal = sorted({parameter for one in seen for parameter in one.unequal})
+    if not unequal:
+        return Check(name, PASS, f"all weights are equal to the bit on {ranks} ranks after each update")
+    names = ", ".join(unequal[:3]) + (f" and {len(unequal) - 3} more" if len(unequal) > 3 else "")
+    meaning = f"left out of the exchange: after an update the ranks hold different weights of {names}"
+    how = "right:  the last backward of a window runs through the model that prepare() returned, outside no_sync"
+    return Check(name, FAIL, meaning, details=(how, "loop:  gradients of these parameters stay each rank's own"))
+
+
+def _steps_check(seen: list[_Seen]) -> Check:
+    name = "one optimizer step"
+    wrong = [one for one in seen if one.optimizer_steps != 1]
+    if not wrong:
+        return Check(name, PASS, "the optimizer steps once per update")
+    one = wrong[0]
+    meaning = f"the optimizer steps {one.optimizer_steps} times in the {one.window.name}, and should once per update"
+    if one.optimizer_steps == len(one.window.ranks[0]) > 1:
+        meaning += ": it steps per micro-batch, so nothing accumulates"
+    return Check(name, FAIL, meaning)
+
+
+def _scheduler_check(seen: list[_Seen]) -> Check:
+    name = "scheduler per update"
+    total = sum(one.scheduler_steps for one in seen)
+    if total == 0:
+        return Check(name, INFO, "the function does not step the scheduler")
+    if all(one.scheduler_steps == 1 for one in seen):
+        return Check(name, PASS, "the scheduler steps once per update")
+    one = next(one for one in seen if one.scheduler_steps != 1)
+    each = (
+        "scheduler stepped per micro-step" if one.scheduler_steps == len(one.window.ranks[0]) else "scheduler stepped"
+    )
+    meaning = f"{each}: {one.scheduler_steps} times in the {one.window.name}, and should once per update"
+    u = len(seen)
+    details = (
+        f"right:  the learning rate after u updates is schedule(u); after {u} updates schedule({u})",
+        f"loop:  after {u} updates it is schedule({total})",
+    )
+    return Check(name, FAIL, meaning, details=details)

@@ -1,0 +1,323 @@
+"""`verify`: right trainings and loops pass on every engine, and each planted fault fails by its name."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from accum_trainer import Accumulator, DataError
+from accum_trainer.cli import main
+from accum_trainer.verify import Subject, dropout_off, verify
+from tests.launching import cli, environment, python, torchrun
+from tests.reference import make_model, make_rows, pad
+
+# Two processes of several threads each would fight for few cores.
+ONE_THREAD = {"OMP_NUM_THREADS": 1}
+SMALL = ("--cpu", "--batch-size", 2, "--gradient-accumulation-steps", 4, "--max-seq-len", 64, "--windows", 2)
+
+
+def checks_of(report: dict) -> dict[str, dict]:
+    return {check["name"]: check for check in report["checks"]}
+
+
+def failed(report: dict) -> list[str]:
+    return [check["name"] for check in report["checks"] if check["result"] == "FAIL"]
+
+
+def line_of(output: str, name: str) -> str:
+    return next(line for line in output.splitlines() if line.startswith(name))
+
+
+# --- the package's own loop, on every engine ---
+
+
+def test_single_process_and_its_report(tmp_path):
+    command = [sys.executable, "-m", "accum_trainer", "verify", *map(str, SMALL), "--json", "report.json"]
+    options = ["--use-peft", "--lora-dropout", "0.1"]
+    run = subprocess.run(
+        [*command, *options], cwd=tmp_path, env=environment(**ONE_THREAD), capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"], "something else was written"
+    report = json.loads((tmp_path / "report.json").read_text())
+    checks = checks_of(report)
+    assert report["passed"]
+    assert report["subject"]["engine"] == "single"
+    for name in ("update = one big batch", "tail window", "logged loss"):
+        assert checks[name]["result"] == "PASS"
+        assert 0 < checks[name]["error"] <= 2e-6 == checks[name]["tolerance"]
+    assert "28 modules" in checks["dropout"]["meaning"]
+    assert "PASS" in line_of(run.stdout, "separable loss")
+    assert run.stdout.splitlines()[-1] == "PASS: 5 checks passed, 0 failed"
+
+
+def test_ddp_exchanges_once():
+    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--main_process_port", 0)
+    run = python(*launcher, "-m", "accum_trainer.verify", *SMALL, **ONE_THREAD)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "ddp on cpu" in line_of(run.stdout, "engine in force")
+    assert "counted: 1 per window" in line_of(run.stdout, "gradient exchanges")
+    assert "PASS" in line_of(run.stdout, "equal weights")
+    assert run.stdout.count("engine in force") == 1, "one process speaks"
+
+
+def test_zero2():
+    run = torchrun(2, "accum_trainer.verify", *SMALL, "--zero-stage", "zero2", **ONE_THREAD)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "zero2" in line_of(run.stdout, "engine in force")
+    assert "clipped once" in line_of(run.stdout, "norm and clipping")
+
+
+def test_fsdp2_in_bf16():
+    options = {"ACCELERATE_USE_FSDP": "true"} | ONE_THREAD
+    run = torchrun(2, "accum_trainer.verify", *SMALL, "--mixed-precision", "bf16", **options)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "fsdp2 on cpu, precision bf16" in line_of(run.stdout, "engine in force")
+    assert "times what one big batch in bf16 is off" in line_of(run.stdout, "update = one big batch")
+
+
+@pytest.mark.parametrize("source", ["environment", "deepspeed"])
+def test_i23_sources_of_k_that_differ_are_wrong_input(source, tmp_path):
+    if source == "environment":
+        run = cli("verify", *SMALL, ACCELERATE_GRADIENT_ACCUMULATION_STEPS=8)
+    else:
+        (tmp_path / "ds.json").write_text(
+            json.dumps({"gradient_accumulation_steps": 8, "zero_optimization": {"stage": 2}})
+        )
+        launcher = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": tmp_path / "ds.json"}
+        run = torchrun(1, "accum_trainer.verify", *SMALL, **launcher)
+    assert "gradient_accumulation_steps=4" in run.stderr
+    assert "=8" in run.stderr
+    assert run.returncode != 0
+    if source == "environment":  # torchrun makes every status 1
+        assert run.returncode == 2
+
+
+# --- trainings that cannot be right, through Python ---
+
+
+def subject_of(make, rows=None, **options) -> Subject:
+    rows = rows or make_rows(14)
+    acc = Accumulator(micro_batch_size=2, gradient_accumulation_steps=3, cpu=True, **options)
+    plain = make()
+    model, optimizer = acc.prepare(plain, torch.optim.SGD(plain.parameters(), lr=0.1))
+    return Subject(acc, model, optimizer, acc.windows(rows, collate_fn=pad), rows, make)
+
+
+class Layered(torch.nn.Module):
+    """Embedding, one layer of the caller's, and a head; returns logits."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.layer, self.head = torch.nn.Embedding(97, 8), layer, torch.nn.Linear(8, 97)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        hidden = self.embed(input_ids)
+        return self.head(self.layer(hidden.transpose(1, 2)).transpose(1, 2))
+
+
+class Noise(torch.nn.Module):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden * torch.rand_like(hidden)
+
+
+class AcrossRows(torch.nn.Module):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + hidden.mean(dim=0, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("layer", "cause"),
+    [
+        (lambda: torch.nn.BatchNorm1d(8), "1 BatchNorm modules (layer)"),
+        (AcrossRows, "an in-batch loss"),
+        (Noise, "draws random numbers besides dropout"),
+    ],
+)
+def test_model_that_nobody_can_split_is_named(layer, cause, fresh_accelerate):
+    report = verify(subject_of(lambda: Layered(layer()))).to_dict()
+    assert "separable loss" in failed(report)
+    assert cause in checks_of(report)["separable loss"]["meaning"]
+
+
+def test_dropout_is_put_off_and_back_on(fresh_accelerate):
+    subject = subject_of(lambda: Layered(torch.nn.Dropout(0.3)))
+    report = verify(subject)
+    assert report.passed, report
+    assert any("1 modules" in check.meaning for check in report.checks if check.name == "dropout")
+    assert subject.model.layer.p == 0.3
+    with dropout_off(make_model("gpt2")) as modules:
+        assert modules == 0
+
+
+def test_gradient_that_is_wrong_in_one_parameter_names_it(fresh_accelerate):
+    subject = subject_of(lambda: make_model("llama"))
+    subject.model.lm_head.weight.register_hook(lambda gradient: gradient * 1.001)
+    report = verify(subject).to_dict()
+    assert "update = one big batch" in failed(report)
+    assert "lm_head.weight" in checks_of(report)["update = one big batch"]["meaning"]
+    assert checks_of(report)["logged loss"]["result"] == "PASS"
+
+
+def test_i31_gradient_that_is_clipped_wrongly(fresh_accelerate):
+    """Something after the clip scales what the optimizer gets: seen there, where the update is made."""
+    subject = subject_of(lambda: make_model("llama"), max_grad_norm=0.5)
+
+    def halve(optimizer, *_):
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad.mul_(0.5)
+
+    subject.optimizer.optimizer.register_step_pre_hook(halve)
+    assert failed(verify(subject).to_dict()) == ["norm and clipping"]
+
+
+def test_rows_without_a_target_are_told(fresh_accelerate):
+    with pytest.raises(DataError, match="none of the 4 samples has a target"):
+        verify(subject_of(lambda: make_model("llama"), make_rows(4, all_masked=(0, 1, 2, 3))))
+
+
+# --- loops of others ---
+
+RIGHT = ["update", "update_clipped", "update_by_hand"]
+# loop -> (check that fails, what it says); the other loops' faults must not be named
+FAULTS = {
+    "mean_of_means": ("ragged window", "mean of means"),
+    "own_loss_of_the_model": ("ragged window", "mean of means"),
+    "zero_over_zero": ("a micro-batch without a target", "a mean over no target is 0/0"),
+    "divided_by_k_twice": ("ragged window", "division by K twice"),
+    "tail_divided_by_k": ("tail window", "the tail is divided by K"),
+    "clip_per_micro_step": ("ragged window", "clip per micro-step"),
+    "clipped_to_another_norm": ("ragged window", "its norm is 0.01; a loop may clip to max_grad_norm=0.3"),
+    "scheduler_per_micro_step": ("scheduler per update", "scheduler stepped per micro-step: 3 times"),
+    "zero_grad_per_micro_step": ("ragged window", "zero_grad per micro-step"),
+    "no_zero_grad": ("tail window", "zero_grad is missing"),
+    "step_per_micro_batch": ("one optimizer step", "steps per micro-batch, so nothing accumulates"),
+    "accumulated_in_bf16": ("ragged window", "accumulated in bf16"),
+    "too_long": ("ragged window", "right direction but 1.7 times the right length"),
+    "wrong_in_its_own_way": ("ragged window", "none of the known faults"),
+    "does_nothing": ("ragged window", "the optimizer stepped 0 times"),
+}
+FAULTS_OF_TWO = {
+    "mean_of_means": ("uneven ranks", "mean of means"),
+    "normalised_per_rank": ("uneven ranks", "normalised per rank"),
+    "not_times_processes": ("ragged window", "not multiplied by the number of processes"),
+    "left_out_of_the_exchange": ("equal weights", "hold different weights of model.norm.weight"),
+    "never_exchanged": ("equal weights", "left out of the exchange"),
+    "tail_divided_by_k": ("tail window", "the tail is divided by K"),
+    "clip_per_micro_step": ("ragged window", "clip per micro-step"),
+    "accumulated_in_bf16": ("ragged window", "accumulated in bf16"),
+    "training_that_parts_the_ranks": ("equal weights", "hold different weights of lm_head.weight"),
+}
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """processes -> loop -> report; one process and one launch for all of them."""
+    out = tmp_path_factory.mktemp("loops")
+    worker = "tests.verify_loops.worker"
+    one = python("-m", worker, out / "1.json", *RIGHT, *FAULTS, **ONE_THREAD)
+    assert one.returncode == 0, one.stderr[-4000:]
+    two = torchrun(2, worker, out / "2.json", *RIGHT, *FAULTS_OF_TWO, **ONE_THREAD)
+    assert two.returncode == 0, two.stderr[-4000:]
+    return {processes: json.loads((out / f"{processes}.json").read_text()) for processes in (1, 2)}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("loop", RIGHT)
+def test_right_loop_passes(loop, processes, reports):
+    report = reports[processes][loop]
+    assert report["passed"], failed(report)
+    windows = [check for check in report["checks"] if check["error"] is not None]
+    assert len(windows) == 3 + processes, "separability and every window were measured"
+    assert all(check["error"] <= check["tolerance"] for check in windows)
+
+
+@pytest.mark.parametrize(("processes", "loop"), [(1, loop) for loop in FAULTS] + [(2, loop) for loop in FAULTS_OF_TWO])
+def test_fault_is_named(processes, loop, reports):
+    report = reports[processes][loop]
+    name, phrase = (FAULTS if processes == 1 else FAULTS_OF_TWO)[loop]
+    assert not report["passed"]
+    assert name in failed(report)
+    assert phrase in checks_of(report)[name]["meaning"]
+
+
+def test_fault_shows_the_right_formula_and_the_weights_found(reports):
+    details = checks_of(reports[1]["divided_by_k_twice"])["ragged window"]["details"]
+    assert details[:2] == [
+        "right: weight = gradient_divisor / N for every micro-batch's summed loss, N = targets of the whole window",
+        "loop:  g / K",
+    ]
+    assert len(details) == 2 + 3
+    assert all("weight found   0.3333 / N, right 1 / N" in line for line in details[2:])
+
+
+def test_one_fault_is_not_taken_for_another(reports):
+    """A loop that is wrong in its tail only, or in its scheduler only, is right everywhere else."""
+    assert failed(reports[1]["tail_divided_by_k"]) == ["tail window"]
+    assert failed(reports[1]["scheduler_per_micro_step"]) == ["scheduler per update"]
+    assert failed(reports[2]["left_out_of_the_exchange"]) == ["equal weights"]
+    assert failed(reports[2]["training_that_parts_the_ranks"]) == ["equal weights"]
+    tail = checks_of(reports[1]["mean_of_means"])["tail window"]["meaning"]
+    assert "mean of means" in tail
+    assert "AND the tail is divided by K" in tail
+
+
+def test_command_names_the_fault_of_a_loop():
+    loop = "tests/verify_loops/faults.py:mean_of_means"
+    run = cli("verify", "--loop", loop, *SMALL, **ONE_THREAD)
+    assert run.returncode == 1, run.stderr
+    assert "FAIL" in line_of(run.stdout, "ragged window")
+    assert "mean of means: every micro-batch weighs the same" in run.stdout
+    assert run.stdout.splitlines()[-1].startswith("FAIL: ")
+    assert "Traceback" not in run.stderr
+
+
+def test_loop_of_a_model_that_nobody_can_split(fresh_accelerate):
+    from accum_trainer import BatchPlan
+    from accum_trainer.engine.plain import plain_engine
+    from accum_trainer.verify_loop import verify_loop
+    from tests.verify_loops.faults import does_nothing
+
+    def make():
+        return Layered(torch.nn.BatchNorm1d(8))
+
+    engine = plain_engine(3, cpu=True, mixed_precision="no")
+    report = verify_loop(does_nothing, engine, make, make_rows(20), BatchPlan(2, 3)).to_dict()
+    assert failed(report) == ["separable loss"]
+    assert "BatchNorm" in checks_of(report)["separable loss"]["meaning"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--loop", "no_such.py:update"], "there is no file no_such.py"),
+        (["--loop", "update"], "give FILE.py:function"),
+        (["--loop", f"{__file__}:nothing"], "has no function nothing; it has "),
+        (["--loop", "tests/verify_loops/correct.py:update", "--batch-size", "2"], "accumulates nothing"),
+        (["--json", "no/such/folder/report.json"], "there is no folder no/such/folder"),
+        (["--windows", "0"], "--windows"),
+        (["--batch-size", "0"], "batch_size=0"),
+    ],
+)
+def test_wrong_input_is_one_message(options, message, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        main(["verify", "--cpu", *options])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_does_not_import_torch():
+    program = (
+        "import atexit, sys; atexit.register(lambda: print('HEAVY', 'torch' in sys.modules));"
+        "from accum_trainer.cli import main; main(['verify', '--help'])"
+    )
+    run = python("-c", program)
+    assert run.returncode == 0, run.stderr
+    assert "--loop" in run.stdout
+    assert "HEAVY False" in run.stdout

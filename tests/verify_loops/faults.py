@@ -1,0 +1,198 @@
+"""Training steps with one fault each, as people write them: `verify --loop` must say which."""
+
+import contextlib
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+from tests.verify_loops.correct import all_targets, num_targets, summed_loss
+
+
+def idiom(accelerator, model, optimizer, scheduler, batches, weigh):
+    """Accelerate's idiom; `weigh(loss sum, targets)` is the loss that backward gets."""
+    for batch in batches:
+        with accelerator.accumulate(model):
+            accelerator.backward(weigh(summed_loss(model, batch), num_targets([batch])))
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+
+
+def by_hand(accelerator, model, optimizer, scheduler, batches, before_step=None, after_each=None):
+    """A right loop without accumulate(), with places for a fault."""
+    total = all_targets(accelerator, batches)
+    for index, batch in enumerate(batches):
+        is_last = index == len(batches) - 1
+        with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
+            (summed_loss(model, batch) * accelerator.num_processes / total).backward()
+        if after_each is not None:
+            after_each(is_last)
+    if before_step is not None:
+        before_step()
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+
+
+def mean_of_means(accelerator, model, optimizer, scheduler, batches):
+    """What every tutorial has; nan where a micro-batch has no target."""
+    idiom(accelerator, model, optimizer, scheduler, batches, lambda loss, n: loss / n)
+
+
+def own_loss_of_the_model(accelerator, model, optimizer, scheduler, batches):
+    for batch in batches:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(**batch).loss)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+
+
+def zero_over_zero(accelerator, model, optimizer, scheduler, batches):
+    """A masked mean written out: its gradient is nan where nothing is left in the mask."""
+    for batch in batches:
+        with accelerator.accumulate(model):
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+            labels = batch["labels"][:, 1:]
+            losses = -logits.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+            mask = (labels != -100).float()
+            accelerator.backward((losses * mask).sum() / mask.sum())
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+
+
+def divided_by_k_twice(accelerator, model, optimizer, scheduler, batches):
+    total = all_targets(accelerator, batches)
+    idiom(accelerator, model, optimizer, scheduler, batches, lambda loss, n: loss * accelerator.num_processes / total)
+
+
+def tail_divided_by_k(accelerator, model, optimizer, scheduler, batches):
+    factor = accelerator.num_processes * len(batches) / all_targets(accelerator, batches)
+    idiom(accelerator, model, optimizer, scheduler, batches, lambda loss, n: loss * factor)
+
+
+def normalised_per_rank(accelerator, model, optimizer, scheduler, batches):
+    steps, mine = accelerator.gradient_accumulation_steps, num_targets(batches)
+    idiom(accelerator, model, optimizer, scheduler, batches, lambda loss, n: loss * steps / mine)
+
+
+def not_times_processes(accelerator, model, optimizer, scheduler, batches):
+    steps, total = accelerator.gradient_accumulation_steps, all_targets(accelerator, batches)
+    idiom(accelerator, model, optimizer, scheduler, batches, lambda loss, n: loss * steps / total)
+
+
+def clip_per_micro_step(accelerator, model, optimizer, scheduler, batches):
+    def clip(is_last):
+        accelerator.clip_grad_norm_(model.parameters(), 0.3)
+
+    by_hand(accelerator, model, optimizer, scheduler, batches, after_each=clip)
+
+
+def scheduler_per_micro_step(accelerator, model, optimizer, scheduler, batches):
+    def step(is_last):
+        if not is_last:
+            scheduler.step()
+
+    by_hand(accelerator, model, optimizer, scheduler, batches, after_each=step)
+
+
+def zero_grad_per_micro_step(accelerator, model, optimizer, scheduler, batches):
+    def zero(is_last):
+        if not is_last:
+            model.zero_grad()
+
+    by_hand(accelerator, model, optimizer, scheduler, batches, after_each=zero)
+
+
+def no_zero_grad(accelerator, model, optimizer, scheduler, batches):
+    total = all_targets(accelerator, batches)
+    for batch in batches:
+        (summed_loss(model, batch) / total).backward()
+    optimizer.step()
+    scheduler.step()
+
+
+def step_per_micro_batch(accelerator, model, optimizer, scheduler, batches):
+    total = all_targets(accelerator, batches)
+    for batch in batches:
+        (summed_loss(model, batch) / total).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    scheduler.step()
+
+
+def accumulated_in_bf16(accelerator, model, optimizer, scheduler, batches):
+    total = all_targets(accelerator, batches)
+    kept = [torch.zeros_like(p, dtype=torch.bfloat16) for p in model.parameters()]
+    for batch in batches:
+        with accelerator.no_sync(model):
+            (summed_loss(model, batch) / total).backward()
+        for p, sum_ in zip(model.parameters(), kept, strict=True):
+            sum_ += p.grad.bfloat16()
+        model.zero_grad()
+    for p, sum_ in zip(model.parameters(), kept, strict=True):
+        p.grad = accelerator.reduce(sum_.float(), "sum")
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+
+
+def left_out_of_the_exchange(accelerator, model, optimizer, scheduler, batches):
+    """The final norm's gradient is each rank's own, as where DDP is told to ignore a parameter."""
+    plain = accelerator.unwrap_model(model)
+    total = all_targets(accelerator, batches)
+    own = torch.autograd.grad(
+        sum(summed_loss(plain, batch) for batch in batches) * accelerator.num_processes / total, plain.model.norm.weight
+    )[0]
+
+    def put():
+        plain.model.norm.weight.grad.copy_(own)
+
+    by_hand(accelerator, model, optimizer, scheduler, batches, before_step=put)
+
+
+def never_exchanged(accelerator, model, optimizer, scheduler, batches):
+    """The last backward runs through the plain model, around DDP."""
+    plain = accelerator.unwrap_model(model)
+    total = all_targets(accelerator, batches)
+    for batch in batches:
+        (summed_loss(plain, batch) * accelerator.num_processes / total).backward()
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+
+
+def wrong_in_its_own_way(accelerator, model, optimizer, scheduler, batches):
+    """Something no list of faults has: every weight's gradient is squared."""
+
+    def square():
+        for p in model.parameters():
+            p.grad.copy_(p.grad.abs().sqrt())
+
+    by_hand(accelerator, model, optimizer, scheduler, batches, before_step=square)
+
+
+def too_long(accelerator, model, optimizer, scheduler, batches):
+    """The right direction, 1.7 times the length."""
+
+    def stretch():
+        for p in model.parameters():
+            p.grad.mul_(1.7)
+
+    by_hand(accelerator, model, optimizer, scheduler, batches, before_step=stretch)
+
+
+def clipped_to_another_norm(accelerator, model, optimizer, scheduler, batches):
+    by_hand(
+        accelerator,
+        model,
+        optimizer,
+        scheduler,
+        batches,
+        before_step=lambda: clip_grad_norm_(model.parameters(), 0.01),
+    )
+
+
+def does_nothing(accelerator, model, optimizer, scheduler, batches):
+    pass

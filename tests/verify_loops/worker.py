@@ -1,0 +1,69 @@
+"""Verify the planted loops, all in one process or one launch: a JSON of their reports.
+
+python -m tests.verify_loops.worker OUT.json NAME ...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from accum_trainer import Accumulator, BatchPlan
+from accum_trainer.engine.plain import plain_engine
+from accum_trainer.verify import Subject, verify
+from accum_trainer.verify_loop import verify_loop
+from tests.reference import make_model, make_rows, pad
+from tests.verify_loops import correct, faults
+
+# K differs from the 2 processes of a launch: with K = W some faults look alike.
+STEPS, MAX_GRAD_NORM = 3, 0.3
+
+
+def verify_named(name: str, world_size: int = 1) -> dict[str, Any]:
+    """The report on one loop of `correct` or `faults`, as a dictionary."""
+    loop = getattr(correct, name, None) or getattr(faults, name)
+    engine = plain_engine(STEPS, cpu=True, mixed_precision="no")
+    # Clipping is active in every window where a loop clips; elsewhere it is off, or it could hide a factor.
+    max_grad_norm = MAX_GRAD_NORM if "clip" in name else None
+    plan = BatchPlan(2, STEPS, world_size)
+    return verify_loop(loop, engine, lambda: make_model("llama"), make_rows(40), plan, max_grad_norm).to_dict()
+
+
+def training_that_parts_the_ranks() -> dict[str, Any]:
+    """The package's own loop, under an optimizer that adds something of its own on each rank."""
+    acc = Accumulator(micro_batch_size=2, gradient_accumulation_steps=STEPS, cpu=True)
+    model, optimizer = acc.prepare(llama := make_model("llama"), torch.optim.SGD(llama.parameters(), lr=0.1))
+
+    def push(*_: Any) -> None:
+        with torch.no_grad():
+            llama.lm_head.weight += 0.1 * acc.engine.rank
+
+    optimizer.optimizer.register_step_post_hook(push)
+    rows = make_rows(14)
+    windows = acc.windows(rows, collate_fn=pad)
+    return verify(Subject(acc, model, optimizer, windows, rows, lambda: make_model("llama"))).to_dict()
+
+
+def main(out: str, *names: str) -> None:
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1:  # a loop that hangs must fail the launch
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+    reports = {}
+    for name in names:
+        print(name, file=sys.stderr, flush=True)
+        special = name == training_that_parts_the_ranks.__name__
+        reports[name] = training_that_parts_the_ranks() if special else verify_named(name, world_size)
+    if os.environ.get("RANK", "0") == "0":
+        Path(out).write_text(json.dumps(reports))
+    if world_size > 1:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
