@@ -23,33 +23,15 @@ import torch
 
 from accum_trainer.assemble import load_rows
 from accum_trainer.batch_plan import BatchPlan
+from accum_trainer.big_batch import IGNORE, BigBatch, Gradient, Row, clip_factor, dropout_off, num_targets, pad
 from accum_trainer.config import TrainConfig
 from accum_trainer.engine.base import Engine
 from accum_trainer.engine.build import choose_precision
 from accum_trainer.engine.plain import MicroBatches, plain_engine, start_update
 from accum_trainer.errors import ConfigError, DataError
 from accum_trainer.model import load_model, load_tokenizer
-from accum_trainer.verify import (
-    FAIL,
-    IGNORE,
-    INFO,
-    PASS,
-    BigBatch,
-    Check,
-    Gradient,
-    Report,
-    Row,
-    clip_factor,
-    dropout_check,
-    dropout_off,
-    low_precision_peer,
-    measured,
-    num_targets,
-    pad,
-    separability,
-    tolerances,
-    unequal_names,
-)
+from accum_trainer.report import FAIL, INFO, PASS, Check, Report, measured
+from accum_trainer.verify import dropout_check, low_precision_peer, separability, tolerances, unequal_names
 
 Loop = Callable[[Any, torch.nn.Module, Any, Any, list[Any]], Any]
 Vector = torch.Tensor  # a gradient of all trained parameters, flat, float64

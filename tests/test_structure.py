@@ -28,6 +28,8 @@ ORDER = [
     "checkpoint",
     "records",
     "assemble",
+    "big_batch",
+    "report",
     "verify",
     "verify_loop",
     "train",

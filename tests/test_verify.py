@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from accum_trainer import Accumulator, DataError
+from accum_trainer.big_batch import dropout_off
 from accum_trainer.cli import main
-from accum_trainer.verify import Subject, dropout_off, verify
+from accum_trainer.verify import Subject, verify
 from tests.launching import cli, environment, python, torchrun
 from tests.reference import make_model, make_rows, pad
 

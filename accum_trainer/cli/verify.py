@@ -15,7 +15,7 @@ from accum_trainer.config import compose
 from accum_trainer.errors import ConfigError
 
 if TYPE_CHECKING:
-    from accum_trainer.verify import Check, Report
+    from accum_trainer.report import Check, Report
 
 _HEADER = ("check", "result", "error", "tolerance", "meaning")
 

@@ -23,7 +23,7 @@ def main(out: str, engine: str, *names: str) -> None:
     cases.ENGINE.update(json.loads(engine))
     # A case that fails on one rank must fail the launch, not hang it.
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=300))
     if set(cases.ENGINE) & {"zero_stage", "fsdp"}:
         names = names or tuple(set(cases.CASES) - cases.OF_ACCELERATE)
     CASES, rank = {name: run for name, run in cases.CASES.items() if name in names or not names}, cases.rank

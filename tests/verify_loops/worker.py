@@ -53,7 +53,7 @@ def training_that_parts_the_ranks() -> dict[str, Any]:
 def main(out: str, *names: str) -> None:
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:  # a loop that hangs must fail the launch
-        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=300))
     reports = {}
     for name in names:
         print(name, file=sys.stderr, flush=True)
