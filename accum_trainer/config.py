@@ -103,6 +103,9 @@ class TrainConfig:
         None, "Model", "Modules to adapt, such as q_proj,v_proj. Default: all linear layers but the output head."
     )
 
+    lora_modules_to_save: str | None = _option(
+        None, "Model", "Modules to train whole beside the adapters and save with them, such as lm_head."
+    )
     merge_adapter: bool = _option(
         False, "Model", "With --use-peft, also write the base model with the adapter merged in, to model-merged/."
     )

@@ -101,7 +101,8 @@ def _with_lora(model: Any, config: TrainConfig) -> Any:
         r=config.lora_r,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=config.lora_dropout,
-        target_modules=[name.strip() for name in targets.split(",")] if targets else "all-linear",
+        target_modules=_names(targets) or "all-linear",
+        modules_to_save=_names(config.lora_modules_to_save),
         task_type="CAUSAL_LM",
     )
     try:
@@ -113,6 +114,10 @@ def _with_lora(model: Any, config: TrainConfig) -> Any:
         raise ConfigError(
             f"lora_target_modules={targets} cannot be adapted: {_first_line(error)}; this model's linear modules are {', '.join(linear)}"
         ) from None
+
+
+def _names(text: str | None) -> list[str] | None:
+    return [name.strip() for name in text.split(",")] if text else None
 
 
 def _first_line(error: Exception) -> str:

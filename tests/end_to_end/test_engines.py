@@ -107,6 +107,35 @@ def test_r18_merged_model_is_the_base_with_the_adapter(tmp_path, rows):
     assert (adapted - before).abs().max() > 1e-2
 
 
+def test_r18_lora_with_modules_to_save_under_zero2(tmp_path, rows):
+    """The nine norms of 128 are trained whole and saved with the adapter; the curve is that of one process."""
+    argv = [
+        "--use-peft",
+        "--lora-modules-to-save",
+        "norm",
+        "--batch-size",
+        "2",
+        "--global-batch-size",
+        "8",
+        "--lr",
+        "1e-2",
+    ]
+    argv += ["--steps", "3", "--scheduler", "constant", "--dataset-file", rows, "--cpu"]
+    for name, run_it in (
+        ("two", lambda *a: torchrun(2, "accum_trainer.train", *a, "--zero-stage", "zero2")),
+        ("one", lambda *a: python("-m", "accum_trainer.train", *a)),
+    ):
+        finished = run_it(*argv, "--output-dir", tmp_path / name)
+        assert finished.returncode == 0, finished.stderr[-3000:]
+    curves = [[r["loss"] for r in read_records(tmp_path / name / "metrics.jsonl")] for name in ("two", "one")]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+    assert json.loads((tmp_path / "two" / "plan.json").read_text())["trained_parameters"] == 157_696 + 9 * 128
+    saved = [load_file(tmp_path / name / "model" / "adapter_model.safetensors") for name in ("two", "one")]
+    assert sum("norm" in key for key in saved[0]) == 9
+    for key in saved[1]:
+        assert torch.allclose(saved[0][key], saved[1][key], rtol=1e-3, atol=1e-5), key
+
+
 def test_fsdp2_from_a_launch_config(tmp_path, rows):
     argv = ["--batch-size", "2", "--global-batch-size", "8", "--steps", "4", "--dataset-file", rows]
     finished = launch(tmp_path, FSDP2, *argv, "--output-dir", tmp_path / "run")
