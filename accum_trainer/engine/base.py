@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -40,7 +39,7 @@ class Settings:
     accumulation_dtype: str = "float32"
 
 
-class Engine(ABC):
+class Engine:
     """One process's view of training: its place among the ranks, and the life of its gradients.
 
     Attributes:
@@ -85,9 +84,13 @@ class Engine(ABC):
         return self.accelerator.mixed_precision
 
     @property
-    @abstractmethod
     def gradient_divisor(self) -> float:
-        """What will divide the sum of all backwards by itself: ranks averaged over, times K where `backward` divides by it."""
+        """What will divide the sum of all backwards by itself.
+
+        Ranks are averaged over (1 in one process), and Accelerator.backward divides by the K it was configured with, which
+        is 1 unless the user passed an Accelerator of their own.
+        """
+        return self.world_size * self.accelerator.gradient_accumulation_steps
 
     # --- set-up ---
 

@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType
 from accum_trainer.engine.base import Engine
 from accum_trainer.engine.ddp import DDPEngine
 from accum_trainer.engine.deepspeed import DeepSpeedEngine, make_plugin, process_group_kwargs
-from accum_trainer.engine.fsdp import FSDPEngine
+from accum_trainer.engine.fsdp import FSDPEngine, refuse_lost_settings
 from accum_trainer.engine.single import SingleEngine
 from accum_trainer.errors import ConfigError, EngineError
 
@@ -163,6 +163,7 @@ def _new_accelerator(kwargs: dict[str, Any], wants_zero: bool, wants_fsdp: bool)
         # Without a GPU two processes find each other over gloo only where accelerate is told of the CPU.
         kwargs.setdefault("cpu", True)
     if wants_fsdp:  # accelerate has no FSDP on the CPU; the engine shards by itself, on GPUs too, so both are one code
+        refuse_lost_settings(kwargs.get("fsdp_plugin"))
         kwargs = {name: value for name, value in kwargs.items() if name != "fsdp_plugin"}
         os.environ.pop("ACCELERATE_USE_FSDP", None)
     try:

@@ -32,11 +32,6 @@ class DDPEngine(Engine):
         super().__init__(accelerator, grad_sync)
         self.equal_micro_batches = self.grad_sync == "every-microbatch"
 
-    @property
-    def gradient_divisor(self) -> float:
-        # DDP averages over ranks; Accelerator.backward divides by the K it was configured with.
-        return self.world_size * self.accelerator.gradient_accumulation_steps
-
     def _prepare(
         self, models: list[torch.nn.Module], optimizers: list[torch.optim.Optimizer]
     ) -> tuple[list[torch.nn.Module], list[AcceleratedOptimizer]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -144,7 +145,7 @@ class DeepSpeedEngine(Engine):
         """Stage 0 steps on whatever the gradient is: take the norm and decide before, and let it clip by its config."""
         gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
         norm = self._norm(gradients)
-        non_finite, *sums = self.sum_over_ranks([float(norm != norm or norm == float("inf")), *numbers])
+        non_finite, *sums = self.sum_over_ranks([float(not math.isfinite(norm)), *numbers])
         if non_finite:
             self.drop(optimizer)
             return norm, False, sums

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -36,11 +37,6 @@ class FSDPEngine(Engine):
             raise EngineError("FSDP2 shards over processes, and there is one; launch several, or leave FSDP out")
         if accelerator.mixed_precision == "fp16":
             raise EngineError("mixed_precision=fp16 is not available with FSDP2 here; use bf16")
-
-    @property
-    def gradient_divisor(self) -> float:
-        # fully_shard averages over ranks; Accelerator.backward divides by the K it was configured with.
-        return self.world_size * self.accelerator.gradient_accumulation_steps
 
     def _prepare(
         self, models: list[torch.nn.Module], optimizers: list[torch.optim.Optimizer]
@@ -120,3 +116,19 @@ class FSDPEngine(Engine):
     def _sharded_like(self, parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         assert isinstance(parameter, DTensor)
         return distribute_tensor(value.to(self.device), parameter.device_mesh, parameter.placements)
+
+
+def refuse_lost_settings(plugin: Any) -> None:
+    """Raise an EngineError where the user's plugin, or the launcher's variables, ask for what this engine does not do."""
+    if plugin is not None:
+        version, offload = plugin.fsdp_version, bool(getattr(plugin.cpu_offload, "offload_params", plugin.cpu_offload))
+    else:
+        # `fsdp=True` sets no variable; accelerate's launcher always sets the version.
+        version = int(os.environ.get("FSDP_VERSION", "2"))
+        offload = os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true"
+    if version != 2:
+        raise EngineError(f"fsdp_version={version} is asked for; only FSDP2 is available: set fsdp_version: 2")
+    if offload:
+        raise EngineError(
+            "FSDP2 with its parameters offloaded to the CPU is not available; leave fsdp_offload_params out"
+        )

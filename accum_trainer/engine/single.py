@@ -9,8 +9,3 @@ class SingleEngine(Engine):
     """The contract as `base` has it; both `grad_sync` policies are the same here."""
 
     name = "single"
-
-    @property
-    def gradient_divisor(self) -> float:
-        # Accelerator.backward divides by the K it was configured with; ours is 1 unless the user passed their own.
-        return self.accelerator.gradient_accumulation_steps

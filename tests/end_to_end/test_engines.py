@@ -153,6 +153,21 @@ def test_fsdp2_from_a_launch_config(tmp_path, rows):
 
 
 @pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"FSDP_VERSION": "1"}, "fsdp_version=1 is asked for; only FSDP2 is available"),
+        ({"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "leave fsdp_offload_params out"),
+    ],
+    ids=["version", "offload"],
+)
+def test_i23b_fsdp_settings_that_would_be_lost(tmp_path, variables, says):
+    argv = ["--cpu", "--steps", "1", "--output-dir", tmp_path / "run"]
+    finished = python("-m", "accum_trainer", "train", *argv, ACCELERATE_USE_FSDP="true", **variables)
+    assert finished.returncode == 2 and says in finished.stderr and "Traceback" not in finished.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
     ("config", "argv", "says"),
     [
         ({"gradient_accumulation_steps": 4}, [], "gradient_accumulation_steps=8, but"),

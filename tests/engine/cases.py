@@ -6,7 +6,6 @@ or in each of several, and must not know in how many: B and K are given for the 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from accum_trainer import Accumulator, EngineError, causal_lm_loss
 from accum_trainer.window_plan import global_order, windows_of
+from benchmarks.grad_sync import counting
 from tests.reference import IGNORE, big_batch, make_model, make_rows, num_targets, pad, relative_error
 
 CASES: dict[str, Callable[[], dict[str, Any]]] = {}
@@ -549,37 +549,6 @@ def _count_exchanges(probe: Probe) -> list[int]:
     return exchanged
 
 
-@contextlib.contextmanager
-def counting_reductions() -> Iterator[list[int]]:
-    """Note how many numbers each reduction hands in, whichever function makes it: torch's, or DeepSpeed's own of ZeRO-3."""
-    import torch.distributed as dist
-
-    places = [(dist, "all_reduce", 0), (dist, "reduce", 0), (dist, "reduce_scatter_tensor", 1)]
-    places += [(dist, "reduce_scatter_single", 1)] if hasattr(dist, "reduce_scatter_single") else []
-    if "zero_stage" in ENGINE:
-        import deepspeed.comm
-
-        places.append((deepspeed.comm, "reduce_scatter_fn", 1))
-    counted: list[int] = []
-    kept = [(module, name, getattr(module, name)) for module, name, _ in places]
-
-    def spy(function: Any, position: int) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            given = args[position] if len(args) > position else kwargs.get("tensor", kwargs.get("input"))
-            counted.append(given.numel())
-            return function(*args, **kwargs)
-
-        return call
-
-    for (module, name, position), (_, _, function) in zip(places, kept, strict=True):
-        setattr(module, name, spy(function, position))
-    try:
-        yield counted
-    finally:
-        for module, name, function in kept:
-            setattr(module, name, function)
-
-
 @case
 def exchanges_per_window() -> dict[str, Any]:
     """Numbers reduced in each window, as multiples of the trained parameters, for each policy and K."""
@@ -591,7 +560,7 @@ def exchanges_per_window() -> dict[str, Any]:
             _count_exchanges(probe)  # has DDP reduce through a Python function, which is then seen
             per_window = []
             for window in acc.windows(make_rows(3 * k * world_size()), collate_fn=pad):
-                with counting_reductions() as counted:
+                with counting() as counted:
                     for batch in window:
                         with acc.accumulate(probe.model):
                             acc.backward(causal_lm_loss(probe.model, batch))
