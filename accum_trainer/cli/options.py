@@ -27,6 +27,17 @@ def config_options(names: Iterable[str] | None = None) -> Callable[[Any], Any]:
     return decorate
 
 
+def source_options(command: Any) -> Any:
+    """Decorate a command with the other places options come from: `--config FILE` and `--set KEY=VALUE`."""
+    setting = click.option(
+        "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set an option by its YAML name; may be repeated."
+    )
+    file = click.option(
+        "--config", "config_file", metavar="FILE", help="YAML with these options, underscores for dashes."
+    )
+    return file(setting(command))
+
+
 def _option(field: dataclasses.Field[Any]) -> Callable[[Any], Any]:
     flag, kind = "--" + field.name.replace("_", "-"), kind_of(field)
     if kind is bool:

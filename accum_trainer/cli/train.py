@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from accum_trainer.cli.options import SectionedCommand, config_options
+from accum_trainer.cli.options import SectionedCommand, config_options, source_options
 from accum_trainer.config import compose
 
 if TYPE_CHECKING:
@@ -24,10 +24,7 @@ STOPPED_AND_SAVED = 75
     epilog="Example: accum-trainer train --dataset-file rows.jsonl --batch-size 4 --gradient-accumulation-steps 8 "
     "--steps 100 --output-dir runs/first",
 )
-@click.option("--config", "config_file", metavar="FILE", help="YAML with these options, underscores for dashes.")
-@click.option(
-    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set an option by its YAML name; may be repeated."
-)
+@source_options
 @config_options()
 def command(config_file: str | None, settings: tuple[str, ...], **given: Any) -> None:
     """Train with an exact effective batch: the update never depends on how the batch is cut or spread.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from accum_trainer.cli.options import SectionedCommand, config_options
+from accum_trainer.cli.options import SectionedCommand, config_options, source_options
 from accum_trainer.config import compose
 from accum_trainer.errors import ConfigError
 
@@ -26,10 +26,7 @@ _HEADER = ("check", "result", "error", "tolerance", "meaning")
     epilog="Examples: accum-trainer verify --batch-size 4 --gradient-accumulation-steps 8   |   "
     "accum-trainer verify --loop my_loop.py:update --gradient-accumulation-steps 4",
 )
-@click.option("--config", "config_file", metavar="FILE", help="YAML with these options, underscores for dashes.")
-@click.option(
-    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set an option by its YAML name; may be repeated."
-)
+@source_options
 @click.option(
     "--windows",
     default=3,
