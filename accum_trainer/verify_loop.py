@@ -108,8 +108,8 @@ def load_loop(spec: str) -> Loop:
     sys.path.insert(0, str(Path(path).resolve().parent))  # as `python FILE.py` would, for what it imports
     try:
         module_spec.loader.exec_module(module)
-    except (SyntaxError, ImportError) as error:
-        raise ConfigError(f"loop={spec}: {path} cannot be imported: {error}") from None
+    except Exception as error:  # the user's own file may raise anything; it should define the function and do no more
+        raise ConfigError(f"loop={spec}: {path} cannot be imported: {type(error).__name__}: {error}") from None
     loop = getattr(module, name, None)
     if not callable(loop):
         there = sorted(
