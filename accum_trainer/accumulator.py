@@ -152,6 +152,7 @@ class Accumulator:
         seed: int = 0,
         shuffle: bool = True,
         num_workers: int = 0,
+        shard: tuple[int, int] = (0, 1),
     ) -> Windows:
         """The windows of a data set, DataLoader or stream; each is one optimizer update.
 
@@ -166,6 +167,8 @@ class Accumulator:
             seed: of the global order; also of a DataLoader's RandomSampler that has no generator.
             shuffle: False keeps a data set's own order.
             num_workers: processes that load samples of a data set.
+            shard: (i, n) trains on every n-th sample of a data set's global order, from the i-th: a share of the data for
+                a training of its own, not this process's part of a window.
 
         Returns:
             `Windows`: iterate once per epoch; `len()` where known; `state_dict()` and `load_state_dict()` for the position.
@@ -186,6 +189,7 @@ class Accumulator:
                 num_workers=num_workers,
                 pin_memory=self.device.type == "cuda",
                 already_sharded=self.engine.gives_this_ranks_batches(source),
+                shard=shard,
             ),
             count_targets,
         )

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from accum_trainer.accumulator import Accumulator, Windows
-from accum_trainer.batch_plan import BatchPlan, lr_factor, scale_lr, warmup_updates
+from accum_trainer.batch_plan import BatchPlan, lr_factor, parse_shard, scale_lr, warmup_updates
 from accum_trainer.config import TrainConfig
 from accum_trainer.data import embedded, files
 from accum_trainer.data.collating import PaddingCollator
 from accum_trainer.data.tokenizing import TokenizedRows, tokenize
 from accum_trainer.engine.build import choose_precision
-from accum_trainer.model import load_model, load_tokenizer
+from accum_trainer.errors import ConfigError
+from accum_trainer.model import fingerprint, load_model, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Parts:
     Attributes:
         model: as the engine wrapped it.
         rows, eval_rows: tokenised samples; `eval_rows` is None where nothing is evaluated.
-        plan: the batch plan, with the number of samples.
+        plan: the batch plan, with the number of samples that this run trains on in an epoch.
+        initial_weights: fingerprint of the weights before training; runs that share it can be merged.
         total_updates: updates that the whole run makes if none is skipped.
         warmup: updates of warm-up.
         peak_lr: the learning rate after scaling.
@@ -47,6 +49,7 @@ class Parts:
     rows: TokenizedRows
     eval_rows: TokenizedRows | None
     plan: BatchPlan
+    initial_weights: str
     total_updates: int
     warmup: int
     peak_lr: float
@@ -76,8 +79,12 @@ def assemble(config: TrainConfig) -> Parts:
     engine = accumulator.engine
     tokenizer = load_tokenizer(config) if engine.world_size == 1 else _main_first(engine, load_tokenizer, config)
     rows, eval_rows = _main_first(engine, load_rows, config, tokenizer)
+    shard = parse_shard(config.shard)
     plan = BatchPlan(
-        config.batch_size, accumulator.plan.gradient_accumulation_steps, engine.world_size, num_samples=len(rows)
+        config.batch_size,
+        accumulator.plan.gradient_accumulation_steps,
+        engine.world_size,
+        num_samples=_share(len(rows), shard),
     )
     per_epoch = plan.updates_per_epoch
     assert per_epoch is not None
@@ -87,11 +94,12 @@ def assemble(config: TrainConfig) -> Parts:
 
     torch.manual_seed(config.seed)  # the same initial weights on every process, and under every split
     plain_model = load_model(config, tokenizer)
+    initial_weights = fingerprint(plain_model)
     plain_optimizer = torch.optim.AdamW(_decay_groups(plain_model, config.weight_decay), lr=peak_lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(plain_optimizer, lr_factor(config.scheduler, warmup, total))
     model, optimizer, scheduler = accumulator.prepare(plain_model, plain_optimizer, schedule)
-    # From here on chance means dropout, which must differ between processes.
-    torch.manual_seed(config.seed + (engine.rank << 32))
+    # From here on chance means dropout, which must differ between processes, and between runs on shares of the data.
+    torch.manual_seed(config.seed + (engine.rank << 32) + (shard[0] << 48))
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     collate = PaddingCollator(pad)
@@ -103,10 +111,11 @@ def assemble(config: TrainConfig) -> Parts:
         collate=collate,
         optimizer=optimizer,
         scheduler=scheduler,
-        windows=accumulator.windows(rows, collate_fn=collate, seed=config.seed),
+        windows=accumulator.windows(rows, collate_fn=collate, seed=config.seed, shard=shard),
         rows=rows,
         eval_rows=eval_rows,
         plan=plan,
+        initial_weights=initial_weights,
         total_updates=total,
         warmup=warmup,
         peak_lr=peak_lr,
@@ -117,10 +126,21 @@ def assemble(config: TrainConfig) -> Parts:
             "max_seq_len": config.max_seq_len,
             "seed": config.seed,
             "num_samples": len(rows),
+            "shard": config.shard,
             "data": f"{config.dataset_file or config.dataset or 'embedded'} (content {rows.identity[:12]})",
         },
-        notes=_notes(config, accumulator, rows),
+        notes=_notes(config, accumulator, rows, plan),
     )
+
+
+def _share(num_samples: int, shard: tuple[int, int]) -> int:
+    """Samples of an epoch that fall to `shard`."""
+    share = len(range(num_samples)[shard[0] :: shard[1]])
+    if share == 0:
+        raise ConfigError(
+            f"shard={shard[0]}/{shard[1]} of {num_samples} samples is empty; use at most {num_samples} shards"
+        )
+    return share
 
 
 def _engine_options(config: TrainConfig) -> dict[str, Any]:
@@ -165,8 +185,10 @@ def _decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str,
     return [group for group in groups if group["params"]]
 
 
-def _notes(config: TrainConfig, accumulator: Accumulator, rows: TokenizedRows) -> list[str]:
+def _notes(config: TrainConfig, accumulator: Accumulator, rows: TokenizedRows, plan: BatchPlan) -> list[str]:
     notes = list(rows.notes)
+    if config.shard is not None:
+        notes.append(f"shard {config.shard}: {plan.num_samples} of the {len(rows)} samples of an epoch")
     if accumulator.device.type == "cpu" and not config.cpu:
         notes.append("no GPU was found: training on the CPU")
     visible = torch.cuda.device_count() if accumulator.device.type == "cuda" else 0
@@ -175,9 +197,9 @@ def _notes(config: TrainConfig, accumulator: Accumulator, rows: TokenizedRows) -
             f"{visible} GPUs are visible and this one process uses one; "
             f"use all with accelerate launch --multi_gpu --num_processes {visible} -m accum_trainer.train"
         )
-    if len(rows) < accumulator.plan.global_batch_size:
+    if (plan.num_samples or 0) < plan.global_batch_size:
         notes.append(
-            f"the effective batch of {accumulator.plan.global_batch_size} is more than the {len(rows)} samples: "
+            f"the effective batch of {plan.global_batch_size} is more than the {plan.num_samples} samples: "
             "every update sees all of them"
         )
     return notes

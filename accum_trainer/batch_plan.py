@@ -219,6 +219,20 @@ def parse_warmup(warmup: str | int) -> tuple[str, float]:
     )
 
 
+def parse_shard(shard: str | None) -> tuple[int, int]:
+    """Read a shard: `1/4` is (1, 4), every fourth sample of the global order from the second on; None is (0, 1), all.
+
+    Raises:
+        ConfigError: not two integers with 0 <= first < second.
+    """
+    if shard is None:
+        return 0, 1
+    first, slash, every = shard.partition("/")
+    if not slash or not first.strip().isdecimal() or not every.strip().isdecimal() or int(first) >= int(every):
+        raise ConfigError(f"shard={shard} is not a shard; give I/N with I from 0 to N - 1, such as 0/4")
+    return int(first), int(every)
+
+
 def lr_factor(schedule: str, warmup: int, total_updates: int) -> Callable[[int], float]:
     """Return the factor on the learning rate as a function of updates done (0, 1, 2, ...).
 

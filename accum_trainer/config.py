@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from accum_trainer.batch_plan import LR_SCALINGS, SCHEDULES, parse_warmup, positive_int
+from accum_trainer.batch_plan import LR_SCALINGS, SCHEDULES, parse_shard, parse_warmup, positive_int
 from accum_trainer.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "ACCUM_TRAINER_"
@@ -140,11 +140,26 @@ class TrainConfig:
         choices=("none", "zero1", "zero2", "zero3"),
     )
     cpu_offload: bool = _option(False, "Engine", "Keep ZeRO's optimizer state in host memory.")
+
     parallel_independent: bool = _option(
-        False, "Engine", "Several complete trainings side by side.", needs="the parallel-independent launcher"
+        False,
+        "Independent runs",
+        "Several complete trainings side by side, one on each of --cuda-ids: each on its own share of the samples, or "
+        "with its own --vary.",
     )
     cuda_ids: str | None = _option(
-        None, "Engine", "Devices of --parallel-independent, such as 0,1.", needs="the parallel-independent launcher"
+        None, "Independent runs", "Devices of --parallel-independent, such as 0,1; on a CPU, names of slots."
+    )
+    vary: str | None = _option(
+        None,
+        "Independent runs",
+        "What differs between the runs, which then all see all samples: lr=1e-4,3e-4; several with `;` give all combinations.",
+    )
+    max_restarts: int = _option(
+        3, "Independent runs", "How often one run that crashed is restarted from its checkpoint.", minimum=0
+    )
+    shard: str | None = _option(
+        None, "Independent runs", "Train on a share I/N: every N-th sample of the global order, from the I-th (0 to N-1)."
     )
 
     output_dir: str | None = _option(None, "Output", "The run directory. Default: runs/<model>-<date>-<time>.")
@@ -194,6 +209,16 @@ class TrainConfig:
                 "cpu_offload keeps ZeRO's optimizer state in host memory; give zero_stage (zero1 to zero3) too"
             )
         parse_warmup(self.warmup)
+        parse_shard(self.shard)
+        for name in ("cuda_ids", "vary"):
+            if getattr(self, name) is not None and not self.parallel_independent:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} is for independent runs; give parallel_independent too, or leave it out"
+                )
+        if self.parallel_independent and self.shard is not None:
+            raise ConfigError(
+                f"shard={self.shard} is one share, and parallel_independent trains them all; give one of them"
+            )
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> TrainConfig:

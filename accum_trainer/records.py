@@ -4,6 +4,7 @@ config.yaml     the composed configuration
 plan.json       B, K, W, B_eff, updates per epoch, engine, versions, seed
 metrics.jsonl   one record per update
 loss.png        loss and learning rate over updates
+result.json     how the run ended: done or stopped, updates, samples
 checkpoints/    see `checkpoint`
 model/          what `from_pretrained` loads; with LoRA the adapter
 model-merged/   the base model with the adapter merged in, where asked for
@@ -25,11 +26,12 @@ import torch
 
 from accum_trainer.errors import ConfigError
 
-CONFIG, PLAN, METRICS, PICTURE, CHECKPOINTS, MODEL, MERGED = (
+CONFIG, PLAN, METRICS, PICTURE, RESULT, CHECKPOINTS, MODEL, MERGED = (
     "config.yaml",
     "plan.json",
     "metrics.jsonl",
     "loss.png",
+    "result.json",
     "checkpoints",
     "model",
     "model-merged",

@@ -122,8 +122,13 @@ class Run:
         if self.config.steps is not None:
             return self.parts.accumulator.num_updates >= self.config.steps
         position = self.parts.windows.state_dict()
-        ended = position["epoch"] + (position["samples_consumed"] >= len(self.parts.rows))
+        ended = position["epoch"] + (position["samples_consumed"] >= self._samples_per_epoch)
         return ended >= (self.config.epochs or 1)
+
+    @property
+    def _samples_per_epoch(self) -> int:
+        assert self.parts.plan.num_samples is not None
+        return self.parts.plan.num_samples
 
     def _is_due(self, every: int | None, update: Update) -> bool:
         return every is not None and not update.skipped and (update.step % every == 0 or self._is_done())
@@ -157,7 +162,7 @@ class Run:
         position = self.parts.windows.state_dict()
         return {
             "step": update.step,
-            "epoch": position["epoch"] + position["samples_consumed"] / len(self.parts.rows),
+            "epoch": position["epoch"] + position["samples_consumed"] / self._samples_per_epoch,
             "batch_idx": self.parts.accumulator.num_micro_batches,
             "loss": update.loss,
             "lr": lr,
@@ -214,6 +219,7 @@ class Run:
         assert self.folder is not None
         if self.engine.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / files.RESULT).unlink(missing_ok=True)  # it is under way again
             (self.folder / files.CONFIG).write_text(self.config.to_yaml())
             files.write_json(self.folder / files.PLAN, self.plan())
             copy = Path(self.config.log_file) if self.config.log_file else None
@@ -243,7 +249,23 @@ class Run:
             if self._writer.records:
                 title = f"{self.folder.name}: {self.parts.plan.describe()}"
                 files.draw_loss({"training": self._writer.records}, self.folder / files.PICTURE, title)
+            files.write_json(self.folder / files.RESULT, self._result(self._writer.records))
         self.engine.barrier()
+
+    def _result(self, records: list[Record]) -> dict[str, Any]:
+        """How the run ended; `num_samples` counts the samples of every update, each as often as it was trained on."""
+        made = [record for record in records if not record["skipped"]]
+        evaluated = [record["eval_loss"] for record in made if record.get("eval_loss") is not None]
+        return {
+            "done": self._is_done(),
+            "stopped_by": self.stopped_by,
+            "updates": self.parts.accumulator.num_updates,
+            "skipped": len(records) - len(made),
+            "num_samples": sum(record["effective_batch_size"] for record in made),
+            "num_targets": sum(record["num_targets"] for record in made),
+            "loss": made[-1]["loss"] if made else None,
+            "eval_loss": evaluated[-1] if evaluated else None,
+        }
 
     def _write_model(self, name: str, model: Any, weights: dict[str, torch.Tensor]) -> None:
         """What `from_pretrained` loads, written beside and renamed into place."""
@@ -280,8 +302,10 @@ class Run:
             "device": str(self.engine.device.type),
             "parameters": all_parameters,
             "trained_parameters": trained,
+            "initial_weights": parts.initial_weights,
             "seed": self.config.seed,
             "data": parts.identity["data"],
+            "shard": self.config.shard,
             "resumed_from": str(self._resumed_from) if self._resumed_from else None,
             "versions": {
                 "accum_trainer": __version__,

@@ -72,6 +72,7 @@ def as_source(
     num_workers: int,
     pin_memory: bool,
     already_sharded: bool,
+    shard: tuple[int, int] = (0, 1),
 ) -> Source:
     """Pick the kind of source that `data` is; `already_sharded` says that a loader gives this rank's batches only."""
     if isinstance(data, DataLoader):
@@ -81,7 +82,9 @@ def as_source(
             return StreamSource(data, plan)
         return LoaderSource(data, plan, rank, seed)
     if hasattr(data, "__getitem__") and isinstance(data, Sized):
-        return PlannedSource(data, plan, rank, collate_fn, lengths, seed, shuffle, num_workers, pin_memory)
+        return PlannedSource(data, plan, rank, collate_fn, lengths, seed, shuffle, num_workers, pin_memory, shard)
+    if shard != (0, 1):
+        raise DataError(f"shard={shard} is a share of a map-style data set; {type(data).__name__} is none")
     if isinstance(data, Iterable):
         if collate_fn is not None:
             raise DataError("collate_fn is given, but a stream yields batches, not samples; collate before")
@@ -127,6 +130,7 @@ class PlannedSource:
         dataset: has `__getitem__` and `__len__`; its attribute `lengths`, if any, is used where `lengths` is None.
         lengths: tokens of each sample, shape (len(dataset),); lets the cut avoid padding.
         shuffle: False keeps the data set's own order.
+        shard: (i, n), every n-th sample of the order from the i-th; the n shards hold each sample exactly once.
     """
 
     unit = "samples"
@@ -142,6 +146,7 @@ class PlannedSource:
         shuffle: bool,
         num_workers: int,
         pin_memory: bool,
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
         if len(dataset) == 0:
             raise DataError("the data set is empty; there is no window to train on")
@@ -152,9 +157,12 @@ class PlannedSource:
         self._dataset, self._plan, self._rank = dataset, plan, rank
         self._collate_fn, self._seed, self._shuffle = collate_fn, seed, shuffle
         self._num_workers, self._pin_memory = num_workers, pin_memory
+        self._shard = slice(shard[0], None, shard[1])
+        if not range(len(dataset))[self._shard]:
+            raise DataError(f"shard {shard[0]}/{shard[1]} of {len(dataset)} samples is empty; use at most {len(dataset)}")
 
     def num_windows(self) -> int:
-        return -(-len(self._dataset) // self._plan.global_batch_size)
+        return -(-len(range(len(self._dataset))[self._shard]) // self._plan.global_batch_size)
 
     def parts(self, epoch: int, consumed: int) -> Iterator[Part]:
         ahead: deque[_Announced] = deque()
@@ -176,7 +184,7 @@ class PlannedSource:
         A rank with no sample of a window loads one of it as filler.
         """
         plan, size = self._plan, len(self._dataset)
-        order = global_order(size, self._seed, epoch) if self._shuffle else np.arange(size)
+        order = (global_order(size, self._seed, epoch) if self._shuffle else np.arange(size))[self._shard]
         for window in windows_of(order, plan.global_batch_size, start=consumed):
             mine = cut_window(self._lengths[window], plan.micro_batch_size, plan.world_size)[self._rank]
             consumed += len(window)
