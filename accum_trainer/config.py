@@ -225,6 +225,21 @@ class TrainConfig:
         """Read a configuration from a YAML file, defaults for what it leaves out."""
         return compose(config_file=path).config
 
+    def varied(self, settings: Sequence[str]) -> TrainConfig:
+        """The same configuration with some `key=value` settings in place of its own.
+
+        Raises:
+            ConfigError: an unknown key or a bad value.
+        """
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        changes = _merge_settings({}, settings)
+        for key in changes:
+            known_key(key, "vary")
+        values = {name: getattr(self, name) for name in defaults}
+        for key in _displaced(changes, values):
+            values[key] = defaults[key]
+        return TrainConfig(**(values | changes))
+
     def to_yaml(self) -> str:
         """The whole configuration as YAML, by section, every default included; `from_yaml` reads it back."""
         lines = ["# Every option of this run. `accum-trainer train --config THIS_FILE` repeats it."]

@@ -5,6 +5,7 @@ plan.json       B, K, W, B_eff, updates per epoch, engine, versions, seed
 metrics.jsonl   one record per update
 loss.png        loss and learning rate over updates
 result.json     how the run ended: done or stopped, updates, samples
+logs/           one log per process, where `accum-trainer launch` started it
 checkpoints/    see `checkpoint`
 model/          what `from_pretrained` loads; with LoRA the adapter
 model-merged/   the base model with the adapter merged in, where asked for
@@ -17,7 +18,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -26,12 +28,13 @@ import torch
 
 from accum_trainer.errors import ConfigError
 
-CONFIG, PLAN, METRICS, PICTURE, RESULT, CHECKPOINTS, MODEL, MERGED = (
+CONFIG, PLAN, METRICS, PICTURE, RESULT, LOGS, CHECKPOINTS, MODEL, MERGED = (
     "config.yaml",
     "plan.json",
     "metrics.jsonl",
     "loss.png",
     "result.json",
+    "logs",
     "checkpoints",
     "model",
     "model-merged",
@@ -39,9 +42,14 @@ CONFIG, PLAN, METRICS, PICTURE, RESULT, CHECKPOINTS, MODEL, MERGED = (
 Record = dict[str, Any]
 
 
+def new_run_folder(model: str) -> Path:
+    """Where a run goes that was given no folder: runs/<model>-<date>-<time>."""
+    return Path("runs") / f"{Path(model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
 def check_output_dir(path: Path, resume: str) -> None:
     """Raise a ConfigError unless a run can live in `path`: it can be written, and holds nothing or a run to continue."""
-    if path.is_dir() and any(path.iterdir()):
+    if path.is_dir() and any(entry.name != LOGS for entry in path.iterdir()):
         if not (path / CONFIG).is_file():
             raise ConfigError(
                 f"output_dir={path} holds other files and no run ({CONFIG} is missing); choose a new or empty folder"
@@ -130,7 +138,7 @@ def read_records(path: Path) -> list[Record]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def draw_loss(runs: dict[str, Sequence[Record]], path: Path, title: str) -> None:
+def draw_loss(runs: Mapping[str, Sequence[Record]], path: Path, title: str) -> None:
     """Draw loss, and below it the learning rate, over optimizer updates; one curve per run (label -> records)."""
     import matplotlib
 

@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -75,8 +75,7 @@ class Run:
         self.parts = parts = assemble(config)
         self.engine = parts.accumulator.engine
         if self.folder is None:
-            name = f"{Path(config.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
-            self.folder = Path("runs") / self.engine.gather_objects(name)[0]
+            self.folder = Path(self.engine.gather_objects(str(files.new_run_folder(config.model)))[0])
         self.config = dataclasses.replace(
             config, output_dir=str(self.folder), amp=False, mixed_precision=self.engine.mixed_precision
         )
@@ -94,7 +93,8 @@ class Run:
     def updates(self) -> Iterator[Record]:
         """Train to the end, or to a signal, or to the time limit; see `updates`."""
         parts, acc = self.parts, self.parts.accumulator
-        with self._open(), _signals(self._on_signal):
+        # Signals outside: another one that comes while the run is saved must not end it there.
+        with _signals(self._on_signal), self._open():
             while not self._is_done():
                 for window in parts.windows:
                     started = time.perf_counter()
@@ -133,23 +133,18 @@ class Run:
     def _is_due(self, every: int | None, update: Update) -> bool:
         return every is not None and not update.skipped and (update.step % every == 0 or self._is_done())
 
-    @torch.no_grad()
     def evaluate(self) -> float:
         """Mean loss per target over the evaluation rows, over all processes. No gradient: K is 1 and means nothing."""
         rows, engine, acc = self.parts.eval_rows, self.engine, self.parts.accumulator
         assert rows is not None
-        model = engine.unwrap(self.parts.model)  # DDP's forward would exchange buffers
-        model.eval()
         cut = cut_window(rows.lengths, acc.plan.micro_batch_size, engine.world_size)
-        loss_sum = 0.0
+        mine = cut[engine.rank]
         # All ranks run as many forwards: an engine that shards weights gathers them in each.
-        for step in range(max(map(len, cut))):
-            mine = cut[engine.rank][step] if step < len(cut[engine.rank]) else np.array([0])
-            batch = engine.to_device(self.parts.collate([rows[int(i)] for i in mine]))
-            loss = causal_lm_loss(model, batch).double().item()
-            loss_sum += loss if step < len(cut[engine.rank]) else 0.0
-        model.train()
-        return float(engine.gather([loss_sum]).sum() / rows.num_targets.sum())
+        idle = [np.array([0])] * (max(map(len, cut)) - len(mine))
+        batches = (engine.to_device(self.parts.collate([rows[int(i)] for i in chosen])) for chosen in [*mine, *idle])
+        # DDP's own forward would exchange buffers.
+        losses = micro_batch_losses(engine.unwrap(self.parts.model), batches)
+        return float(engine.gather([sum(losses[: len(mine)])]).sum() / rows.num_targets.sum())
 
     # --- records ---
 
@@ -390,6 +385,15 @@ class Run:
                 "dropout, if any, draws anew"
             )
         parts.notes.append(f"continued from {path} after {acc.num_updates} updates")
+
+
+@torch.no_grad()
+def micro_batch_losses(model: Any, batches: Iterable[dict[str, torch.Tensor]]) -> list[float]:
+    """Summed loss of each micro-batch, dropout off; `model` is in train mode afterwards."""
+    model.eval()
+    losses = [causal_lm_loss(model, batch).double().item() for batch in batches]
+    model.train()
+    return losses
 
 
 @contextlib.contextmanager

@@ -33,6 +33,7 @@ ORDER = [
     "verify",
     "verify_loop",
     "train",
+    "launch",
     "cli",
 ]
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -19,6 +19,9 @@ COMMANDS = {
     "train": "Train with an exact effective batch; one record per update.",
     "verify": "Prove on your model, data and engine that the update is that of one big batch; or check your own loop.",
     "plan": "Print B, K, W, effective batch, updates, warm-up and learning rate; needs no GPU.",
+    "config": "Write launch files for one GPU, many GPUs, clusters and independent runs.",
+    "launch": "Start training under a launch file: free ports, a log per process, errors in their own words.",
+    "merge": "Average the results of independent runs, weighted by samples trained.",
 }
 
 

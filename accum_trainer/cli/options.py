@@ -8,7 +8,10 @@ from typing import Any
 
 import click
 
+from accum_trainer.batch_plan import BatchPlan
 from accum_trainer.config import TrainConfig, kind_of, sections
+from accum_trainer.data.counting import count_rows
+from accum_trainer.errors import ConfigError
 
 
 def config_options(names: Iterable[str] | None = None) -> Callable[[Any], Any]:
@@ -46,6 +49,23 @@ def _option(field: dataclasses.Field[Any]) -> Callable[[Any], Any]:
     metavar = "|".join(choices) if choices else {int: "N", float: "X"}.get(kind, "TEXT")
     default = "" if field.default is None else f"  [default: {field.default}]"
     return click.option(flag, field.name, default=None, metavar=metavar, help=field.metadata["help"] + default)
+
+
+def sized_plan(config: TrainConfig, processes: int, num_samples: int | None) -> BatchPlan:
+    """The batch plan of `config` on so many processes, with the number of samples where it is given or a file says it.
+
+    Raises:
+        ConfigError: sizes that do not fit, or the number of samples said twice.
+    """
+    if num_samples is not None and config.dataset_file is not None:
+        raise ConfigError(
+            f"num_samples={num_samples} and dataset_file={config.dataset_file} both say how much data there is; give one"
+        )
+    if config.dataset_file is not None:
+        num_samples = count_rows(config.dataset_file)
+    return BatchPlan(
+        config.batch_size, config.gradient_accumulation_steps, processes, config.global_batch_size, num_samples
+    )
 
 
 class SectionedCommand(click.Command):

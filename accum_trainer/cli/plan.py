@@ -56,11 +56,11 @@ def command(config_file: str | None, processes: int, num_samples: int | None, **
     plan = BatchPlan(
         config.batch_size, config.gradient_accumulation_steps, processes, config.global_batch_size, num_samples
     )
-    for name, value in _rows(plan, config):
+    for name, value in plan_rows(plan, config):
         click.echo(f"{name:<28}{value}")
 
 
-def _rows(plan: BatchPlan, config: Any) -> list[tuple[str, str]]:
+def plan_rows(plan: BatchPlan, config: Any) -> list[tuple[str, str]]:
     lr = scale_lr(config.lr, config.lr_scaling, plan.global_batch_size, config.lr_base_batch_size)
     rows = [
         ("B   micro-batch", f"{plan.micro_batch_size}"),

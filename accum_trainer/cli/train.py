@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from accum_trainer.cli.options import SectionedCommand, config_options, source_options
-from accum_trainer.config import compose
+from accum_trainer.config import Composed, compose
+from accum_trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from accum_trainer.records import Record
@@ -35,6 +37,10 @@ def command(config_file: str | None, settings: tuple[str, ...], **given: Any) ->
     """
     named = {name: value for name, value in given.items() if value is not None}
     composed = compose(named, settings, config_file, os.environ)
+    if composed.config.parallel_independent:
+        from accum_trainer.cli.independent import train_side_by_side
+
+        sys.exit(train_side_by_side(composed))
     from accum_trainer.train import Run, describe
 
     run = Run(composed.config)
@@ -59,6 +65,25 @@ def command(config_file: str | None, settings: tuple[str, ...], **given: Any) ->
         f", loss {last['loss']:.4f}" if last else " (the run was complete already; raise --steps or --epochs to go on)"
     )
     click.echo(f"done: {done} updates{loss}; {run.folder}")
+
+
+def options_in(arguments: Sequence[str]) -> dict[str, Any]:
+    """The options that these arguments of `train` give, as typed; `config_file` and `settings` among them."""
+    if {"-h", "--help"} & set(arguments):
+        raise ConfigError("--help stands among the options of `train`; ask `accum-trainer train --help`")
+    params = command.make_context("train", list(arguments)).params
+    return {name: value for name, value in params.items() if value not in (None, ())}
+
+
+def parse(arguments: Sequence[str]) -> Composed:
+    """The configuration that `train` would compose from these arguments and this environment.
+
+    Raises:
+        ConfigError, click.UsageError: what `train` would say.
+    """
+    given = options_in(arguments)
+    config_file, settings = given.pop("config_file", None), given.pop("settings", ())
+    return compose(given, settings, config_file, os.environ)
 
 
 def _show_progress(run: Run) -> Record | None:

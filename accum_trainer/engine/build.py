@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType
 
 from accum_trainer.engine.base import Engine
 from accum_trainer.engine.ddp import DDPEngine
-from accum_trainer.engine.deepspeed import DeepSpeedEngine, make_plugin, process_group_kwargs
+from accum_trainer.engine.deepspeed import DeepSpeedEngine, file_precision, make_plugin, process_group_kwargs
 from accum_trainer.engine.fsdp import FSDPEngine, refuse_lost_settings
 from accum_trainer.engine.single import SingleEngine
 from accum_trainer.errors import ConfigError, EngineError
@@ -101,9 +101,13 @@ def choose_precision(mixed_precision: str | None, amp: bool, cpu: bool) -> str:
     differ, neither can win in silence.
 
     Raises:
-        ConfigError: the launcher (ACCELERATE_MIXED_PRECISION) names another dtype.
+        ConfigError: the launcher (ACCELERATE_MIXED_PRECISION, or its DeepSpeed file) names another dtype.
     """
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    name = f"the launcher says ACCELERATE_MIXED_PRECISION={launcher}"
+    if launcher == "no":
+        launcher = file_precision()
+        name = f"the launcher's DeepSpeed file enables {launcher}"
     if amp:
         on_gpu = torch.cuda.is_available() and not cpu
         mixed_precision = "bf16" if not on_gpu or torch.cuda.is_bf16_supported() else "fp16"
@@ -111,7 +115,7 @@ def choose_precision(mixed_precision: str | None, amp: bool, cpu: bool) -> str:
         return launcher
     if launcher not in ("no", mixed_precision):
         raise ConfigError(
-            f"mixed_precision={mixed_precision}, but the launcher says ACCELERATE_MIXED_PRECISION={launcher}; make them agree"
+            f"mixed_precision={mixed_precision}, but {name}; make them agree"
         )
     return mixed_precision
 

@@ -283,10 +283,8 @@ def make_plugin(
     if plugin is not None:
         config = plugin.deepspeed_config
     elif path != "none":
-        try:
-            config = json.loads(Path(path).read_text())
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"the DeepSpeed configuration {path} cannot be read: {error}") from None
+        config = _read_file(path)
+        _refuse_ignored_fields(path)
     elif "ACCELERATE_DEEPSPEED_ZERO_STAGE" in os.environ:
         plugin = DeepSpeedPlugin()  # what accelerate's launcher says in its variables
         config = plugin.deepspeed_config
@@ -306,6 +304,34 @@ def make_plugin(
     config.setdefault("gradient_accumulation_steps", "auto")
     config.setdefault("train_micro_batch_size_per_gpu", "auto")
     return plugin if plugin is not None else DeepSpeedPlugin(hf_ds_config=config)
+
+
+def file_precision() -> str:
+    """The precision that the launcher's DeepSpeed file turns on, where there is one: `no`, `bf16` or `fp16`."""
+    path = os.environ.get(CONFIG_FILE_VARIABLE, "none")
+    config = _read_file(path) if path != "none" else {}
+    return next((dtype for dtype in ("bf16", "fp16") if config.get(dtype, {}).get("enabled") is True), "no")
+
+
+def _read_file(path: str) -> dict[str, Any]:
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the DeepSpeed configuration {path} cannot be read: {error}") from None
+
+
+def _refuse_ignored_fields(path: str) -> None:
+    """Beside a DeepSpeed file accelerate reads these from nowhere else, and stops with a traceback where it finds them."""
+    only_there = {
+        *("gradient_accumulation_steps", "gradient_clipping", "zero_stage", "mixed_precision", "zero3_save_16bit_model"),
+        *(f"offload_{what}_{where}" for what in ("optimizer", "param") for where in ("device", "nvme_path")),
+    }
+    stated = sorted(only_there & set(os.environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")))
+    if stated:
+        raise ConfigError(
+            f"the accelerate configuration has {', '.join(stated)} beside deepspeed_config_file={path}, which accelerate "
+            f"would not read; write it in {path} and take it out of the other"
+        )
 
 
 def _complete(config: dict[str, Any], plan: BatchPlan, settings: Settings, mixed_precision: str) -> None:

@@ -1,0 +1,111 @@
+"""What `accum-trainer train --parallel-independent` shows: a live table of its runs, and a summary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from accum_trainer.config import Composed
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from accum_trainer.launch.independent import Member, SideBySide
+
+_COLUMNS = ("run", "", "device", "state", "update", "loss", "tokens/s")
+
+
+def train_side_by_side(composed: Composed) -> int:
+    """Train the independent runs that the configuration asks for; returns the exit status."""
+    from accum_trainer.launch.independent import SideBySide, label, plan_members
+    from accum_trainer.records import new_run_folder
+
+    config = composed.config
+    folder = Path(config.output_dir) if config.output_dir else new_run_folder(config.model)
+    members, devices, on_gpu = plan_members(config, folder)
+    for line in composed.overridden:
+        click.echo(f"note: {line}", err=True)
+    where = "GPUs" if on_gpu else "CPU slots"
+    click.echo(f"{len(members)} independent runs on {where} {', '.join(devices)}; run directory: {folder}", err=True)
+    if config.dry_run:
+        for member in members:
+            click.echo(f"{member.name}  {label(member)}", err=True)
+        click.echo("dry run: nothing was trained and nothing written", err=True)
+        return 0
+    side_by_side = SideBySide(members, devices, on_gpu, folder, config.max_restarts)
+    status = _show_while(side_by_side)
+    if status == 2:
+        for reason in dict.fromkeys(member.reason for member in members):
+            click.echo(reason if reason.startswith("error") else f"error: {reason}", err=True)
+        return status
+    _show_end(side_by_side, status)
+    return status
+
+
+def _show_while(side_by_side: SideBySide) -> int:
+    """Run under a live table, or with a line for each change where there is no terminal."""
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with Live(_table(side_by_side.members), console=console, refresh_per_second=4) as live:
+            return side_by_side.run(lambda: live.update(_table(side_by_side.members)))
+    told: dict[str, tuple[object, ...]] = {}
+
+    def tell() -> None:
+        for member in side_by_side.members:
+            _, _, _, state, update, loss, speed = _row(member)
+            record, total = member.last_record(), member.total_updates()
+            tenth = record["step"] * 10 // total if record is not None and total else 0
+            now = (member.state, member.restarts, tenth)
+            if told.get(member.name) != now:
+                told[member.name] = now
+                seen = f"  update {update}  loss {loss}  {speed} tokens/s" if record is not None else ""
+                click.echo(f"{member.name}  {state}{seen}", err=True)
+
+    return side_by_side.run(tell)
+
+
+def _table(members: list[Member]) -> Table:
+    from rich.table import Table
+
+    table = Table()
+    for name in _COLUMNS:
+        table.add_column(name, justify="right" if name in ("update", "loss", "tokens/s") else "left")
+    for member in members:
+        table.add_row(*_row(member))
+    return table
+
+
+def _row(member: Member) -> tuple[str, str, str, str, str, str, str]:
+    from accum_trainer.launch.independent import FAILED, label
+
+    record, total = member.last_record(), member.total_updates()
+    state = member.state + (f", restarted {member.restarts}x" if member.restarts else "")
+    if member.state == FAILED:
+        state += f": {member.reason}"
+    update = f"{record['step']}/{total or '?'}" if record is not None else ""
+    loss = f"{record['loss']:.4f}" if record is not None and record["loss"] is not None else ""
+    speed = f"{record['tokens_per_sec']:,.0f}" if record is not None else ""
+    return member.name, label(member), member.device or "", state, update, loss, speed
+
+
+def _show_end(side_by_side: SideBySide, status: int) -> None:
+    from accum_trainer.launch.independent import DONE, FAILED
+
+    members, folder = side_by_side.members, side_by_side.folder
+    samples = sum((member.result() or {}).get("num_samples", 0) for member in members)
+    done = sum(member.state == DONE for member in members)
+    restarts = sum(member.restarts for member in members)
+    failed = [member for member in members if member.state == FAILED]
+    for member in failed:
+        click.echo(f"{member.name} failed: {member.reason} (log: {member.log})", err=True)
+    head = f"{done} of {len(members)} runs done, {samples} samples trained, {restarts} restarts; {folder}"
+    if status == 0:
+        then = f"`accum-trainer merge {folder}` averages their weights" if len(members) > 1 else ""
+        click.echo(f"done: {head}" + (f"\n{then}" if then else ""))
+    else:
+        click.echo(f"{head}; the same command with --output-dir {folder} continues")
