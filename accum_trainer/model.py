@@ -39,16 +39,32 @@ def load_model(config: TrainConfig, tokenizer: Any) -> Any:
             none of the modules that LoRA shall adapt.
     """
     model = _tiny(tokenizer) if config.model == TINY else _pretrained(config)
+    weight = model.get_input_embeddings().weight
+    embeddings = getattr(weight, "ds_shape", weight.shape)[0]  # under ZeRO-3 it is sharded while it is loaded
+    if len(tokenizer) > embeddings:
+        raise ConfigError(
+            f"the tokenizer of model={config.model} has {len(tokenizer)} tokens, its embedding only {embeddings} rows"
+        )
+    return _ready(model, config)
+
+
+def shape_of_model(config: TrainConfig) -> Any:
+    """The model that `load_model` would give, built from its configuration alone: no weight is read.
+
+    Call it inside `torch.device("meta")`, where tensors have shapes and no memory.
+
+    Raises:
+        ConfigError: the configuration cannot be found, is no causal language model's, or does not take these options.
+    """
+    return _ready(_tiny(load_tokenizer(config)) if config.model == TINY else _from_configuration(config), config)
+
+
+def _ready(model: Any, config: TrainConfig) -> Any:
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and config.max_seq_len > positions:
         raise ConfigError(
             f"max_seq_len={config.max_seq_len} is more than the {positions} positions of model={config.model}; "
             f"use max_seq_len={positions} or less"
-        )
-    embeddings = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > embeddings:
-        raise ConfigError(
-            f"the tokenizer of model={config.model} has {len(tokenizer)} tokens, its embedding only {embeddings} rows"
         )
     model.config.use_cache = False
     if config.use_peft:
@@ -65,12 +81,14 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 
-def fingerprint(model: torch.nn.Module) -> str:
+def fingerprint(model: torch.nn.Module) -> str | None:
     """Eight hex digits of the weights: a checksum over at most 4,096 evenly spaced numbers of each parameter.
 
     Other weights of the same shapes (another seed, another model, further training) give another one; the cost does not
-    grow with the model.
+    grow with the model. None where the weights were sharded while they were loaded, and no process has them whole.
     """
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return None
     checksum = 0
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
@@ -107,6 +125,15 @@ def _pretrained(config: TrainConfig) -> Any:
         return AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
     except Exception as error:  # hub, file, parser and architecture errors of many types; the remedy is the same
         raise ConfigError(f"model={config.model} cannot be loaded: {_first_line(error)}{_model_hint(config)}") from None
+
+
+def _from_configuration(config: TrainConfig) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model), dtype=torch.float32)
+    except Exception as error:  # as in _pretrained
+        raise ConfigError(f"model={config.model} cannot be found: {_first_line(error)}{_model_hint(config)}") from None
 
 
 def _with_lora(model: Any, config: TrainConfig) -> Any:
