@@ -12,6 +12,7 @@ targets are counted and exchanged, so each micro-batch's loss is multiplied by o
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -21,15 +22,20 @@ import torch
 from torch.utils.data import DataLoader
 
 from accum_trainer.batch_plan import BatchPlan
-from accum_trainer.data.windows import Batch, Collate, as_source
+from accum_trainer.data.halving import num_positions
+from accum_trainer.data.windows import Batch, Collate, as_source, num_samples
 from accum_trainer.engine.base import Settings
 from accum_trainer.engine.build import build_engine
-from accum_trainer.errors import AccumTrainerError, ConfigError, EngineError
+from accum_trainer.errors import AccumTrainerError, ConfigError, DataError, EngineError
 from accum_trainer.loss import causal_lm_targets
 from accum_trainer.prepared import PreparedOptimizer, PreparedScheduler
 from accum_trainer.window import CountTargets, MicroBatch, Update, Window, Windows
+from accum_trainer.window_plan import Cut
 
 ACCUMULATION_DTYPES = ("float32", "bfloat16")
+OOM_RECOVERIES = ("auto", "always", "never")
+
+logger = logging.getLogger(__name__)
 
 
 class Accumulator:
@@ -44,6 +50,10 @@ class Accumulator:
         grad_sync: `once-per-window`, `every-microbatch` or `auto`: when processes exchange gradients.
         accumulation_dtype: the dtype gradients accumulate in, whatever the weights' dtype: `float32`, or `bfloat16` to save
             memory at the price of exactness.
+        recover_from_oom: cut a micro-batch that runs out of memory in two and run it again, in the same window and with the
+            same gradient (dropout draws anew). `auto` does so where it costs nothing while nothing fails: under DDP and
+            ZeRO-1 not in a window's last micro-batch, whose backward exchanges gradients, until one has failed. `always`
+            exchanges after that backward. `never` lets the error through.
         accelerator: an Accelerator to use; otherwise one is made from `accelerator_kwargs`, which may also name
             `zero_stage` (0 to 3) and `cpu_offload` for DeepSpeed, or `fsdp=True` for FSDP2.
 
@@ -63,12 +73,13 @@ class Accumulator:
     def __init__(
         self,
         *,
-        micro_batch_size: int,
+        micro_batch_size: int | None = None,
         gradient_accumulation_steps: int | None = None,
         global_batch_size: int | None = None,
         max_grad_norm: float | None = None,
         grad_sync: str = "auto",
         accumulation_dtype: str = "float32",
+        recover_from_oom: str = "auto",
         accelerator: Any = None,
         **accelerator_kwargs: Any,
     ) -> None:
@@ -78,7 +89,12 @@ class Accumulator:
             raise ConfigError(
                 f"accumulation_dtype={accumulation_dtype!r} is not known; give one of {', '.join(ACCUMULATION_DTYPES)}"
             )
-        BatchPlan(micro_batch_size, gradient_accumulation_steps)  # a wrong K is told before accelerate starts
+        if recover_from_oom not in OOM_RECOVERIES:
+            raise ConfigError(
+                f"recover_from_oom={recover_from_oom!r} is not known; give one of {', '.join(OOM_RECOVERIES)}"
+            )
+        # A wrong K is told before accelerate starts.
+        BatchPlan(micro_batch_size, gradient_accumulation_steps, None, None if micro_batch_size else global_batch_size)
         if accelerator is not None and gradient_accumulation_steps is None and global_batch_size is None:
             gradient_accumulation_steps = accelerator.gradient_accumulation_steps
         self.engine = build_engine(
@@ -89,7 +105,9 @@ class Accumulator:
         )
         self.plan = BatchPlan(micro_batch_size, gradient_accumulation_steps, self.engine.world_size, global_batch_size)
         self.engine.configure(self.plan, Settings(max_grad_norm, accumulation_dtype))
+        self.engine.exchange_apart = recover_from_oom == "always"
         self.max_grad_norm = max_grad_norm
+        self.recover_from_oom = recover_from_oom
         self.num_updates = 0
         self.num_micro_batches = 0
         self.last_update: Update | None = None
@@ -101,6 +119,8 @@ class Accumulator:
         self._inside = False
         self._loss_sum: torch.Tensor | float = 0.0
         self._stop = False
+        self._models: set[torch.nn.Module] = set()
+        self._too_many_positions = math.inf  # micro-batches of so many ran out of memory
 
     @property
     def accelerator(self) -> Any:
@@ -153,6 +173,8 @@ class Accumulator:
         shuffle: bool = True,
         num_workers: int = 0,
         shard: tuple[int, int] = (0, 1),
+        cut: Cut | None = None,
+        prefetch: bool = False,
     ) -> Windows:
         """The windows of a data set, DataLoader or stream; each is one optimizer update.
 
@@ -169,6 +191,9 @@ class Accumulator:
             num_workers: processes that load samples of a data set.
             shard: (i, n) trains on every n-th sample of a data set's global order, from the i-th: a share of the data for
                 a training of its own, not this process's part of a window.
+            cut: how the windows of a data set become micro-batches, where it shall not be by B alone.
+            prefetch: make each window of a data set in a thread while the one before it is trained on; for data whose
+                `__getitem__` draws no random numbers.
 
         Returns:
             `Windows`: iterate once per epoch; `len()` where known; `state_dict()` and `load_state_dict()` for the position.
@@ -190,6 +215,8 @@ class Accumulator:
                 pin_memory=self.device.type == "cuda",
                 already_sharded=self.engine.gives_this_ranks_batches(source),
                 shard=shard,
+                cut=cut,
+                prefetch=prefetch,
             ),
             count_targets,
         )
@@ -207,8 +234,11 @@ class Accumulator:
     def accumulate(self, *models: torch.nn.Module) -> Iterator[None]:
         """Run one micro-batch's forward and backward inside: gradients stay local until the window's last one.
 
+        Where they run out of memory, the error goes no further: the window gives the same samples again, fewer at a time.
+
         Raises:
             AccumTrainerError: there is no micro-batch to accumulate, or `backward` was not called inside.
+            EngineError: out of memory, and the micro-batch cannot be cut in two, or not be run again on this engine.
         """
         microbatch = self._microbatch
         if microbatch is None or self._window is None:
@@ -216,10 +246,16 @@ class Accumulator:
         if not models:
             raise AccumTrainerError("accumulate() needs the model, as in accumulate(model)")
         before = self._accumulated
-        self._inside = True
+        self._models.update(models)
         try:
             with self.engine.microbatch(models, microbatch.is_first, microbatch.is_last):
+                self._inside = True
                 yield
+                self._inside = False  # what fails now is the engine's, in an exchange with the other ranks
+        except Exception as error:
+            if not (self._inside and self._runs_again(microbatch, error)):
+                raise
+            return
         finally:
             self._inside = False
         if self._accumulated == before:
@@ -251,18 +287,25 @@ class Accumulator:
             raise AccumTrainerError(
                 f"reduction={reduction!r} is not known; say whether the loss is a `sum` or a `mean`"
             )
-        microbatch = self._microbatch
-        terms = microbatch.num_targets if reduction == "mean" else 1
+        microbatch, planned = self._microbatch, self._microbatch.planned
+        terms = planned.num_targets if reduction == "mean" else 1
         self._accumulated = self._window._started  # type: ignore[union-attr]
-        if microbatch.weight and terms:
+        if planned.weight and terms:
             seen = loss.detach()
             self._loss_sum = self._loss_sum + (seen if seen.device.type == "mps" else seen.double()) * terms
         elif auxiliary is None and not microbatch.is_last and not self.engine.equal_micro_batches:
             return  # nothing to add and nobody waits: a mean over no target is nan, and must not touch the gradient
-        total = loss * (microbatch.weight * terms)
+        total = loss * (planned.weight * terms)
         if auxiliary is not None:
-            total = total + auxiliary * microbatch.auxiliary_weight
-        self.engine.backward(total)
+            total = total + auxiliary * planned.auxiliary_weight
+        try:
+            self.engine.backward(total)
+        except Exception:
+            # The caller's variable would keep what is left of the graph, and its memory, through the next forward.
+            for term in (loss, auxiliary):
+                if term is not None and term.grad_fn is not None and not term._is_view():
+                    term.detach_()
+            raise
 
     def step(self, optimizer: torch.optim.Optimizer, scheduler: Any = None) -> Update:
         """Finish the window: clip, decide on all ranks together whether the gradient is finite, step or skip, zero.
@@ -300,6 +343,37 @@ class Accumulator:
         self._window, self._windows = window, windows
         self._microbatch, self._accumulated, self._loss_sum = None, 0, 0.0
 
+    def _runs_again(self, microbatch: MicroBatch, error: Exception) -> bool:
+        """Whether `error` is that memory ran out and the window goes on; then it gives the micro-batch again in halves.
+
+        In a forward nothing was added to the gradient. A backward may have added some of it: the window starts anew.
+        """
+        if self.recover_from_oom == "never" or not self.engine.is_out_of_memory(error):
+            return False
+        window, batch = self._window, microbatch.planned.batch
+        assert window is not None
+        what = f"a micro-batch of {num_samples(batch)} sample(s), {num_positions(batch)} positions, ran out of memory"
+        obstacle = self.engine.why_not_again(microbatch.is_last)
+        if obstacle:
+            raise EngineError(f"{what} and cannot be run again in parts: {obstacle}") from error
+        from_start = self._accumulated == window._started
+        try:
+            window._run_again(from_start)
+        except DataError as reason:
+            raise EngineError(
+                f"{what} and cannot be cut in two: {reason}; shorten the samples, or use gradient checkpointing, a 16-bit "
+                "precision or an engine that shards"
+            ) from error
+        self.engine.back_out(error)
+        if from_start:
+            self.engine.forget(self._models)
+            self._loss_sum = 0.0
+        self._accumulated = window._started
+        self._microbatch = None
+        redone = "and the window so far is run again" if from_start else "and run again"
+        logger.warning("process %d: %s; it is cut in two, %s", self.engine.rank, what, redone)
+        return True
+
     def _check_accumulated(self, started: int) -> None:
         """Every micro-batch handed out so far went through accumulate() and backward()."""
         if self._accumulated != started:
@@ -318,16 +392,16 @@ class Accumulator:
     def _at_window_end(self) -> bool:
         return self._window is not None and self._accumulated == len(self._window)
 
+    def _numbers(self, window: Window) -> list[float]:
+        """What all ranks share in the one small exchange at the end of a window."""
+        return [float(self._loss_sum), float(self._stop), float(window._num_splits), float(len(window))]
+
     def _finish(self, window: Window, optimizer: PreparedOptimizer) -> Update:
-        # Shared in the one small exchange at the end of a window: the loss, and whether any rank shall stop.
-        numbers = [float(self._loss_sum), float(self._stop)]
         if window.num_targets > 0:
-            grad_norm, stepped, sums = self.engine.finish(optimizer.accelerated, numbers)
-            reason = "" if stepped else "non-finite"
-        else:
-            self.engine.drop(optimizer.accelerated)
-            grad_norm, stepped, sums, reason = math.nan, False, self.engine.sum_over_ranks(numbers), "empty"
-        return self._close(window, sums[0], grad_norm, stepped, reason, bool(sums[1]))
+            grad_norm, stepped, table = self.engine.finish(optimizer.accelerated, self._numbers(window))
+            return self._close(window, table, grad_norm, stepped, "" if stepped else "non-finite")
+        self.engine.drop(optimizer.accelerated)
+        return self._close(window, self.engine.gather(self._numbers(window)), math.nan, False, "empty")
 
     def _finish_unowned(self) -> None:
         """End a window whose optimizer accelerate prepared: it steps by itself, and this class cannot clip for it."""
@@ -343,13 +417,14 @@ class Accumulator:
                     "prepare the scheduler with acc.prepare(), or leave it unprepared and step it after each update"
                 )
         assert self._window is not None
-        (loss_sum,) = self.engine.sum_over_ranks([float(self._loss_sum)])
-        self._close(self._window, loss_sum, math.nan, True, "", False)
+        self._close(self._window, self.engine.gather(self._numbers(self._window)), math.nan, True, "")
 
-    def _close(
-        self, window: Window, loss_sum: float, grad_norm: float, stepped: bool, reason: str, stop_requested: bool
-    ) -> Update:
+    def _close(self, window: Window, table: np.ndarray, grad_norm: float, stepped: bool, reason: str) -> Update:
+        """End the window; `table[rank]` holds each rank's `_numbers`."""
         assert self._windows is not None
+        loss_sum, stops, splits, _ = table.sum(axis=0).tolist()
+        if splits:
+            self.engine.exchange_apart = True  # a second failure may come in a last micro-batch
         self.num_updates += stepped
         self.num_micro_batches += len(window)
         self._windows._consumed = window._consumed
@@ -362,11 +437,12 @@ class Accumulator:
             num_samples=window.num_samples,
             num_tokens=window.num_tokens,
             num_positions=window.num_positions,
-            num_micro_batches=window.num_micro_batches,
-            gradient_accumulation_steps=window._most_on_a_rank,
+            num_micro_batches=window.num_micro_batches + int(splits),
+            gradient_accumulation_steps=int(table[:, 3].max()),
             skipped=not stepped,
             reason=reason,
-            stop_requested=stop_requested,
+            stop_requested=bool(stops),
+            num_splits=int(splits),
         )
         return self.last_update
 

@@ -12,14 +12,25 @@ from typing import Any
 import torch
 
 from accum_trainer.accumulator import Accumulator, Windows
-from accum_trainer.batch_plan import BatchPlan, lr_factor, parse_shard, scale_lr, warmup_updates
+from accum_trainer.batch_plan import (
+    BatchPlan,
+    lr_factor,
+    parse_rank_weights,
+    parse_shard,
+    scale_lr,
+    warmup_updates,
+)
 from accum_trainer.config import TrainConfig
+from accum_trainer.cost import measured_cost, seconds_of
 from accum_trainer.data import embedded, files
-from accum_trainer.data.collating import PaddingCollator
+from accum_trainer.data.collating import PackingCollator, PaddingCollator
 from accum_trainer.data.tokenizing import TokenizedRows, tokenize
 from accum_trainer.engine.build import choose_precision
-from accum_trainer.errors import ConfigError
+from accum_trainer.errors import ConfigError, DataError
+from accum_trainer.fit import Fit, find_fit
+from accum_trainer.head import LossPath, decide_loss_path
 from accum_trainer.model import fingerprint, load_model, load_tokenizer
+from accum_trainer.window_plan import Cost, Cut
 
 
 @dataclass(frozen=True)
@@ -29,8 +40,12 @@ class Parts:
     Attributes:
         model: as the engine wrapped it.
         rows, eval_rows: tokenised samples; `eval_rows` is None where nothing is evaluated.
+        cut: how windows become micro-batches.
+        layout_reason: why samples are padded, or packed.
+        loss_path: where logits are made.
+        fit: the micro-batch that was found for `batch_size=auto`.
         plan: the batch plan, with the number of samples that this run trains on in an epoch.
-        initial_weights: fingerprint of the weights before training; runs that share it can be merged.
+        initial_weights: fingerprint of the weights before training, where there is one; runs that share it can be merged.
         total_updates: updates that the whole run makes if none is skipped.
         warmup: updates of warm-up.
         peak_lr: the learning rate after scaling.
@@ -42,14 +57,18 @@ class Parts:
     accumulator: Accumulator
     model: torch.nn.Module
     tokenizer: Any
-    collate: PaddingCollator
+    collate: PaddingCollator | PackingCollator
+    cut: Cut
+    layout_reason: str
+    loss_path: LossPath
+    fit: Fit | None
     optimizer: Any
     scheduler: Any
     windows: Windows
     rows: TokenizedRows
     eval_rows: TokenizedRows | None
     plan: BatchPlan
-    initial_weights: str
+    initial_weights: str | None
     total_updates: int
     warmup: int
     peak_lr: float
@@ -67,7 +86,7 @@ def assemble(config: TrainConfig) -> Parts:
         if path is not None:
             files.check_file(path)
     accumulator = Accumulator(
-        micro_batch_size=config.batch_size,
+        micro_batch_size=None if config.batch_size == "auto" else config.batch_size,  # type: ignore[arg-type]
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         global_batch_size=config.global_batch_size,
         max_grad_norm=config.max_grad_norm,
@@ -79,9 +98,11 @@ def assemble(config: TrainConfig) -> Parts:
     engine = accumulator.engine
     tokenizer = load_tokenizer(config) if engine.world_size == 1 else _main_first(engine, load_tokenizer, config)
     rows, eval_rows = _main_first(engine, load_rows, config, tokenizer)
+    if len({*engine.gather_objects(rows.identity)}) > 1:
+        raise DataError("the processes read different training rows; give all of them the same data files")
     shard = parse_shard(config.shard)
     plan = BatchPlan(
-        config.batch_size,
+        accumulator.plan.micro_batch_size,
         accumulator.plan.gradient_accumulation_steps,
         engine.world_size,
         num_samples=_share(len(rows), shard),
@@ -95,23 +116,43 @@ def assemble(config: TrainConfig) -> Parts:
     torch.manual_seed(config.seed)  # the same initial weights on every process, and under every split
     plain_model = load_model(config, tokenizer)
     initial_weights = fingerprint(plain_model)
-    plain_optimizer = torch.optim.AdamW(_decay_groups(plain_model, config.weight_decay), lr=peak_lr)
+    # Fused: one pass over weights and states instead of ten.
+    plain_optimizer = torch.optim.AdamW(_decay_groups(plain_model, config.weight_decay), lr=peak_lr, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(plain_optimizer, lr_factor(config.scheduler, warmup, total))
     model, optimizer, scheduler = accumulator.prepare(plain_model, plain_optimizer, schedule)
+    some_tokens = torch.tensor([rows[0]["input_ids"]], device=engine.device)
+    loss_path = decide_loss_path(model, some_tokens, config.loss_on_targets)
+    layout, layout_reason = _layout(config, plain_model, engine)
+    multiple = config.pad_to_multiple_of or (8 if engine.device.type == "cuda" else 1)
+    fit = _find_fit(config, accumulator, model, optimizer, rows, multiple) if config.batch_size == "auto" else None
+    max_tokens = fit.max_tokens if fit is not None else config.max_tokens_per_micro_batch
+    cut = Cut(
+        None if fit is not None else config.batch_size,  # type: ignore[arg-type]
+        max_tokens,
+        1 if layout == "packed" else multiple,
+        layout == "packed",
+        _cost(config, engine, model, max_tokens),
+        engine.equal_micro_batches,
+        _rank_weights(config, engine, model),
+    )
     # From here on chance means dropout, which must differ between processes, and between runs on shares of the data.
     torch.manual_seed(config.seed + (engine.rank << 32) + (shard[0] << 48))
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    collate = PaddingCollator(pad)
+    collate = PackingCollator() if cut.packed else PaddingCollator(pad, cut.multiple)
     return Parts(
         config=config,
         accumulator=accumulator,
         model=model,
         tokenizer=tokenizer,
         collate=collate,
+        cut=cut,
+        layout_reason=layout_reason,
+        loss_path=loss_path,
+        fit=fit,
         optimizer=optimizer,
         scheduler=scheduler,
-        windows=accumulator.windows(rows, collate_fn=collate, seed=config.seed, shard=shard),
+        windows=accumulator.windows(rows, collate_fn=collate, seed=config.seed, shard=shard, cut=cut, prefetch=True),
         rows=rows,
         eval_rows=eval_rows,
         plan=plan,
@@ -129,8 +170,68 @@ def assemble(config: TrainConfig) -> Parts:
             "shard": config.shard,
             "data": f"{config.dataset_file or config.dataset or 'embedded'} (content {rows.identity[:12]})",
         },
-        notes=_notes(config, accumulator, rows, plan),
+        notes=_notes(config, accumulator, rows, plan, loss_path, fit),
     )
+
+
+def _layout(config: TrainConfig, model: Any, engine: Any) -> tuple[str, str]:
+    """(`padded` or `packed`, why). Packed pays where attention skips what is between samples: flash attention does."""
+    attention = getattr(model.config, "_attn_implementation", None) or "unknown"
+    if config.layout == "packed" and attention not in ("sdpa", "eager") and not attention.startswith("flash"):
+        raise ConfigError(
+            f"layout=packed needs attention that keeps samples apart by their positions, and model={config.model} has "
+            f"{attention}; use layout=padded"
+        )
+    if config.layout != "auto":
+        return config.layout, "asked for"
+    if attention.startswith("flash"):
+        return "packed", f"{attention} computes no attention between samples"
+    return "padded", f"{attention} attention would compute, and mask, all pairs of samples in a packed row"
+
+
+# Without a GPU launching a kernel costs little, and a micro-batch need not be large to be worth it.
+_CPU_COST = Cost(fixed=32.0, square=1e-3)
+
+
+def _find_fit(
+    config: TrainConfig, accumulator: Accumulator, model: Any, optimizer: Any, rows: TokenizedRows, multiple: int
+) -> Fit:
+    """The largest micro-batch that fits the device, tried with padded samples of the longest length."""
+    longest = -(-int(rows.lengths.max()) // multiple) * multiple
+    most = accumulator.plan.micro_batch_size  # of the whole share of a process at once
+    collate = PaddingCollator(0, multiple)
+    return find_fit(accumulator.engine, model, optimizer, collate, longest, most)
+
+
+def _cost(config: TrainConfig, engine: Any, model: Any, max_tokens: int | None) -> Cost:
+    """Of micro-batches, measured where the cut depends on it and one process can run the model by itself."""
+    if max_tokens is None or engine.shards_weights:
+        return _CPU_COST if engine.device.type == "cpu" else Cost()
+    found = measured_cost(engine.unwrap(model), max_tokens, config.max_seq_len, engine.mixed_precision)
+    return engine.gather_objects(found)[0]
+
+
+def _rank_weights(config: TrainConfig, engine: Any, model: Any) -> tuple[float, ...] | None:
+    """Shares per process, as given or by measured speed; None where they are equal."""
+    weights = parse_rank_weights(config.rank_weights)
+    if config.rank_weights is None or engine.world_size == 1:
+        if weights is not None and len(weights) != 1:
+            raise ConfigError(f"rank_weights={config.rank_weights} are {len(weights)} shares, but there is 1 process")
+        return None
+    if weights is None:
+        if engine.shards_weights:
+            raise ConfigError(
+                f"rank_weights=auto times each process by itself, which {engine.name} with its shared weights cannot run; "
+                "give the shares as numbers"
+            )
+        engine.barrier()  # all at once: what they share slows them as it will in training
+        speeds = 1 / engine.gather([seconds_of(engine.unwrap(model), 1, config.max_seq_len)])[:, 0]
+        return tuple(round(float(speed), 2) for speed in speeds / speeds.min())
+    if len(weights) != engine.world_size:
+        raise ConfigError(
+            f"rank_weights={config.rank_weights} are {len(weights)} shares, but there are {engine.world_size} processes"
+        )
+    return weights
 
 
 def _share(num_samples: int, shard: tuple[int, int]) -> int:
@@ -185,8 +286,19 @@ def _decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str,
     return [group for group in groups if group["params"]]
 
 
-def _notes(config: TrainConfig, accumulator: Accumulator, rows: TokenizedRows, plan: BatchPlan) -> list[str]:
+def _notes(
+    config: TrainConfig,
+    accumulator: Accumulator,
+    rows: TokenizedRows,
+    plan: BatchPlan,
+    loss_path: LossPath,
+    fit: Fit | None,
+) -> list[str]:
     notes = list(rows.notes)
+    if fit is not None:
+        notes.append(fit.describe())
+    if loss_path.note is not None and config.loss_on_targets == "auto":
+        notes.append(loss_path.note)
     if config.shard is not None:
         notes.append(f"shard {config.shard}: {plan.num_samples} of the {len(rows)} samples of an epoch")
     if accumulator.device.type == "cpu" and not config.cpu:

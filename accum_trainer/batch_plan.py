@@ -233,6 +233,25 @@ def parse_shard(shard: str | None) -> tuple[int, int]:
     return int(first), int(every)
 
 
+def parse_rank_weights(weights: str | None) -> tuple[float, ...] | None:
+    """Read shares per process: `2,1` is (2.0, 1.0); None where they are equal, or to be measured (`auto`).
+
+    Raises:
+        ConfigError: not numbers above 0.
+    """
+    if weights is None or weights == "auto":
+        return None
+    try:
+        shares = tuple(float(part) for part in weights.replace(":", ",").split(","))
+    except ValueError:
+        shares = ()
+    if not shares or not all(0 < share < math.inf for share in shares):
+        raise ConfigError(
+            f"rank_weights={weights} are not shares; give a number above 0 for each process (2,1), or auto"
+        )
+    return shares
+
+
 def lr_factor(schedule: str, warmup: int, total_updates: int) -> Callable[[int], float]:
     """Return the factor on the learning rate as a function of updates done (0, 1, 2, ...).
 

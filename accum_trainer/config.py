@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from accum_trainer.batch_plan import LR_SCALINGS, SCHEDULES, parse_shard, parse_warmup, positive_int
+from accum_trainer.batch_plan import LR_SCALINGS, SCHEDULES, parse_rank_weights, parse_shard, parse_warmup, positive_int
 from accum_trainer.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "ACCUM_TRAINER_"
@@ -27,6 +27,7 @@ ENVIRONMENT_PREFIX = "ACCUM_TRAINER_"
 _ALTERNATIVES = (
     {"steps", "epochs"},
     {"gradient_accumulation_steps", "global_batch_size"},
+    {"batch_size", "max_tokens_per_micro_batch"},
     {"dataset", "dataset_file"},
     {"amp", "mixed_precision"},
 )
@@ -47,8 +48,20 @@ class TrainConfig:
         ConfigError: a value of the wrong kind or outside its limits, or options that exclude each other.
     """
 
-    batch_size: int = _option(
-        4, "Batch", "B, the micro-batch: most samples in one forward/backward on one process.", minimum=1
+    batch_size: int | str | None = _option(
+        None,
+        "Batch",
+        "B, the micro-batch: most samples in one forward/backward on one process; auto finds the largest micro-batch that "
+        "fits the device. Default: 4, or what --max-tokens-per-micro-batch allows.",
+        minimum=1,
+        word="auto",
+    )
+    max_tokens_per_micro_batch: int | None = _option(
+        None,
+        "Batch",
+        "Most tokens in one forward/backward, padding counted, instead of B: short samples share a micro-batch. Needs "
+        "--global-batch-size.",
+        minimum=1,
     )
     gradient_accumulation_steps: int | None = _option(
         None,
@@ -72,7 +85,24 @@ class TrainConfig:
         choices=("float32", "bfloat16"),
     )
     rank_weights: str | None = _option(
-        None, "Batch", "Shares of the window per process, such as 2,1.", needs="uneven shares per process"
+        None,
+        "Batch",
+        "Shares of the window per process, such as 2,1 for a GPU twice as fast as the other; auto measures them.",
+    )
+    layout: str = _option(
+        "auto",
+        "Batch",
+        "How samples lie in a micro-batch: padded to a rectangle, or packed end to end; auto packs for flash attention.",
+        choices=("auto", "padded", "packed"),
+    )
+    loss_on_targets: str = _option(
+        "auto",
+        "Batch",
+        "Make logits only where there are targets; off makes them everywhere, as the model by itself does.",
+        choices=("auto", "off"),
+    )
+    pad_to_multiple_of: int | None = _option(
+        None, "Batch", "Round padded lengths up to a multiple. Default: 8 on a GPU, 1 on a CPU.", minimum=1
     )
 
     steps: int | None = _option(None, "Length", "Optimizer updates to make. Instead of --epochs.", minimum=1)
@@ -159,7 +189,9 @@ class TrainConfig:
         3, "Independent runs", "How often one run that crashed is restarted from its checkpoint.", minimum=0
     )
     shard: str | None = _option(
-        None, "Independent runs", "Train on a share I/N: every N-th sample of the global order, from the I-th (0 to N-1)."
+        None,
+        "Independent runs",
+        "Train on a share I/N: every N-th sample of the global order, from the I-th (0 to N-1).",
     )
 
     output_dir: str | None = _option(None, "Output", "The run directory. Default: runs/<model>-<date>-<time>.")
@@ -177,6 +209,31 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+        if self.max_tokens_per_micro_batch is not None:
+            if self.batch_size is not None:
+                raise ConfigError(
+                    f"batch_size={self.batch_size} and max_tokens_per_micro_batch={self.max_tokens_per_micro_batch} both say "
+                    "how large a micro-batch may be; give one of them"
+                )
+            if self.global_batch_size is None or self.gradient_accumulation_steps is not None:
+                raise ConfigError(
+                    f"max_tokens_per_micro_batch={self.max_tokens_per_micro_batch} makes as many micro-batches as the samples "
+                    "need; give global_batch_size, and leave gradient_accumulation_steps out"
+                )
+            if self.max_tokens_per_micro_batch < self.max_seq_len:
+                raise ConfigError(
+                    f"max_tokens_per_micro_batch={self.max_tokens_per_micro_batch} is below max_seq_len={self.max_seq_len}, so "
+                    "that a long sample fits no micro-batch; raise the one or lower the other"
+                )
+        elif self.batch_size == "auto" and (
+            self.global_batch_size is None or self.gradient_accumulation_steps is not None
+        ):
+            raise ConfigError(
+                "batch_size=auto makes as many micro-batches as the device needs; give global_batch_size, and leave "
+                "gradient_accumulation_steps out"
+            )
+        elif self.batch_size is None:
+            object.__setattr__(self, "batch_size", 4)
         if self.gradient_accumulation_steps is None and self.global_batch_size is None:
             object.__setattr__(self, "gradient_accumulation_steps", 1)
         if self.steps is not None and self.epochs is not None:
@@ -210,6 +267,7 @@ class TrainConfig:
             )
         parse_warmup(self.warmup)
         parse_shard(self.shard)
+        parse_rank_weights(self.rank_weights)
         for name in ("cuda_ids", "vary"):
             if getattr(self, name) is not None and not self.parallel_independent:
                 raise ConfigError(
@@ -388,6 +446,8 @@ def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
     optional = type(None) in typing.get_args(typing.get_type_hints(TrainConfig)[field.name])
     if optional and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
         return None
+    if value is not None and value == field.metadata.get("word"):
+        return value
     parse, wanted = _PARSERS[kind]
     if isinstance(value, str) and kind is not str:
         try:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from accum_trainer.data.tokenizing import IGNORE
 from accum_trainer.errors import DataError
+from accum_trainer.head import summed_loss
 
 
 def causal_lm_loss(model: torch.nn.Module, batch: Mapping[str, Any], label_smoothing: float = 0.0) -> torch.Tensor:
@@ -21,6 +22,7 @@ def causal_lm_loss(model: torch.nn.Module, batch: Mapping[str, Any], label_smoot
 
     Runs `model` on everything in `batch` but the labels and takes the loss from its logits, so it does not matter
     what the model itself would average over. Position t predicts label t + 1; the first label of a row is no target.
+    Logits are made only where there are targets, and few at a time, where the model allows it: see `head`.
 
     Args:
         model: returns logits of shape (samples, tokens, vocabulary), as an attribute `logits` or as its output.
@@ -30,18 +32,10 @@ def causal_lm_loss(model: torch.nn.Module, batch: Mapping[str, Any], label_smoot
     Returns:
         A scalar, float32 (float64 from float64 logits): the sum over `causal_lm_targets(batch)` targets; 0 with a graph where there is none.
     """
-    outputs = model(**{key: value for key, value in batch.items() if key != "labels"})
-    logits = outputs.logits if hasattr(outputs, "logits") else outputs
     # Shift the labels, not the logits: a slice of the logits would be a second copy of the largest tensor there is.
     targets = F.pad(batch["labels"], (0, 1), value=IGNORE)[:, 1:]
-    flat = logits.flatten(0, 1)
-    return F.cross_entropy(
-        flat if flat.dtype == torch.float64 else flat.float(),
-        targets.flatten(),
-        ignore_index=IGNORE,
-        reduction="sum",
-        label_smoothing=label_smoothing,
-    )
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    return summed_loss(model, inputs, targets, label_smoothing)
 
 
 def causal_lm_targets(batch: Any) -> int:

@@ -36,7 +36,6 @@ from accum_trainer.loss import causal_lm_loss
 from accum_trainer.model import count_parameters, load_model
 from accum_trainer.records import Record, RecordWriter
 from accum_trainer.window import Update
-from accum_trainer.window_plan import cut_window
 
 # So many windows in a row without an update mean that training has diverged; fp16 needs about 16 to find its scale.
 MOST_SKIPPED_IN_A_ROW = 50
@@ -135,12 +134,12 @@ class Run:
 
     def evaluate(self) -> float:
         """Mean loss per target over the evaluation rows, over all processes. No gradient: K is 1 and means nothing."""
-        rows, engine, acc = self.parts.eval_rows, self.engine, self.parts.accumulator
+        rows, engine = self.parts.eval_rows, self.engine
         assert rows is not None
-        cut = cut_window(rows.lengths, acc.plan.micro_batch_size, engine.world_size)
-        mine = cut[engine.rank]
+        dealt = self.parts.cut.deal(rows.lengths, engine.world_size)
+        mine = dealt[engine.rank]
         # All ranks run as many forwards: an engine that shards weights gathers them in each.
-        idle = [np.array([0])] * (max(map(len, cut)) - len(mine))
+        idle = [np.array([0])] * (max(map(len, dealt)) - len(mine))
         batches = (engine.to_device(self.parts.collate([rows[int(i)] for i in chosen])) for chosen in [*mine, *idle])
         # DDP's own forward would exchange buffers.
         losses = micro_batch_losses(engine.unwrap(self.parts.model), batches)
@@ -164,8 +163,9 @@ class Run:
             "grad_norm": update.grad_norm,
             "skipped": update.skipped,
             "skip_reason": update.reason,
+            "oom_splits": update.num_splits,
             "gradient_accumulation_steps": update.gradient_accumulation_steps,
-            "physical_batch_size": plan.micro_batch_size,
+            "physical_batch_size": self.parts.cut.micro_batch_size,
             "world_size": plan.world_size,
             "effective_batch_size": update.num_samples,
             "num_micro_batches": update.num_micro_batches,
@@ -274,11 +274,13 @@ class Run:
 
     def plan(self) -> dict[str, Any]:
         """What is decided before training, as plan.json has it."""
-        parts, plan = self.parts, self.parts.plan
+        parts, plan, cut = self.parts, self.parts.plan, self.parts.cut
         all_parameters, trained = count_parameters(self.engine.unwrap(parts.model))
         return {
-            "physical_batch_size": plan.micro_batch_size,
-            "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+            "physical_batch_size": cut.micro_batch_size,
+            "max_tokens_per_micro_batch": cut.max_tokens,
+            "batch_size_found": parts.fit.as_record() if parts.fit is not None else None,
+            "gradient_accumulation_steps": plan.gradient_accumulation_steps if cut.max_tokens is None else None,
             "world_size": plan.world_size,
             "effective_batch_size": plan.global_batch_size,
             # No gradient is made in evaluation; recorded so that a reader of the records need not guess.
@@ -289,6 +291,12 @@ class Run:
             "total_updates": parts.total_updates,
             "warmup_updates": parts.warmup,
             "lr": parts.peak_lr,
+            "layout": "packed" if cut.packed else "padded",
+            "layout_reason": parts.layout_reason,
+            "pad_to_multiple_of": cut.multiple,
+            "loss_path": dataclasses.asdict(parts.loss_path),
+            "cost": dataclasses.asdict(cut.cost),
+            "rank_weights": cut.rank_weights,
             "engine": self.engine.name,
             "grad_sync": self.engine.grad_sync,
             "grad_sync_reason": self.engine.grad_sync_reason,
@@ -425,8 +433,14 @@ def describe(run: Run) -> str:
     plan, parts = run.plan(), run.parts
     sized = f"{plan['updates_per_epoch']} updates per epoch of {plan['num_samples']} samples"
     tail = f", the last of {plan['tail_samples']} samples" if plan["tail_samples"] else ""
+    batch = parts.plan.describe()
+    if plan["max_tokens_per_micro_batch"] is not None:
+        limit = f"at most {plan['max_tokens_per_micro_batch']:,} tokens per micro-batch"
+        batch = f"{limit}, W {plan['world_size']}, effective batch {plan['effective_batch_size']}"
+    if plan["rank_weights"] is not None:
+        batch += f"; shares of the processes {', '.join(f'{weight:g}' for weight in plan['rank_weights'])}"
     lines = [
-        f"{parts.plan.describe()}",
+        batch,
         f"{sized}{tail}; {plan['total_updates']} updates in all, {plan['warmup_updates']} of them warm-up, lr {plan['lr']:g}",
         f"engine {plan['engine']}, grad_sync {plan['grad_sync']}, {plan['device']}, precision {plan['mixed_precision']}; "
         f"{plan['trained_parameters']:,} of {plan['parameters']:,} parameters trained",

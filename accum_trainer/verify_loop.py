@@ -125,6 +125,10 @@ def verify_loop_of(config: TrainConfig, loop: Loop, world_size: int) -> Report:
     Raises:
         ConfigError: K is 1, so that nothing accumulates; or another source says another K.
     """
+    if isinstance(config.batch_size, str):
+        raise ConfigError(
+            f"batch_size={config.batch_size} is for `train`; give the micro-batch of your loop as a number"
+        )
     plan = BatchPlan(config.batch_size, config.gradient_accumulation_steps, world_size, config.global_batch_size)
     if plan.gradient_accumulation_steps == 1:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -21,3 +22,11 @@ def fresh_accelerate():
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture
+def quick_collections():
+    """Memory that ran out is freed with a collection, which would go through all that was imported each time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()

@@ -31,6 +31,7 @@ ORDER = [
     "accumulator",
     "checkpoint",
     "records",
+    "fit",
     "assemble",
     "big_batch",
     "report",

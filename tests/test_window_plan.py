@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import numpy as np
 import pytest
 
-from accum_trainer.window_plan import cut_window, global_order, windows_of
+from accum_trainer.window_plan import Cost, Cut, cut_window, global_order, windows_of
 
 
 def test_global_order_is_a_permutation_of_seed_and_epoch_alone():
@@ -63,3 +64,110 @@ def test_cut_pads_little():
     in_order = np.split(np.arange(512), 64)
     assert lengths.sum() / padded(cut) > 0.9
     assert lengths.sum() / padded(in_order) < 0.5
+
+
+def cost_of(cut, lengths):
+    """The stated cost of one micro-batch, written out: fixed + positions + square * sum of length squared."""
+    padded = [-(-int(length) // cut.multiple) * cut.multiple for length in lengths]
+    longest = max(padded)
+    return cut.cost.fixed + len(padded) * longest + cut.cost.square * len(padded) * longest**2
+
+
+def cheapest_by_trying_all(cut, lengths):
+    """The least total cost over all contiguous cuts of the samples sorted by length."""
+    ordered = sorted(lengths, reverse=True)
+
+    @functools.cache
+    def best(begin):
+        if begin == len(ordered):
+            return 0.0
+        options = []
+        for end in range(begin + 1, len(ordered) + 1):
+            part = ordered[begin:end]
+            padded = -(-int(part[0]) // cut.multiple) * cut.multiple
+            if len(part) > 1 and (
+                len(part) > (cut.micro_batch_size or len(part)) or len(part) * padded > cut.max_tokens
+            ):
+                break
+            options.append(cost_of(cut, part) + best(end))
+        return min(options)
+
+    return best(0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(
+    "cut",
+    [
+        Cut(max_tokens=200, cost=Cost(0.0, 0.0)),
+        Cut(max_tokens=200, cost=Cost(50.0, 0.0)),
+        Cut(max_tokens=300, cost=Cost(20.0, 0.05), multiple=8),
+        Cut(micro_batch_size=3, max_tokens=400, cost=Cost(100.0, 0.01)),
+    ],
+)
+def test_no_contiguous_cut_costs_less(cut, seed):
+    lengths = np.random.RandomState(seed).lognormal(3, 1, 14).astype(int).clip(1, 200)
+    dealt = cut.deal(lengths, 1)[0]
+    assert sorted(np.concatenate(dealt).tolist()) == list(range(14))
+    for micro_batch in dealt:
+        if len(micro_batch) > 1:
+            assert len(micro_batch) * cut.padded(lengths[micro_batch]).max() <= cut.max_tokens
+            assert len(micro_batch) <= (cut.micro_batch_size or 14)
+    found = sum(cost_of(cut, lengths[micro_batch]) for micro_batch in dealt)
+    assert found == pytest.approx(cheapest_by_trying_all(cut, tuple(lengths.tolist())), rel=1e-12)
+
+
+def test_b_alone_makes_the_fewest_micro_batches_with_the_least_padding():
+    """Seven samples in threes are three micro-batches, whatever they cost; the cheapest such cut is 100 | 9 9 9 | 2 2 2."""
+    lengths = np.array([9, 2, 100, 9, 2, 9, 2])
+    cut = Cut(3, cost=Cost(0.0, 0.0)).deal(lengths, 1)[0]
+    assert [sorted(lengths[micro_batch].tolist()) for micro_batch in cut] == [[100], [9, 9, 9], [2, 2, 2]]
+
+
+def test_packed_fills_up_to_the_limits():
+    lengths = np.array([50, 40, 30, 20, 10, 10])
+    by_tokens = Cut(max_tokens=90, packed=True).deal(lengths, 1)[0]
+    assert [lengths[micro_batch].tolist() for micro_batch in by_tokens] == [[50, 40], [30, 20, 10, 10]]
+    by_samples = Cut(4, packed=True).deal(lengths, 1)[0]
+    assert [lengths[micro_batch].tolist() for micro_batch in by_samples] == [[50, 40, 30, 20], [10, 10]]
+    assert Cut(packed=True).positions(lengths) == 160 and Cut(multiple=8).positions(lengths) == 6 * 56
+
+
+@pytest.mark.parametrize("weights", [(3.0, 1.0), (1.0, 3.0), (2.0, 1.0, 1.0)])
+@pytest.mark.parametrize("equal_counts", [False, True])
+def test_r55_shares_follow_the_weights(weights, equal_counts):
+    """Tokens of each rank over many windows, within 5 % of its share; every sample once."""
+    rng, done = np.random.RandomState(0), np.zeros(len(weights))
+    cut = Cut(4, rank_weights=weights, equal_counts=equal_counts)
+    for _ in range(50):
+        lengths = rng.lognormal(4.6, 0.5, 128).astype(int).clip(10, 400)
+        dealt = cut.deal(lengths, len(weights))
+        assert sorted(np.concatenate([m for rank in dealt for m in rank]).tolist()) == list(range(128))
+        assert max(len(m) for rank in dealt for m in rank) <= 4
+        if equal_counts:
+            assert max(map(len, dealt)) - min(map(len, dealt)) <= 1  # the last step may be short
+        done += [sum(int(lengths[m].sum()) for m in rank) for rank in dealt]
+    share = np.array(weights) / sum(weights)
+    # Equal counts share out whole samples: 4 to 1.33 of them is 4 to 1.
+    rounded = np.maximum(1, np.round(4 * np.array(weights) / max(weights))) if equal_counts else share
+    assert np.abs(done / done.sum() / (rounded / rounded.sum()) - 1).max() < 0.05
+
+
+@pytest.mark.parametrize(("samples", "world_size"), [(64, 2), (61, 2), (57, 4), (3, 4), (129, 8)])
+@pytest.mark.parametrize("cut", [Cut(8, equal_counts=True), Cut(max_tokens=1000, equal_counts=True)])
+def test_equal_counts_where_there_are_samples_for_it(cut, samples, world_size):
+    lengths = np.random.RandomState(samples).randint(1, 300, samples)
+    counts = [len(rank) for rank in cut.deal(lengths, world_size)]
+    assert max(counts) - min(counts) == (0 if samples >= world_size else 1)
+
+
+def test_ranks_are_balanced():
+    """Two ranks, 128 samples of skewed lengths: the slower rank's cost over the mean, on average over windows."""
+    rng = np.random.RandomState(0)
+    for cut in (Cut(8), Cut(max_tokens=2048, cost=Cost(32.0, 1e-3)), Cut(8, equal_counts=True)):
+        over = []
+        for _ in range(50):
+            lengths = rng.lognormal(4.9, 0.5, 128).astype(int).clip(10, 512)
+            costs = [sum(cost_of(cut, lengths[m]) for m in rank) for rank in cut.deal(lengths, 2)]
+            over.append(max(costs) / np.mean(costs))
+        assert np.mean(over) < 1.03

@@ -63,6 +63,10 @@ def sized_plan(config: TrainConfig, processes: int, num_samples: int | None) -> 
         )
     if config.dataset_file is not None:
         num_samples = count_rows(config.dataset_file)
+    if isinstance(config.batch_size, str):
+        raise ConfigError(
+            f"batch_size={config.batch_size} is found on the device when training starts; give a number to plan with"
+        )
     return BatchPlan(
         config.batch_size, config.gradient_accumulation_steps, processes, config.global_batch_size, num_samples
     )

@@ -115,4 +115,5 @@ def _status(record: Record) -> str:
     if record["skipped"]:
         return f"SKIPPED ({record['skip_reason']})"
     evaluated = f"  eval {record['eval_loss']:.4f}" if record.get("eval_loss") is not None else ""
-    return f"loss {record['loss']:.4f}{evaluated}  {record['tokens_per_sec']:,.0f} tokens/s"
+    splits = f"  {record['oom_splits']} cut in two (out of memory)" if record["oom_splits"] else ""
+    return f"loss {record['loss']:.4f}{evaluated}  {record['tokens_per_sec']:,.0f} tokens/s{splits}"

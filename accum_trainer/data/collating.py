@@ -1,4 +1,4 @@
-"""Samples to one padded micro-batch."""
+"""Samples to one micro-batch: padded to a rectangle, or packed end to end."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ import torch
 
 from accum_trainer.data.tokenizing import IGNORE
 
+Sample = Mapping[str, Sequence[int]]
+
 
 @dataclass(frozen=True)
 class PaddingCollator:
-    """Pad samples on the right to the longest of them.
+    """Pad samples on the right to the longest of them, rounded up to a multiple.
 
     Called with samples of `input_ids` and `labels` (lists of ints), gives tensors of shape (samples, longest), int64:
     `input_ids` padded with `pad_token_id`, `attention_mask` (1 on tokens, 0 on padding), `labels` padded with -100.
     """
 
     pad_token_id: int
+    multiple: int = 1
 
-    def __call__(self, samples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
         longest = max(len(sample["input_ids"]) for sample in samples)
-        shape = (len(samples), longest)
+        shape = (len(samples), -(-longest // self.multiple) * self.multiple)
         input_ids = torch.full(shape, self.pad_token_id)
         attention_mask = torch.zeros(shape, dtype=torch.int64)
         labels = torch.full(shape, IGNORE)
@@ -32,3 +35,24 @@ class PaddingCollator:
             attention_mask[row, :length] = 1
             labels[row, :length] = torch.tensor(sample["labels"])
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+@dataclass(frozen=True)
+class PackingCollator:
+    """Lay samples end to end in one row, without padding; positions begin anew with each, and no sample sees another.
+
+    Gives `input_ids`, `labels` and `position_ids` of shape (1, tokens), int64, and no attention mask: from positions that
+    begin anew transformers makes attention block-diagonal. A sample's first label is -100: it would be predicted by the
+    sample before it.
+    """
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        ids: list[int] = []
+        labels: list[int] = []
+        positions: list[int] = []
+        for sample in samples:
+            ids += sample["input_ids"]
+            labels += [IGNORE, *sample["labels"][1:]]
+            positions += range(len(sample["input_ids"]))
+        columns = {"input_ids": ids, "labels": labels, "position_ids": positions}
+        return {name: torch.tensor([values]) for name, values in columns.items()}

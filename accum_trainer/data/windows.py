@@ -12,6 +12,9 @@ the accumulator compares.
 
 from __future__ import annotations
 
+import contextlib
+import queue
+import threading
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
@@ -24,8 +27,10 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
 from accum_trainer.batch_plan import BatchPlan
+from accum_trainer.data.collating import PackingCollator, PaddingCollator
+from accum_trainer.data.tokenizing import TokenizedRows
 from accum_trainer.errors import DataError
-from accum_trainer.window_plan import cut_window, global_order, windows_of
+from accum_trainer.window_plan import Cut, global_order, windows_of
 
 Batch = Any
 Collate = Callable[[list[Any]], Batch]
@@ -40,12 +45,15 @@ class Part:
         filler: a batch to run with weight 0 where an exchange needs this rank and it has none of its own.
         consumed: what of the epoch is used up once this window is done, in the source's unit.
         fingerprint: equal on all ranks that cut the same window; 0 where ranks read their own data.
+        table: targets, micro-batches, samples, tokens and positions of each rank, shape (ranks, 5), where the source knows
+            them without asking; then nothing has to be exchanged before the window begins.
     """
 
     batches: list[Batch]
     filler: Batch | None
     consumed: int
     fingerprint: int = 0
+    table: np.ndarray | None = None
 
 
 class Source(Protocol):
@@ -73,6 +81,8 @@ def as_source(
     pin_memory: bool,
     already_sharded: bool,
     shard: tuple[int, int] = (0, 1),
+    cut: Cut | None = None,
+    prefetch: bool = False,
 ) -> Source:
     """Pick the kind of source that `data` is; `already_sharded` says that a loader gives this rank's batches only."""
     if isinstance(data, DataLoader):
@@ -82,9 +92,13 @@ def as_source(
             return StreamSource(data, plan)
         return LoaderSource(data, plan, rank, seed)
     if hasattr(data, "__getitem__") and isinstance(data, Sized):
-        return PlannedSource(data, plan, rank, collate_fn, lengths, seed, shuffle, num_workers, pin_memory, shard)
-    if shard != (0, 1):
-        raise DataError(f"shard={shard} is a share of a map-style data set; {type(data).__name__} is none")
+        source = PlannedSource(
+            data, plan, rank, collate_fn, lengths, seed, shuffle, num_workers, pin_memory, shard, cut
+        )
+        return Prefetched(source) if prefetch else source
+    if shard != (0, 1) or cut is not None:
+        what = f"shard={shard} is a share" if shard != (0, 1) else "cut decides the micro-batches"
+        raise DataError(f"{what} of a map-style data set; {type(data).__name__} is none")
     if isinstance(data, Iterable):
         if collate_fn is not None:
             raise DataError("collate_fn is given, but a stream yields batches, not samples; collate before")
@@ -109,6 +123,7 @@ class _Announced:
     num_batches: int
     consumed: int
     fingerprint: int
+    table: np.ndarray | None = None
 
 
 def _read_parts(loader: DataLoader, ahead: deque[_Announced]) -> Iterator[Part]:
@@ -117,20 +132,21 @@ def _read_parts(loader: DataLoader, ahead: deque[_Announced]) -> Iterator[Part]:
     for first in batches:
         window = ahead.popleft()
         if window.num_batches == 0:
-            yield Part([], first, window.consumed, window.fingerprint)
+            yield Part([], first, window.consumed, window.fingerprint, window.table)
         else:
             mine = [first, *islice(batches, window.num_batches - 1)]
-            yield Part(mine, mine[-1], window.consumed, window.fingerprint)
+            yield Part(mine, mine[-1], window.consumed, window.fingerprint, window.table)
 
 
 class PlannedSource:
-    """A map-style data set: the global order from (seed, epoch), windows of B_eff samples, cut by `cut_window`.
+    """A map-style data set: the global order from (seed, epoch), windows of B_eff samples, cut and dealt by `cut`.
 
     Args:
         dataset: has `__getitem__` and `__len__`; its attribute `lengths`, if any, is used where `lengths` is None.
         lengths: tokens of each sample, shape (len(dataset),); lets the cut avoid padding.
         shuffle: False keeps the data set's own order.
         shard: (i, n), every n-th sample of the order from the i-th; the n shards hold each sample exactly once.
+        cut: how windows become micro-batches.
     """
 
     unit = "samples"
@@ -147,6 +163,7 @@ class PlannedSource:
         num_workers: int,
         pin_memory: bool,
         shard: tuple[int, int] = (0, 1),
+        cut: Cut | None = None,
     ) -> None:
         if len(dataset) == 0:
             raise DataError("the data set is empty; there is no window to train on")
@@ -157,9 +174,15 @@ class PlannedSource:
         self._dataset, self._plan, self._rank = dataset, plan, rank
         self._collate_fn, self._seed, self._shuffle = collate_fn, seed, shuffle
         self._num_workers, self._pin_memory = num_workers, pin_memory
+        self._cut = cut or Cut(plan.micro_batch_size)
+        # Tokenised rows know what their batches will hold, on every rank alike: nothing has to be counted or asked.
+        ours = isinstance(dataset, TokenizedRows) and isinstance(collate_fn, (PaddingCollator, PackingCollator))
+        self._num_targets = dataset.num_targets if ours else None
         self._shard = slice(shard[0], None, shard[1])
         if not range(len(dataset))[self._shard]:
-            raise DataError(f"shard {shard[0]}/{shard[1]} of {len(dataset)} samples is empty; use at most {len(dataset)}")
+            raise DataError(
+                f"shard {shard[0]}/{shard[1]} of {len(dataset)} samples is empty; use at most {len(dataset)}"
+            )
 
     def num_windows(self) -> int:
         return -(-len(range(len(self._dataset))[self._shard]) // self._plan.global_batch_size)
@@ -181,15 +204,75 @@ class PlannedSource:
     def _micro_batches(self, epoch: int, consumed: int, ahead: deque[_Announced]) -> Iterator[list[int]]:
         """Yield this rank's micro-batches as lists of sample indices, announcing each window in `ahead`.
 
-        A rank with no sample of a window loads one of it as filler.
+        A rank with no sample of a window loads one of it as filler: its shortest.
         """
         plan, size = self._plan, len(self._dataset)
         order = (global_order(size, self._seed, epoch) if self._shuffle else np.arange(size))[self._shard]
         for window in windows_of(order, plan.global_batch_size, start=consumed):
-            mine = cut_window(self._lengths[window], plan.micro_batch_size, plan.world_size)[self._rank]
+            lengths = self._lengths[window]
+            dealt = self._cut.deal(lengths, plan.world_size)
+            mine = dealt[self._rank]
             consumed += len(window)
-            ahead.append(_Announced(len(mine), consumed, zlib.crc32(window.tobytes())))
-            yield from ([window[micro_batch].tolist() for micro_batch in mine] or [[int(window[0])]])
+            table = None
+            if self._num_targets is not None:
+                targets = self._num_targets[window]
+                table = np.array([self._counts(targets, lengths, own) for own in dealt], dtype=float)
+            ahead.append(_Announced(len(mine), consumed, zlib.crc32(window.tobytes()), table))
+            filler = [[int(window[lengths.argmin()])]]
+            yield from ([window[micro_batch].tolist() for micro_batch in mine] or filler)
+
+    def _counts(self, targets: np.ndarray, lengths: np.ndarray, own: list[np.ndarray]) -> list[int]:
+        """Targets, micro-batches, samples, tokens and positions of one rank's micro-batches."""
+        all_own = np.concatenate([np.empty(0, dtype=np.int64), *own])
+        positions = sum(self._cut.positions(lengths[micro_batch]) for micro_batch in own)
+        return [int(targets[all_own].sum()), len(own), len(all_own), int(lengths[all_own].sum()), positions]
+
+
+class Prefetched:
+    """Another source's parts, each made in a thread while the one before it is trained on.
+
+    Reading, cutting, collating and pinning happen off the critical path. One part is ready and one is being made; more
+    would only hold memory. Draws from the global random generators in a data set's `__getitem__` would interleave with
+    the training's own: such data is read without this.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.unit = source.unit
+
+    def num_windows(self) -> int | None:
+        return self._source.num_windows()
+
+    def parts(self, epoch: int, consumed: int) -> Iterator[Part]:
+        ready: queue.Queue[Part | BaseException | None] = queue.Queue(maxsize=1)
+        given_up = threading.Event()
+
+        def put(item: Part | BaseException | None) -> None:
+            while not given_up.is_set():
+                with contextlib.suppress(queue.Full):
+                    ready.put(item, timeout=0.1)
+                    return
+
+        def make() -> None:
+            try:
+                for part in self._source.parts(epoch, consumed):
+                    put(part)
+                    if given_up.is_set():
+                        return
+                put(None)
+            except BaseException as error:  # raised again where the part is asked for
+                put(error)
+
+        maker = threading.Thread(target=make, name="windows", daemon=True)
+        maker.start()
+        try:
+            while (item := ready.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            given_up.set()
+            maker.join()
 
 
 class LoaderSource:
@@ -321,9 +404,18 @@ def first_tensor(batch: Batch) -> torch.Tensor | None:
 
 
 def num_samples(batch: Batch) -> int:
-    """Samples of a batch: the first dimension of its first tensor (1 where it has none)."""
+    """Samples of a batch: the first dimension of its first tensor (1 where it has none); where they lie end to end in one
+    row, as many as `position_ids` begin anew."""
+    if isinstance(batch, Mapping) and is_packed(batch):
+        return int((batch["position_ids"] == 0).sum())
     tensor = first_tensor(batch)
     return 1 if tensor is None or tensor.ndim == 0 else int(tensor.shape[0])
+
+
+def is_packed(batch: Mapping[str, Any]) -> bool:
+    """Whether the samples lie end to end in one row, each with positions that begin at 0."""
+    positions = batch.get("position_ids")
+    return isinstance(positions, torch.Tensor) and positions.shape[0] == 1 and "attention_mask" not in batch
 
 
 def num_tokens(batch: Batch) -> tuple[int, int]:

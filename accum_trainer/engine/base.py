@@ -9,10 +9,12 @@ nothing of windows, targets or data. What is here is right for one process; an e
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -21,9 +23,20 @@ from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import send_to_device
+from accelerate.utils.memory import clear_device_cache
 
 from accum_trainer.batch_plan import BatchPlan
 from accum_trainer.errors import EngineError
+
+# How libraries say that memory ran out where they do not raise torch.OutOfMemoryError. The same list as in accelerate's
+# find_executable_batch_size, without the cuDNN error that may mean anything, and with what CPU and cuBLAS say.
+_OUT_OF_MEMORY = (
+    " out of memory",
+    "DefaultCPUAllocator: can't allocate memory",
+    "std::bad_alloc",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "PT_DEVMEM Allocation failed",
+)
 
 
 @dataclass(frozen=True)
@@ -47,12 +60,17 @@ class Engine:
         grad_sync: the policy in force, `once-per-window` or `every-microbatch`.
         grad_sync_reason: why it is this one.
         equal_micro_batches: every rank must run the same number of micro-batches, because each exchanges something.
+        shards_weights: no process holds the whole model, so that none can run it by itself.
+        exchange_apart: exchange gradients after a window's last backward where the engine would do so during it, so that
+            no other rank waits for a backward that fails. Set between windows, on all ranks together.
     """
 
     name: str
     grad_sync: str
     grad_sync_reason: str = "asked for"
     equal_micro_batches: bool = False
+    shards_weights: bool = False
+    exchange_apart: bool = False
 
     def __init__(self, accelerator: Accelerator, grad_sync: str) -> None:
         self.accelerator = accelerator
@@ -133,7 +151,7 @@ class Engine:
             return
         size = 4 if self.settings.accumulation_dtype == "float32" else 2
         needed = size * sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
-        free = float(self.gather([_free_bytes(self.device)])[:, 0].min())
+        free = float(self.gather([free_bytes(self.device)])[:, 0].min())
         self.grad_sync = "once-per-window" if needed <= free / 2 else "every-microbatch"
         self.grad_sync_reason = f"a full local gradient takes {needed / 1e9:.2f} GB, {free / 1e9:.1f} GB are free"
 
@@ -170,15 +188,55 @@ class Engine:
         """Accumulate the gradient of an already weighted loss, shape ()."""
         self.accelerator.backward(loss)
 
-    def finish(self, optimizer: AcceleratedOptimizer, numbers: Sequence[float]) -> tuple[float, bool, list[float]]:
+    # --- out of memory inside a window ---
+
+    def is_out_of_memory(self, error: Exception) -> bool:
+        """Whether `error` says that a device, or the host, has no memory left."""
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            return True
+        return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
+
+    def why_not_again(self, is_last: bool) -> str:
+        """Why a micro-batch that failed cannot be run again, on this rank alone, in the same window; "" where it can."""
+        return ""
+
+    def back_out(self, error: Exception) -> None:
+        """Be ready for another micro-batch after `error` ended one."""
+        self.accelerator.sync_gradients = False
+
+    def forget(self, models: Iterable[torch.nn.Module]) -> None:
+        """Throw away what this rank alone has accumulated in this window, of which nothing was exchanged yet."""
+        for model in models:
+            for parameter in model.parameters():
+                parameter.grad = None
+
+    def free_memory(self) -> None:
+        """Give back what nobody uses any more, cycles included."""
+        clear_device_cache(garbage_collection=True)
+        if self.device.type == "cpu":
+            with contextlib.suppress(OSError, AttributeError):  # glibc keeps what was freed, until asked
+                ctypes.CDLL(None).malloc_trim(0)
+
+    def optimizer_bytes(self, optimizer: AcceleratedOptimizer) -> int:
+        """Memory of this device that the optimizer's first step will take for its state: two numbers for each trained one,
+        as Adam has them; nothing where the state is there."""
+        fresh = [t for t in self._stepped(optimizer) if t.device.type == self.device.type]
+        return sum(2 * t.numel() * t.element_size() for t in fresh)
+
+    def _stepped(self, optimizer: AcceleratedOptimizer) -> list[torch.Tensor]:
+        """This rank's tensors that the optimizer will step and has no state for yet."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        return [p for p in parameters if not optimizer.optimizer.state.get(p)]
+
+    def finish(self, optimizer: AcceleratedOptimizer, numbers: Sequence[float]) -> tuple[float, bool, np.ndarray]:
         """End a window that had targets: unscale, clip, decide on all ranks together, step or drop.
 
         Args:
-            numbers: added up over ranks in the same exchange that decides.
+            numbers: gathered in the same exchange that decides.
 
         Returns:
-            (norm, stepped, sums): the norm before clipping, inf or nan where any gradient is; whether the optimizer
-            stepped; `numbers` summed over ranks.
+            (norm, stepped, table): the norm before clipping, inf or nan where any gradient is; whether the optimizer
+            stepped; every rank's `numbers`, shape (world_size, len(numbers)).
         """
         norm = self._clip(optimizer, self.settings.max_grad_norm)
         table = self.gather([norm, *numbers])
@@ -193,7 +251,7 @@ class Engine:
         with self._in_weights_dtype(optimizer):
             stepped = self._step(optimizer, is_finite)
         self.drop(optimizer)
-        return norm, stepped, table[:, 1:].sum(axis=0).tolist()
+        return norm, stepped, table[:, 1:]
 
     @contextlib.contextmanager
     def _in_weights_dtype(self, optimizer: AcceleratedOptimizer) -> Iterator[None]:
@@ -397,13 +455,26 @@ def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: buffers[name] for name in model.state_dict() if name not in parameters and name in buffers}
 
 
-def _free_bytes(device: torch.device) -> float:
+def free_bytes(device: torch.device) -> float:
     """Memory that this process could still take on its device."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     import psutil  # comes with accelerate
 
-    return float(psutil.virtual_memory().available)
+    return min(float(psutil.virtual_memory().available), _free_in_cgroup())
+
+
+def _free_in_cgroup(root: Path = Path("/sys/fs/cgroup")) -> float:
+    """Memory that the container of this process, if any, may still take; page cache that can be dropped counts as free."""
+    for folder, limit, used, cache in (
+        (root, "memory.max", "memory.current", "inactive_file"),
+        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or the word `max`
+            most, taken = (int((folder / name).read_text()) for name in (limit, used))
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            return float(most - taken + int(stat.get(cache, 0)))
+    return math.inf
 
 
 def square_sums(gradients: list[torch.Tensor]) -> list[float]:

@@ -16,7 +16,13 @@ from accelerate.utils import DistributedType
 
 from accum_trainer.engine.base import Engine
 from accum_trainer.engine.ddp import DDPEngine
-from accum_trainer.engine.deepspeed import DeepSpeedEngine, file_precision, make_plugin, process_group_kwargs
+from accum_trainer.engine.deepspeed import (
+    CONFIG_FILE_VARIABLE,
+    DeepSpeedEngine,
+    file_precision,
+    make_plugin,
+    process_group_kwargs,
+)
 from accum_trainer.engine.fsdp import FSDPEngine, refuse_lost_settings
 from accum_trainer.engine.single import SingleEngine
 from accum_trainer.errors import ConfigError, EngineError
@@ -107,16 +113,14 @@ def choose_precision(mixed_precision: str | None, amp: bool, cpu: bool) -> str:
     name = f"the launcher says ACCELERATE_MIXED_PRECISION={launcher}"
     if launcher == "no":
         launcher = file_precision()
-        name = f"the launcher's DeepSpeed file enables {launcher}"
+        name = f"the launcher's DeepSpeed configuration {os.environ.get(CONFIG_FILE_VARIABLE)} enables {launcher}"
     if amp:
         on_gpu = torch.cuda.is_available() and not cpu
         mixed_precision = "bf16" if not on_gpu or torch.cuda.is_bf16_supported() else "fp16"
     if mixed_precision is None:
         return launcher
     if launcher not in ("no", mixed_precision):
-        raise ConfigError(
-            f"mixed_precision={mixed_precision}, but {name}; make them agree"
-        )
+        raise ConfigError(f"mixed_precision={mixed_precision}, but {name}; make them agree")
     return mixed_precision
 
 

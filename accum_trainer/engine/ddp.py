@@ -2,12 +2,13 @@
 
 DDP exchanges while the backward runs, in buckets of the weights' dtype, and only what the last micro-batch used. Where
 that is not enough (weights in bf16 whose gradients accumulate in float32; parameters that some micro-batches leave
-unused) every backward stays local and the exchange is made here, at its end.
+unused; a device whose memory runs out) every backward stays local and the exchange is made here, at its end.
 """
 
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -31,6 +32,7 @@ class DDPEngine(Engine):
     def __init__(self, accelerator: Accelerator, grad_sync: str) -> None:
         super().__init__(accelerator, grad_sync)
         self.equal_micro_batches = self.grad_sync == "every-microbatch"
+        self._backward_exchanges = False
 
     def _prepare(
         self, models: list[torch.nn.Module], optimizers: list[torch.optim.Optimizer]
@@ -53,13 +55,38 @@ class DDPEngine(Engine):
                     here.append(model)
                 if not exchange or model in here:
                     stack.enter_context(model.no_sync())
+            self._backward_exchanges = exchange and len(here) < len(models)
             yield
         for model in here:
             self._exchange([p for p in model.parameters() if p.requires_grad])
 
     def _exchanged_here(self, model: DistributedDataParallel) -> bool:
+        if model.find_unused_parameters or (self.exchange_apart and not self.equal_micro_batches):
+            return True
         dtype = getattr(torch, self.settings.accumulation_dtype)
-        return model.find_unused_parameters or any(p.dtype != dtype for p in model.parameters() if p.requires_grad)
+        return any(p.dtype != dtype for p in model.parameters() if p.requires_grad)
+
+    def why_not_again(self, is_last: bool) -> str:
+        if self.equal_micro_batches:
+            return (
+                "with grad_sync=every-microbatch the other processes wait for its gradients; lower the micro-batch (the "
+                "effective batch stays), or use grad_sync=once-per-window"
+            )
+        if self._backward_exchanges:
+            return (
+                "it is the last of its window, whose backward exchanges gradients with the other processes; lower the "
+                "micro-batch (the effective batch stays), or use recover_from_oom=always, which exchanges after it"
+            )
+        return ""
+
+    def back_out(self, error: Exception) -> None:
+        super().back_out(error)
+        # Before the first forward after an exchange DDP sends rank 0's buffers around. Where that forward failed, the one in
+        # its place must not send them again: the other ranks are elsewhere.
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            model = frame.f_locals.get("self")
+            if isinstance(model, DistributedDataParallel) and frame.f_code.co_name == "_run_ddp_forward":
+                model.require_forward_param_sync = False
 
     def _exchange(self, parameters: list[torch.nn.Parameter]) -> None:
         """Average gradients over ranks in place; a parameter that no rank used keeps none, one that some used counts as 0."""

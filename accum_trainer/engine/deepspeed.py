@@ -12,10 +12,11 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.optimizer import AcceleratedOptimizer
@@ -32,9 +33,10 @@ CONFIG_FILE_VARIABLE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 class DeepSpeedEngine(Engine):
     """ZeRO stages 0 to 3.
 
-    Stages 0 and 1 reduce at a window's end only. For 2 and 3, once-per-window keeps gradients local through the window
-    (`coalesce_grad_reduction`) and reduces them in one pass, which takes a full local gradient in memory;
-    every-microbatch reduces and shards them after each backward, the least memory.
+    Stages 0 and 1 reduce at a window's end only, in its last backward or, where memory may run out there, after it. For 2
+    and 3, once-per-window keeps gradients local through the window (`coalesce_grad_reduction`) and reduces them in one
+    pass, which takes a full local gradient in memory; every-microbatch reduces and shards them after each backward, the
+    least memory.
     """
 
     def __init__(self, accelerator: Accelerator, grad_sync: str) -> None:
@@ -42,7 +44,9 @@ class DeepSpeedEngine(Engine):
         plugin = accelerator.state.deepspeed_plugin
         self.stage = int(plugin.zero_stage)
         self.name = f"zero{self.stage}"
+        self.shards_weights = self.stage == 3
         self._window = contextlib.ExitStack()
+        self._has_gone_back = False
 
     @property
     def gradient_divisor(self) -> float:
@@ -113,7 +117,7 @@ class DeepSpeedEngine(Engine):
                 "accumulate() got a model that is not the one prepare() returned; DeepSpeed would not see its gradients"
             )
         self.accelerator.sync_gradients = is_last
-        coalesce = self.grad_sync == "once-per-window" and self.stage >= 2
+        coalesce = self._reduces_apart()
         if is_first:
             self._leave_window()
             if coalesce:
@@ -124,34 +128,70 @@ class DeepSpeedEngine(Engine):
         if is_last:
             self._leave_window()
 
+    def _reduces_apart(self) -> bool:
+        """Whether gradients are reduced after a window's last backward and not during it."""
+        if self.stage == 1:
+            return self.exchange_apart and hasattr(self._engine, "coalesce_grad_reduction")
+        return self.stage >= 2 and self.grad_sync == "once-per-window"
+
     def _leave_window(self) -> None:
         self._window.close()
 
+    def why_not_again(self, is_last: bool) -> str:
+        lower = "lower the micro-batch (the effective batch stays)"
+        if self.stage == 0:
+            return f"ZeRO stage 0 is not made for it; {lower}, or use plain DDP"
+        if self.stage == 3:
+            return f"ZeRO-3 gathers weights from all processes in every forward, so none can run one by itself; {lower}"
+        if self.equal_micro_batches:
+            return (
+                f"with grad_sync={self.grad_sync} ZeRO-{self.stage} reduces each micro-batch on all processes; {lower}, or use "
+                "grad_sync=once-per-window"
+            )
+        if is_last and not self._reduces_apart():
+            return (
+                "it is the last of its window, whose backward exchanges gradients with the other processes; "
+                f"{lower}, or use recover_from_oom=always (with deepspeed 0.19 or newer), which exchanges after it"
+            )
+        return ""
+
+    def back_out(self, error: Exception) -> None:
+        super().back_out(error)
+        if hasattr(self._engine.optimizer, "exit_backward"):
+            # An interrupted backward did not, and the next would count itself as nested in it.
+            self._engine.optimizer.exit_backward()
+
+    def forget(self, models: Iterable[torch.nn.Module]) -> None:
+        self._engine.optimizer.zero_grad(set_to_none=True)
+
     def backward(self, loss: torch.Tensor) -> None:
         self._engine.backward(loss, scale_wrt_gas=False)
+        if self.stage == 3 and not self._has_gone_back:
+            self._has_gone_back = True
+            forget_forwards_alone()
 
-    def finish(self, optimizer: AcceleratedOptimizer, numbers: Sequence[float]) -> tuple[float, bool, list[float]]:
+    def finish(self, optimizer: AcceleratedOptimizer, numbers: Sequence[float]) -> tuple[float, bool, np.ndarray]:
         if self.stage == 0:
             return self._finish_unsharded(optimizer, numbers)
         skipped = self._engine.skipped_steps
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
-        return float(norm), self._engine.skipped_steps == skipped, self.sum_over_ranks(numbers)
+        return float(norm), self._engine.skipped_steps == skipped, self.gather(numbers)
 
     def _finish_unsharded(
         self, optimizer: AcceleratedOptimizer, numbers: Sequence[float]
-    ) -> tuple[float, bool, list[float]]:
+    ) -> tuple[float, bool, np.ndarray]:
         """Stage 0 steps on whatever the gradient is: take the norm and decide before, and let it clip by its config."""
         gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
         norm = self._norm(gradients)
-        non_finite, *sums = self.sum_over_ranks([float(not math.isfinite(norm)), *numbers])
-        if non_finite:
+        table = self.gather([float(not math.isfinite(norm)), *numbers])
+        if table[:, 0].any():
             self.drop(optimizer)
-            return norm, False, sums
+            return norm, False, table[:, 1:]
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.step()
-        return norm, True, sums
+        return norm, True, table[:, 1:]
 
     def drop(self, optimizer: AcceleratedOptimizer) -> None:
         self._leave_window()
@@ -245,11 +285,20 @@ class DeepSpeedEngine(Engine):
         """State of the torch optimizer's flat shards, which its first step makes."""
         return [state for state in self._engine.optimizer.optimizer.state.values() if state]
 
+    def _shards(self) -> list[torch.Tensor]:
+        """This rank's flat part of the trained weights, which the torch optimizer steps."""
+        sharded = self._engine.optimizer
+        return sharded.fp32_partitioned_groups_flat if self.stage == 3 else sharded.single_partition_of_fp32_groups
+
+    def _stepped(self, optimizer: AcceleratedOptimizer) -> list[torch.Tensor]:
+        if self.stage == 0:
+            return super()._stepped(optimizer)
+        return [] if self._inner_states() else self._shards()
+
     def _make_inner_states(self, like: dict[str, torch.Tensor]) -> None:
         """Make the flat shards' state as a first step would, to be filled in."""
         sharded = self._engine.optimizer
-        shards = sharded.fp32_partitioned_groups_flat if self.stage == 3 else sharded.single_partition_of_fp32_groups
-        for shard in shards:
+        for shard in self._shards():
             sharded.optimizer.state[shard] = {
                 key: value.clone() if value.ndim == 0 else torch.zeros_like(shard) for key, value in like.items()
             }
@@ -267,6 +316,17 @@ class DeepSpeedEngine(Engine):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if "loss_scale" in state:
             self._engine.optimizer.loss_scaler.cur_scale = state["loss_scale"]
+
+
+def forget_forwards_alone() -> None:
+    """ZeRO-3 remembers for good which weights each module may release, from the first passes that it watched. Passes without
+    a backward, such as the proof of the loss path, teach it to release them all, and each backward would gather every
+    weight anew (a cache that outlives its trace: partitioned_param_coordinator.py, __params_to_release)."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    remembered = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    for cell in getattr(remembered, "__closure__", None) or ():  # DeepSpeed's timing decorator lies around the cache
+        getattr(cell.cell_contents, "cache_clear", lambda: None)()
 
 
 def make_plugin(
@@ -323,7 +383,13 @@ def _read_file(path: str) -> dict[str, Any]:
 def _refuse_ignored_fields(path: str) -> None:
     """Beside a DeepSpeed file accelerate reads these from nowhere else, and stops with a traceback where it finds them."""
     only_there = {
-        *("gradient_accumulation_steps", "gradient_clipping", "zero_stage", "mixed_precision", "zero3_save_16bit_model"),
+        *(
+            "gradient_accumulation_steps",
+            "gradient_clipping",
+            "zero_stage",
+            "mixed_precision",
+            "zero3_save_16bit_model",
+        ),
         *(f"offload_{what}_{where}" for what in ("optimizer", "param") for where in ("device", "nvme_path")),
     }
     stated = sorted(only_there & set(os.environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")))

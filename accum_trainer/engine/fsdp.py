@@ -30,6 +30,7 @@ class FSDPEngine(Engine):
 
     name = "fsdp2"
     equal_micro_batches = True  # weights are gathered in every forward
+    shards_weights = True
 
     def __init__(self, accelerator: Accelerator, grad_sync: str) -> None:
         super().__init__(accelerator, grad_sync)
@@ -91,12 +92,20 @@ class FSDPEngine(Engine):
             model.set_requires_gradient_sync(exchange)
         yield
 
+    def why_not_again(self, is_last: bool) -> str:
+        return (
+            "FSDP2 gathers weights from all processes in every forward, so none can run one by itself; lower the micro-batch "
+            "(the effective batch stays)"
+        )
+
     def unwrap(self, model: torch.nn.Module) -> Any:
         return model
 
+    def _stepped(self, optimizer: AcceleratedOptimizer) -> list[torch.Tensor]:
+        return [_local(p) for p in super()._stepped(optimizer)]
+
     def _norm(self, gradients: list[torch.Tensor]) -> float:
-        local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-        return math.sqrt(self.sum_over_ranks([sum(square_sums(local))])[0])
+        return math.sqrt(self.sum_over_ranks([sum(square_sums([_local(g) for g in gradients]))])[0])
 
     def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -116,6 +125,10 @@ class FSDPEngine(Engine):
     def _sharded_like(self, parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         assert isinstance(parameter, DTensor)
         return distribute_tensor(value.to(self.device), parameter.device_mesh, parameter.placements)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def refuse_lost_settings(plugin: Any) -> None:

@@ -42,7 +42,7 @@ from accum_trainer.launch.average import (
 from accum_trainer.launch.parts import INDEPENDENT, Part, find_parts
 from accum_trainer.model import TINY, fingerprint, load_model, load_tokenizer
 from accum_trainer.train import micro_batch_losses
-from accum_trainer.window_plan import cut_window
+from accum_trainer.window_plan import Cut
 
 MERGED, REPORT = "merged", "merge.json"
 
@@ -296,7 +296,9 @@ def _evaluate(folder: Path, rows: TokenizedRows, origin: _Origin) -> float:
     else:
         model = load_model(replace(origin.config, model=str(folder), use_peft=False), origin.tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() and not origin.config.cpu else "cpu")
-    micro_batches = cut_window(rows.lengths, origin.config.batch_size, 1)[0]
+    config = origin.config
+    size = config.batch_size if isinstance(config.batch_size, int) else None if config.max_tokens_per_micro_batch else 4
+    micro_batches = Cut(size, config.max_tokens_per_micro_batch).deal(rows.lengths, 1)[0]
     pad = PaddingCollator(origin.tokenizer.pad_token_id or 0)
 
     def batches() -> Iterator[dict[str, torch.Tensor]]:

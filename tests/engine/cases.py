@@ -7,6 +7,7 @@ or in each of several, and must not know in how many: B and K are given for the 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,8 +16,9 @@ import torch
 from accelerate.state import AcceleratorState
 from torch.utils.data import DataLoader
 
-from accum_trainer import Accumulator, EngineError, causal_lm_loss
-from accum_trainer.window_plan import global_order, windows_of
+from accum_trainer import Accumulator, EngineError, causal_lm_loss, head
+from accum_trainer.data.collating import PackingCollator, PaddingCollator
+from accum_trainer.window_plan import Cost, Cut, global_order, windows_of
 from benchmarks.grad_sync import counting
 from tests.reference import IGNORE, big_batch, make_model, make_rows, num_targets, pad, relative_error
 
@@ -48,7 +50,7 @@ def rank() -> int:
 ENGINE: dict[str, Any] = {}  # what the worker was told of the engine: zero_stage, fsdp, grad_sync
 
 
-def accumulator(micro_batch_size: int, **options: Any) -> Accumulator:
+def accumulator(micro_batch_size: int | None, **options: Any) -> Accumulator:
     engine = {} if "accelerator" in options else {"cpu": True} | ENGINE
     if "zero_stage" in engine:  # accelerate takes one DeepSpeed plugin per process; a case may build several
         AcceleratorState._reset_state()
@@ -676,12 +678,19 @@ def i33_inf_is_dropped_everywhere_under_a_scaler() -> dict[str, Any]:
 def i36_fifty_updates() -> dict[str, Any]:
     rows = make_rows(16 * 10 + 5)
     curves = {}
-    for micro in (16, 4) if world_size() == 1 else (2, 1):
+    cuts = [(micro, Cut(micro), "") for micro in ((16, 4) if world_size() == 1 else (2, 1))]
+    cuts += [(4, Cut(4, packed=True), ", packed")]
+    if world_size() == 2:
+        cuts += [(2, Cut(2, rank_weights=(3.0, 1.0)), ", shares 3:1")]
+    for micro, cut, how in cuts:
         acc = accumulator(micro, global_batch_size=16, max_grad_norm=1.0)
         model = make_model("llama")
+        model.config.use_cache = False  # with a cache transformers does not look for restarting positions
         adam = torch.optim.AdamW(model.parameters(), lr=1e-3)
         prepared, optimizer = acc.prepare(model, adam)
-        windows = acc.windows(rows, collate_fn=pad, lengths=lengths(rows))
+        cut = dataclasses.replace(cut, equal_counts=acc.engine.equal_micro_batches)
+        collate = PackingCollator() if cut.packed else pad
+        windows = acc.windows(rows, collate_fn=collate, lengths=lengths(rows), cut=cut)
         losses: list[float] = []
         while len(losses) < 50:
             for window in windows:
@@ -691,7 +700,7 @@ def i36_fifty_updates() -> dict[str, Any]:
                 losses.append(acc.step(optimizer).loss)
                 if len(losses) == 50:
                     break
-        curves[f"B={micro} K={acc.plan.gradient_accumulation_steps} W={world_size()}"] = losses
+        curves[f"B={micro} K={acc.plan.gradient_accumulation_steps} W={world_size()}{how}"] = losses
     return {"curves": curves}
 
 
@@ -959,6 +968,32 @@ def i6_packed_samples() -> dict[str, Any]:
 
 
 @case
+def every_cut_gives_the_same_gradient() -> dict[str, Any]:
+    """Padded to a multiple, packed, by a token budget, with unequal shares: errors against the float64 big batch, by cut."""
+    rows = make_rows(37, all_masked=(3, 4, 8))
+    shares = (3.0, 1.0) if world_size() == 2 else None
+    cuts = {
+        "multiple of 8": Cut(3, multiple=8),
+        "packed": Cut(3, packed=True),
+        "at most 64 tokens": Cut(max_tokens=64, cost=Cost(8.0, 0.01)),
+        "at most 64 tokens, packed": Cut(max_tokens=64, packed=True),
+        "shares 3:1": Cut(3, rank_weights=shares),
+        "shares 3:1 of at most 64 tokens": Cut(max_tokens=64, rank_weights=shares, cost=Cost(8.0, 0.01)),
+    }
+    found = {}
+    for name, cut in cuts.items():
+        acc = accumulator(None if cut.max_tokens else 3, global_batch_size=12)
+        model = make_model("llama")
+        model.config.use_cache = False  # with a cache transformers does not look for restarting positions
+        probe = Probe(acc, model)
+        cut = dataclasses.replace(cut, equal_counts=acc.engine.equal_micro_batches)
+        collate = PackingCollator() if cut.packed else PaddingCollator(0, cut.multiple)
+        windows = acc.windows(rows, collate_fn=collate, lengths=lengths(rows), cut=cut, prefetch=True)
+        found[name] = compare(probe, windows, planned(rows, 12))
+    return {"cuts": found}
+
+
+@case
 def combinations() -> dict[str, Any]:
     """{full, LoRA} x {float32, bf16} x checkpointing x policy: each gradient's error, and that of one big batch of its kind."""
     rows = make_rows(14)  # a tail window of 14 at B_eff 16: ranks hold unequal shares
@@ -988,6 +1023,36 @@ def combinations() -> dict[str, Any]:
                     probe.step()
                 errors.setdefault(f"{kind} {precision}", []).append(relative_error(probe.stepped[-1], exact))
     return {"errors_by_kind": errors}
+
+
+@case
+def logits_at_targets_in_chunks() -> dict[str, Any]:
+    """Each path of the loss, with chunks of four targets: ranks make different numbers of chunks, and one makes none."""
+    from peft import LoraConfig, get_peft_model
+
+    rows = make_rows(13, all_masked=(2, 3, 8))
+    head_too = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    models = {
+        "llama": make_model("llama"),
+        "gpt2": make_model("gpt2"),  # embeddings tied to the head
+        "lora": make_model("lora"),
+        "lora on the head": get_peft_model(make_model("llama"), head_too),
+        "turned off": make_model("llama"),
+    }
+    result = {}
+    before, head.CHUNK = head.CHUNK, 4 * 97
+    try:
+        for name, model in models.items():
+            acc = accumulator(2, global_batch_size=8)
+            probe = Probe(acc, model)
+            if name == "turned off":
+                head.decide_loss_path(probe.model, None, "off")
+            found = compare(probe, acc.windows(rows, collate_fn=pad, shuffle=False), [rows[:8], rows[8:]])
+            path = head.decide_loss_path(probe.model, None).path
+            result[name] = {"path": path, "errors": found["errors"] + found["loss_errors"]}
+    finally:
+        head.CHUNK = before
+    return result
 
 
 @case

@@ -73,6 +73,20 @@ def test_i8_sum_of_weights_is_the_denominator(case):
         assert result["found"] == pytest.approx(result["exact"], rel=EXACT)
 
 
+def test_logits_are_made_at_the_targets_on_every_path(case):
+    for result in case("logits_at_targets_in_chunks"):
+        assert {name: found["path"] for name, found in result.items()} == {
+            "llama": "chunked",
+            "gpt2": "chunked",
+            "lora": "chunked",
+            "lora on the head": "selected",
+            "turned off": "plain",
+        }
+        for name, found in result.items():
+            assert len(found["errors"]) == 4
+            assert all(error <= EXACT for error in found["errors"]), name
+
+
 def test_i10_no_target_in_micro_batch_rank_or_window(case):
     for result in case("i10_no_target_anywhere"):
         assert all(error <= EXACT for error in result["errors"])
@@ -264,7 +278,7 @@ _CURVES: dict[str, list[float]] = {}
 
 
 def test_i36_one_curve_for_one_effective_batch(case):
-    """Fifty updates at B_eff 16 as (B, K, W) = (16,1,1), (4,4,1), (2,4,2), (1,8,2)."""
+    """Fifty updates at B_eff 16 as (B, K, W) = (16,1,1), (4,4,1), (2,4,2), (1,8,2); packed; with shares 3:1."""
     for result in case("i36_fifty_updates"):
         _CURVES.update(result["curves"])
     reference = _CURVES["B=16 K=1 W=1"]
@@ -272,6 +286,17 @@ def test_i36_one_curve_for_one_effective_batch(case):
     assert reference[-1] < reference[0]
     for curve in _CURVES.values():
         assert curve == pytest.approx(reference, rel=1e-4)
+
+
+def test_r55_every_cut_gives_the_same_gradient(case):
+    """However a window is padded, packed, limited in tokens or shared out 3:1."""
+    for result in case("every_cut_gives_the_same_gradient"):
+        assert len(result["cuts"]) == 6
+        for name, cut in result["cuts"].items():
+            assert len(cut["errors"]) == 4, name  # three whole windows and the tail
+            assert all(error <= EXACT for error in [*cut["errors"], *cut["loss_errors"]]), name
+            for samples, all_samples, targets, all_targets in cut["sizes"]:
+                assert (samples, targets) == (all_samples, all_targets), name
 
 
 def test_i37_position_continues_the_same_windows(case):

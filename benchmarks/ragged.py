@@ -1,0 +1,301 @@
+"""Real text of uneven length: our updates against those of the trainers that people use, on the same samples.
+
+    python benchmarks/ragged.py [--data FILE.jsonl] [--model DIR] [--k 8 16] [--updates 12] [--peers trainer grouped trl] [--out FILE.md]
+
+Every loop trains an equal model with AdamW and clipping, B = 8. `trainer` is `transformers.Trainer` as documented, `grouped` the
+same with its length grouping, `trl` TRL's SFTTrainer. All but `grouped`, whose order is its own, get the samples of each update
+in the same order, so that each pair of updates compares the same work. Updates are timed in turn in one process, the first of
+each pair alternating; the figure is the median of the pairs' ratios, in samples per second. Without --data the rows are the
+documentation strings that Python carries; without --model a Llama of 5M parameters. Memory: each loop alone in a process of its
+own, peak resident memory above what the process held before its first update.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from accum_trainer import Accumulator, TrainConfig, causal_lm_loss
+from accum_trainer.assemble import load_rows
+from accum_trainer.data.collating import PaddingCollator
+from accum_trainer.data.tokenizing import TokenizedRows
+from accum_trainer.model import load_model, load_tokenizer
+from accum_trainer.records import memory_gb, peak_gb, reset_peak
+from accum_trainer.window_plan import Cost, Cut, global_order
+from benchmarks.overhead import KEEP_FREED_MEMORY, RETURN_FREED_MEMORY
+
+B, MAX_NORM, LR = 8, 1.0, 1e-5
+LABELS = {
+    "trainer": "`transformers.Trainer`",
+    "grouped": "`transformers.Trainer`, length grouping",
+    "trl": "TRL `SFTTrainer`",
+}
+CPU_COST = Cost(fixed=32.0, square=1e-3)
+
+
+def load(options: argparse.Namespace) -> tuple[torch.nn.Module, Any, TokenizedRows]:
+    config = TrainConfig(model=options.model or "tiny", dataset_file=options.data, max_seq_len=options.max_seq_len)
+    tokenizer = load_tokenizer(config)
+    rows = load_rows(config, tokenizer)[0]
+    torch.manual_seed(0)
+    return (load_model(config, tokenizer) if options.model else five_million(tokenizer)), tokenizer, rows
+
+
+def five_million(tokenizer: Any) -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 5, "num_attention_heads": 4}
+    special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=2048, use_cache=False, **sizes, **special)
+    return LlamaForCausalLM(config)
+
+
+def ours(
+    model: torch.nn.Module, tokenizer: Any, rows: TokenizedRows, k: int, order: list[int], cut: Cut
+) -> Iterator[None]:
+    """One update per `next`."""
+    budget = {"micro_batch_size": B, "gradient_accumulation_steps": k}
+    if cut.max_tokens is not None:
+        budget = {"global_batch_size": B * k}
+    acc = Accumulator(**budget, max_grad_norm=MAX_NORM, cpu=True)
+    model, optimizer = acc.prepare(model, torch.optim.AdamW(model.parameters(), lr=LR, fused=True))
+    chosen = Chosen(rows, order)
+    collate = PaddingCollator(tokenizer.pad_token_id or 0)
+    windows = acc.windows(chosen, collate_fn=collate, lengths=chosen.lengths, shuffle=False, cut=cut, prefetch=True)
+    for window in windows:
+        for batch in window:
+            with acc.accumulate(model):
+                acc.backward(causal_lm_loss(model, batch))
+        acc.step(optimizer)
+        yield
+
+
+class Chosen:
+    """Some of the rows, in a given order, already in memory."""
+
+    def __init__(self, rows: TokenizedRows, order: list[int]) -> None:
+        self.samples = [rows[i] for i in order]
+        self.lengths = rows.lengths[order]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return self.samples[index]
+
+
+def trainer(
+    which: str, model: torch.nn.Module, tokenizer: Any, rows: TokenizedRows, k: int, order: list[int]
+) -> Iterator[None]:
+    """A Trainer that makes one update per `next`: it runs in a thread and waits in a callback between updates."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    go, done = threading.Semaphore(0), threading.Semaphore(0)
+    failed: list[BaseException] = []
+
+    class Step(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            done.release()
+            go.acquire()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            done.release()
+            go.acquire()
+
+    folder = tempfile.mkdtemp()
+    common: dict[str, Any] = {
+        "output_dir": folder,
+        "per_device_train_batch_size": B,
+        "gradient_accumulation_steps": k,
+        "num_train_epochs": 1,
+        "use_cpu": True,
+        "max_grad_norm": MAX_NORM,
+        "learning_rate": LR,
+        "lr_scheduler_type": "constant",
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "train_sampling_strategy": "group_by_length" if which == "grouped" else "sequential",
+    }
+    data = [{**rows[i], "length": int(rows.lengths[i])} for i in order]
+    if which == "trl":
+        from datasets import Dataset
+        from trl import SFTConfig, SFTTrainer
+
+        made = SFTTrainer(
+            model=model,
+            args=SFTConfig(**common, bf16=False, gradient_checkpointing=False, max_length=None),
+            train_dataset=Dataset.from_list(data).remove_columns("length"),
+            processing_class=tokenizer,
+            callbacks=[Step()],
+        )
+    else:
+        made = Trainer(
+            model=model,
+            args=TrainingArguments(**common),
+            data_collator=PaddingCollator(tokenizer.pad_token_id or 0),
+            train_dataset=data,
+            callbacks=[Step()],
+        )
+
+    def train() -> None:
+        try:
+            made.train()
+        except BaseException as error:
+            failed.append(error)
+        finally:
+            done.release()
+
+    threading.Thread(target=train, daemon=True).start()
+    done.acquire()  # it is ready to begin
+    while True:
+        go.release()
+        done.acquire()
+        if failed:
+            raise failed[0]
+        yield
+
+
+def timed(loop: Iterator[None]) -> float:
+    begun = time.perf_counter()
+    next(loop)
+    return time.perf_counter() - begun
+
+
+def compare(
+    first: Callable[[], Iterator[None]], second: Callable[[], Iterator[None]], updates: int
+) -> tuple[float, float, float]:
+    """Speed of the first over that of the second: median and quartiles of the pairs' ratios."""
+    loops = first(), second()
+    for loop in loops:
+        next(loop)  # the first update allocates
+    ratios = []
+    for pair in range(updates):
+        seconds = [0.0, 0.0]
+        for which in (0, 1) if pair % 2 == 0 else (1, 0):
+            seconds[which] = timed(loops[which])
+        ratios.append(seconds[1] / seconds[0])
+    low, median, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return median, low, high
+
+
+def peak(options: argparse.Namespace, which: str, k: int) -> float:
+    """Peak memory in GB of one loop above what its process held before, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.ragged", "--peak-of", which, "--k", str(k)]
+    command += ["--max-seq-len", str(options.max_seq_len)]
+    for name in ("data", "model"):
+        if getattr(options, name):
+            command += [f"--{name}", getattr(options, name)]
+    done = subprocess.run(command, env=os.environ | RETURN_FREED_MEMORY, check=True, capture_output=True, text=True)
+    return float(done.stdout.split()[-1])
+
+
+def make_loop(
+    which: str, model: torch.nn.Module, tokenizer: Any, rows: TokenizedRows, k: int, order: list[int]
+) -> Iterator[None]:
+    if which == "ours":
+        return ours(model, tokenizer, rows, k, order, Cut(B, cost=CPU_COST))
+    if which == "budget":
+        budget = B * int(statistics.mean(rows.lengths[order]))
+        return ours(model, tokenizer, rows, k, order, Cut(max_tokens=budget, cost=CPU_COST))
+    return trainer(which, model, tokenizer, rows, k, order)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", help="rows for training; default: the embedded corpus")
+    parser.add_argument("--model", help="a folder that from_pretrained loads; default: a Llama of 5M parameters")
+    parser.add_argument("--k", type=int, nargs="+", default=[8, 16])
+    parser.add_argument("--updates", type=int, default=12)
+    parser.add_argument("--max-seq-len", type=int, default=512)
+    parser.add_argument("--peers", nargs="+", choices=LABELS, default=list(LABELS))
+    parser.add_argument("--uniform", action="store_true", help="only rows of one length: what sorting cannot help")
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--out")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+
+    if options.peak_of:
+        return measure_peak(options)
+    if os.environ.get("MALLOC_TRIM_THRESHOLD_") is None:  # read when a process starts, so start again
+        os.execve(
+            sys.executable, [sys.executable, "-m", "benchmarks.ragged", *sys.argv[1:]], os.environ | KEEP_FREED_MEMORY
+        )
+
+    model, tokenizer, rows = load(options)
+    lines = [
+        f"{options.data or 'embedded corpus'}, {options.model or 'Llama of 5M'} "
+        f"({sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters), B={B}, CPU, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}, {platform.machine()}, {options.updates} interleaved pairs of updates",
+        "",
+        "| samples per second, ours over | K | median | quartiles |",
+        "|---|---|---|---|",
+    ]
+    found = {}
+    for k in options.k:
+        order = choose(rows, (options.updates + 2) * B * k, options.uniform)
+        for peer in options.peers:
+
+            def start(which: str, k: int = k, order: list[int] = order) -> Iterator[None]:
+                return make_loop(which, copy.deepcopy(model), tokenizer, rows, k, order)
+
+            median, low, high = compare(lambda: start("ours"), lambda peer=peer: start(peer), options.updates)
+            found[f"{peer} K={k}"] = median
+            lines.append(f"| {LABELS[peer]} | {k} | {median:.2f} | {low:.2f} to {high:.2f} |")
+            print(lines[-1], file=sys.stderr)
+    if not options.no_memory:
+        k = options.k[0]
+        mine, theirs = peak(options, "ours", k), peak(options, "trainer", k)
+        lines.append(
+            f"| `transformers.Trainer`: peak memory, ours over theirs | {k} | {mine / theirs:.3f} | {mine:.2f} / {theirs:.2f} GB |"
+        )
+    print("\n".join(lines))
+    if options.out:
+        with open(options.out, "a") as file:
+            file.write("\n".join(lines) + "\n\n")
+
+
+def choose(rows: TokenizedRows, count: int, uniform: bool) -> list[int]:
+    """The rows to train on: in the global order, or those nearest to the middle in length."""
+    order = [int(i) for i in global_order(len(rows), 0, 0)]
+    if uniform:
+        middle = int(statistics.median(rows.lengths))
+        order = sorted(order, key=lambda i: abs(int(rows.lengths[i]) - middle))
+    while len(order) < count:
+        order += order
+    return order[:count]
+
+
+def measure_peak(options: argparse.Namespace) -> None:
+    model, tokenizer, rows = load(options)
+    k = options.k[0]
+    loop = make_loop(options.peak_of, model, tokenizer, rows, k, choose(rows, 4 * B * k, False))
+    before = memory_gb(torch.device("cpu"))
+    reset_peak(torch.device("cpu"))
+    for _ in range(2):
+        next(loop)
+    print(json.dumps({"before": before}), file=sys.stderr)
+    print(peak_gb(torch.device("cpu")) - before + weights_gb(model))
+
+
+def weights_gb(model: torch.nn.Module) -> float:
+    """The model was there before; count it in."""
+    return sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
+
+
+if __name__ == "__main__":
+    main()

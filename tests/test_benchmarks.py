@@ -1,0 +1,57 @@
+"""The benchmarks' claims that do not depend on a machine: what is exchanged, counted on real processes."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.traffic import ONCE, Case, launch
+
+# A Llama with untied embeddings and biases in its MLP, by hand; an adapter of rank 8 beside each of its seven matrices.
+V, H, INNER, L, W = 257, 64, 171, 3, 2
+ALL = 4 * (2 * V * H + L * (4 * H * H + 3 * H * INNER + 2 * INNER + H + 2 * H) + H)
+ADAPTER = 4 * L * 8 * (4 * (H + H) + 3 * (H + INNER))
+KS = (1, 2, 8)
+
+OURS = [Case(engine, lora, ONCE, k) for engine in ("ddp", "zero2") for lora in (False, True) for k in KS]
+PEERS = [Case("accelerate", False, ONCE, 8), Case("deepspeed2", False, ONCE, 8)]
+
+
+@pytest.fixture(scope="module")
+def traffic():
+    return launch(OURS + PEERS)
+
+
+@pytest.mark.parametrize("k", KS)
+def test_traffic_of_ddp_is_the_gradient_once(traffic, k):
+    found = traffic[Case("ddp", k=k)]
+    assert found["gradients"] == {"bytes": ALL, "collectives": 1}
+    assert found["weights"]["bytes"] == 0
+
+
+@pytest.mark.parametrize("k", KS)
+def test_traffic_of_lora_is_the_adapter_once(traffic, k):
+    assert traffic[Case("ddp", lora=True, k=k)]["gradients"] == {"bytes": ADAPTER, "collectives": 1}
+    assert traffic[Case("zero2", lora=True, k=k)]["gradients"] == {"bytes": ADAPTER, "collectives": 1}
+
+
+@pytest.mark.parametrize("k", KS)
+def test_traffic_of_zero2_once_per_window_is_that_of_ddp(traffic, k):
+    found = traffic[Case("zero2", k=k)]
+    assert found["gradients"] == {"bytes": ALL, "collectives": 1}
+    # And the weights that the other process has stepped, padded to a multiple of 2 W numbers.
+    assert found["weights"] == {"bytes": ALL + -ALL % (4 * 2 * W), "collectives": 1}
+    assert ALL % (4 * 2 * W) != 0
+
+
+def test_traffic_beside_the_gradient_is_a_few_numbers_at_any_k(traffic):
+    """Counts before the window, what all ranks share after it, and a norm or DDP's buffers (16 rotary frequencies)."""
+    for engine in ("ddp", "zero2"):
+        for lora in (False, True):
+            beside = [traffic[Case(engine, lora, k=k)]["other"] for k in KS]
+            assert beside[0] == beside[1] == beside[2]
+            assert beside[0]["collectives"] == 3 and beside[0]["bytes"] < 500
+
+
+def test_traffic_of_the_peers(traffic):
+    assert traffic[Case("accelerate", k=8)]["gradients"] == {"bytes": ALL, "collectives": 1}
+    assert traffic[Case("deepspeed2", k=8)]["gradients"] == {"bytes": 8 * ALL, "collectives": 8}
