@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
 
-from accum_trainer import Accumulator, ConfigError, EngineError
+from accum_trainer import Accumulator, ConfigError, EngineError, TrainConfig
 from accum_trainer.data.collating import PaddingCollator
 from accum_trainer.engine import base
 from accum_trainer.fit import Memory, find_fit
+from accum_trainer.train import updates
 from tests.recovering import MadeUpMemory
 from tests.reference import make_model
 
@@ -156,3 +158,15 @@ def test_what_a_container_may_still_take(tmp_path, files, free):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     assert base._free_in_cgroup(tmp_path) == free
+
+
+def test_the_trainer_finds_it_keeps_the_effective_batch_and_writes_it_down(tmp_path):
+    config = TrainConfig(
+        batch_size="auto", global_batch_size=6, steps=1, max_seq_len=64, cpu=True, output_dir=str(tmp_path / "run")
+    )
+    (record,) = updates(config)
+    assert record["effective_batch_size"] == 6
+    found = json.loads((tmp_path / "run" / "plan.json").read_text())["batch_size_found"]
+    assert (found["micro_batch_size"], found["max_tokens"]) == (6, 384)
+    assert found["tried"].keys() == {"1", "2", "4", "6"}
+    assert found["needed_gb"] <= found["limit_gb"]

@@ -12,6 +12,7 @@ the accumulator compares.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import queue
 import threading
@@ -263,16 +264,22 @@ class Prefetched:
             except BaseException as error:  # raised again where the part is asked for
                 put(error)
 
+        def stop() -> None:
+            given_up.set()
+            maker.join()
+
         maker = threading.Thread(target=make, name="windows", daemon=True)
         maker.start()
+        # A thread that is inside a library while the interpreter goes down takes the process with it.
+        atexit.register(stop)
         try:
             while (item := ready.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
                 yield item
         finally:
-            given_up.set()
-            maker.join()
+            stop()
+            atexit.unregister(stop)
 
 
 class LoaderSource:

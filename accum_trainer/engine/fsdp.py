@@ -107,6 +107,26 @@ class FSDPEngine(Engine):
     def _norm(self, gradients: list[torch.Tensor]) -> float:
         return math.sqrt(self.sum_over_ranks([sum(square_sums([_local(g) for g in gradients]))])[0])
 
+    # --- whole tensors: a forward without a backward leaves the outermost weights gathered, as parameters of the model ---
+
+    def full_weights(self, model: torch.nn.Module, trained_only: bool = False) -> dict[str, torch.Tensor]:
+        _reshard(model)
+        return super().full_weights(model, trained_only)
+
+    def load_full_weights(self, model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+        _reshard(model)
+        super().load_full_weights(model, weights)
+
+    def full_optimizer_state(self, model: torch.nn.Module, optimizer: AcceleratedOptimizer) -> dict[str, Any]:
+        _reshard(model)
+        return super().full_optimizer_state(model, optimizer)
+
+    def load_full_optimizer_state(
+        self, model: torch.nn.Module, optimizer: AcceleratedOptimizer, saved: dict[str, Any]
+    ) -> None:
+        _reshard(model)
+        super().load_full_optimizer_state(model, optimizer, saved)
+
     def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -129,6 +149,13 @@ class FSDPEngine(Engine):
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _reshard(model: torch.nn.Module) -> None:
+    """Put every parameter back into its shard."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def refuse_lost_settings(plugin: Any) -> None:
