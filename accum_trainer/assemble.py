@@ -92,6 +92,7 @@ def assemble(config: TrainConfig) -> Parts:
         max_grad_norm=config.max_grad_norm,
         grad_sync=config.grad_sync,
         accumulation_dtype=config.accumulation_dtype,
+        recover_from_oom=config.recover_from_oom,
         mixed_precision=choose_precision(config.mixed_precision, config.amp, config.cpu),
         **_engine_options(config),
     )

@@ -95,6 +95,13 @@ class TrainConfig:
         "How samples lie in a micro-batch: padded to a rectangle, or packed end to end; auto packs for flash attention.",
         choices=("auto", "padded", "packed"),
     )
+    recover_from_oom: str = _option(
+        "auto",
+        "Batch",
+        "Cut a micro-batch that runs out of memory in two and run it again; always: also a window's last one, by "
+        "exchanging gradients after its backward.",
+        choices=("auto", "always", "never"),
+    )
     loss_on_targets: str = _option(
         "auto",
         "Batch",
