@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -75,6 +75,14 @@ CASES = {
     "zero3, bf16": Case("zero3", options=BF16),
     "zero3, LoRA": Case("zero3", options=LORA),
 }
+
+
+def case_named(name: str) -> Case:
+    """One of `CASES`; or its first word at another K, as in `zero2, K=16`."""
+    if name in CASES:
+        return CASES[name]
+    engine, k = name.split(", K=")
+    return replace(CASES[engine], k=int(k))
 
 
 @dataclass(frozen=True)
@@ -286,7 +294,7 @@ def worker(folder: Path, out: Path, names: list[str]) -> None:
     for name in names:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        measured = measure(folder, CASES[name])
+        measured = measure(folder, case_named(name))
         results[name] = {"peak": measured.peak, "sent": measured.sent}
     if os.environ.get("RANK", "0") == "0":
         out.write_text(json.dumps(results))
@@ -296,7 +304,7 @@ def launch(folder: Path, names: list[str]) -> dict[str, Measured]:
     """Measure the named cases in processes of their own, those of one number of processes together."""
     results: dict[str, Measured] = {}
     for processes in (1, 2):
-        chosen = [name for name in names if CASES[name].processes == processes]
+        chosen = [name for name in names if case_named(name).processes == processes]
         if not chosen:
             continue
         out = folder / f"measured-{processes}.json"

@@ -6,19 +6,16 @@ Every loop trains an equal model with AdamW and clipping, B = 8. `trainer` is `t
 same with its length grouping, `trl` TRL's SFTTrainer. All but `grouped`, whose order is its own, get the samples of each update
 in the same order, so that each pair of updates compares the same work. Updates are timed in turn in one process, the first of
 each pair alternating; the figure is the median of the pairs' ratios, in samples per second. Without --data the rows are the
-documentation strings that Python carries; without --model a Llama of 5M parameters. Memory: each loop alone in a process of its
-own, peak resident memory above what the process held before its first update.
+documentation strings that Python carries; without --model a Llama of 5M parameters. Their memory: `benchmarks/memory.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -33,9 +30,8 @@ from accum_trainer.assemble import load_rows
 from accum_trainer.data.collating import PaddingCollator
 from accum_trainer.data.tokenizing import TokenizedRows
 from accum_trainer.model import load_model, load_tokenizer
-from accum_trainer.records import memory_gb, peak_gb, reset_peak
 from accum_trainer.window_plan import Cost, Cut, global_order
-from benchmarks.overhead import KEEP_FREED_MEMORY, RETURN_FREED_MEMORY
+from benchmarks.overhead import KEEP_FREED_MEMORY
 
 B, MAX_NORM, LR = 8, 1.0, 1e-5
 LABELS = {
@@ -193,17 +189,6 @@ def compare(
     return median, low, high
 
 
-def peak(options: argparse.Namespace, which: str, k: int) -> float:
-    """Peak memory in GB of one loop above what its process held before, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.ragged", "--peak-of", which, "--k", str(k)]
-    command += ["--max-seq-len", str(options.max_seq_len)]
-    for name in ("data", "model"):
-        if getattr(options, name):
-            command += [f"--{name}", getattr(options, name)]
-    done = subprocess.run(command, env=os.environ | RETURN_FREED_MEMORY, check=True, capture_output=True, text=True)
-    return float(done.stdout.split()[-1])
-
-
 def make_loop(
     which: str, model: torch.nn.Module, tokenizer: Any, rows: TokenizedRows, k: int, order: list[int]
 ) -> Iterator[None]:
@@ -224,13 +209,9 @@ def main() -> None:
     parser.add_argument("--max-seq-len", type=int, default=512)
     parser.add_argument("--peers", nargs="+", choices=LABELS, default=list(LABELS))
     parser.add_argument("--uniform", action="store_true", help="only rows of one length: what sorting cannot help")
-    parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--out")
-    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
 
-    if options.peak_of:
-        return measure_peak(options)
     if os.environ.get("MALLOC_TRIM_THRESHOLD_") is None:  # read when a process starts, so start again
         os.execve(
             sys.executable, [sys.executable, "-m", "benchmarks.ragged", *sys.argv[1:]], os.environ | KEEP_FREED_MEMORY
@@ -257,12 +238,6 @@ def main() -> None:
             found[f"{peer} K={k}"] = median
             lines.append(f"| {LABELS[peer]} | {k} | {median:.2f} | {low:.2f} to {high:.2f} |")
             print(lines[-1], file=sys.stderr)
-    if not options.no_memory:
-        k = options.k[0]
-        mine, theirs = peak(options, "ours", k), peak(options, "trainer", k)
-        lines.append(
-            f"| `transformers.Trainer`: peak memory, ours over theirs | {k} | {mine / theirs:.3f} | {mine:.2f} / {theirs:.2f} GB |"
-        )
     print("\n".join(lines))
     if options.out:
         with open(options.out, "a") as file:
@@ -278,23 +253,6 @@ def choose(rows: TokenizedRows, count: int, uniform: bool) -> list[int]:
     while len(order) < count:
         order += order
     return order[:count]
-
-
-def measure_peak(options: argparse.Namespace) -> None:
-    model, tokenizer, rows = load(options)
-    k = options.k[0]
-    loop = make_loop(options.peak_of, model, tokenizer, rows, k, choose(rows, 4 * B * k, False))
-    before = memory_gb(torch.device("cpu"))
-    reset_peak(torch.device("cpu"))
-    for _ in range(2):
-        next(loop)
-    print(json.dumps({"before": before}), file=sys.stderr)
-    print(peak_gb(torch.device("cpu")) - before + weights_gb(model))
-
-
-def weights_gb(model: torch.nn.Module) -> float:
-    """The model was there before; count it in."""
-    return sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
 
 
 if __name__ == "__main__":

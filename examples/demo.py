@@ -6,6 +6,7 @@ Leaves one picture of the three loss curves, and says in a few lines what it sho
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -18,7 +19,7 @@ from accum_trainer.records import draw_loss, read_records
 
 FOLDER = Path(os.environ.get("DEMO_FOLDER", "runs/demo"))
 BIN = Path(sys.executable).parent
-COMMON = "--cpu --batch-size 2 --steps 100 --lr 1e-3 --warmup 10 --max-seq-len 256"
+COMMON = "--cpu --batch-size 2 --steps 100 --lr 1e-3 --warmup 10 --max-seq-len 128"
 TRAIN = "accum-trainer train"
 TWO = "accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no -m accum_trainer.train"
 RUNS = {
@@ -27,15 +28,21 @@ RUNS = {
     "B 2 x K 8 x W 2 = 32": ("k8-two-processes", f"{TWO} {COMMON} --gradient-accumulation-steps 8"),
 }
 
+# glibc keeps freed memory for later by default; with these, resident memory follows what torch holds.
+RETURN_FREED_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": "4096",
+    "MALLOC_TRIM_THRESHOLD_": "0",
+    "MALLOC_TOP_PAD_": "0",
+    "MALLOC_ARENA_MAX": "1",
+}
+
 
 def train(name: str, command: str) -> list[dict]:
     """Run one training as a user would type it; return its records."""
     command += f" --output-dir {FOLDER / name}"
     print(f"\n$ {command}", flush=True)
     program, *arguments = shlex.split(command)
-    # glibc keeps freed memory for later by default; with this, resident memory follows what torch holds.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
-    finished = subprocess.run([str(BIN / program), *arguments], env=environment)
+    finished = subprocess.run([str(BIN / program), *arguments], env=os.environ | RETURN_FREED_MEMORY)
     if finished.returncode:
         sys.exit(finished.returncode)
     return read_records(FOLDER / name / "metrics.jsonl")
@@ -59,10 +66,13 @@ def main() -> None:
     noise_small, noise_large = variance_around_trend(small), variance_around_trend(large)
     apart = max(abs(a["loss"] - b["loss"]) / a["loss"] for a, b in zip(large, split, strict=True))
     peaks = [max(record["peak_gb"] for record in run) for run in (small, large)]
+    gradient = json.loads((FOLDER / "k16" / "plan.json").read_text())["trained_parameters"] * 4 / 1e9
     print(
         f"\nloss variance     K=1 {noise_small:.4f}, K=16 {noise_large:.4f}: down by {1 - noise_large / noise_small:.0%}"
     )
-    print(f"peak memory       K=1 {peaks[0]:.3f} GB, K=16 {peaks[1]:.3f} GB: ratio {peaks[1] / peaks[0]:.3f}")
+    print(
+        f"peak memory       K=1 {peaks[0]:.3f} GB, K=16 {peaks[1]:.3f} GB, {gradient:.3f} GB of it the gradient so far"
+    )
     print(f"one process, two  the same 100 updates: losses at most {apart:.1e} apart (relative)")
     print(f"picture           {FOLDER / 'loss.png'}")
 

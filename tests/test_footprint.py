@@ -291,6 +291,25 @@ def test_estimate_is_what_happens(measured, name):
     assert expected.traffic[case.grad_sync] == pytest.approx(found[name].sent, rel=SENT.get(case.engine, 0.001))
 
 
+KS = (1, 2, 16)
+
+
+@pytest.fixture(scope="module")
+def peaks(measured):
+    names = {k: f"single, K={k}" for k in KS}
+    found = launch(measured[0], list(names.values()))
+    return {k: found[name].peak for k, name in names.items()}
+
+
+def test_r22_peak_memory_does_not_depend_on_k(peaks):
+    assert peaks[16] == pytest.approx(peaks[2], rel=0.01)
+
+
+def test_r22_k_1_needs_one_gradient_less(measured, peaks):
+    gradient = estimate(measured[0], CASES["single"]).gradients
+    assert peaks[16] - gradient == pytest.approx(peaks[1], rel=0.01)
+
+
 def test_the_measure_is_of_live_bytes():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as recorded:
         kept = torch.empty(1_000_000, dtype=torch.uint8)

@@ -6,8 +6,10 @@ that beats the constructor's. Each such fall-back is an error here.
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
+import time
 from typing import Any
 
 import torch
@@ -84,6 +86,9 @@ def build_engine(
             f"gradient_accumulation_steps={accelerator.gradient_accumulation_steps}; make them agree, or leave the Accelerator's out"
         )
     _check_in_force(accelerator)
+    if accelerator.num_processes > 1:
+        atexit.unregister(_let_gloo_finish)  # once, however many engines a process builds
+        atexit.register(_let_gloo_finish)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return DeepSpeedEngine(accelerator, grad_sync)
     if wants_zero:
@@ -98,6 +103,16 @@ def build_engine(
         f"accelerate runs {accelerator.distributed_type.value}, for which accum_trainer has no engine; "
         "launch a single process, DDP, DeepSpeed or FSDP2"
     )
+
+
+def _let_gloo_finish() -> None:
+    """Give gloo's threads the time to let go of the last tensors that they sent, while the interpreter is whole.
+
+    They need its lock for that, and one that asks for it later aborts a run that has ended well ("terminate called
+    without an active exception", one of seven such processes on two busy cores). Ending the process group does not
+    help: the model's wrapper holds it, and nothing says when a thread has let go.
+    """
+    time.sleep(0.2)
 
 
 def choose_precision(mixed_precision: str | None, amp: bool, cpu: bool) -> str:

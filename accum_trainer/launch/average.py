@@ -19,13 +19,13 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from accum_trainer.errors import CheckpointError, ConfigError
+from accum_trainer.launch.parts import read_json
 
 ADAPTER_CONFIG, ADAPTER, MODEL = "adapter_config.json", "adapter_model.safetensors", "model.safetensors"
 _LORA = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
@@ -53,11 +53,11 @@ class SavedModel:
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
         self.is_adapter = (folder / ADAPTER_CONFIG).is_file()
-        self.config = _read_json(folder / ADAPTER_CONFIG, name) if self.is_adapter else {}
+        self.config = read_json(folder / ADAPTER_CONFIG) if self.is_adapter else {}
         index = folder / f"{MODEL}.index.json"
         files = [ADAPTER] if self.is_adapter else [MODEL]
         if not self.is_adapter and not (folder / MODEL).exists() and index.is_file():
-            files = sorted(set(_read_json(index, name).get("weight_map", {}).values()))
+            files = sorted(set(read_json(index).get("weight_map", {}).values()))
         try:
             self._files = {file: safe_open(folder / file, "pt") for file in files}
         except FileNotFoundError:
@@ -249,13 +249,3 @@ def _as_stored(change: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
     raise ConfigError(
         f"an adapter of {type(module).__name__} cannot be written into the whole model; use --adapter concat"
     )
-
-
-def _read_json(path: Path, name: str) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path.name} of {name} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path.name} of {name} holds a {type(value).__name__}, not an object")
-    return value
