@@ -393,8 +393,10 @@ class Accumulator:
         return self._window is not None and self._accumulated == len(self._window)
 
     def _numbers(self, window: Window) -> list[float]:
-        """What all ranks share in the one small exchange at the end of a window."""
-        return [float(self._loss_sum), float(self._stop), float(window._num_splits), float(len(window))]
+        """What all ranks share in the one small exchange at the end of a window, the next one's counts included."""
+        assert self._windows is not None and self._windows._reader is not None
+        ended = [float(self._loss_sum), float(self._stop), float(window._num_splits), float(len(window))]
+        return [*ended, *self._windows._reader.numbers_ahead()]
 
     def _finish(self, window: Window, optimizer: PreparedOptimizer) -> Update:
         if window.num_targets > 0:
@@ -421,8 +423,9 @@ class Accumulator:
 
     def _close(self, window: Window, table: np.ndarray, grad_norm: float, stepped: bool, reason: str) -> Update:
         """End the window; `table[rank]` holds each rank's `_numbers`."""
-        assert self._windows is not None
-        loss_sum, stops, splits, _ = table.sum(axis=0).tolist()
+        assert self._windows is not None and self._windows._reader is not None
+        loss_sum, stops, splits = table[:, :3].sum(axis=0).tolist()
+        self._windows._reader.learn_ahead(table[:, 4:])
         if splits:
             self.engine.exchange_apart = True  # a second failure may come in a last micro-batch
         self.num_updates += stepped

@@ -29,7 +29,7 @@ from accum_trainer.engine.build import choose_precision
 from accum_trainer.errors import ConfigError, DataError
 from accum_trainer.fit import Fit, find_fit
 from accum_trainer.head import LossPath, decide_loss_path
-from accum_trainer.model import fingerprint, load_model, load_tokenizer
+from accum_trainer.model import compile_blocks, fingerprint, load_model, load_tokenizer
 from accum_trainer.window_plan import Cost, Cut
 
 
@@ -43,6 +43,7 @@ class Parts:
         cut: how windows become micro-batches.
         layout_reason: why samples are padded, or packed.
         loss_path: where logits are made.
+        compiled_blocks: how many of the model's blocks torch compiles.
         fit: the micro-batch that was found for `batch_size=auto`.
         plan: the batch plan, with the number of samples that this run trains on in an epoch.
         initial_weights: fingerprint of the weights before training, where there is one; runs that share it can be merged.
@@ -61,6 +62,7 @@ class Parts:
     cut: Cut
     layout_reason: str
     loss_path: LossPath
+    compiled_blocks: int
     fit: Fit | None
     optimizer: Any
     scheduler: Any
@@ -123,6 +125,7 @@ def assemble(config: TrainConfig) -> Parts:
     model, optimizer, scheduler = accumulator.prepare(plain_model, plain_optimizer, schedule)
     some_tokens = torch.tensor([rows[0]["input_ids"]], device=engine.device)
     loss_path = decide_loss_path(model, some_tokens, config.loss_on_targets)
+    compiled = _compile(config, engine, model) if config.compile else 0
     layout, layout_reason = _layout(config, plain_model, engine)
     multiple = config.pad_to_multiple_of or (8 if engine.device.type == "cuda" else 1)
     fit = _find_fit(config, accumulator, model, optimizer, rows, multiple) if config.batch_size == "auto" else None
@@ -150,6 +153,7 @@ def assemble(config: TrainConfig) -> Parts:
         cut=cut,
         layout_reason=layout_reason,
         loss_path=loss_path,
+        compiled_blocks=compiled,
         fit=fit,
         optimizer=optimizer,
         scheduler=scheduler,
@@ -175,9 +179,23 @@ def assemble(config: TrainConfig) -> Parts:
     )
 
 
+def _compile(config: TrainConfig, engine: Any, model: Any) -> int:
+    """Compile the model's blocks, where the engine's own code is not in the way; return how many."""
+    if engine.name == "zero3":
+        raise ConfigError(
+            "compile cannot see through zero3, which fetches each weight when it is used; leave it out, or use zero2 or fsdp2"
+        )
+    return compile_blocks(engine.unwrap(model), engine.device)
+
+
 def _layout(config: TrainConfig, model: Any, engine: Any) -> tuple[str, str]:
     """(`padded` or `packed`, why). Packed pays where attention skips what is between samples: flash attention does."""
     attention = getattr(model.config, "_attn_implementation", None) or "unknown"
+    if attention.startswith("flash") and (engine.device.type == "cpu" or engine.mixed_precision == "no"):
+        raise ConfigError(
+            f"attention={attention} needs a GPU and 16-bit numbers, and this is a {engine.device.type} with mixed_precision="
+            f"{engine.mixed_precision}; use attention=sdpa" + ("" if engine.device.type == "cpu" else ", or amp")
+        )
     if config.layout == "packed" and attention not in ("sdpa", "eager") and not attention.startswith("flash"):
         raise ConfigError(
             f"layout=packed needs attention that keeps samples apart by their positions, and model={config.model} has "

@@ -132,6 +132,14 @@ class TrainConfig:
     gradient_checkpointing: bool = _option(
         False, "Model", "Recompute activations in the backward: less memory, more time."
     )
+    attention: str | None = _option(
+        None,
+        "Model",
+        "transformers' attention implementation, such as sdpa, eager or flash_attention_2. Default: the model's own choice.",
+    )
+    compile: bool = _option(
+        False, "Model", "Compile the model's blocks with torch.compile, once for all lengths of samples."
+    )
     use_peft: bool = _option(False, "Model", "Train LoRA adapters instead of the whole model.")
     lora_r: int = _option(16, "Model", "Rank of the LoRA adapters.", minimum=1)
     lora_alpha: float = _option(32.0, "Model", "LoRA scale: adapters act with lora_alpha / lora_r.", above=0)

@@ -209,8 +209,7 @@ class _StandIn:
         kept = hidden.flatten(0, -2).index_select(0, positions)
         if is_chunked:
             self.found = _chunked_loss(kept, self._head, self._chosen, self._label_smoothing, self.dtype)
-            self.given = torch.arange(3.0, device=hidden.device) if self._proving else self.found
-            self.given = self.given.view(1, 1, -1)
+            self.given = torch.arange(3.0, device=hidden.device).view(1, 1, -1) if self._proving else self.found
         else:
             self.given = self._forward(kept.unsqueeze(0), *args[1:], **kwargs)
         return self.given
@@ -218,7 +217,7 @@ class _StandIn:
     def loss_of(self, logits: torch.Tensor) -> torch.Tensor:
         """The loss, from what the model gave for logits."""
         if self.path == CHUNKED:
-            return logits.reshape(())
+            return logits.sum()  # of one number, and no view of it: FSDP2 warns of views, and a view cannot be detached
         return cross_entropy(logits, self._targets if self.path == PLAIN else self._chosen, self._label_smoothing)
 
 
@@ -316,7 +315,7 @@ def _undisturbed(model: torch.nn.Module, device: torch.device) -> Iterator[None]
 def _chunked_loss(
     hidden: torch.Tensor, head: Any, targets: torch.Tensor, label_smoothing: float, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Summed cross-entropy of a linear head's logits; hidden (targets, hidden), all targets real."""
+    """Summed cross-entropy of a linear head's logits, shape (1, 1, 1); hidden (targets, hidden), all targets real."""
     tensors = (hidden, head.weight, head.bias)
     wants = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
     return _ChunkedLoss.apply(*tensors, targets, label_smoothing, dtype, wants)
@@ -346,7 +345,7 @@ class _ChunkedLoss(torch.autograd.Function):
         precise = torch.float64 if dtype == torch.float64 else torch.float32
         vocabulary = weight.shape[0]
         rows = max(1, CHUNK // vocabulary)
-        total = hidden.new_zeros((), dtype=precise)
+        total = hidden.new_zeros((1, 1, 1), dtype=precise)
         gradients = [
             t.new_zeros(t.shape, dtype=precise) if wanted and t is not None else None
             for t, wanted in zip((hidden, weight, bias), wants, strict=True)
@@ -384,7 +383,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, factor: torch.Tensor) -> Any:
         # In place, unless the graph is kept for another backward: the weight's gradient is as large as the weight.
-        kept = torch._C._autograd._get_current_graph_task_keep_graph()
+        kept, factor = torch._C._autograd._get_current_graph_task_keep_graph(), factor.reshape(())
         of_hidden, of_weight, of_bias = (
             g if g is None else g * factor if kept else g.mul_(factor) for g in ctx.saved_tensors
         )

@@ -67,12 +67,54 @@ def _ready(model: Any, config: TrainConfig) -> Any:
             f"use max_seq_len={positions} or less"
         )
     model.config.use_cache = False
+    if config.attention is not None:
+        try:
+            model.set_attn_implementation(config.attention)
+        except Exception as error:  # a package that is missing, a name that is unknown, a model that has no such code
+            raise ConfigError(
+                f"attention={config.attention} cannot be used with model={config.model}: {_first_line(error)}; leave it out, or "
+                "use sdpa or eager"
+            ) from None
     if config.use_peft:
         model = _with_lora(model, config)
     if config.gradient_checkpointing:
         # Reentrant checkpointing runs its own autograd inside backward, where DDP cannot see it.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
+
+
+def blocks_of(model: Any) -> list[torch.nn.Module]:
+    """The repeated blocks of a model of transformers, such as its decoder layers; [] where it names none."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__.removeprefix("FSDP") in names]
+
+
+def compile_blocks(model: Any, device: torch.device) -> int:
+    """Have torch compile each block at its first call, in place: names, weights and hooks stay; return how many there are.
+
+    Blocks, not the whole model: they share what is compiled, and the output head stays free for the loss path. Dynamic, so
+    that one compilation serves all sizes of micro-batches; there are three in training and as many in evaluation (several
+    samples with and without padding, one sample).
+
+    Raises:
+        ConfigError: torch.compile does not work on this machine, or the model names no blocks.
+    """
+    blocks = blocks_of(model)
+    if not blocks:
+        raise ConfigError(
+            f"compile works on the blocks of a model, and {type(model).__name__} names none (_no_split_modules); leave it out"
+        )
+    try:
+        torch.compile(torch.sin, dynamic=True)(torch.ones(3, device=device))
+    except Exception as error:  # of many types: no compiler, no Triton, no place for its files
+        raise ConfigError(
+            f"compile does not work here: {_first_line(error)}; install a C++ compiler (on a GPU, Triton), or leave it out"
+        ) from None
+    # Beyond the limit, 8 by default, torch runs uncompiled. Six are counted on here; hooks and dtypes may ask for more.
+    torch._dynamo.config.recompile_limit = max(16, torch._dynamo.config.recompile_limit)
+    for block in blocks:
+        block.compile(dynamic=True)
+    return len(blocks)
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:

@@ -295,6 +295,8 @@ class Run:
             "layout_reason": parts.layout_reason,
             "pad_to_multiple_of": cut.multiple,
             "loss_path": dataclasses.asdict(parts.loss_path),
+            "attention": getattr(self.engine.unwrap(parts.model).config, "_attn_implementation", None),
+            "compiled_blocks": parts.compiled_blocks,
             "cost": dataclasses.asdict(cut.cost),
             "rank_weights": cut.rank_weights,
             "engine": self.engine.name,

@@ -6,6 +6,7 @@ its weight.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -87,11 +88,9 @@ class Window:
         num_samples, num_tokens, num_positions: over all ranks, as `Update` has them.
     """
 
-    def __init__(
-        self, accumulator: Any, part: Part, counts: list[float], table: np.ndarray, count_targets: CountTargets
-    ) -> None:
-        """`table[rank]` holds each rank's targets, micro-batches, samples, tokens and positions."""
-        targets, *totals = table.sum(axis=0).tolist()
+    def __init__(self, accumulator: Any, counted: _Counted, count_targets: CountTargets) -> None:
+        part, counts, table = counted.part, counted.targets, counted.table
+        targets, *totals = table[:, :5].sum(axis=0).tolist()
         self.num_targets: float = int(targets) if targets.is_integer() else targets
         self.num_micro_batches, self.num_samples, self.num_tokens, self.num_positions = map(int, totals)
         self._accumulator = accumulator
@@ -194,6 +193,7 @@ class Windows:
         self._count_targets = count_targets
         self.epoch = 0
         self._consumed = 0
+        self._reader: _Reader | None = None
 
     def __len__(self) -> int:
         """Windows in one epoch; TypeError where the source has no length."""
@@ -219,37 +219,72 @@ class Windows:
     def __iter__(self) -> Iterator[Window]:
         accumulator = self._accumulator
         found_any = self._consumed > 0
-        for part in self._source.parts(self.epoch, self._consumed):
-            window = self._exchange(part)
-            if window is None:
-                break
-            found_any = True
-            accumulator._begin(window, self)
-            yield window
-            accumulator._check_finished()
+        reader = _Reader(accumulator.engine, self._source, self._count_targets, self.epoch, self._consumed)
+        self._reader = reader
+        with contextlib.closing(reader):
+            while (counted := reader.next()) is not None:
+                found_any = True
+                window = Window(accumulator, counted, self._count_targets)
+                accumulator._begin(window, self)
+                yield window
+                accumulator._check_finished()
         if not found_any:
             raise DataError("the source gave no batch in this epoch; is it a generator that is already used up?")
         self.epoch, self._consumed = self.epoch + 1, 0
 
-    def _exchange(self, part: Part) -> Window | None:
-        """Count this rank's targets, add up all ranks', and make the window; None where no rank has a batch left."""
-        engine = self._accumulator.engine
-        counts = [self._count_targets(batch) for batch in part.batches]
-        if part.table is not None:
-            return Window(self._accumulator, part, counts, part.table, self._count_targets)
-        samples = sum(num_samples(batch) for batch in part.batches)
-        tokens = [num_tokens(batch) for batch in part.batches]
-        table = engine.gather(
-            [
-                sum(counts),
-                len(counts),
-                samples,
-                sum(real for real, _ in tokens),
-                sum(positions for _, positions in tokens),
-                part.fingerprint,
-            ]
-        )
-        if not table[:, 1].any():
+
+@dataclass(frozen=True)
+class _Counted:
+    """This rank's part of a window, the targets of each of its micro-batches, and what all ranks have of the window.
+
+    `table[rank]` holds a rank's targets, micro-batches, samples, tokens, positions and, where it was exchanged, fingerprint.
+    """
+
+    part: Part
+    targets: list[float]
+    table: np.ndarray
+
+
+class _Reader:
+    """This rank's parts of an epoch's windows, counted over all ranks before each begins.
+
+    The counts cost no exchange where the source knows them. Else they travel with the end of the window before, where the
+    source reads ahead; else in an exchange of their own.
+    """
+
+    def __init__(self, engine: Any, source: Source, count_targets: CountTargets, epoch: int, consumed: int) -> None:
+        self._engine = engine
+        self._count_targets = count_targets
+        self._reads_ahead = source.reads_ahead
+        self._parts = source.parts(epoch, consumed)
+        self._ahead: tuple[Part, list[float]] | Exception | None = None  # read before the window in hand was finished
+        self._table: np.ndarray | None = None  # what all ranks said of it
+
+    def close(self) -> None:
+        self._parts.close()
+
+    def next(self) -> _Counted | None:
+        """The next window; None where no rank has a batch left.
+
+        Raises:
+            DataError: the ranks read different data, or one of them could not read ahead.
+        """
+        table, self._table = self._table, None
+        if table is None:
+            found = self._read()
+            if found is None:
+                return None
+            if found[0].table is not None:
+                return _Counted(*found, found[0].table)
+            table = self._engine.gather(_numbers(*found))
+        elif isinstance(self._ahead, Exception):
+            raise self._ahead
+        else:
+            found, self._ahead = self._ahead, None
+        failed = np.flatnonzero(table[:, 1] < 0)
+        if len(failed):
+            raise DataError(f"process {failed[0]} could not read its next window; its own message says why")
+        if found is None or not table[:, 1].any():
             return None
         if (table[:, 5] != table[0, 5]).any():
             raise DataError(
@@ -257,4 +292,39 @@ class Windows:
                 "Seed the sampler's generator alike on all processes; a loader that is already split by rank is passed as "
                 "an iterable of this rank's batches"
             )
-        return Window(self._accumulator, part, counts, table[:, :5], self._count_targets)
+        return _Counted(*found, table)
+
+    def _read(self) -> tuple[Part, list[float]] | None:
+        part = next(self._parts, None)
+        return None if part is None else (part, [self._count_targets(batch) for batch in part.batches])
+
+    def numbers_ahead(self) -> list[float]:
+        """The next window's numbers, for the exchange that ends the one in hand; [] where they need none or are not known.
+
+        An error in reading waits until the window in hand is finished; the others learn of it.
+        """
+        if not self._reads_ahead:
+            return []
+        try:
+            self._ahead = self._read()
+        except Exception as error:
+            self._ahead = error
+            return [0.0, -1.0, 0.0, 0.0, 0.0, 0.0]
+        return [0.0] * 6 if self._ahead is None else _numbers(*self._ahead)
+
+    def learn_ahead(self, table: np.ndarray) -> None:
+        """Take every rank's `numbers_ahead`, shape (ranks, numbers)."""
+        self._table = table if table.shape[1] else None
+
+
+def _numbers(part: Part, targets: list[float]) -> list[float]:
+    """Targets, micro-batches, samples, tokens, positions and fingerprint: what all ranks learn of a part."""
+    tokens = [num_tokens(batch) for batch in part.batches]
+    return [
+        sum(targets),
+        len(targets),
+        sum(num_samples(batch) for batch in part.batches),
+        sum(real for real, _ in tokens),
+        sum(positions for _, positions in tokens),
+        part.fingerprint,
+    ]

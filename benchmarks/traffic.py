@@ -284,7 +284,7 @@ def ours(case: Case, model: torch.nn.Module) -> Callable[[], None]:
     )
     assert acc.engine.name == case.engine, acc.engine.name
     model, optimizer = acc.prepare(model, _optimizer(model))
-    windows = iter(acc.windows(_rows(case)))
+    windows = iter(acc.windows(_rows(case), prefetch=True))
 
     def update() -> None:
         window = next(windows)

@@ -36,6 +36,7 @@ _USED = (
     "mixed_precision",
     "amp",
     "gradient_checkpointing",
+    "attention",
     "use_peft",
     "lora_r",
     "lora_dropout",

@@ -18,7 +18,7 @@ import queue
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
@@ -57,12 +57,22 @@ class Part:
     table: np.ndarray | None = None
 
 
+Parts = Generator[Part, None, None]
+
+
 class Source(Protocol):
-    """Where windows come from. `unit` is what `consumed` counts: "samples" or "batches"."""
+    """Where windows come from.
+
+    Attributes:
+        unit: what `consumed` counts: "samples" or "batches".
+        reads_ahead: the next part is made elsewhere and draws no random numbers here, so that it may be asked for before the
+            one in hand is trained on; and it says something that the ranks do not know yet.
+    """
 
     unit: str
+    reads_ahead: bool
 
-    def parts(self, epoch: int, consumed: int) -> Iterator[Part]:
+    def parts(self, epoch: int, consumed: int) -> Parts:
         """This rank's parts of the windows of `epoch`, from where `consumed` units are used up."""
 
     def num_windows(self) -> int | None:
@@ -127,7 +137,7 @@ class _Announced:
     table: np.ndarray | None = None
 
 
-def _read_parts(loader: DataLoader, ahead: deque[_Announced]) -> Iterator[Part]:
+def _read_parts(loader: DataLoader, ahead: deque[_Announced]) -> Parts:
     """Group what `loader` yields into parts, as its batch sampler announced them."""
     batches = iter(loader)
     for first in batches:
@@ -179,6 +189,8 @@ class PlannedSource:
         # Tokenised rows know what their batches will hold, on every rank alike: nothing has to be counted or asked.
         ours = isinstance(dataset, TokenizedRows) and isinstance(collate_fn, (PaddingCollator, PackingCollator))
         self._num_targets = dataset.num_targets if ours else None
+        self.knows_counts = ours
+        self.reads_ahead = num_workers > 0 and not ours
         self._shard = slice(shard[0], None, shard[1])
         if not range(len(dataset))[self._shard]:
             raise DataError(
@@ -188,7 +200,7 @@ class PlannedSource:
     def num_windows(self) -> int:
         return -(-len(range(len(self._dataset))[self._shard]) // self._plan.global_batch_size)
 
-    def parts(self, epoch: int, consumed: int) -> Iterator[Part]:
+    def parts(self, epoch: int, consumed: int) -> Parts:
         ahead: deque[_Announced] = deque()
         loader = DataLoader(
             self._dataset,
@@ -237,14 +249,15 @@ class Prefetched:
     the training's own: such data is read without this.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: PlannedSource) -> None:
         self._source = source
         self.unit = source.unit
+        self.reads_ahead = not source.knows_counts
 
     def num_windows(self) -> int | None:
         return self._source.num_windows()
 
-    def parts(self, epoch: int, consumed: int) -> Iterator[Part]:
+    def parts(self, epoch: int, consumed: int) -> Parts:
         ready: queue.Queue[Part | BaseException | None] = queue.Queue(maxsize=1)
         given_up = threading.Event()
 
@@ -294,6 +307,7 @@ class LoaderSource:
     def __init__(self, loader: DataLoader, plan: BatchPlan, rank: int, seed: int) -> None:
         self._loader, self._plan, self._rank, self._seed = loader, plan, rank, seed
         self._per_window = plan.gradient_accumulation_steps * plan.world_size
+        self.reads_ahead = loader.num_workers > 0
 
     def num_windows(self) -> int | None:
         try:
@@ -301,7 +315,7 @@ class LoaderSource:
         except TypeError:
             return None
 
-    def parts(self, epoch: int, consumed: int) -> Iterator[Part]:
+    def parts(self, epoch: int, consumed: int) -> Parts:
         sampler = getattr(self._loader.batch_sampler, "sampler", self._loader.sampler)
         _set_epoch(sampler, epoch)
         lent = sampler if isinstance(sampler, RandomSampler) and sampler.generator is None else None
@@ -314,7 +328,7 @@ class LoaderSource:
             if lent is not None:
                 lent.generator = None
 
-    def _dealt_by_index(self, consumed: int) -> Iterator[Part]:
+    def _dealt_by_index(self, consumed: int) -> Parts:
         loader, world_size = self._loader, self._plan.world_size
         ahead: deque[_Announced] = deque()
 
@@ -330,7 +344,7 @@ class LoaderSource:
 
         yield from _read_parts(_with_batch_sampler(loader, mine()), ahead)
 
-    def _dealt_by_reading(self, consumed: int) -> Iterator[Part]:
+    def _dealt_by_reading(self, consumed: int) -> Parts:
         batches = islice(iter(self._loader), consumed, None)
         while window := list(islice(batches, self._per_window)):
             consumed += len(window)
@@ -369,6 +383,7 @@ class StreamSource:
     """Batches that are this rank's already, K at a time; ranks may run out at different windows."""
 
     unit = "batches"
+    reads_ahead = False  # it may make its batches as they are asked for
 
     def __init__(self, batches: Iterable[Batch], plan: BatchPlan) -> None:
         self._batches, self._plan = batches, plan
@@ -378,7 +393,7 @@ class StreamSource:
             return None  # another rank's stream may be longer
         return -(-len(self._batches) // self._plan.gradient_accumulation_steps)
 
-    def parts(self, epoch: int, consumed: int) -> Iterator[Part]:
+    def parts(self, epoch: int, consumed: int) -> Parts:
         _set_epoch(getattr(self._batches, "sampler", None), epoch)
         batches = islice(iter(self._batches), consumed, None)
         filler = None

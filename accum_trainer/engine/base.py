@@ -238,16 +238,16 @@ class Engine:
             (norm, stepped, table): the norm before clipping, inf or nan where any gradient is; whether the optimizer
             stepped; every rank's `numbers`, shape (world_size, len(numbers)).
         """
-        norm = self._clip(optimizer, self.settings.max_grad_norm)
-        table = self.gather([norm, *numbers])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.unscale_(optimizer.optimizer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        table = self.gather([self._square_sum(parameters), *numbers])
+        norm = self._norm(table[:, 0])
         is_finite = bool(np.isfinite(table[:, 0]).all())
-        # Equal gradients have equal norms, but for the last bits where ranks run on GPUs of different make.
-        if is_finite and not np.allclose(table[:, 0], norm, rtol=1e-5, atol=0):
-            raise EngineError(
-                f"the processes hold different gradients (norms {', '.join(f'{n:.6g}' for n in table[:, 0])}): a parameter that "
-                "only some micro-batches use was left out of the exchange. Pass "
-                "kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)], or use every parameter in each"
-            )
+        if is_finite and self.settings.max_grad_norm is not None:
+            # torch's convention, a hair below the limit: max / (norm + 1e-6).
+            total = torch.tensor(norm, device=self.device)
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.max_grad_norm, total)
         with self._in_weights_dtype(optimizer):
             stepped = self._step(optimizer, is_finite)
         self.drop(optimizer)
@@ -267,20 +267,26 @@ class Engine:
             p.grad = None
         self._accumulate_in(cast)
 
-    def _clip(self, optimizer: AcceleratedOptimizer, max_grad_norm: float | None) -> float:
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.unscale_(optimizer.optimizer)
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = self._norm([p.grad for p in parameters if p.grad is not None])
-        if max_grad_norm is not None:
-            # torch's convention, a hair below the limit: max / (norm + 1e-6).
-            torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, torch.tensor(norm, device=self.device))
-        return norm
+    def _square_sum(self, parameters: list[torch.nn.Parameter]) -> float:
+        """Squares of what this rank holds of the gradient, added up in float64: in float32 a million squares are already
+        1e-5 off, and every clipped update with them."""
+        return sum(square_sums([p.grad for p in parameters if p.grad is not None]))
 
-    def _norm(self, gradients: list[torch.Tensor]) -> float:
-        """2-norm over all gradients together, added up in float64: in float32 a million squares are already 1e-5 off, and
-        every clipped update with them."""
-        return math.sqrt(sum(square_sums(gradients)))
+    def _norm(self, squares: np.ndarray) -> float:
+        """2-norm of the whole gradient, from every rank's `_square_sum`.
+
+        Raises:
+            EngineError: the ranks hold different gradients.
+        """
+        # Equal gradients have equal norms, but for the last bits where ranks run on GPUs of different make.
+        norms = np.sqrt(squares)
+        if np.isfinite(norms).all() and not np.allclose(norms, norms[self.rank], rtol=1e-5, atol=0):
+            raise EngineError(
+                f"the processes hold different gradients (norms {', '.join(f'{n:.6g}' for n in norms)}): a parameter that "
+                "only some micro-batches use was left out of the exchange. Pass "
+                "kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)], or use every parameter in each"
+            )
+        return float(norms[self.rank])
 
     def _step(self, optimizer: AcceleratedOptimizer, is_finite: bool) -> bool:
         """Step the optimizer or not, and tell the loss scaler once; return whether it stepped."""

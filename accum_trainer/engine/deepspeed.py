@@ -183,8 +183,7 @@ class DeepSpeedEngine(Engine):
         self, optimizer: AcceleratedOptimizer, numbers: Sequence[float]
     ) -> tuple[float, bool, np.ndarray]:
         """Stage 0 steps on whatever the gradient is: take the norm and decide before, and let it clip by its config."""
-        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-        norm = self._norm(gradients)
+        norm = math.sqrt(self._square_sum(list(self._engine.module.parameters())))
         table = self.gather([float(not math.isfinite(norm)), *numbers])
         if table[:, 0].any():
             self.drop(optimizer)

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -104,8 +105,11 @@ class FSDPEngine(Engine):
     def _stepped(self, optimizer: AcceleratedOptimizer) -> list[torch.Tensor]:
         return [_local(p) for p in super()._stepped(optimizer)]
 
-    def _norm(self, gradients: list[torch.Tensor]) -> float:
-        return math.sqrt(self.sum_over_ranks([sum(square_sums([_local(g) for g in gradients]))])[0])
+    def _square_sum(self, parameters: list[torch.nn.Parameter]) -> float:
+        return sum(square_sums([_local(p.grad) for p in parameters if p.grad is not None]))
+
+    def _norm(self, squares: np.ndarray) -> float:
+        return math.sqrt(squares.sum())
 
     # --- whole tensors: a forward without a backward leaves the outermost weights gathered, as parameters of the model ---
 

@@ -16,7 +16,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch.utils.data import DataLoader
 
-from accum_trainer import Accumulator, EngineError, causal_lm_loss, head
+from accum_trainer import Accumulator, DataError, EngineError, causal_lm_loss, head
 from accum_trainer.data.collating import PackingCollator, PaddingCollator
 from accum_trainer.window_plan import Cost, Cut, global_order, windows_of
 from benchmarks.grad_sync import counting
@@ -535,6 +535,58 @@ def i16_consumed_as_planned_and_equal_exchanges() -> dict[str, Any]:
         "engine": acc.engine.name,
         "equal": acc.engine.equal_micro_batches,
     }
+
+
+@case
+def counts_of_the_next_window_travel_with_the_end_of_this() -> dict[str, Any]:
+    """Numbers in each exchange of small numbers over an epoch of six windows, for sources that read ahead and one that does not."""
+    rows = make_rows(45)
+    found = {}
+    for name, options in {"as asked for": {}, "thread": {"prefetch": True}, "process": {"num_workers": 1}}.items():
+        acc = accumulator(2, global_batch_size=8)
+        probe = Probe(acc, make_model("llama"))
+        gathers: list[int] = []
+        gather = acc.engine.gather
+        acc.engine.gather = lambda values, to=gathers, gather=gather: to.append(len(values)) or gather(values)  # type: ignore[method-assign]
+        windows = acc.windows(rows, collate_fn=pad, lengths=lengths(rows), **options)
+        found[name] = compare(probe, windows, planned(rows, 8)) | {"gathers": gathers}
+    return found
+
+
+class _Unreadable:
+    """Rows, of which the last rank cannot read those of one window of the global order."""
+
+    def __init__(self, rows: list[dict], unreadable: list[int]) -> None:
+        self.rows, self.unreadable = rows, set(unreadable)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        if rank() == world_size() - 1 and index in self.unreadable:
+            raise OSError("the disk is gone")
+        return self.rows[index]
+
+
+@case
+def window_that_one_rank_cannot_read() -> dict[str, Any]:
+    rows = make_rows(24)
+    second = [int(i) for i in global_order(24, 0, 0)[8:16]]
+    acc = accumulator(2, global_batch_size=8)
+    probe = Probe(acc, make_model("llama"))
+    windows = acc.windows(_Unreadable(rows, second), collate_fn=pad, lengths=lengths(rows), prefetch=True)
+    errors = []
+    try:
+        for window in windows:
+            exact = probe.exact([rows[int(i)] for i in global_order(24, 0, 0)[:8]])[1]
+            for batch in window:
+                with acc.accumulate(probe.model):
+                    acc.backward(causal_lm_loss(probe.model, batch))
+            probe.step()
+            errors.append(relative_error(probe.stepped[-1], exact))
+    except (OSError, DataError) as error:
+        return {"errors": errors, "updates": acc.num_updates, "raised": f"{type(error).__name__}: {error}"}
+    return {"errors": errors, "updates": acc.num_updates, "raised": ""}
 
 
 def _count_exchanges(probe: Probe) -> list[int]:

@@ -125,6 +125,30 @@ def test_i16_consumed_is_planned_and_exchanges_are_equal(case, world_size):
         assert len(result["exchanged"][0]) == (6 if result["engine"] == "ddp" else 0)  # seen by DDP's hook only
 
 
+def test_i16_counts_of_the_next_window_travel_with_the_end_of_this(case):
+    for result in case("counts_of_the_next_window_travel_with_the_end_of_this"):
+        for name, found in result.items():
+            assert max(found["errors"]) < 2e-6, name
+            assert [seen for seen, *_ in found["sizes"]] == [8, 8, 8, 8, 8, 5], name
+            first, *others = found["gathers"]
+            assert first == 6  # targets, micro-batches, samples, tokens, positions, fingerprint
+            if name == "as asked for":
+                assert others.count(6) == 5 and len(others) == 11
+            else:
+                assert min(others) > 6 and len(others) == 6
+
+
+def test_window_that_one_rank_cannot_read_ends_all_after_the_one_before(case, world_size):
+    *others, last = case("window_that_one_rank_cannot_read")
+    for result in (*others, last):
+        assert result["updates"] == 1 and max(result["errors"]) < 2e-6
+    assert last["raised"] == "OSError: the disk is gone"
+    for result in others:
+        assert result["raised"] == (
+            f"DataError: process {world_size - 1} could not read its next window; its own message says why"
+        )
+
+
 def test_i17_every_sample_once_whatever_divides(case):
     for result in case("i17_odd_counts_every_sample_once"):
         assert result == {"gradients": [2.5, 6.5, 10.0], "samples": [4, 4, 3]}
