@@ -15,22 +15,20 @@ from accum_trainer.accumulator import Accumulator, Windows
 from accum_trainer.batch_plan import (
     BatchPlan,
     lr_factor,
-    parse_rank_weights,
     parse_shard,
     scale_lr,
     warmup_updates,
 )
 from accum_trainer.config import TrainConfig
-from accum_trainer.cost import measured_cost, seconds_of
+from accum_trainer.cutting import Cutting, decide_cut
 from accum_trainer.data import embedded, files
 from accum_trainer.data.collating import PackingCollator, PaddingCollator
 from accum_trainer.data.tokenizing import TokenizedRows, tokenize
 from accum_trainer.engine.build import choose_precision
 from accum_trainer.errors import ConfigError, DataError
-from accum_trainer.fit import Fit, find_fit
+from accum_trainer.fit import Fit
 from accum_trainer.head import LossPath, decide_loss_path
 from accum_trainer.model import compile_blocks, fingerprint, load_model, load_tokenizer
-from accum_trainer.window_plan import Cost, Cut
 
 
 @dataclass(frozen=True)
@@ -40,11 +38,9 @@ class Parts:
     Attributes:
         model: as the engine wrapped it.
         rows, eval_rows: tokenised samples; `eval_rows` is None where nothing is evaluated.
-        cut: how windows become micro-batches.
-        layout_reason: why samples are padded, or packed.
+        cutting: how windows become micro-batches, and why.
         loss_path: where logits are made.
         compiled_blocks: how many of the model's blocks torch compiles.
-        fit: the micro-batch that was found for `batch_size=auto`.
         plan: the batch plan, with the number of samples that this run trains on in an epoch.
         initial_weights: fingerprint of the weights before training, where there is one; runs that share it can be merged.
         total_updates: updates that the whole run makes if none is skipped.
@@ -59,11 +55,9 @@ class Parts:
     model: torch.nn.Module
     tokenizer: Any
     collate: PaddingCollator | PackingCollator
-    cut: Cut
-    layout_reason: str
+    cutting: Cutting
     loss_path: LossPath
     compiled_blocks: int
-    fit: Fit | None
     optimizer: Any
     scheduler: Any
     windows: Windows
@@ -119,6 +113,7 @@ def assemble(config: TrainConfig) -> Parts:
     torch.manual_seed(config.seed)  # the same initial weights on every process, and under every split
     plain_model = load_model(config, tokenizer)
     initial_weights = fingerprint(plain_model)
+    _check_attention(plain_model, engine)
     # Fused: one pass over weights and states instead of ten.
     plain_optimizer = torch.optim.AdamW(_decay_groups(plain_model, config.weight_decay), lr=peak_lr, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(plain_optimizer, lr_factor(config.scheduler, warmup, total))
@@ -126,19 +121,8 @@ def assemble(config: TrainConfig) -> Parts:
     some_tokens = torch.tensor([rows[0]["input_ids"]], device=engine.device)
     loss_path = decide_loss_path(model, some_tokens, config.loss_on_targets)
     compiled = _compile(config, engine, model) if config.compile else 0
-    layout, layout_reason = _layout(config, plain_model, engine)
-    multiple = config.pad_to_multiple_of or (8 if engine.device.type == "cuda" else 1)
-    fit = _find_fit(config, accumulator, model, optimizer, rows, multiple) if config.batch_size == "auto" else None
-    max_tokens = fit.max_tokens if fit is not None else config.max_tokens_per_micro_batch
-    cut = Cut(
-        None if fit is not None else config.batch_size,  # type: ignore[arg-type]
-        max_tokens,
-        1 if layout == "packed" else multiple,
-        layout == "packed",
-        _cost(config, engine, model, max_tokens),
-        engine.equal_micro_batches,
-        _rank_weights(config, engine, model),
-    )
+    cutting = decide_cut(config, accumulator, model, optimizer, rows)
+    cut = cutting.cut
     # From here on chance means dropout, which must differ between processes, and between runs on shares of the data.
     torch.manual_seed(config.seed + (engine.rank << 32) + (shard[0] << 48))
 
@@ -150,11 +134,9 @@ def assemble(config: TrainConfig) -> Parts:
         model=model,
         tokenizer=tokenizer,
         collate=collate,
-        cut=cut,
-        layout_reason=layout_reason,
+        cutting=cutting,
         loss_path=loss_path,
         compiled_blocks=compiled,
-        fit=fit,
         optimizer=optimizer,
         scheduler=scheduler,
         windows=accumulator.windows(rows, collate_fn=collate, seed=config.seed, shard=shard, cut=cut, prefetch=True),
@@ -175,7 +157,7 @@ def assemble(config: TrainConfig) -> Parts:
             "shard": config.shard,
             "data": f"{config.dataset_file or config.dataset or 'embedded'} (content {rows.identity[:12]})",
         },
-        notes=_notes(config, accumulator, rows, plan, loss_path, fit),
+        notes=_notes(config, accumulator, rows, plan, loss_path, cutting.fit),
     )
 
 
@@ -188,69 +170,15 @@ def _compile(config: TrainConfig, engine: Any, model: Any) -> int:
     return compile_blocks(engine.unwrap(model), engine.device)
 
 
-def _layout(config: TrainConfig, model: Any, engine: Any) -> tuple[str, str]:
-    """(`padded` or `packed`, why). Packed pays where attention skips what is between samples: flash attention does."""
-    attention = getattr(model.config, "_attn_implementation", None) or "unknown"
+def _check_attention(model: Any, engine: Any) -> None:
+    attention = getattr(model.config, "_attn_implementation", None) or ""
+    if attention == "flex_attention" and engine.device.type == "cpu":
+        raise ConfigError(f"attention={attention} gives no gradient on a CPU; use attention=sdpa")
     if attention.startswith("flash") and (engine.device.type == "cpu" or engine.mixed_precision == "no"):
         raise ConfigError(
             f"attention={attention} needs a GPU and 16-bit numbers, and this is a {engine.device.type} with mixed_precision="
             f"{engine.mixed_precision}; use attention=sdpa" + ("" if engine.device.type == "cpu" else ", or amp")
         )
-    if config.layout == "packed" and attention not in ("sdpa", "eager") and not attention.startswith("flash"):
-        raise ConfigError(
-            f"layout=packed needs attention that keeps samples apart by their positions, and model={config.model} has "
-            f"{attention}; use layout=padded"
-        )
-    if config.layout != "auto":
-        return config.layout, "asked for"
-    if attention.startswith("flash"):
-        return "packed", f"{attention} computes no attention between samples"
-    return "padded", f"{attention} attention would compute, and mask, all pairs of samples in a packed row"
-
-
-# Without a GPU launching a kernel costs little, and a micro-batch need not be large to be worth it.
-_CPU_COST = Cost(fixed=32.0, square=1e-3)
-
-
-def _find_fit(
-    config: TrainConfig, accumulator: Accumulator, model: Any, optimizer: Any, rows: TokenizedRows, multiple: int
-) -> Fit:
-    """The largest micro-batch that fits the device, tried with padded samples of the longest length."""
-    longest = -(-int(rows.lengths.max()) // multiple) * multiple
-    most = accumulator.plan.micro_batch_size  # of the whole share of a process at once
-    collate = PaddingCollator(0, multiple)
-    return find_fit(accumulator.engine, model, optimizer, collate, longest, most)
-
-
-def _cost(config: TrainConfig, engine: Any, model: Any, max_tokens: int | None) -> Cost:
-    """Of micro-batches, measured where the cut depends on it and one process can run the model by itself."""
-    if max_tokens is None or engine.shards_weights:
-        return _CPU_COST if engine.device.type == "cpu" else Cost()
-    found = measured_cost(engine.unwrap(model), max_tokens, config.max_seq_len, engine.mixed_precision)
-    return engine.gather_objects(found)[0]
-
-
-def _rank_weights(config: TrainConfig, engine: Any, model: Any) -> tuple[float, ...] | None:
-    """Shares per process, as given or by measured speed; None where they are equal."""
-    weights = parse_rank_weights(config.rank_weights)
-    if config.rank_weights is None or engine.world_size == 1:
-        if weights is not None and len(weights) != 1:
-            raise ConfigError(f"rank_weights={config.rank_weights} are {len(weights)} shares, but there is 1 process")
-        return None
-    if weights is None:
-        if engine.shards_weights:
-            raise ConfigError(
-                f"rank_weights=auto times each process by itself, which {engine.name} with its shared weights cannot run; "
-                "give the shares as numbers"
-            )
-        engine.barrier()  # all at once: what they share slows them as it will in training
-        speeds = 1 / engine.gather([seconds_of(engine.unwrap(model), 1, config.max_seq_len)])[:, 0]
-        return tuple(round(float(speed), 2) for speed in speeds / speeds.min())
-    if len(weights) != engine.world_size:
-        raise ConfigError(
-            f"rank_weights={config.rank_weights} are {len(weights)} shares, but there are {engine.world_size} processes"
-        )
-    return weights
 
 
 def _share(num_samples: int, shard: tuple[int, int]) -> int:

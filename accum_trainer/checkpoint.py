@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from accum_trainer.errors import CheckpointError
+from accum_trainer.records import CHECKPOINTS
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +109,34 @@ def newest_whole(folder: Path) -> Path | None:
             continue
         return path
     return None
+
+
+def find_checkpoint(resume: str, run: Path | None) -> Path | None:
+    """The checkpoint to continue from, or None to start anew.
+
+    Args:
+        resume: `auto`, the newest whole one of `run`; `never`; or the path of a checkpoint, or of a run directory.
+        run: the run directory; None where it is a new one.
+
+    Raises:
+        CheckpointError: the path is no folder, or holds no whole checkpoint.
+    """
+    if resume == "never":
+        return None
+    if resume == "auto":
+        return newest_whole(run / CHECKPOINTS) if run else None
+    named = Path(resume)
+    if not named.is_dir():
+        raise CheckpointError(
+            f"resume={named} is no folder; give a run directory, a checkpoint in it, `auto` or `never`"
+        )
+    if (named / CHECKPOINTS).is_dir():
+        newest = newest_whole(named / CHECKPOINTS)
+        if newest is None:
+            raise CheckpointError(f"resume={named} is a run without a whole checkpoint; start anew with resume=never")
+        return newest
+    check_manifest(named)
+    return named
 
 
 def check_manifest(path: Path) -> None:

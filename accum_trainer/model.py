@@ -72,8 +72,8 @@ def _ready(model: Any, config: TrainConfig) -> Any:
             model.set_attn_implementation(config.attention)
         except Exception as error:  # a package that is missing, a name that is unknown, a model that has no such code
             raise ConfigError(
-                f"attention={config.attention} cannot be used with model={config.model}: {_first_line(error)}; leave it out, or "
-                "use sdpa or eager"
+                f"attention={config.attention} cannot be used with model={config.model}: {_first_line(error)}; install what is "
+                "missing, or use sdpa or eager"
             ) from None
     if config.use_peft:
         model = _with_lora(model, config)

@@ -12,28 +12,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import platform
 import shutil
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 
-from accum_trainer import __version__
 from accum_trainer import checkpoint as checkpoints
 from accum_trainer import records as files
+from accum_trainer import signals
 from accum_trainer.assemble import assemble
 from accum_trainer.config import TrainConfig
-from accum_trainer.errors import AccumTrainerError, CheckpointError
+from accum_trainer.errors import AccumTrainerError
 from accum_trainer.loss import causal_lm_loss
-from accum_trainer.model import count_parameters, load_model
+from accum_trainer.model import load_model
+from accum_trainer.plan_record import describe, plan_record
 from accum_trainer.records import Record, RecordWriter
 from accum_trainer.window import Update
 
@@ -70,7 +67,7 @@ class Run:
             files.check_output_dir(self.folder, config.resume)
         if config.log_file is not None:
             files.check_log_file(Path(config.log_file))
-        self._resumed_from = self._find_checkpoint(config)
+        self._resumed_from = checkpoints.find_checkpoint(config.resume, self.folder)
         self.parts = parts = assemble(config)
         self.engine = parts.accumulator.engine
         if self.folder is None:
@@ -93,7 +90,7 @@ class Run:
         """Train to the end, or to a signal, or to the time limit; see `updates`."""
         parts, acc = self.parts, self.parts.accumulator
         # Signals outside: another one that comes while the run is saved must not end it there.
-        with _signals(self._on_signal), self._open():
+        with signals.turned_into(self._on_signal), self._open():
             while not self._is_done():
                 for window in parts.windows:
                     started = time.perf_counter()
@@ -136,7 +133,7 @@ class Run:
         """Mean loss per target over the evaluation rows, over all processes. No gradient: K is 1 and means nothing."""
         rows, engine = self.parts.eval_rows, self.engine
         assert rows is not None
-        dealt = self.parts.cut.deal(rows.lengths, engine.world_size)
+        dealt = self.parts.cutting.cut.deal(rows.lengths, engine.world_size)
         mine = dealt[engine.rank]
         # All ranks run as many forwards: an engine that shards weights gathers them in each.
         idle = [np.array([0])] * (max(map(len, dealt)) - len(mine))
@@ -146,6 +143,10 @@ class Run:
         return float(engine.gather([sum(losses[: len(mine)])]).sum() / rows.num_targets.sum())
 
     # --- records ---
+
+    def describe(self) -> str:
+        """The lines that are shown before training."""
+        return f"{describe(plan_record(self.parts, self._resumed_from), self.parts)}\nrun directory: {self.folder}"
 
     def _record(self, update: Update, lr: float, seconds: float) -> Record:
         """What one window did; the keys are described in docs/records.md."""
@@ -165,7 +166,7 @@ class Run:
             "skip_reason": update.reason,
             "oom_splits": update.num_splits,
             "gradient_accumulation_steps": update.gradient_accumulation_steps,
-            "physical_batch_size": self.parts.cut.micro_batch_size,
+            "physical_batch_size": self.parts.cutting.cut.micro_batch_size,
             "world_size": plan.world_size,
             "effective_batch_size": update.num_samples,
             "num_micro_batches": update.num_micro_batches,
@@ -216,7 +217,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / files.RESULT).unlink(missing_ok=True)  # it is under way again
             (self.folder / files.CONFIG).write_text(self.config.to_yaml())
-            files.write_json(self.folder / files.PLAN, self.plan())
+            files.write_json(self.folder / files.PLAN, plan_record(self.parts, self._resumed_from))
             copy = Path(self.config.log_file) if self.config.log_file else None
             self._writer = RecordWriter(self.folder / files.METRICS, copy, self.num_records, self._earlier_records)
         files.reset_peak(self.engine.device)
@@ -272,54 +273,6 @@ class Run:
         self.parts.tokenizer.save_pretrained(partial)
         partial.rename(target)
 
-    def plan(self) -> dict[str, Any]:
-        """What is decided before training, as plan.json has it."""
-        parts, plan, cut = self.parts, self.parts.plan, self.parts.cut
-        all_parameters, trained = count_parameters(self.engine.unwrap(parts.model))
-        return {
-            "physical_batch_size": cut.micro_batch_size,
-            "max_tokens_per_micro_batch": cut.max_tokens,
-            "batch_size_found": parts.fit.as_record() if parts.fit is not None else None,
-            "gradient_accumulation_steps": plan.gradient_accumulation_steps if cut.max_tokens is None else None,
-            "world_size": plan.world_size,
-            "effective_batch_size": plan.global_batch_size,
-            # No gradient is made in evaluation; recorded so that a reader of the records need not guess.
-            "eval_gradient_accumulation_steps": 1,
-            "num_samples": plan.num_samples,
-            "updates_per_epoch": plan.updates_per_epoch,
-            "tail_samples": plan.tail_samples,
-            "total_updates": parts.total_updates,
-            "warmup_updates": parts.warmup,
-            "lr": parts.peak_lr,
-            "layout": "packed" if cut.packed else "padded",
-            "layout_reason": parts.layout_reason,
-            "pad_to_multiple_of": cut.multiple,
-            "loss_path": dataclasses.asdict(parts.loss_path),
-            "attention": getattr(self.engine.unwrap(parts.model).config, "_attn_implementation", None),
-            "compiled_blocks": parts.compiled_blocks,
-            "cost": dataclasses.asdict(cut.cost),
-            "rank_weights": cut.rank_weights,
-            "engine": self.engine.name,
-            "grad_sync": self.engine.grad_sync,
-            "grad_sync_reason": self.engine.grad_sync_reason,
-            "accumulation_dtype": self.config.accumulation_dtype,
-            "mixed_precision": self.engine.mixed_precision,
-            "device": str(self.engine.device.type),
-            "parameters": all_parameters,
-            "trained_parameters": trained,
-            "initial_weights": parts.initial_weights,
-            "seed": self.config.seed,
-            "data": parts.identity["data"],
-            "shard": self.config.shard,
-            "resumed_from": str(self._resumed_from) if self._resumed_from else None,
-            "versions": {
-                "accum_trainer": __version__,
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "numpy": np.__version__,
-            },
-        }
-
     # --- checkpoints ---
 
     def save(self) -> None:
@@ -352,27 +305,6 @@ class Run:
         self.engine.barrier()
         self._save_time = max(self._save_time, time.perf_counter() - started)
 
-    def _find_checkpoint(self, config: TrainConfig) -> Path | None:
-        """The checkpoint to continue from, or None to start anew."""
-        if config.resume == "never":
-            return None
-        if config.resume == "auto":
-            return checkpoints.newest_whole(self.folder / files.CHECKPOINTS) if self.folder else None
-        named = Path(config.resume)
-        if not named.is_dir():
-            raise CheckpointError(
-                f"resume={named} is no folder; give a run directory, a checkpoint in it, `auto` or `never`"
-            )
-        if (named / files.CHECKPOINTS).is_dir():
-            newest = checkpoints.newest_whole(named / files.CHECKPOINTS)
-            if newest is None:
-                raise CheckpointError(
-                    f"resume={named} is a run without a whole checkpoint; start anew with resume=never"
-                )
-            return newest
-        checkpoints.check_manifest(named)
-        return named
-
     def _restore(self, path: Path) -> None:
         parts, acc = self.parts, self.parts.accumulator
         saved = checkpoints.load_checkpoint(path)
@@ -404,52 +336,6 @@ def micro_batch_losses(model: Any, batches: Iterable[dict[str, torch.Tensor]]) -
     losses = [causal_lm_loss(model, batch).double().item() for batch in batches]
     model.train()
     return losses
-
-
-@contextlib.contextmanager
-def _signals(handle: Any) -> Iterator[None]:
-    """Turn SIGTERM, SIGUSR1 and the first Ctrl-C into `handle(name)`; a second Ctrl-C interrupts at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python delivers signals to the main thread only
-        return
-    wanted = [s for s in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, s)]
-    before = {name: signal.getsignal(getattr(signal, name)) for name in wanted}
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        handle(name)
-        if name == "SIGINT":
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    for name in wanted:
-        signal.signal(getattr(signal, name), handler)
-    try:
-        yield
-    finally:
-        for name in wanted:
-            signal.signal(getattr(signal, name), before[name])
-
-
-def describe(run: Run) -> str:
-    """The plan of a run in the lines that are shown before training."""
-    plan, parts = run.plan(), run.parts
-    sized = f"{plan['updates_per_epoch']} updates per epoch of {plan['num_samples']} samples"
-    tail = f", the last of {plan['tail_samples']} samples" if plan["tail_samples"] else ""
-    batch = parts.plan.describe()
-    if plan["max_tokens_per_micro_batch"] is not None:
-        limit = f"at most {plan['max_tokens_per_micro_batch']:,} tokens per micro-batch"
-        batch = f"{limit}, W {plan['world_size']}, effective batch {plan['effective_batch_size']}"
-    if plan["rank_weights"] is not None:
-        batch += f"; shares of the processes {', '.join(f'{weight:g}' for weight in plan['rank_weights'])}"
-    lines = [
-        batch,
-        f"{sized}{tail}; {plan['total_updates']} updates in all, {plan['warmup_updates']} of them warm-up, lr {plan['lr']:g}",
-        f"engine {plan['engine']}, grad_sync {plan['grad_sync']}, {plan['device']}, precision {plan['mixed_precision']}; "
-        f"{plan['trained_parameters']:,} of {plan['parameters']:,} parameters trained",
-        *(f"note: {note}" for note in parts.notes),
-        f"run directory: {run.folder}",
-    ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,67 +29,18 @@ from accum_trainer.engine.base import Engine
 from accum_trainer.engine.build import choose_precision
 from accum_trainer.engine.plain import MicroBatches, plain_engine, start_update
 from accum_trainer.errors import ConfigError, DataError
+from accum_trainer.loop_faults import RIGHT, TAIL, Fault, MicroBatchGradients, Vector, flat
 from accum_trainer.model import load_model, load_tokenizer
 from accum_trainer.report import FAIL, INFO, PASS, Check, Report, measured
 from accum_trainer.verify import dropout_check, low_precision_peer, separability, tolerances, unequal_names
 
 Loop = Callable[[Any, torch.nn.Module, Any, Any, list[Any]], Any]
-Vector = torch.Tensor  # a gradient of all trained parameters, flat, float64
-Weights = list[list[float]]  # [rank][step], what multiplies a micro-batch's summed loss in the averaged gradient
 
 # A found gradient this near to a known fault's is that fault.
 _MATCH = 1e-3
 _LR = 0.1
 # Rows of the user's data longer than this are left out where enough are shorter: the check is about weights, not length.
 _SHORT = 96
-
-RIGHT = "right: weight = gradient_divisor / N for every micro-batch's summed loss, N = targets of the whole window"
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A known mistake: what it is in one sentence, and the formula that it computes."""
-
-    sentence: str
-    formula: str
-
-
-MEAN_OF_MEANS = Fault(
-    "mean of means: every micro-batch weighs the same, however many targets it holds",
-    "mean over micro-batches of L_rk / n_rk",
-)
-PER_RANK = Fault(
-    "normalised per rank: each rank divides by its own number of targets, so ranks weigh the same whatever they hold",
-    "mean over ranks of sum_k L_rk / sum_k n_rk",
-)
-TWICE = Fault(
-    "division by K twice: the loss is divided by K (or by N) and accelerator.backward divides by K again", "g / K"
-)
-TAIL = Fault(
-    "the tail is divided by K: a last window of m < K micro-batches is scaled as if it had K",
-    "g * m / K, m micro-batches in the tail",
-)
-NOT_TIMES_W = Fault(
-    "not multiplied by the number of processes: the loss is divided by the N of all ranks, and DDP averages over ranks again",
-    "g / W",
-)
-SUMMED = Fault("summed, not averaged, over micro-batches: nothing divides by K", "g * K")
-LAST_ONLY = Fault(
-    "zero_grad per micro-step: the gradient of the last micro-batch is all that is left",
-    "weight * L_rk of the last k only",
-)
-CLIP_EACH = Fault(
-    "clip per micro-step: the accumulated gradient is clipped after every micro-batch, not once per update",
-    "a = clip(a + weight * grad L_rk) for each k",
-)
-IN_BF16 = Fault(
-    "gradients are accumulated in bf16: small contributions are rounded away",
-    "a = bf16(a + bf16(weight * grad L_rk)) for each k",
-)
-LEFTOVER = Fault(
-    "zero_grad is missing: the gradient of the window before is still in this one", "g + g of the window before"
-)
-
 
 # --- the command's entry ---
 
@@ -205,11 +156,10 @@ def verify_loop(
 
 @dataclass(frozen=True)
 class LoopWindow:
-    """One update's rows, cut: `ranks[rank][step]` is a micro-batch. `is_tail`: fewer micro-batches than K."""
+    """One update's rows, cut: `ranks[rank][step]` is a micro-batch."""
 
     name: str
     ranks: list[list[list[Row]]]
-    is_tail: bool = False
 
 
 def windows_for(rows: Sequence[Row], plan: BatchPlan) -> list[LoopWindow]:
@@ -234,7 +184,7 @@ def windows_for(rows: Sequence[Row], plan: BatchPlan) -> list[LoopWindow]:
     tail = take(batch * fewer * ranks)
     tails = [cut(tail[r::ranks], fewer) for r in range(ranks)]
     tails[0][-1] = tails[0][-1][-1:]
-    windows.append(LoopWindow("tail window", tails, is_tail=True))
+    windows.append(LoopWindow("tail window", tails))
     masked: list[Row] = [{**row, "labels": [IGNORE] * len(row["labels"])} for row in ragged[0][0]]
     empty = [[masked, *ragged[0][1:]], *ragged[1:]]
     return [*windows, LoopWindow("a micro-batch without a target", empty)]
@@ -320,14 +270,6 @@ class _Runner:
 
 
 @dataclass(frozen=True)
-class _Candidate:
-    """A gradient that some faults together would give; no fault is the right one."""
-
-    faults: tuple[Fault, ...]
-    vector: Vector
-
-
-@dataclass(frozen=True)
 class _Judged:
     """A window's verdict: right where `error` is within `tolerance`; else `fits` are the faults, or sets of them, that
     would look like it, and `meaning` is what can be said without."""
@@ -352,81 +294,6 @@ class _Judged:
         meaning = "; or ".join(" AND ".join(fault.sentence for fault in faults) for faults in named)
         formulas = tuple(f"loop:  {fault.formula}" for faults in named for fault in faults)
         return Check(self.name, FAIL, meaning, self.error, self.tolerance, (RIGHT, *formulas, *self.details))
-
-
-class _Parts:
-    """A window by the definition: the gradient of each micro-batch's summed loss, and its targets.
-
-    Attributes:
-        gradients[rank][step]: flat, float64.
-        targets[rank][step]: n_rk.
-    """
-
-    def __init__(self, exact: BigBatch, names: dict[str, int], window: LoopWindow, steps: int) -> None:
-        truths = [[exact.truth(rows) for rows in rank] for rank in window.ranks]
-        self.names, self.steps, self.window = names, steps, window
-        self.gradients = [[flat(truth.gradient, names) for truth in rank] for rank in truths]
-        self.targets = [[truth.num_targets for truth in rank] for rank in truths]
-        self.num_targets = sum(map(sum, self.targets))
-        self.world_size = len(truths)
-
-    def each(self, weight: Callable[[int, int], float]) -> Weights:
-        return [[weight(r, k) for k in range(len(rank))] for r, rank in enumerate(self.targets)]
-
-    def combine(self, weights: Weights) -> Vector:
-        return torch.stack(
-            [w * g for r, rank in enumerate(self.gradients) for w, g in zip(weights[r], rank, strict=True)]
-        ).sum(0)
-
-    @property
-    def right(self) -> Weights:
-        return self.each(lambda r, k: 1 / self.num_targets)
-
-    def linear(self) -> Iterator[tuple[tuple[Fault, ...], Weights]]:
-        """What known faults weigh micro-batches with: a way to normalise, times a factor too many or too few."""
-        targets, ranks, steps = self.targets, self.world_size, self.steps
-        bases: list[tuple[tuple[Fault, ...], Weights]] = [
-            ((), self.right),
-            ((MEAN_OF_MEANS,), self.each(lambda r, k: 1 / (max(1, targets[r][k]) * len(targets[r]) * ranks))),
-        ]
-        if ranks > 1:
-            bases.append(((PER_RANK,), self.each(lambda r, k: 1 / (max(1, sum(targets[r])) * ranks))))
-        factors: list[tuple[tuple[Fault, ...], Callable[[int], float]]] = [((), lambda r: 1.0)]
-        if self.window.is_tail:
-            factors.append(((TAIL,), lambda r: len(targets[r]) / steps))
-        factors += [((TWICE,), lambda r: 1 / steps), ((SUMMED,), lambda r: float(len(targets[r])))]
-        if ranks > 1:
-            factors += [((NOT_TIMES_W,), lambda r: 1 / ranks), ((TWICE, NOT_TIMES_W), lambda r: 1 / ranks / steps)]
-        for factor_faults, factor in factors:
-            for base_faults, base in bases:
-                yield base_faults + factor_faults, [[w * factor(r) for w in rank] for r, rank in enumerate(base)]
-
-    def clipped_each(self, weights: Weights, clip: Callable[[Vector], Vector]) -> Vector:
-        """Each rank clips what it has so far; the last clip comes after the exchange, on the mean over ranks."""
-        ranks = []
-        for weights_of, gradients in zip(weights, self.gradients, strict=True):
-            total = torch.zeros_like(gradients[0])
-            for weight, gradient in zip(weights_of, gradients, strict=True):
-                total = clip(total) + self.world_size * weight * gradient
-            ranks.append(total)
-        return clip(torch.stack(ranks).mean(0))
-
-    def in_bf16(self, weights: Weights) -> Vector:
-        """The mean over ranks of what each adds up in bf16."""
-        ranks = []
-        for weights_of, gradients in zip(weights, self.gradients, strict=True):
-            total = torch.zeros_like(gradients[0], dtype=torch.bfloat16)
-            for weight, gradient in zip(weights_of, gradients, strict=True):
-                total += (self.world_size * weight * gradient).bfloat16()
-            ranks.append(total.double())
-        return torch.stack(ranks).mean(0)
-
-
-def flat(gradient: Gradient, names: dict[str, int]) -> Vector:
-    """All parameters' gradients in one vector, in the order of `names` (name -> numbers in it); missing ones are 0."""
-    zero = torch.zeros(0, dtype=torch.float64)
-    pieces = [gradient[n].flatten() if n in gradient else zero.new_zeros(size) for n, size in names.items()]
-    return torch.cat(pieces)
 
 
 class _Judge:
@@ -455,7 +322,7 @@ class _Judge:
             return _Judged(
                 name, f"the function must make one update, and the optimizer stepped {seen.optimizer_steps} times"
             )
-        parts = _Parts(self._exact, self._names, seen.window, self._plan.gradient_accumulation_steps)
+        parts = MicroBatchGradients(self._exact, self._names, seen.window.ranks, self._plan.gradient_accumulation_steps)
         found = flat(seen.gradient, self._names)
         if not torch.isfinite(found).all():
             empty = any(0 in rank for rank in parts.targets)
@@ -485,32 +352,17 @@ class _Judge:
         clipped = float(found.norm()) < 0.999 * float(right.norm())
         return f"the big batch's gradient{f', clipped once to {self._max_grad_norm:g}' if clipped else ''}"
 
-    def _fits(self, found: Vector, parts: _Parts, leftover: Vector, limit: float) -> list[tuple[Fault, ...]]:
+    def _fits(
+        self, found: Vector, parts: MicroBatchGradients, leftover: Vector, limit: float
+    ) -> list[tuple[Fault, ...]]:
         """The faults that give this gradient, within `limit`: the nearest, and those as simple that look alike here."""
-        distances = [(self._distance(found, c.vector), c.faults) for c in self._candidates(parts, leftover)]
+        candidates = parts.candidates(leftover, self._max_grad_norm)
+        distances = [(self._distance(found, vector), faults) for faults, vector in candidates]
         nearest = min(distance for distance, _ in distances)
         if nearest > limit:
             return []
         alike = [faults for distance, faults in distances if distance <= 1.5 * nearest + 1e-7]
         return [faults for faults in alike if len(faults) == min(map(len, alike))]
-
-    def _candidates(self, parts: _Parts, leftover: Vector) -> Iterator[_Candidate]:
-        """Gradients that known faults give, the simpler ones first."""
-        linear = list(parts.linear())
-        for faults, weights in linear:
-            if faults:
-                yield _Candidate(faults, parts.combine(weights))
-        for faults, weights in linear:
-            last = [[w if k == len(rank) - 1 else 0.0 for k, w in enumerate(rank)] for rank in weights]
-            yield _Candidate((*faults, LAST_ONLY), parts.combine(last))
-            if self._max_grad_norm is not None:
-                yield _Candidate((*faults, CLIP_EACH), parts.clipped_each(weights, self._clip))
-            yield _Candidate((*faults, IN_BF16), parts.in_bf16(weights))
-            if leftover.any():
-                yield _Candidate((*faults, LEFTOVER), parts.combine(weights) + leftover)
-
-    def _clip(self, vector: Vector) -> Vector:
-        return vector * clip_factor(float(vector.norm()), self._max_grad_norm)
 
     def _unknown(self, found: Vector, right: Vector, error: float) -> str:
         """What can be said of a gradient that no known fault gives."""
@@ -527,7 +379,7 @@ class _Judge:
         )
 
 
-def _weights_found(found: Vector, parts: _Parts) -> tuple[str, ...]:
+def _weights_found(found: Vector, parts: MicroBatchGradients) -> tuple[str, ...]:
     """Lines with the weight that the loop gave each micro-batch's summed loss, in units of the right 1/N."""
     places = [(r, k) for r, rank in enumerate(parts.targets) for k, n in enumerate(rank) if n > 0]
     columns = torch.stack([parts.gradients[r][k] for r, k in places])

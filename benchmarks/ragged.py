@@ -1,9 +1,9 @@
 """Real text of uneven length: our updates against those of the trainers that people use, on the same samples.
 
-    python benchmarks/ragged.py [--data FILE.jsonl] [--model DIR] [--k 8 16] [--updates 12] [--peers trainer grouped trl] [--out FILE.md]
+    python benchmarks/ragged.py [--data FILE.jsonl] [--model DIR] [--k 8 16] [--updates 12] [--peers trainer grouped trl] [--compile]
 
 Every loop trains an equal model with AdamW and clipping, B = 8. `trainer` is `transformers.Trainer` as documented, `grouped` the
-same with its length grouping, `trl` TRL's SFTTrainer. All but `grouped`, whose order is its own, get the samples of each update
+same with its length grouping, `trl` TRL's SFTTrainer, `eager` our own without `--compile`. All but `grouped`, whose order is its own, get the samples of each update
 in the same order, so that each pair of updates compares the same work. Updates are timed in turn in one process, the first of
 each pair alternating; the figure is the median of the pairs' ratios, in samples per second. Without --data the rows are the
 documentation strings that Python carries; without --model a Llama of 5M parameters. Their memory: `benchmarks/memory.py`.
@@ -29,7 +29,7 @@ from accum_trainer import Accumulator, TrainConfig, causal_lm_loss
 from accum_trainer.assemble import load_rows
 from accum_trainer.data.collating import PaddingCollator
 from accum_trainer.data.tokenizing import TokenizedRows
-from accum_trainer.model import load_model, load_tokenizer
+from accum_trainer.model import compile_blocks, load_model, load_tokenizer
 from accum_trainer.window_plan import Cost, Cut, global_order
 from benchmarks.overhead import KEEP_FREED_MEMORY
 
@@ -38,6 +38,7 @@ LABELS = {
     "trainer": "`transformers.Trainer`",
     "grouped": "`transformers.Trainer`, length grouping",
     "trl": "TRL `SFTTrainer`",
+    "eager": "the same without `--compile`",
 }
 CPU_COST = Cost(fixed=32.0, square=1e-3)
 
@@ -59,17 +60,13 @@ def five_million(tokenizer: Any) -> torch.nn.Module:
     return LlamaForCausalLM(config)
 
 
-def ours(
-    model: torch.nn.Module, tokenizer: Any, rows: TokenizedRows, k: int, order: list[int], cut: Cut
-) -> Iterator[None]:
+def ours(model: torch.nn.Module, tokenizer: Any, rows: TokenizedRows, k: int, order: list[int]) -> Iterator[None]:
     """One update per `next`."""
-    budget = {"micro_batch_size": B, "gradient_accumulation_steps": k}
-    if cut.max_tokens is not None:
-        budget = {"global_batch_size": B * k}
-    acc = Accumulator(**budget, max_grad_norm=MAX_NORM, cpu=True)
+    acc = Accumulator(micro_batch_size=B, gradient_accumulation_steps=k, max_grad_norm=MAX_NORM, cpu=True)
     model, optimizer = acc.prepare(model, torch.optim.AdamW(model.parameters(), lr=LR, fused=True))
     chosen = Chosen(rows, order)
     collate = PaddingCollator(tokenizer.pad_token_id or 0)
+    cut = Cut(B, cost=CPU_COST)
     windows = acc.windows(chosen, collate_fn=collate, lengths=chosen.lengths, shuffle=False, cut=cut, prefetch=True)
     for window in windows:
         for batch in window:
@@ -192,11 +189,10 @@ def compare(
 def make_loop(
     which: str, model: torch.nn.Module, tokenizer: Any, rows: TokenizedRows, k: int, order: list[int]
 ) -> Iterator[None]:
-    if which == "ours":
-        return ours(model, tokenizer, rows, k, order, Cut(B, cost=CPU_COST))
-    if which == "budget":
-        budget = B * int(statistics.mean(rows.lengths[order]))
-        return ours(model, tokenizer, rows, k, order, Cut(max_tokens=budget, cost=CPU_COST))
+    if which == "compiled":
+        compile_blocks(model, torch.device("cpu"))
+    if which in ("ours", "eager", "compiled"):
+        return ours(model, tokenizer, rows, k, order)
     return trainer(which, model, tokenizer, rows, k, order)
 
 
@@ -207,7 +203,8 @@ def main() -> None:
     parser.add_argument("--k", type=int, nargs="+", default=[8, 16])
     parser.add_argument("--updates", type=int, default=12)
     parser.add_argument("--max-seq-len", type=int, default=512)
-    parser.add_argument("--peers", nargs="+", choices=LABELS, default=list(LABELS))
+    parser.add_argument("--peers", nargs="+", choices=LABELS, default=["trainer", "grouped", "trl"])
+    parser.add_argument("--compile", action="store_true", help="compile our blocks")
     parser.add_argument("--uniform", action="store_true", help="only rows of one length: what sorting cannot help")
     parser.add_argument("--out")
     options = parser.parse_args()
@@ -218,15 +215,16 @@ def main() -> None:
         )
 
     model, tokenizer, rows = load(options)
+    what = "ours" + ", compiled" * options.compile + ", equal lengths" * options.uniform
     lines = [
         f"{options.data or 'embedded corpus'}, {options.model or 'Llama of 5M'} "
         f"({sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters), B={B}, CPU, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}, {platform.machine()}, {options.updates} interleaved pairs of updates",
         "",
-        "| samples per second, ours over | K | median | quartiles |",
+        f"| samples per second, {what}, over | K | median | quartiles |",
         "|---|---|---|---|",
     ]
-    found = {}
+    first = "compiled" if options.compile else "ours"
     for k in options.k:
         order = choose(rows, (options.updates + 2) * B * k, options.uniform)
         for peer in options.peers:
@@ -234,8 +232,7 @@ def main() -> None:
             def start(which: str, k: int = k, order: list[int] = order) -> Iterator[None]:
                 return make_loop(which, copy.deepcopy(model), tokenizer, rows, k, order)
 
-            median, low, high = compare(lambda: start("ours"), lambda peer=peer: start(peer), options.updates)
-            found[f"{peer} K={k}"] = median
+            median, low, high = compare(lambda: start(first), lambda peer=peer: start(peer), options.updates)
             lines.append(f"| {LABELS[peer]} | {k} | {median:.2f} | {low:.2f} to {high:.2f} |")
             print(lines[-1], file=sys.stderr)
     print("\n".join(lines))

@@ -41,13 +41,13 @@ def command(config_file: str | None, settings: tuple[str, ...], **given: Any) ->
         from accum_trainer.cli.independent import train_side_by_side
 
         sys.exit(train_side_by_side(composed))
-    from accum_trainer.train import Run, describe
+    from accum_trainer.train import Run
 
     run = Run(composed.config)
     if run.engine.is_main:
         for line in composed.overridden:
             click.echo(f"note: {line}", err=True)
-        click.echo(describe(run), err=True)
+        click.echo(run.describe(), err=True)
     if composed.config.dry_run:
         if run.engine.is_main:
             click.echo("dry run: nothing was trained and nothing written", err=True)

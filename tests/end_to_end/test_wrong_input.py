@@ -51,6 +51,15 @@ OPTIONS = {
     ),
     "amp twice": (["--amp", "--mixed-precision", "bf16"], "mixed_precision=bf16 is given too"),
     "fp16 on a CPU": (["--mixed-precision", "fp16"], "mixed_precision=fp16 needs a GPU"),
+    "attention unknown": (
+        ["--attention", "sdpaa"],
+        ("attention=sdpaa cannot be used with model=tiny", "use sdpa or eager"),
+    ),
+    "flash in float32": (
+        ["--attention", "flash_attention_2"],
+        "attention=flash_attention_2 ",
+    ),  # or it is not installed
+    "flex on a CPU": (["--attention", "flex_attention"], "attention=flex_attention gives no gradient on a CPU"),
     "offload of nothing": (["--cpu-offload"], "give zero_stage (zero1 to zero3) too"),
     "tracker of later": (["--report-to", "wandb"], "report_to=wandb needs experiment trackers"),
     "shares of two": (["--rank-weights", "2,1"], "rank_weights=2,1 are 2 shares, but there is 1 process"),

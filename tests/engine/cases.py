@@ -542,7 +542,14 @@ def counts_of_the_next_window_travel_with_the_end_of_this() -> dict[str, Any]:
     """Numbers in each exchange of small numbers over an epoch of six windows, for sources that read ahead and one that does not."""
     rows = make_rows(45)
     found = {}
-    for name, options in {"as asked for": {}, "thread": {"prefetch": True}, "process": {"num_workers": 1}}.items():
+    sources: dict[str, dict[str, Any]] = {
+        "as asked for": {},
+        "thread": {"prefetch": True},
+        "process": {"num_workers": 1},
+    }
+    if ENGINE.get("zero_stage") == 3:  # each engine made before reserves 2 GB of addresses: too many of them to fork
+        del sources["process"]
+    for name, options in sources.items():
         acc = accumulator(2, global_batch_size=8)
         probe = Probe(acc, make_model("llama"))
         gathers: list[int] = []
