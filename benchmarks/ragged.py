@@ -60,8 +60,8 @@ def five_million(tokenizer: Any) -> torch.nn.Module:
     return LlamaForCausalLM(config)
 
 
-def ours(model: torch.nn.Module, tokenizer: Any, rows: TokenizedRows, k: int, order: list[int]) -> Iterator[None]:
-    """One update per `next`."""
+def ours(model: torch.nn.Module, tokenizer: Any, rows: TokenizedRows, k: int, order: list[int]) -> Iterator[int]:
+    """One update per `next`; how many tokens it had."""
     acc = Accumulator(micro_batch_size=B, gradient_accumulation_steps=k, max_grad_norm=MAX_NORM, cpu=True)
     model, optimizer = acc.prepare(model, torch.optim.AdamW(model.parameters(), lr=LR, fused=True))
     chosen = Chosen(rows, order)
@@ -73,7 +73,7 @@ def ours(model: torch.nn.Module, tokenizer: Any, rows: TokenizedRows, k: int, or
             with acc.accumulate(model):
                 acc.backward(causal_lm_loss(model, batch))
         acc.step(optimizer)
-        yield
+        yield window.num_tokens
 
 
 class Chosen:
@@ -92,12 +92,19 @@ class Chosen:
 
 def trainer(
     which: str, model: torch.nn.Module, tokenizer: Any, rows: TokenizedRows, k: int, order: list[int]
-) -> Iterator[None]:
+) -> Iterator[int]:
     """A Trainer that makes one update per `next`: it runs in a thread and waits in a callback between updates."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     go, done = threading.Semaphore(0), threading.Semaphore(0)
     failed: list[BaseException] = []
+    tokens = 0
+
+    class Counting(PaddingCollator):
+        def __call__(self, samples: list[Any]) -> dict[str, torch.Tensor]:
+            nonlocal tokens
+            tokens += sum(len(sample["input_ids"]) for sample in samples)
+            return super().__call__(samples)
 
     class Step(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -140,7 +147,7 @@ def trainer(
         made = Trainer(
             model=model,
             args=TrainingArguments(**common),
-            data_collator=PaddingCollator(tokenizer.pad_token_id or 0),
+            data_collator=Counting(tokenizer.pad_token_id or 0),
             train_dataset=data,
             callbacks=[Step()],
         )
@@ -160,35 +167,40 @@ def trainer(
         done.acquire()
         if failed:
             raise failed[0]
-        yield
+        yield tokens
+        tokens = 0
 
 
-def timed(loop: Iterator[None]) -> float:
+def timed(loop: Iterator[int]) -> tuple[float, int]:
     begun = time.perf_counter()
-    next(loop)
-    return time.perf_counter() - begun
+    tokens = next(loop)
+    return time.perf_counter() - begun, tokens
 
 
 def compare(
-    first: Callable[[], Iterator[None]], second: Callable[[], Iterator[None]], updates: int
-) -> tuple[float, float, float]:
-    """Speed of the first over that of the second: median and quartiles of the pairs' ratios."""
+    first: Callable[[], Iterator[int]], second: Callable[[], Iterator[int]], updates: int, same_samples: bool
+) -> tuple[float, str]:
+    """Speed of the first over that of the second, and the quartiles where each pair of updates compares the same samples."""
     loops = first(), second()
     for loop in loops:
         next(loop)  # the first update allocates
-    ratios = []
+    pairs = []
     for pair in range(updates):
-        seconds = [0.0, 0.0]
+        pairs.append([(0.0, 0), (0.0, 0)])
         for which in (0, 1) if pair % 2 == 0 else (1, 0):
-            seconds[which] = timed(loops[which])
-        ratios.append(seconds[1] / seconds[0])
+            pairs[-1][which] = timed(loops[which])
+    if not same_samples:
+        seconds, tokens = ([[one[i] for one in pair] for pair in pairs] for i in (0, 1))
+        speeds = [sum(t[which] for t in tokens) / sum(s[which] for s in seconds) for which in (0, 1)]
+        return speeds[0] / speeds[1], "of all together"
+    ratios = [theirs[0] / mine[0] for mine, theirs in pairs]
     low, median, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    return median, low, high
+    return median, f"{low:.2f} to {high:.2f}"
 
 
 def make_loop(
     which: str, model: torch.nn.Module, tokenizer: Any, rows: TokenizedRows, k: int, order: list[int]
-) -> Iterator[None]:
+) -> Iterator[int]:
     if which == "compiled":
         compile_blocks(model, torch.device("cpu"))
     if which in ("ours", "eager", "compiled"):
@@ -229,11 +241,13 @@ def main() -> None:
         order = choose(rows, (options.updates + 2) * B * k, options.uniform)
         for peer in options.peers:
 
-            def start(which: str, k: int = k, order: list[int] = order) -> Iterator[None]:
+            def start(which: str, k: int = k, order: list[int] = order) -> Iterator[int]:
                 return make_loop(which, copy.deepcopy(model), tokenizer, rows, k, order)
 
-            median, low, high = compare(lambda: start(first), lambda peer=peer: start(peer), options.updates)
-            lines.append(f"| {LABELS[peer]} | {k} | {median:.2f} | {low:.2f} to {high:.2f} |")
+            ratio, spread = compare(
+                lambda: start(first), lambda peer=peer: start(peer), options.updates, peer != "grouped"
+            )
+            lines.append(f"| {LABELS[peer]} | {k} | {ratio:.2f} | {spread} |")
             print(lines[-1], file=sys.stderr)
     print("\n".join(lines))
     if options.out:

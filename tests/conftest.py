@@ -11,6 +11,31 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+# The longest files first (minutes each), so that two workers end together.
+LONG = (
+    "engine/test_contract",
+    "test_docs",
+    "end_to_end/test_engines",
+    "test_verify",
+    "test_compile",
+    "end_to_end/test_launch_files",
+    "test_footprint",
+    "end_to_end/test_launch",
+    "end_to_end/test_independent",
+    "end_to_end/test_demo",
+    "end_to_end/test_cut",
+    "end_to_end/test_two_machines",
+    "end_to_end/test_train",
+    "end_to_end/test_slurm",
+    "end_to_end/test_resume",
+)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    places = {f"tests/{name}.py": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.nodeid.split("::")[0], len(LONG)))
+
 
 @pytest.fixture
 def fresh_accelerate():
