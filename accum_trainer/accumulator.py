@@ -188,7 +188,8 @@ class Accumulator:
             lengths: tokens of each sample of a data set, shape (samples,); lets the cut avoid padding.
             seed: of the global order; also of a DataLoader's RandomSampler that has no generator.
             shuffle: False keeps a data set's own order.
-            num_workers: processes that load samples of a data set.
+            num_workers: processes that load samples of a data set. On several processes what they read, as with `prefetch`, is
+                asked for before the update of the window in hand, so that the counts of both take one exchange.
             shard: (i, n) trains on every n-th sample of a data set's global order, from the i-th: a share of the data for
                 a training of its own, not this process's part of a window.
             cut: how the windows of a data set become micro-batches, where it shall not be by B alone.

@@ -28,7 +28,7 @@ from accum_trainer.engine.build import choose_precision
 from accum_trainer.errors import ConfigError, DataError
 from accum_trainer.fit import Fit
 from accum_trainer.head import LossPath, decide_loss_path
-from accum_trainer.model import compile_blocks, fingerprint, load_model, load_tokenizer
+from accum_trainer.model import compile_blocks, fingerprint, is_flash, load_model, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def _compile(config: TrainConfig, engine: Any, model: Any) -> int:
     """Compile the model's blocks, where the engine's own code is not in the way; return how many."""
     if engine.name == "zero3":
         raise ConfigError(
-            "compile cannot see through zero3, which fetches each weight when it is used; leave it out, or use zero2 or fsdp2"
+            "compile=true cannot see through zero3, which fetches each weight when it is used; leave it out, or use zero2 or fsdp2"
         )
     return compile_blocks(engine.unwrap(model), engine.device)
 
@@ -174,7 +174,7 @@ def _check_attention(model: Any, engine: Any) -> None:
     attention = getattr(model.config, "_attn_implementation", None) or ""
     if attention == "flex_attention" and engine.device.type == "cpu":
         raise ConfigError(f"attention={attention} gives no gradient on a CPU; use attention=sdpa")
-    if attention.startswith("flash") and (engine.device.type == "cpu" or engine.mixed_precision == "no"):
+    if is_flash(attention) and (engine.device.type == "cpu" or engine.mixed_precision == "no"):
         raise ConfigError(
             f"attention={attention} needs a GPU and 16-bit numbers, and this is a {engine.device.type} with mixed_precision="
             f"{engine.mixed_precision}; use attention=sdpa" + ("" if engine.device.type == "cpu" else ", or amp")

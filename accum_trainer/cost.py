@@ -97,5 +97,8 @@ def _key(model: torch.nn.Module, max_tokens: int, max_seq_len: int, precision: s
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     shapes: list[Any] = [(name, tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()]
     checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    what = [type(model).__name__, shapes, where, precision, checkpointing, max_tokens, max_seq_len, torch.__version__]
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules())
+    how = [precision, checkpointing, attention, compiled, max_tokens, max_seq_len]
+    what = [type(model).__name__, shapes, where, *how, torch.__version__]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]

@@ -17,6 +17,7 @@ from accum_trainer.data.collating import PaddingCollator
 from accum_trainer.data.tokenizing import TokenizedRows
 from accum_trainer.errors import ConfigError
 from accum_trainer.fit import Fit, find_fit
+from accum_trainer.model import is_flash
 from accum_trainer.window_plan import Cost, Cut
 
 # Without a GPU launching a kernel costs little, and a micro-batch need not be large to be worth it.
@@ -71,14 +72,14 @@ def decide_cut(
 def _layout(config: TrainConfig, model: Any) -> tuple[str, str]:
     """(`padded` or `packed`, why). Packed pays where attention skips what is between samples: flash attention does."""
     attention = getattr(model.config, "_attn_implementation", None) or "unknown"
-    if config.layout == "packed" and attention not in ("sdpa", "eager") and not attention.startswith("flash"):
+    if config.layout == "packed" and attention not in ("sdpa", "eager") and not is_flash(attention):
         raise ConfigError(
             f"layout=packed needs attention that keeps samples apart by their positions, and model={config.model} has "
             f"{attention}; use layout=padded"
         )
     if config.layout != "auto":
         return config.layout, "asked for"
-    if attention.startswith("flash"):
+    if is_flash(attention):
         return "packed", f"{attention} computes no attention between samples"
     return "padded", f"{attention} attention would compute, and mask, all pairs of samples in a packed row"
 

@@ -68,19 +68,30 @@ def _ready(model: Any, config: TrainConfig) -> Any:
         )
     model.config.use_cache = False
     if config.attention is not None:
-        try:
-            model.set_attn_implementation(config.attention)
-        except Exception as error:  # a package that is missing, a name that is unknown, a model that has no such code
-            raise ConfigError(
-                f"attention={config.attention} cannot be used with model={config.model}: {_first_line(error)}; install what is "
-                "missing, or use sdpa or eager"
-            ) from None
+        _set_attention(model, config)
     if config.use_peft:
         model = _with_lora(model, config)
     if config.gradient_checkpointing:
         # Reentrant checkpointing runs its own autograd inside backward, where DDP cannot see it.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
+
+
+def _set_attention(model: Any, config: TrainConfig) -> None:
+    wrong = f"attention={config.attention} cannot be used with model={config.model}: "
+    remedy = "; install what is missing, or use sdpa or eager"
+    try:
+        model.set_attn_implementation(config.attention)
+    except Exception as error:  # a package that is missing, a name that is unknown
+        raise ConfigError(f"{wrong}{_first_line(error)}{remedy}") from None
+    found = model.config._attn_implementation  # older models' code only warns and goes on as before
+    if found != config.attention and not (is_flash(found) and is_flash(str(config.attention))):
+        raise ConfigError(f"{wrong}its code has no choice of attention, and runs {found}{remedy}")
+
+
+def is_flash(attention: str) -> bool:
+    """Whether transformers means flash attention by this name; kernels of the hub have a path before it."""
+    return "flash" in attention
 
 
 def blocks_of(model: Any) -> list[torch.nn.Module]:
@@ -94,7 +105,8 @@ def compile_blocks(model: Any, device: torch.device) -> int:
 
     Blocks, not the whole model: they share what is compiled, and the output head stays free for the loss path. Dynamic, so
     that one compilation serves all sizes of micro-batches; there are three in training and as many in evaluation (several
-    samples with and without padding, one sample).
+    samples with and without padding, one sample). torch's own settings are changed: up to 16 compilations of a block, and DDP
+    does not cut blocks to its buckets, for they are small enough.
 
     Raises:
         ConfigError: torch.compile does not work on this machine, or the model names no blocks.
@@ -102,16 +114,17 @@ def compile_blocks(model: Any, device: torch.device) -> int:
     blocks = blocks_of(model)
     if not blocks:
         raise ConfigError(
-            f"compile works on the blocks of a model, and {type(model).__name__} names none (_no_split_modules); leave it out"
+            f"compile=true works on the blocks of a model, and {type(model).__name__} names none (_no_split_modules); leave it out"
         )
     try:
         torch.compile(torch.sin, dynamic=True)(torch.ones(3, device=device))
     except Exception as error:  # of many types: no compiler, no Triton, no place for its files
         raise ConfigError(
-            f"compile does not work here: {_first_line(error)}; install a C++ compiler (on a GPU, Triton), or leave it out"
+            f"compile=true does not work here: {_first_line(error)}; install a C++ compiler (on a GPU, Triton), or leave it out"
         ) from None
     # Beyond the limit, 8 by default, torch runs uncompiled. Six are counted on here; hooks and dtypes may ask for more.
     torch._dynamo.config.recompile_limit = max(16, torch._dynamo.config.recompile_limit)
+    torch._dynamo.config.optimize_ddp = False
     for block in blocks:
         block.compile(dynamic=True)
     return len(blocks)

@@ -118,8 +118,8 @@ class Subject:
 
     @classmethod
     def of(cls, parts: Parts) -> Subject:
-        """The subject that `assemble(config)` made; gradient checkpointing is left out of the reference."""
-        plain = dataclasses.replace(parts.config, gradient_checkpointing=False)
+        """The subject that `assemble(config)` made; checkpointing, and attention that needs a GPU, are left out of the reference."""
+        plain = dataclasses.replace(parts.config, gradient_checkpointing=False, attention=None)
         return cls(
             accumulator=parts.accumulator,
             model=parts.model,

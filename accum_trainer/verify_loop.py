@@ -10,6 +10,7 @@ names the fault, and the weights that the loop gave its micro-batches are found 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import math
 import sys
@@ -86,6 +87,10 @@ def verify_loop_of(config: TrainConfig, loop: Loop, world_size: int) -> Report:
             "gradient_accumulation_steps=1 accumulates nothing, so every loop would pass; "
             "give --gradient-accumulation-steps the K of your loop, 2 or more"
         )
+    if config.compile:
+        raise ConfigError(
+            "compile=true is what train does to its model; a loop is given the model as it is: leave it out, and compile in the loop"
+        )
     precision = choose_precision(config.mixed_precision, config.amp, config.cpu)
     if precision == "fp16":
         raise ConfigError(
@@ -101,11 +106,22 @@ def verify_loop_of(config: TrainConfig, loop: Loop, world_size: int) -> Report:
     positions = short if len(short) >= needed else [int(i) for i in np.flatnonzero(rows.num_targets > 0)]
     chosen = np.random.RandomState(config.seed).permutation(positions)[:needed]
 
-    def make_model() -> torch.nn.Module:
+    # The reference runs on a CPU in float64, where not every attention does.
+    reference = dataclasses.replace(config, attention=None)
+
+    def make_model(config: TrainConfig = config) -> torch.nn.Module:
         torch.manual_seed(config.seed)
         return load_model(config, tokenizer)
 
-    return verify_loop(loop, engine, make_model, [rows[int(i)] for i in chosen], plan, config.max_grad_norm)
+    return verify_loop(
+        loop,
+        engine,
+        make_model,
+        [rows[int(i)] for i in chosen],
+        plan,
+        config.max_grad_norm,
+        make_reference=lambda: make_model(reference),
+    )
 
 
 def verify_loop(
@@ -115,6 +131,7 @@ def verify_loop(
     rows: Sequence[Row],
     plan: BatchPlan,
     max_grad_norm: float | None = None,
+    make_reference: Callable[[], torch.nn.Module] | None = None,
 ) -> Report:
     """Run `loop` on windows made of `rows` and say what it computes. Collective; every rank gets the same report.
 
@@ -123,10 +140,11 @@ def verify_loop(
         make_model: the plain model in float32, with the same weights on every call.
         rows: samples with targets, of different lengths; used again and again where they are few.
         max_grad_norm: a loop that clips must clip to this, once.
+        make_reference: the same model as float64 on a CPU can run it. Default: `make_model`.
     """
     if not any(map(num_targets, rows)):
         raise DataError(f"none of the {len(rows)} samples has a target; there is nothing to compare")
-    judge = _Judge(engine, make_model, plan, max_grad_norm) if engine.is_main else None
+    judge = _Judge(engine, make_reference or make_model, plan, max_grad_norm) if engine.is_main else None
     separable = engine.gather_objects(judge.separability(rows) if judge is not None else None)[0]
     subject = {
         "mode": "loop",

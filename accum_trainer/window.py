@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -248,16 +248,18 @@ class _Counted:
 class _Reader:
     """This rank's parts of an epoch's windows, counted over all ranks before each begins.
 
-    The counts cost no exchange where the source knows them. Else they travel with the end of the window before, where the
-    source reads ahead; else in an exchange of their own.
+    The counts cost no exchange where the source knows them. Else they travel with the end of the window before, where every
+    rank's source reads ahead; else in an exchange of their own. What one rank finds wrong, all learn in that exchange.
     """
 
     def __init__(self, engine: Any, source: Source, count_targets: CountTargets, epoch: int, consumed: int) -> None:
         self._engine = engine
         self._count_targets = count_targets
-        self._reads_ahead = source.reads_ahead
+        self._knows_counts = source.knows_counts
+        self._wants_ahead = source.reads_ahead and engine.world_size > 1
+        self._reads_ahead = False  # until all ranks have said so
         self._parts = source.parts(epoch, consumed)
-        self._ahead: tuple[Part, list[float]] | Exception | None = None  # read before the window in hand was finished
+        self._read: _Read | None = None  # of the next window, before the one in hand was finished
         self._table: np.ndarray | None = None  # what all ranks said of it
 
     def close(self) -> None:
@@ -267,58 +269,69 @@ class _Reader:
         """The next window; None where no rank has a batch left.
 
         Raises:
-            DataError: the ranks read different data, or one of them could not read ahead.
+            DataError: the ranks read different data, or another one could not read.
         """
+        read, self._read = self._read or self._next_part(), None
         table, self._table = self._table, None
+        if self._knows_counts:
+            if read.error is not None:
+                raise read.error
+            return None if read.part is None else _Counted(read.part, read.targets, cast(np.ndarray, read.part.table))
         if table is None:
-            found = self._read()
-            if found is None:
-                return None
-            if found[0].table is not None:
-                return _Counted(*found, found[0].table)
-            table = self._engine.gather(_numbers(*found))
-        elif isinstance(self._ahead, Exception):
-            raise self._ahead
-        else:
-            found, self._ahead = self._ahead, None
+            table = self._engine.gather(read.numbers)
+        if read.error is not None:
+            raise read.error
         failed = np.flatnonzero(table[:, 1] < 0)
         if len(failed):
             raise DataError(f"process {failed[0]} could not read its next window; its own message says why")
-        if found is None or not table[:, 1].any():
+        if not table[:, 1].any():
             return None
-        if (table[:, 5] != table[0, 5]).any():
+        if (table[:, 5] != table[0, 5]).any() or read.part is None:
             raise DataError(
                 "the processes read different data: each would train on batches the others also take or skip. "
                 "Seed the sampler's generator alike on all processes; a loader that is already split by rank is passed as "
                 "an iterable of this rank's batches"
             )
-        return _Counted(*found, table)
+        self._reads_ahead = bool(table[:, 6].all())
+        return _Counted(read.part, read.targets, table)
 
-    def _read(self) -> tuple[Part, list[float]] | None:
-        part = next(self._parts, None)
-        return None if part is None else (part, [self._count_targets(batch) for batch in part.batches])
+    def _next_part(self) -> _Read:
+        try:
+            part = next(self._parts, None)
+            if part is None:
+                return _Read(None, [], [0.0] * 6 + [float(self._wants_ahead)])
+            targets = [self._count_targets(batch) for batch in part.batches]
+            return _Read(part, targets, [*_numbers(part, targets), float(self._wants_ahead)])
+        except Exception as error:
+            return _Read(None, [], [0.0, -1.0, 0.0, 0.0, 0.0, 0.0, 0.0], error)
 
     def numbers_ahead(self) -> list[float]:
-        """The next window's numbers, for the exchange that ends the one in hand; [] where they need none or are not known.
-
-        An error in reading waits until the window in hand is finished; the others learn of it.
-        """
+        """The next window's numbers, for the exchange that ends the one in hand; [] where they are not read ahead."""
         if not self._reads_ahead:
             return []
-        try:
-            self._ahead = self._read()
-        except Exception as error:
-            self._ahead = error
-            return [0.0, -1.0, 0.0, 0.0, 0.0, 0.0]
-        return [0.0] * 6 if self._ahead is None else _numbers(*self._ahead)
+        self._read = self._read or self._next_part()
+        return self._read.numbers
 
     def learn_ahead(self, table: np.ndarray) -> None:
         """Take every rank's `numbers_ahead`, shape (ranks, numbers)."""
         self._table = table if table.shape[1] else None
 
 
+@dataclass(frozen=True)
+class _Read:
+    """What came of reading: a part, or None at the end of the epoch, or an error to be raised when its turn comes.
+
+    `numbers` are what all ranks learn of it: targets, micro-batches (-1 for an error), samples, tokens, positions, fingerprint,
+    and whether this rank can read ahead.
+    """
+
+    part: Part | None
+    targets: list[float]
+    numbers: list[float]
+    error: Exception | None = None
+
+
 def _numbers(part: Part, targets: list[float]) -> list[float]:
-    """Targets, micro-batches, samples, tokens, positions and fingerprint: what all ranks learn of a part."""
     tokens = [num_tokens(batch) for batch in part.batches]
     return [
         sum(targets),

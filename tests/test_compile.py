@@ -40,21 +40,37 @@ def test_few_compilations_serve_all_sizes_of_micro_batches(tmp_path):
     assert [record["loss"] for record in compiled] == pytest.approx([record["loss"] for record in plain], rel=1e-5)
 
 
-def test_compiled_update_is_that_of_one_big_batch_in_float64_on_two_processes():
+@pytest.mark.parametrize(
+    ("engine", "options", "environment"),
+    [
+        ("ddp", ["--gradient-checkpointing"], {}),
+        ("zero2", ["--zero-stage", "zero2"], {}),
+        ("fsdp2", [], {"ACCELERATE_USE_FSDP": "true"}),
+    ],
+)
+def test_compiled_update_is_that_of_one_big_batch_in_float64_on_two_processes(engine, options, environment):
     run = torchrun(
-        2, "accum_trainer", "verify", "--cpu", "--compile", "--batch-size", 2, "--global-batch-size", 8,
-        "--max-seq-len", 64, "--windows", 2, "--gradient-checkpointing",
+        2, "accum_trainer.verify", "--cpu", "--compile", "--batch-size", 2, "--global-batch-size", 8,
+        "--max-seq-len", 64, "--windows", 2, *options, OMP_NUM_THREADS=1, **environment,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     line = next(line for line in run.stdout.splitlines() if line.startswith("update = one big batch"))
     assert line.split()[5] == "PASS" and float(line.split()[6]) < 2e-6
-    assert "ddp on cpu" in run.stdout
+    assert f"{engine} on cpu" in run.stdout
+    assert "recompile_limit" not in run.stderr  # beyond it torch would run uncompiled
+
+
+def test_a_loop_of_your_own_is_not_compiled_in_silence(tmp_path):
+    loop = tmp_path / "loop.py"
+    loop.write_text("def update(accelerator, model, optimizer, scheduler, batches):\n    pass\n")
+    run = cli("verify", "--cpu", "--compile", "--loop", f"{loop}:update", "--gradient-accumulation-steps", 2)
+    assert run.returncode == 2 and "compile=true is what train does to its model" in run.stderr
 
 
 def test_without_a_compiler_one_message_and_no_folder(tmp_path):
     run = cli("train", "--cpu", "--compile", "--steps", 1, "--output-dir", tmp_path / "run", CXX="/no/such/compiler")
     assert run.returncode == 2
-    assert "error: compile does not work here: InvalidCxxCompiler" in run.stderr and "Traceback" not in run.stderr
+    assert "error: compile=true does not work here: InvalidCxxCompiler" in run.stderr and "Traceback" not in run.stderr
     assert "/no/such/compiler" in run.stderr and "install a C++ compiler" in run.stderr
     assert not (tmp_path / "run").exists()
 
@@ -64,7 +80,7 @@ def test_zero3_is_refused():
         2, "accum_trainer.train", "--cpu", "--compile", "--zero-stage", "zero3", "--batch-size", 1, "--steps", 1, "--dry-run"
     )  # fmt: skip
     assert run.returncode != 0
-    assert "compile cannot see through zero3" in run.stderr and "use zero2 or fsdp2" in run.stderr
+    assert "compile=true cannot see through zero3" in run.stderr and "use zero2 or fsdp2" in run.stderr
 
 
 def test_a_model_without_blocks_is_refused():

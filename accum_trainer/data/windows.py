@@ -65,11 +65,13 @@ class Source(Protocol):
 
     Attributes:
         unit: what `consumed` counts: "samples" or "batches".
+        knows_counts: each part has a `table`, so that nothing has to be exchanged.
         reads_ahead: the next part is made elsewhere and draws no random numbers here, so that it may be asked for before the
-            one in hand is trained on; and it says something that the ranks do not know yet.
+            update of the one in hand.
     """
 
     unit: str
+    knows_counts: bool
     reads_ahead: bool
 
     def parts(self, epoch: int, consumed: int) -> Parts:
@@ -190,7 +192,7 @@ class PlannedSource:
         ours = isinstance(dataset, TokenizedRows) and isinstance(collate_fn, (PaddingCollator, PackingCollator))
         self._num_targets = dataset.num_targets if ours else None
         self.knows_counts = ours
-        self.reads_ahead = num_workers > 0 and not ours
+        self.reads_ahead = num_workers > 0
         self._shard = slice(shard[0], None, shard[1])
         if not range(len(dataset))[self._shard]:
             raise DataError(
@@ -244,15 +246,15 @@ class PlannedSource:
 class Prefetched:
     """Another source's parts, each made in a thread while the one before it is trained on.
 
-    Reading, cutting, collating and pinning happen off the critical path. One part is ready and one is being made; more
-    would only hold memory. Draws from the global random generators in a data set's `__getitem__` would interleave with
+    Reading, cutting, collating and pinning happen off the critical path. One part is ready and one is being made, beside
+    one that may have been asked for ahead; more would only hold memory. Draws from the global random generators in a data set's `__getitem__` would interleave with
     the training's own: such data is read without this.
     """
 
     def __init__(self, source: PlannedSource) -> None:
         self._source = source
         self.unit = source.unit
-        self.reads_ahead = not source.knows_counts
+        self.knows_counts, self.reads_ahead = source.knows_counts, True
 
     def num_windows(self) -> int | None:
         return self._source.num_windows()
@@ -307,7 +309,10 @@ class LoaderSource:
     def __init__(self, loader: DataLoader, plan: BatchPlan, rank: int, seed: int) -> None:
         self._loader, self._plan, self._rank, self._seed = loader, plan, rank, seed
         self._per_window = plan.gradient_accumulation_steps * plan.world_size
-        self.reads_ahead = loader.num_workers > 0
+        self._by_index = loader.batch_sampler is not None and not isinstance(loader.dataset, IterableDataset)
+        self.knows_counts = False
+        # A stream may depend on the update before: what it gives is asked for when it is needed.
+        self.reads_ahead = loader.num_workers > 0 and self._by_index
 
     def num_windows(self) -> int | None:
         try:
@@ -322,8 +327,7 @@ class LoaderSource:
         if lent is not None:
             lent.generator = torch.Generator().manual_seed((self._seed << 32) + epoch)
         try:
-            by_index = self._loader.batch_sampler is not None and not isinstance(self._loader.dataset, IterableDataset)
-            yield from (self._dealt_by_index if by_index else self._dealt_by_reading)(consumed)
+            yield from (self._dealt_by_index if self._by_index else self._dealt_by_reading)(consumed)
         finally:
             if lent is not None:
                 lent.generator = None
@@ -383,7 +387,7 @@ class StreamSource:
     """Batches that are this rank's already, K at a time; ranks may run out at different windows."""
 
     unit = "batches"
-    reads_ahead = False  # it may make its batches as they are asked for
+    knows_counts = reads_ahead = False  # it may make its batches as they are asked for
 
     def __init__(self, batches: Iterable[Batch], plan: BatchPlan) -> None:
         self._batches, self._plan = batches, plan

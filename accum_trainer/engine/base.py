@@ -318,10 +318,6 @@ class Engine:
         mine = torch.tensor([list(values)], dtype=dtype, device=self.device)
         return self.accelerator.gather(mine).cpu().double().numpy()
 
-    def sum_over_ranks(self, numbers: Sequence[float]) -> list[float]:
-        """`numbers` added up over ranks, in the order of ranks, so equal on all of them."""
-        return self.gather(numbers).sum(axis=0).tolist()
-
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's picklable `value`, in the order of ranks."""
         if self.world_size == 1:

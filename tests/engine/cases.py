@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -560,6 +561,27 @@ def counts_of_the_next_window_travel_with_the_end_of_this() -> dict[str, Any]:
     return found
 
 
+@case
+def reading_ahead_survives_breaks_epochs_and_resuming() -> dict[str, Any]:
+    """Two windows and a break, the rest of the epoch, another epoch, and a new run from the position after the break."""
+    rows = make_rows(45)
+    acc = accumulator(2, global_batch_size=8)
+    probe = Probe(acc, make_model("llama"))
+    windows = acc.windows(rows, collate_fn=pad, lengths=lengths(rows), prefetch=True)
+    found = [compare(probe, islice(windows, 2), planned(rows, 8)[:2])]
+    position = windows.state_dict()
+    found.append(compare(probe, windows, planned(rows, 8)[2:]))
+    found.append(compare(probe, windows, planned(rows, 8, epoch=1)))
+    resumed = acc.windows(rows, collate_fn=pad, lengths=lengths(rows), prefetch=True)
+    resumed.load_state_dict(position)
+    found.append(compare(probe, resumed, planned(rows, 8)[2:]))
+    return {
+        "errors": [error for one in found for error in one["errors"]],
+        "sizes": [seen for one in found for seen, *_ in one["sizes"]],
+        "position": position,
+    }
+
+
 class _Unreadable:
     """Rows, of which the last rank cannot read those of one window of the global order."""
 
@@ -578,22 +600,53 @@ class _Unreadable:
 @case
 def window_that_one_rank_cannot_read() -> dict[str, Any]:
     rows = make_rows(24)
-    second = [int(i) for i in global_order(24, 0, 0)[8:16]]
-    acc = accumulator(2, global_batch_size=8)
-    probe = Probe(acc, make_model("llama"))
-    windows = acc.windows(_Unreadable(rows, second), collate_fn=pad, lengths=lengths(rows), prefetch=True)
-    errors = []
+    first, second, _ = planned(rows, 8)
+    unreadable = [i for i, row in enumerate(rows) if any(row is other for other in second)]
+    found = {}
+    for name, prefetch in {"as asked for": False, "ahead": True}.items():
+        acc = accumulator(2, global_batch_size=8)
+        probe = Probe(acc, make_model("llama"))
+        windows = acc.windows(_Unreadable(rows, unreadable), collate_fn=pad, lengths=lengths(rows), prefetch=prefetch)
+        found[name] = _until_it_fails(probe, windows, first)
+    return found
+
+
+def _until_it_fails(probe: Probe, windows: Any, first: list[dict]) -> dict[str, Any]:
+    """Train until the data fails; compare the first update with the big batch of `first`."""
+    errors: list[float] = []
+    raised = ""
+    exact = probe.exact(first)[1]
     try:
         for window in windows:
-            exact = probe.exact([rows[int(i)] for i in global_order(24, 0, 0)[:8]])[1]
             for batch in window:
-                with acc.accumulate(probe.model):
-                    acc.backward(causal_lm_loss(probe.model, batch))
+                with probe.acc.accumulate(probe.model):
+                    probe.acc.backward(causal_lm_loss(probe.model, batch))
             probe.step()
-            errors.append(relative_error(probe.stepped[-1], exact))
+            errors = errors or [relative_error(probe.stepped[-1], exact)]
     except (OSError, DataError) as error:
-        return {"errors": errors, "updates": acc.num_updates, "raised": f"{type(error).__name__}: {error}"}
-    return {"errors": errors, "updates": acc.num_updates, "raised": ""}
+        raised = f"{type(error).__name__}: {error}"
+    return {"errors": errors, "updates": probe.acc.num_updates, "raised": raised}
+
+
+class _Shorter(torch.utils.data.IterableDataset):
+    """A stream that all ranks are to read alike, and that ends a window earlier on the last of several."""
+
+    def __init__(self, rows: list[dict]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[dict]:
+        ends_early = world_size() > 1 and rank() == world_size() - 1
+        yield from self.rows[:16] if ends_early or world_size() == 1 else self.rows
+
+
+@case
+def ranks_that_end_at_different_windows() -> dict[str, Any]:
+    rows = make_rows(24)
+    acc = accumulator(2, global_batch_size=8)
+    probe = Probe(acc, make_model("llama"))
+    loader = DataLoader(_Shorter(rows), batch_size=2, collate_fn=pad)
+    found = _until_it_fails(probe, acc.windows(loader), rows[:8])
+    return {"updates": found["updates"], "raised": found["raised"]}
 
 
 def _count_exchanges(probe: Probe) -> list[int]:

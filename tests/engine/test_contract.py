@@ -125,21 +125,31 @@ def test_i16_consumed_is_planned_and_exchanges_are_equal(case, world_size):
         assert len(result["exchanged"][0]) == (6 if result["engine"] == "ddp" else 0)  # seen by DDP's hook only
 
 
-def test_i16_counts_of_the_next_window_travel_with_the_end_of_this(case):
+def test_i16_counts_of_the_next_window_travel_with_the_end_of_this(case, world_size):
     for result in case("counts_of_the_next_window_travel_with_the_end_of_this"):
         for name, found in result.items():
             assert max(found["errors"]) < 2e-6, name
             assert [seen for seen, *_ in found["sizes"]] == [8, 8, 8, 8, 8, 5], name
             first, *others = found["gathers"]
-            assert first == 6  # targets, micro-batches, samples, tokens, positions, fingerprint
-            if name == "as asked for":
-                assert others.count(6) == 5 and len(others) == 11
+            assert (
+                first == 7
+            )  # targets, micro-batches, samples, tokens, positions, fingerprint, whether it can be read ahead
+            if name == "as asked for" or world_size == 1:
+                assert others[1::2] == [7] * 6 and len(others) == 12  # the last finds the end of the data
             else:
-                assert min(others) > 6 and len(others) == 6
+                assert min(others) > 7 and len(others) == 6, name
 
 
-def test_window_that_one_rank_cannot_read_ends_all_after_the_one_before(case, world_size):
-    *others, last = case("window_that_one_rank_cannot_read")
+def test_reading_ahead_survives_breaks_epochs_and_resuming(case):
+    for result in case("reading_ahead_survives_breaks_epochs_and_resuming"):
+        assert max(result["errors"]) < 2e-6
+        assert result["sizes"] == [8, 8, *[8, 8, 8, 5], *[8, 8, 8, 8, 8, 5], *[8, 8, 8, 5]]
+        assert result["position"] == {"epoch": 0, "samples_consumed": 16}
+
+
+@pytest.mark.parametrize("reading", ["as asked for", "ahead"])
+def test_window_that_one_rank_cannot_read_ends_all_after_the_one_before(case, world_size, reading):
+    *others, last = [result[reading] for result in case("window_that_one_rank_cannot_read")]
     for result in (*others, last):
         assert result["updates"] == 1 and max(result["errors"]) < 2e-6
     assert last["raised"] == "OSError: the disk is gone"
@@ -147,6 +157,14 @@ def test_window_that_one_rank_cannot_read_ends_all_after_the_one_before(case, wo
         assert result["raised"] == (
             f"DataError: process {world_size - 1} could not read its next window; its own message says why"
         )
+
+
+def test_ranks_that_end_at_different_windows_are_both_told(case, world_size):
+    for result in case("ranks_that_end_at_different_windows"):
+        if world_size == 1:
+            assert result == {"updates": 2, "raised": ""}
+        else:
+            assert result["updates"] == 2 and "the processes read different data" in result["raised"]
 
 
 def test_i17_every_sample_once_whatever_divides(case):
