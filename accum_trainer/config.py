@@ -92,7 +92,7 @@ class TrainConfig:
     layout: str = _option(
         "auto",
         "Batch",
-        "How samples lie in a micro-batch: padded to a rectangle, or packed end to end; auto packs for flash attention.",
+        "How samples lie in a micro-batch: padded to a rectangle, or packed end to end; auto packs for flash and flex attention.",
         choices=("auto", "padded", "packed"),
     )
     recover_from_oom: str = _option(

@@ -70,16 +70,20 @@ def decide_cut(
 
 
 def _layout(config: TrainConfig, model: Any) -> tuple[str, str]:
-    """(`padded` or `packed`, why). Packed pays where attention skips what is between samples: flash attention does."""
+    """(`padded` or `packed`, why). Packed pays where attention skips what is between samples.
+
+    By the kind of attention, not by a timing: the same on every machine that a run is continued on.
+    """
     attention = getattr(model.config, "_attn_implementation", None) or "unknown"
-    if config.layout == "packed" and attention not in ("sdpa", "eager") and not is_flash(attention):
+    skips = is_flash(attention) or attention == "flex_attention"
+    if config.layout == "packed" and attention not in ("sdpa", "eager") and not skips:
         raise ConfigError(
             f"layout=packed needs attention that keeps samples apart by their positions, and model={config.model} has "
             f"{attention}; use layout=padded"
         )
     if config.layout != "auto":
         return config.layout, "asked for"
-    if is_flash(attention):
+    if skips:
         return "packed", f"{attention} computes no attention between samples"
     return "padded", f"{attention} attention would compute, and mask, all pairs of samples in a packed row"
 
