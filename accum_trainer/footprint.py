@@ -396,7 +396,8 @@ def _fsdp2(job: _Job, engine: str, policy: str) -> _Need:
         held=gradients if job.held else 0,
         kept=0.0 if job.held else 4 * shard / (b * s.trained),
         moments=(4 * shard + 8 * job.shard(s.largest),),
-        start=4 * s.parameters,  # engine/fsdp.py moves the float32 model to the GPU, then shards it
+        # Moved to the GPU and sharded block by block, then what lies outside the blocks (_fsdp_init.py, _move_states_to_device).
+        start=4 * (job.shard(s.parameters) + max(s.block, s.outside)),
     )
 
 

@@ -112,7 +112,7 @@ def test_states_by_hand():
     fsdp2 = found["fsdp2", EVERY]
     assert (fsdp2.weights, fsdp2.gradients, fsdp2.optimizer) == (4 * quarter, 4 * quarter, 8 * quarter)
     assert found["fsdp2", ONCE].gradients == 4 * TINY
-    assert fsdp2.start == 4 * TINY
+    assert fsdp2.start == 4 * (quarter + V * H + H)  # shards, and the largest that is moved whole
 
 
 def test_traffic_by_hand():

@@ -73,7 +73,7 @@ class FSDPEngine(Engine):
             "mesh": mesh,
             "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce),
         }
-        model.to(self.device)
+        # Each call moves its own weights to the device and keeps a shard of them: no GPU need hold the whole model.
         blocks = set(getattr(model, "_no_split_modules", None) or ())
         for module in list(model.modules()):
             if type(module).__name__ in blocks:
