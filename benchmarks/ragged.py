@@ -1,6 +1,7 @@
 """Real text of uneven length: our updates against those of the trainers that people use, on the same samples.
 
-    python benchmarks/ragged.py [--data FILE.jsonl] [--model DIR] [--k 8 16] [--updates 12] [--peers trainer grouped trl] [--compile]
+    python benchmarks/ragged.py [--data FILE.jsonl] [--model DIR] [--k 8 16] [--updates 12] [--peers trainer grouped trl]
+                                [--max-tokens 4096] [--compile]
 
 Every loop trains an equal model with AdamW and clipping, B = 8. `trainer` is `transformers.Trainer` as documented, `grouped` the
 same with its length grouping, `trl` TRL's SFTTrainer, `eager` our own without `--compile`. All but `grouped`, whose order is its own, get the samples of each update
@@ -60,13 +61,22 @@ def five_million(tokenizer: Any) -> torch.nn.Module:
     return LlamaForCausalLM(config)
 
 
-def ours(model: torch.nn.Module, tokenizer: Any, rows: TokenizedRows, k: int, order: list[int]) -> Iterator[int]:
-    """One update per `next`; how many tokens it had."""
-    acc = Accumulator(micro_batch_size=B, gradient_accumulation_steps=k, max_grad_norm=MAX_NORM, cpu=True)
+def ours(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    rows: TokenizedRows,
+    k: int,
+    order: list[int],
+    max_tokens: int | None = None,
+) -> Iterator[int]:
+    """One update per `next`; how many tokens it had. Micro-batches of B samples, or of so many tokens."""
+    acc = Accumulator(
+        micro_batch_size=None if max_tokens else B, global_batch_size=B * k, max_grad_norm=MAX_NORM, cpu=True
+    )
     model, optimizer = acc.prepare(model, torch.optim.AdamW(model.parameters(), lr=LR, fused=True))
     chosen = Chosen(rows, order)
     collate = PaddingCollator(tokenizer.pad_token_id or 0)
-    cut = Cut(B, cost=CPU_COST)
+    cut = Cut(None if max_tokens else B, max_tokens, cost=CPU_COST)
     windows = acc.windows(chosen, collate_fn=collate, lengths=chosen.lengths, shuffle=False, cut=cut, prefetch=True)
     for window in windows:
         for batch in window:
@@ -199,12 +209,18 @@ def compare(
 
 
 def make_loop(
-    which: str, model: torch.nn.Module, tokenizer: Any, rows: TokenizedRows, k: int, order: list[int]
+    which: str,
+    model: torch.nn.Module,
+    tokenizer: Any,
+    rows: TokenizedRows,
+    k: int,
+    order: list[int],
+    max_tokens: int | None = None,
 ) -> Iterator[int]:
     if which == "compiled":
         compile_blocks(model, torch.device("cpu"))
     if which in ("ours", "eager", "compiled"):
-        return ours(model, tokenizer, rows, k, order)
+        return ours(model, tokenizer, rows, k, order, max_tokens)
     return trainer(which, model, tokenizer, rows, k, order)
 
 
@@ -216,6 +232,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=12)
     parser.add_argument("--max-seq-len", type=int, default=512)
     parser.add_argument("--peers", nargs="+", choices=LABELS, default=["trainer", "grouped", "trl"])
+    parser.add_argument("--max-tokens", type=int, help="cut ours by tokens instead of B; B x 512 needs no more memory")
     parser.add_argument("--compile", action="store_true", help="compile our blocks")
     parser.add_argument("--uniform", action="store_true", help="only rows of one length: what sorting cannot help")
     parser.add_argument("--out")
@@ -228,6 +245,7 @@ def main() -> None:
 
     model, tokenizer, rows = load(options)
     what = "ours" + ", compiled" * options.compile + ", equal lengths" * options.uniform
+    what += f", at most {options.max_tokens} tokens at a time" if options.max_tokens else ""
     lines = [
         f"{options.data or 'embedded corpus'}, {options.model or 'Llama of 5M'} "
         f"({sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters), B={B}, CPU, {torch.get_num_threads()} threads, "
@@ -242,7 +260,7 @@ def main() -> None:
         for peer in options.peers:
 
             def start(which: str, k: int = k, order: list[int] = order) -> Iterator[int]:
-                return make_loop(which, copy.deepcopy(model), tokenizer, rows, k, order)
+                return make_loop(which, copy.deepcopy(model), tokenizer, rows, k, order, options.max_tokens)
 
             ratio, spread = compare(
                 lambda: start(first), lambda peer=peer: start(peer), options.updates, peer != "grouped"
