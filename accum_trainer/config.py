@@ -315,7 +315,7 @@ class TrainConfig:
 
     def to_yaml(self) -> str:
         """The whole configuration as YAML, by section, every default included; `from_yaml` reads it back."""
-        lines = ["# Every option of this run. `accum-trainer train --config THIS_FILE` repeats it."]
+        lines = ["# Every option of this run. `accum-trainer train --config THIS_FILE --output-dir NEW` repeats it."]
         for section, fields in sections():
             lines.append(f"\n# {section}")
             values = {field.name: getattr(self, field.name) for field in fields}

@@ -310,6 +310,7 @@ class Run:
         saved = checkpoints.load_checkpoint(path)
         checkpoints.check_same_run(saved.state["identity"], parts.identity, path)
         checkpoints.check_same_weights(saved.model, self.engine.full_weights(parts.model, trained_only=True))
+        self._note_what_is_kept(parts.optimizer.param_groups[0], saved.optimizer["groups"][0])
         self.engine.load_full_weights(parts.model, saved.model)
         self.engine.load_full_optimizer_state(parts.model, parts.optimizer.accelerated, saved.optimizer)
         acc.load_state_dict(saved.state["accumulator"])
@@ -327,6 +328,15 @@ class Run:
                 "dropout, if any, draws anew"
             )
         parts.notes.append(f"continued from {path} after {acc.num_updates} updates")
+
+    def _note_what_is_kept(self, asked: dict[str, Any], saved: dict[str, Any]) -> None:
+        """The optimizer goes on with its own options: say where this command names others."""
+        for key, name in {"initial_lr": "lr", "weight_decay": "weight_decay"}.items():
+            if asked[key] != saved[key]:
+                self.parts.notes.append(
+                    f"{name}={asked[key]:g} is not taken: the run goes on with the {saved[key]:g} that it was started with; give "
+                    "another output_dir to start anew"
+                )
 
 
 @torch.no_grad()

@@ -1,8 +1,11 @@
-"""What the exactness costs: our loop against a hand-written torch loop on the same micro-batches.
+"""What the exactness costs: our loop against the loops that people write, on the same micro-batches.
 
-    python benchmarks/overhead.py [--pairs 40] [--out FILE.md]
+    python benchmarks/overhead.py [--pairs 40] [--peers hand accelerate fabric] [--out FILE.md]
 
-Time: both loops train equal models in one process, window by window in turn, the first of each pair alternating; the
+`hand` is torch alone, exact; `accelerate` the loop of accelerate's guide "Performing gradient accumulation", `fabric` that of
+Lightning Fabric's "Efficient Gradient Accumulation", each with clipping; both average micro-batches, so they do a little less.
+
+Time: two loops train equal models in one process, window by window in turn, the first of each pair alternating; the
 figure is the median of the pairs' ratios. Freed memory stays with the process: glibc would hand the logits back to the
 kernel after each micro-batch, and which of two loops pays for that is chance. Memory: each loop alone in a process of its own, peak resident memory, median
 of three. The hand-written loop knows the window's number of targets for nothing; ours counts them.
@@ -21,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count
 
 import torch
 import torch.nn.functional as F
@@ -38,16 +42,16 @@ KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESH
 RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 17), "MALLOC_TRIM_THRESHOLD_": str(1 << 17)}
 
 
-def micro_batches(count: int) -> tuple[torch.nn.Module, list[dict]]:
-    """The embedded model and `count` micro-batches of the embedded rows, all of one size so that pairs compare."""
+def micro_batches(number: int) -> tuple[torch.nn.Module, list[dict]]:
+    """The embedded model and `number` micro-batches of the embedded rows, all of one size so that pairs compare."""
     config = TrainConfig(max_seq_len=LENGTH)
     tokenizer = load_tokenizer(config)
     path = corpus_files()[0]
     rows = tokenize(read_file(path), "embedded corpus", digest(path), tokenizer, LENGTH)
-    longest = [rows[int(i)] for i in (-rows.lengths).argsort(kind="stable")[: 4 * count]]
+    longest = [rows[int(i)] for i in (-rows.lengths).argsort(kind="stable")[: 4 * number]]
     torch.manual_seed(0)
     collate = PaddingCollator(tokenizer.pad_token_id)
-    return load_model(config, tokenizer), [collate(longest[i::count][:B]) for i in range(count)]
+    return load_model(config, tokenizer), [collate(longest[i::number][:B]) for i in range(number)]
 
 
 def ours(model: torch.nn.Module, batches: list[dict], k: int) -> Iterator[float]:
@@ -83,6 +87,47 @@ def by_hand(model: torch.nn.Module, batches: list[dict], k: int) -> Iterator[flo
         optimizer.step()
         optimizer.zero_grad()
         yield total.item()
+
+
+def with_accelerate(model: torch.nn.Module, batches: list[dict], k: int) -> Iterator[float]:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(gradient_accumulation_steps=k, cpu=True)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-4))
+    for at in count():
+        with accelerator.accumulate(model):
+            loss = model(**batches[at % len(batches)]).loss
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), MAX_NORM)
+            optimizer.step()
+            optimizer.zero_grad()
+        if (at + 1) % k == 0:
+            yield loss.item()
+
+
+def with_fabric(model: torch.nn.Module, batches: list[dict], k: int) -> Iterator[float]:
+    from lightning.fabric import Fabric
+
+    fabric = Fabric(accelerator="cpu", devices=1)
+    model, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters(), lr=1e-4))
+    for at in count():
+        is_accumulating = (at + 1) % k != 0
+        with fabric.no_backward_sync(model, enabled=is_accumulating):
+            loss = model(**batches[at % len(batches)]).loss
+            fabric.backward(loss / k)
+        if not is_accumulating:
+            fabric.clip_gradients(model, optimizer, max_norm=MAX_NORM)
+            optimizer.step()
+            optimizer.zero_grad()
+            yield loss.item()
+
+
+PEERS = {
+    "hand": ("hand-written", by_hand),
+    "accelerate": ("accelerate's loop", with_accelerate),
+    "fabric": ("Lightning Fabric's", with_fabric),
+}
 
 
 def timed(loop: Iterator[float]) -> float:
@@ -127,6 +172,7 @@ def measure_peak(which: str, k: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--out")
     parser.add_argument("--peak-of", choices=("ours", "hand"), help=argparse.SUPPRESS)
     parser.add_argument("--k", type=int, default=16, help=argparse.SUPPRESS)
@@ -139,12 +185,12 @@ def main() -> None:
 
     model, batches = micro_batches(16)
     rows = []
-    for k in (1, 16):
-        a, b = ours(copy.deepcopy(model), batches, k), by_hand(copy.deepcopy(model), batches, k)
-        pairs = options.pairs if k > 1 else options.pairs * 4
-        rows.append(
-            (f"time of an update, ours / hand-written, K={k}", *paired(partial(timed, a), partial(timed, b), pairs))
-        )
+    for name, peer in (PEERS[peer] for peer in options.peers):
+        for k in (1, 16):
+            a, b = ours(copy.deepcopy(model), batches, k), peer(copy.deepcopy(model), batches, k)
+            pairs = options.pairs if k > 1 else options.pairs * 4
+            found = paired(partial(timed, a), partial(timed, b), pairs)
+            rows.append((f"time of an update, ours / {name}, K={k}", *found))
     one, sixteen = ours(copy.deepcopy(model), batches, 1), ours(copy.deepcopy(model), batches, 16)
 
     def sixteen_updates() -> float:

@@ -215,9 +215,14 @@ def test_lengths_of_sources():
     acc, _, _ = make()
     assert len(acc.windows(ones(5))) == 3
     assert len(acc.windows(DataLoader(ones(7), batch_size=1))) == 4
-    assert len(acc.windows(DataLoader(ones(7), batch_size=2))) == 2
     with pytest.raises(TypeError, match="has no length"):
         len(acc.windows(iter(ones(5))))
+
+
+def test_a_loader_of_another_batch_size_is_refused():
+    acc, _, _ = make()  # B 1, K 2
+    with pytest.raises(DataError, match="batch_size=2, and B is 1, so that an update would see 4 samples instead of 2"):
+        acc.windows(DataLoader(ones(7), batch_size=2))
 
 
 def test_iterable_dataset_loader_is_dealt_by_reading():

@@ -103,11 +103,12 @@ def _line(name: str, value: str) -> str:
 def plan_rows(plan: BatchPlan, config: Any) -> list[tuple[str, str]]:
     """Names and values of the batch arithmetic, in the order to print them; ConfigError where the parts do not fit."""
     lr = scale_lr(config.lr, config.lr_scaling, plan.global_batch_size, config.lr_base_batch_size)
+    limit = config.max_tokens_per_micro_batch
     rows = [
-        ("B   micro-batch", f"{plan.micro_batch_size}"),
-        ("K   accumulation steps", f"{plan.gradient_accumulation_steps}"),
+        ("B   micro-batch", f"{plan.micro_batch_size}" if limit is None else f"at most {limit:,} tokens"),
+        ("K   accumulation steps", f"{plan.gradient_accumulation_steps}" if limit is None else "as the samples need"),
         ("W   processes", f"{plan.world_size}"),
-        ("B_eff  effective batch", f"{plan.global_batch_size}   ({plan.describe()})"),
+        ("B_eff  effective batch", f"{plan.global_batch_size}" + (f"   ({plan.describe()})" if limit is None else "")),
     ]
     if plan.num_samples is not None:
         tail = f"{plan.tail_samples} samples in the last window" if plan.tail_samples else "none, all windows are whole"

@@ -101,7 +101,10 @@ def as_source(
     if isinstance(data, DataLoader):
         if collate_fn is not None:
             raise DataError("collate_fn is given, but a DataLoader collates by its own; set it there")
-        if already_sharded or _splits_by_rank(data):
+        if already_sharded:
+            return StreamSource(data, plan)
+        _check_batch_size(data, plan)
+        if _splits_by_rank(data):
             return StreamSource(data, plan)
         return LoaderSource(data, plan, rank, seed)
     if hasattr(data, "__getitem__") and isinstance(data, Sized):
@@ -119,6 +122,17 @@ def as_source(
     raise DataError(
         f"{type(data).__name__} is no source of windows; give a map-style data set, a DataLoader or an iterable of batches"
     )
+
+
+def _check_batch_size(loader: DataLoader, plan: BatchPlan) -> None:
+    """The batches of a loader are the micro-batches: with another size an update would not see the batch that was named."""
+    size, b = loader.batch_size, plan.micro_batch_size
+    if size is not None and size != b:
+        seen = size * plan.gradient_accumulation_steps * plan.world_size
+        raise DataError(
+            f"the DataLoader has batch_size={size}, and B is {b}, so that an update would see {seen} samples instead of "
+            f"{plan.global_batch_size}; give the DataLoader batch_size={b}, or the Accumulator micro_batch_size={size}"
+        )
 
 
 def _splits_by_rank(loader: DataLoader) -> bool:

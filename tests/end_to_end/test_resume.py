@@ -119,6 +119,14 @@ def test_finished_run_says_so_and_changes_nothing(train, argv, undisturbed, tmp_
     assert_same_run(tmp_path / "run", undisturbed)
 
 
+def test_another_learning_rate_is_not_taken_and_said_so(train, argv, undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    finished = train(*("5e-3" if value == "1e-2" else value for value in argv), "--weight-decay", "0.1")
+    assert finished.status == 0
+    assert "note: lr=0.005 is not taken: the run goes on with the 0.01 that it was started with" in finished.err
+    assert "note: weight_decay=0.1 is not taken: the run goes on with the 0 " in finished.err
+
+
 def test_resume_from_another_runs_checkpoint_keeps_its_records(train, argv, undisturbed, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "first")
     step = tmp_path / "first" / "checkpoints" / "step-00000005"
