@@ -7,6 +7,8 @@ import os
 
 import pytest
 
+# Several processes share few cores: threads that wait for each other by spinning would slow down all. Before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing here may reach a hub, and tokenizers must not warn about forks.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
