@@ -27,9 +27,11 @@ from accum_trainer.data.windows import Batch, Collate, as_source, num_samples
 from accum_trainer.engine.base import Settings
 from accum_trainer.engine.build import build_engine
 from accum_trainer.errors import AccumTrainerError, ConfigError, DataError, EngineError
-from accum_trainer.loss import causal_lm_targets
+from accum_trainer.loss_contract import LossContract
+from accum_trainer.objective import MEAN, SUM
 from accum_trainer.prepared import PreparedOptimizer, PreparedScheduler
-from accum_trainer.window import CountTargets, MicroBatch, Update, Window, Windows
+from accum_trainer.targets import CountTargets
+from accum_trainer.window import MicroBatch, Update, Window, Windows
 from accum_trainer.window_plan import Cut
 
 ACCUMULATION_DTYPES = ("float32", "bfloat16")
@@ -54,6 +56,8 @@ class Accumulator:
             same gradient (dropout draws anew). `auto` does so where it costs nothing while nothing fails: under DDP and
             ZeRO-1 not in a window's last micro-batch, whose backward exchanges gradients, until one has failed. `always`
             exchanges after that backward. `never` lets the error through.
+        allow_batch_norm: BatchNorm in train mode takes statistics over each micro-batch, so that its update depends on the
+            cut. By default a window of several micro-batches is refused for such a model; True accepts it.
         accelerator: an Accelerator to use; otherwise one is made from `accelerator_kwargs`, which may also name
             `zero_stage` (0 to 3) and `cpu_offload` for DeepSpeed, or `fsdp=True` for FSDP2.
 
@@ -64,6 +68,7 @@ class Accumulator:
         num_updates: optimizer updates made.
         num_micro_batches: micro-batches this process has run.
         last_update: what the last finished window did.
+        losses: what the model's own loss was found to be (`losses.objective`).
 
     Raises:
         ConfigError: sizes that contradict each other or another source of K.
@@ -80,6 +85,7 @@ class Accumulator:
         grad_sync: str = "auto",
         accumulation_dtype: str = "float32",
         recover_from_oom: str = "auto",
+        allow_batch_norm: bool = False,
         accelerator: Any = None,
         **accelerator_kwargs: Any,
     ) -> None:
@@ -120,6 +126,7 @@ class Accumulator:
         self._loss_sum: torch.Tensor | float = 0.0
         self._stop = False
         self._models: set[torch.nn.Module] = set()
+        self.losses = LossContract(self.engine, allow_batch_norm)
         self._too_many_positions = math.inf  # micro-batches of so many ran out of memory
 
     @property
@@ -145,6 +152,7 @@ class Accumulator:
         own = [t for t in objects if isinstance(t, torch.optim.Optimizer) and not isinstance(t, PreparedOptimizer)]
         ready_models, ready_optimizers = self.engine.prepare(models, own)
         ready: dict[int, Any] = dict(zip(map(id, models), ready_models, strict=True))
+        self.losses.watch(ready_models)
         for plain, accelerated in zip(own, ready_optimizers, strict=True):
             ready[id(plain)] = PreparedOptimizer(self, accelerated)
             self._optimizers.append(ready[id(plain)])
@@ -167,7 +175,7 @@ class Accumulator:
         source: Any,
         *,
         collate_fn: Collate | None = None,
-        count_targets: CountTargets = causal_lm_targets,
+        count_targets: CountTargets | None = None,
         lengths: np.ndarray | None = None,
         seed: int = 0,
         shuffle: bool = True,
@@ -184,7 +192,8 @@ class Accumulator:
                 is); or any iterable of this process's batches.
             collate_fn: samples to a batch, for a data set; torch's default otherwise.
             count_targets: how many terms the loss of a batch sums (or averages) over; the sum of their weights where
-                it weighs them. Default: next-token labels.
+                it weighs them. Default: what the model's own loss averages over, found and proven on the first batch
+                (`losses.objective`).
             lengths: tokens of each sample of a data set, shape (samples,); lets the cut avoid padding.
             seed: of the global order; also of a DataLoader's RandomSampler that has no generator.
             shuffle: False keeps a data set's own order.
@@ -246,6 +255,8 @@ class Accumulator:
             raise AccumTrainerError("accumulate() outside a window; take micro-batches from windows() or batches()")
         if not models:
             raise AccumTrainerError("accumulate() needs the model, as in accumulate(model)")
+        for optimizer in self._optimizers:
+            optimizer.watch_schedule(microbatch.is_first)
         before = self._accumulated
         self._models.update(models)
         try:
@@ -259,6 +270,7 @@ class Accumulator:
             return
         finally:
             self._inside = False
+            self.losses.forget_outputs()
         if self._accumulated == before:
             raise AccumTrainerError(
                 "no backward() of the Accumulator ran inside accumulate(); call acc.backward(loss) there, not "
@@ -267,29 +279,41 @@ class Accumulator:
         if microbatch.is_last and not self._optimizers:
             self._finish_unowned()
 
-    def backward(self, loss: torch.Tensor, reduction: str = "sum", auxiliary: torch.Tensor | None = None) -> None:
+    def backward(
+        self,
+        loss: torch.Tensor,
+        reduction: str | None = None,
+        auxiliary: torch.Tensor | None = None,
+    ) -> None:
         """Accumulate the gradient of a micro-batch's loss, with the weight that makes the window's gradient exact.
 
         Args:
             loss: shape (); the sum over this micro-batch's targets, or their mean.
-            reduction: `sum` or `mean`, what `loss` is. A mean is taken as mean over the targets that `count_targets` found.
+            reduction: `sum` or `mean`, what `loss` is. It may be left out for `causal_lm_loss` and for the loss that the
+                model itself returned, whose reduction was proven. A mean of your own needs `count_targets`.
             auxiliary: shape (); a second term that is a mean over micro-batches by definition, such as a router's
                 load-balancing loss with its coefficient: the window's gradient holds its mean over all micro-batches.
-                Not part of `Update.loss`.
+                Not part of `Update.loss`. The router's loss that a model of transformers adds to its own is found and
+                weighted so without being passed.
 
         Raises:
-            AccumTrainerError: called outside `accumulate(model)`, or an unknown reduction.
+            AccumTrainerError: called outside `accumulate(model)`; an unknown reduction, or one that is not what the loss
+                was proven to be; a mean of which nobody knows what it averages over.
         """
         if not self._inside or self._microbatch is None:
             raise AccumTrainerError(
                 "backward() outside accumulate(); write `with acc.accumulate(model): acc.backward(loss)`"
             )
-        if reduction not in ("sum", "mean"):
+        if reduction not in (None, SUM, MEAN):
             raise AccumTrainerError(
                 f"reduction={reduction!r} is not known; say whether the loss is a `sum` or a `mean`"
             )
         microbatch, planned = self._microbatch, self._microbatch.planned
-        terms = planned.num_targets if reduction == "mean" else 1
+        counts_given = self._windows is not None and self._windows.counts_given
+        reduction, loss, router = self.losses.split(loss, reduction, counts_given, planned.batch)
+        if auxiliary is None:
+            auxiliary = router
+        terms = planned.num_targets if reduction == MEAN else 1
         self._accumulated = self._window._started  # type: ignore[union-attr]
         if planned.weight and terms:
             seen = loss.detach()

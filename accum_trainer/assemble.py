@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from accum_trainer.accumulator import Accumulator, Windows
@@ -29,6 +30,7 @@ from accum_trainer.errors import ConfigError, DataError
 from accum_trainer.fit import Fit
 from accum_trainer.head import LossPath, decide_loss_path
 from accum_trainer.model import compile_blocks, fingerprint, is_flash, load_model, load_tokenizer
+from accum_trainer.targets import SHIFTED
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Parts:
         rows, eval_rows: tokenised samples; `eval_rows` is None where nothing is evaluated.
         cutting: how windows become micro-batches, and why.
         loss_path: where logits are made.
+        objective: what the loss sums over, in words.
         compiled_blocks: how many of the model's blocks torch compiles.
         plan: the batch plan, with the number of samples that this run trains on in an epoch.
         initial_weights: fingerprint of the weights before training, where there is one; runs that share it can be merged.
@@ -57,6 +60,7 @@ class Parts:
     collate: PaddingCollator | PackingCollator
     cutting: Cutting
     loss_path: LossPath
+    objective: str
     compiled_blocks: int
     optimizer: Any
     scheduler: Any
@@ -136,6 +140,7 @@ def assemble(config: TrainConfig) -> Parts:
         collate=collate,
         cutting=cutting,
         loss_path=loss_path,
+        objective=_prove_objective(accumulator, rows, pad),
         compiled_blocks=compiled,
         optimizer=optimizer,
         scheduler=scheduler,
@@ -159,6 +164,25 @@ def assemble(config: TrainConfig) -> Parts:
         },
         notes=_notes(config, accumulator, rows, plan, loss_path, cutting.fit),
     )
+
+
+def _prove_objective(accumulator: Accumulator, rows: TokenizedRows, pad: int) -> str:
+    """What this model's loss sums over: proven on a few samples that all processes share.
+
+    Raises:
+        EngineError: BatchNorm, whose statistics depend on how a window is cut.
+        ConfigError: the model's own loss does not predict the next token.
+    """
+    with_targets = np.flatnonzero(rows.num_targets)[:4]
+    few = PaddingCollator(pad)([rows[int(index)] for index in with_targets])
+    objective = accumulator.losses.decide([few])
+    assert objective is not None
+    if objective.reduction and objective.counting != SHIFTED:
+        raise ConfigError(
+            f"train predicts the next token, but this model's own loss is a {objective.describe()}; "
+            "give a causal language model, or write the loop with Accumulator"
+        )
+    return objective.describe()
 
 
 def _compile(config: TrainConfig, engine: Any, model: Any) -> int:

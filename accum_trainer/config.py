@@ -108,6 +108,12 @@ class TrainConfig:
         "Make logits only where there are targets; off makes them everywhere, as the model by itself does.",
         choices=("auto", "off"),
     )
+    router_loss: str = _option(
+        "auto",
+        "Batch",
+        "Add the load-balancing loss of a mixture of experts; auto: if its configuration has a coefficient above 0.",
+        choices=("auto", "off"),
+    )
     pad_to_multiple_of: int | None = _option(
         None, "Batch", "Round padded lengths up to a multiple. Default: 8 on a GPU, 1 on a CPU.", minimum=1
     )

@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from accum_trainer.data.tokenizing import IGNORE
+from accum_trainer.errors import DataError
 
 CHUNKED, SELECTED, PLAIN = "chunked", "selected", "plain"
 # Most logits at a time: 128 MiB in float32, held twice. Measured on a CPU with a vocabulary of 49,152 and 960 targets: chunks
@@ -96,7 +97,7 @@ def summed_loss(
     inner, head, _ = _find_head(model)
     path = PLAIN if head is None else _decide(inner, head, inputs.get("input_ids")).path
     if head is None or path == PLAIN:
-        return cross_entropy(_logits(model(**inputs)), targets, label_smoothing)
+        return _aligned_loss(_logits(model(**inputs)), targets, label_smoothing)
     stand_in = _StandIn(head, path, targets, label_smoothing)
     with stand_in.in_place():
         logits = _logits(model(**inputs))
@@ -113,6 +114,17 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: 
         reduction="sum",
         label_smoothing=label_smoothing,
     )
+
+
+def _aligned_loss(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+    """Raises DataError if the model does not give the logits of each label's own position."""
+    if logits.shape[:-1] != targets.shape:
+        raise DataError(
+            f"causal_lm_loss got labels of shape {tuple(targets.shape)}, and the model gave logits of "
+            f"shape {tuple(logits.shape)}: they are not of the same positions. Pass "
+            "model(**batch).loss to acc.backward() instead"
+        )
+    return cross_entropy(logits, targets, label_smoothing)
 
 
 def _logits(outputs: Any) -> torch.Tensor:
@@ -218,7 +230,9 @@ class _StandIn:
         """The loss, from what the model gave for logits."""
         if self.path == CHUNKED:
             return logits.sum()  # of one number, and no view of it: FSDP2 warns of views, and a view cannot be detached
-        return cross_entropy(logits, self._targets if self.path == PLAIN else self._chosen, self._label_smoothing)
+        if self.path == PLAIN:
+            return _aligned_loss(logits, self._targets, self._label_smoothing)
+        return cross_entropy(logits, self._chosen, self._label_smoothing)
 
 
 def _positions(targets: torch.Tensor) -> torch.Tensor:
@@ -253,7 +267,7 @@ def _prove(model: torch.nn.Module, head: torch.nn.Module, input_ids: torch.Tenso
     selected = _StandIn(head, SELECTED, targets, 0.0)
     chunked = _StandIn(head, CHUNKED if is_linear else SELECTED, targets, 0.0, proving=True)
     try:
-        with _undisturbed(model, input_ids.device):
+        with undisturbed(model, input_ids.device):
             exact = cross_entropy(_logits(model(input_ids=ids)), targets, 0.0)
             with selected.in_place():
                 found = _logits(model(input_ids=ids))
@@ -296,8 +310,8 @@ def _is_same(logits: torch.Tensor, given: torch.Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def _undisturbed(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
-    """Eval mode and no gradient inside; each module's mode and the random state as they were afterwards."""
+def undisturbed(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """Eval mode and no gradient inside; afterwards each module's mode and the random state as before."""
     modes = [(module, module.training) for module in model.modules()]
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.inference_mode(False), torch.no_grad():

@@ -6,6 +6,8 @@ gradient the mean over all its targets. Nothing here divides.
 
 from __future__ import annotations
 
+import weakref
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +17,9 @@ import torch.nn.functional as F
 from accum_trainer.data.tokenizing import IGNORE
 from accum_trainer.errors import DataError
 from accum_trainer.head import summed_loss
+
+# The last losses made here, so that `is_summed_here` knows one again.
+_made: deque[weakref.ReferenceType[torch.Tensor]] = deque(maxlen=16)
 
 
 def causal_lm_loss(model: torch.nn.Module, batch: Mapping[str, Any], label_smoothing: float = 0.0) -> torch.Tensor:
@@ -32,26 +37,32 @@ def causal_lm_loss(model: torch.nn.Module, batch: Mapping[str, Any], label_smoot
     Returns:
         A scalar, float32 (float64 from float64 logits): the sum over `causal_lm_targets(batch)` targets; 0 with a graph where there is none.
     """
+    _check(model, batch)
     # Shift the labels, not the logits: a slice of the logits would be a second copy of the largest tensor there is.
     targets = F.pad(batch["labels"], (0, 1), value=IGNORE)[:, 1:]
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    return summed_loss(model, inputs, targets, label_smoothing)
+    loss = summed_loss(model, inputs, targets, label_smoothing)
+    _made.append(weakref.ref(loss))
+    return loss
 
 
-def causal_lm_targets(batch: Any) -> int:
-    """Count what `causal_lm_loss` sums over: the labels of `batch` after the shift that are not -100.
-
-    Labels of one dimension (one class per sample) are counted as they stand.
-
-    Raises:
-        DataError: the batch has no integer `labels`, so somebody has to say how to count.
-    """
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.ndim == 0:
-        have = f"the keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else f"type {type(batch).__name__}"
+def _check(model: Any, batch: Mapping[str, Any]) -> None:
+    """Raise a DataError for what predicts no next token; it would fail later in other words."""
+    labels = batch.get("labels")
+    if not isinstance(labels, torch.Tensor) or labels.ndim != 2 or labels.is_floating_point():
+        have = f"shape {tuple(labels.shape)}, {labels.dtype}" if isinstance(labels, torch.Tensor) else "none"
         raise DataError(
-            f"cannot count the targets of a batch with {have}: no integer `labels`; "
-            "pass count_targets=function(batch) -> number of terms that your loss sums or averages over"
+            "causal_lm_loss predicts the next token and needs integer labels of shape (samples, "
+            f"tokens); this batch has {have}. Pass model(**batch).loss to acc.backward() instead"
         )
-    counted = labels[..., 1:] if labels.ndim > 1 else labels
-    return int((counted != IGNORE).sum())
+    config = getattr(getattr(model, "module", model), "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise DataError(
+            "causal_lm_loss predicts the next token, and this model is an encoder-decoder, whose "
+            "labels are not shifted; pass model(**batch).loss to acc.backward() instead"
+        )
+
+
+def is_summed_here(loss: torch.Tensor) -> bool:
+    """Whether `causal_lm_loss` gave this very tensor, so that it is known to be a sum."""
+    return any(made() is loss for made in _made)

@@ -67,6 +67,7 @@ def _ready(model: Any, config: TrainConfig) -> Any:
             f"use max_seq_len={positions} or less"
         )
     model.config.use_cache = False
+    _set_router_loss(model, config)
     if config.attention is not None:
         _set_attention(model, config)
     if config.use_peft:
@@ -75,6 +76,14 @@ def _ready(model: Any, config: TrainConfig) -> Any:
         # Reentrant checkpointing runs its own autograd inside backward, where DDP cannot see it.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
+
+
+def _set_router_loss(model: Any, config: TrainConfig) -> None:
+    """Have a mixture of experts give its router's loss, which by default it computes for nobody."""
+    for holder in (model.config, getattr(model.config, "text_config", None)):
+        if holder is not None and hasattr(holder, "output_router_logits"):
+            has_coefficient = bool(getattr(holder, "router_aux_loss_coef", 0.0))
+            holder.output_router_logits = has_coefficient and config.router_loss == "auto"
 
 
 def _set_attention(model: Any, config: TrainConfig) -> None:

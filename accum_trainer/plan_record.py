@@ -38,6 +38,7 @@ def plan_record(parts: Parts, resumed_from: Path | None) -> dict[str, Any]:
         "layout": "packed" if cut.packed else "padded",
         "layout_reason": parts.cutting.layout_reason,
         "pad_to_multiple_of": cut.multiple,
+        "objective": parts.objective,
         "loss_path": dataclasses.asdict(parts.loss_path),
         "attention": getattr(plain_model.config, "_attn_implementation", None),
         "compiled_blocks": parts.compiled_blocks,
@@ -80,6 +81,7 @@ def describe(plan: dict[str, Any], parts: Parts) -> str:
         f"{sized}{tail}; {plan['total_updates']} updates in all, {plan['warmup_updates']} of them warm-up, lr {plan['lr']:g}",
         f"engine {plan['engine']}, grad_sync {plan['grad_sync']}, {plan['device']}, precision {plan['mixed_precision']}; "
         f"{plan['trained_parameters']:,} of {plan['parameters']:,} parameters trained",
+        f"loss: {parts.objective}",
         *(f"note: {note}" for note in parts.notes),
     ]
     return "\n".join(lines)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from accum_trainer.errors import EngineError
+from accum_trainer.errors import AccumTrainerError, EngineError
 
 
 class PreparedOptimizer(torch.optim.Optimizer):
@@ -19,6 +22,7 @@ class PreparedOptimizer(torch.optim.Optimizer):
     def __init__(self, accumulator: Any, accelerated: Any) -> None:  # the base class must not run: it owns nothing
         self._accumulator = accumulator
         self.accelerated = accelerated
+        self._schedule = ScheduleWatch(self.optimizer)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -36,6 +40,14 @@ class PreparedOptimizer(torch.optim.Optimizer):
     @property
     def defaults(self) -> Any:  # type: ignore[override]
         return self.optimizer.defaults
+
+    def watch_schedule(self, is_first: bool) -> None:
+        """Raise an AccumTrainerError if the learning rate was stepped since the window's first
+        micro-batch."""
+        if is_first:
+            self._schedule.note()
+        else:
+            self._schedule.check()
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Finish the window if its last micro-batch is done; else nothing."""
@@ -84,3 +96,51 @@ class PreparedScheduler:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.scheduler, name)
+
+
+class ScheduleWatch:
+    """Finds a scheduler that steps per micro-batch: one that `prepare` did not return.
+
+    torch's optimizers do not know their schedulers, but these know their optimizer: they are looked
+    for among its referrers, once. A learning rate set by hand is seen by its value.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._schedulers: list[weakref.ReferenceType[Any]] | None = None
+        self._before: list[Any] = []
+
+    def note(self) -> None:
+        """Remember the learning rates and the schedulers' steps, as a window's first micro-batch begins."""
+        if self._schedulers is None:
+            self._schedulers = [weakref.ref(found) for found in _schedulers_of(self._optimizer)]
+        self._before = self._state()
+
+    def check(self) -> None:
+        """Raise an AccumTrainerError if they are not as they were noted."""
+        if self._before and self._state() != self._before:
+            raise AccumTrainerError(
+                "the learning rate was stepped between two micro-batches of one window: a scheduler "
+                "that acc.prepare() did not return steps per micro-batch, K times per update. "
+                "Prepare it (model, optimizer, scheduler = acc.prepare(...)), or step it once after "
+                "each window"
+            )
+
+    def _state(self) -> list[Any]:
+        schedulers = [found() for found in self._schedulers or []]
+        steps = [scheduler.last_epoch for scheduler in schedulers if scheduler is not None]
+        rates = [group["lr"] for group in self._optimizer.param_groups if "lr" in group]
+        return [*steps, *(rate for rate in rates if not isinstance(rate, torch.Tensor))]
+
+
+def _schedulers_of(optimizer: torch.optim.Optimizer) -> list[Any]:
+    # Depending on the Python version an object's own dictionary stands between the two.
+    referrers = gc.get_referrers(optimizer)
+    owners = gc.get_referrers(*(r for r in referrers if isinstance(r, dict)))
+    kinds = (LRScheduler, ReduceLROnPlateau)
+    found = {
+        id(thing): thing
+        for thing in (*referrers, *owners)
+        if isinstance(thing, kinds) and getattr(thing, "optimizer", None) is optimizer
+    }
+    return list(found.values())

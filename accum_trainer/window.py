@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,9 +17,7 @@ import numpy as np
 from accum_trainer.data.halving import halve, num_positions
 from accum_trainer.data.windows import Batch, Part, Source, num_samples, num_tokens
 from accum_trainer.errors import AccumTrainerError, DataError
-
-# Number of terms a batch's loss sums over; the sum of their weights where the loss weighs its terms.
-CountTargets = Callable[[Batch], float]
+from accum_trainer.targets import CountTargets
 
 
 @dataclass(frozen=True)
@@ -187,13 +185,18 @@ class Windows:
     another number of processes.
     """
 
-    def __init__(self, accumulator: Any, source: Source, count_targets: CountTargets) -> None:
+    def __init__(self, accumulator: Any, source: Source, count_targets: CountTargets | None) -> None:
         self._accumulator = accumulator
         self._source = source
-        self._count_targets = count_targets
+        self._counter = _Counter(accumulator, count_targets)
         self.epoch = 0
         self._consumed = 0
         self._reader: _Reader | None = None
+
+    @property
+    def counts_given(self) -> bool:
+        """Whether the user said how targets are counted."""
+        return self._counter.given is not None
 
     def __len__(self) -> int:
         """Windows in one epoch; TypeError where the source has no length."""
@@ -219,12 +222,12 @@ class Windows:
     def __iter__(self) -> Iterator[Window]:
         accumulator = self._accumulator
         found_any = self._consumed > 0
-        reader = _Reader(accumulator.engine, self._source, self._count_targets, self.epoch, self._consumed)
+        reader = _Reader(accumulator.engine, self._source, self._counter, self.epoch, self._consumed)
         self._reader = reader
         with contextlib.closing(reader):
             while (counted := reader.next()) is not None:
                 found_any = True
-                window = Window(accumulator, counted, self._count_targets)
+                window = Window(accumulator, counted, self._counter)
                 accumulator._begin(window, self)
                 yield window
                 accumulator._check_finished()
@@ -245,6 +248,34 @@ class _Counted:
     table: np.ndarray
 
 
+class _Counter:
+    """How a batch's targets are counted: as the user said, or as the model's own loss was proven to.
+
+    Attributes:
+        given: the user's own function, or None.
+    """
+
+    def __init__(self, accumulator: Any, given: CountTargets | None) -> None:
+        self._accumulator = accumulator
+        self.given = given
+        self.is_decided = False
+
+    def decide(self, batches: Sequence[Batch]) -> None:
+        """Have the objective found, on the micro-batch with most to prove it on. Collective."""
+        losses = self._accumulator.losses
+        if losses.objective is None or self.given is not None:
+            self.is_decided = losses.decide(batches, self.given) is not None
+        else:
+            self.is_decided = True
+
+    def __call__(self, batch: Batch) -> float:
+        if self.given is not None:
+            return self.given(batch)
+        objective = self._accumulator.losses.objective
+        objective.check_length(batch)
+        return objective.counting.count(batch)
+
+
 class _Reader:
     """This rank's parts of an epoch's windows, counted over all ranks before each begins.
 
@@ -252,9 +283,9 @@ class _Reader:
     rank's source reads ahead; else in an exchange of their own. What one rank finds wrong, all learn in that exchange.
     """
 
-    def __init__(self, engine: Any, source: Source, count_targets: CountTargets, epoch: int, consumed: int) -> None:
+    def __init__(self, engine: Any, source: Source, counter: _Counter, epoch: int, consumed: int) -> None:
         self._engine = engine
-        self._count_targets = count_targets
+        self._counter = counter
         self._knows_counts = source.knows_counts
         self._wants_ahead = source.reads_ahead and engine.world_size > 1
         self._reads_ahead = False  # until all ranks have said so
@@ -296,11 +327,19 @@ class _Reader:
         return _Counted(read.part, read.targets, table)
 
     def _next_part(self) -> _Read:
+        part, failure = None, None
         try:
             part = next(self._parts, None)
+        except Exception as error:
+            failure = error
+        try:
+            if not self._counter.is_decided:  # by all ranks together, also by one that could not read
+                self._counter.decide(part.batches if part is not None else [])
+            if failure is not None:
+                raise failure
             if part is None:
                 return _Read(None, [], [0.0] * 6 + [float(self._wants_ahead)])
-            targets = [self._count_targets(batch) for batch in part.batches]
+            targets = [self._counter(batch) for batch in part.batches]
             return _Read(part, targets, [*_numbers(part, targets), float(self._wants_ahead)])
         except Exception as error:
             return _Read(None, [], [0.0, -1.0, 0.0, 0.0, 0.0, 0.0, 0.0], error)

@@ -36,7 +36,7 @@ def train(model: Wide, x: torch.Tensor) -> dict[str, float]:
     for (part,) in window:
         given.append(len(part))
         with acc.accumulate(model):
-            acc.backward(model(part).sum())
+            acc.backward(model(part).sum(), reduction="sum")
     error = ((model.weight.grad.double() - exact).norm() / exact.norm()).item()  # type: ignore[union-attr]
     return {"error": error, "given": given, "num_splits": acc.step(optimizer).num_splits}
 

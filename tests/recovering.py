@@ -59,7 +59,7 @@ def run_micro_batch(acc: Accumulator, model: torch.nn.Module, batch: Any, point:
             out_of_memory()
         if point == "backward begins":
             loss.register_hook(out_of_memory)
-        acc.backward(loss)
+        acc.backward(loss, reduction="sum")
         if point == "after backward":
             out_of_memory()
 

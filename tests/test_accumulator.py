@@ -49,7 +49,7 @@ def test_window_that_was_left_early():
     window = next(iter(windows(acc)))
     for batch in window:
         with acc.accumulate(model):
-            acc.backward(model(batch).sum())
+            acc.backward(model(batch).sum(), reduction="sum")
         break
     with pytest.raises(AccumTrainerError, match="2 of this window's micro-batches are due, but 1 went through"):
         acc.step(optimizer)
@@ -60,7 +60,7 @@ def test_window_that_was_never_stepped():
     with pytest.raises(AccumTrainerError, match="the window's gradient was not used: call acc.step"):
         for batch in acc.batches(ones(4).__iter__(), count_targets=len):
             with acc.accumulate(model):
-                acc.backward(model(batch).sum())
+                acc.backward(model(batch).sum(), reduction="sum")
 
 
 def test_window_iterated_twice():
@@ -68,7 +68,7 @@ def test_window_iterated_twice():
     window = next(iter(windows(acc)))
     for batch in window:
         with acc.accumulate(model):
-            acc.backward(model(batch).sum())
+            acc.backward(model(batch).sum(), reduction="sum")
     with pytest.raises(AccumTrainerError, match="already iterated"):
         list(window)
 
@@ -78,7 +78,7 @@ def test_calls_outside_their_place():
     with pytest.raises(AccumTrainerError, match="outside a window"), acc.accumulate(model):
         pass
     with pytest.raises(AccumTrainerError, match="outside accumulate"):
-        acc.backward(torch.zeros((), requires_grad=True))
+        acc.backward(torch.zeros((), requires_grad=True), reduction="sum")
     with pytest.raises(AccumTrainerError, match="without a window to finish"):
         acc.step(optimizer)
     with pytest.raises(EngineError, match="pass the optimizer that acc.prepare"):
@@ -92,7 +92,7 @@ def test_unknown_reduction():
     with acc.accumulate(model):
         with pytest.raises(AccumTrainerError, match="reduction='average' is not known"):
             acc.backward(model(batch).sum(), reduction="average")
-        acc.backward(model(batch).sum())
+        acc.backward(model(batch).sum(), reduction="sum")
 
 
 def test_closure_is_refused():
@@ -171,7 +171,7 @@ def test_max_grad_norm_with_an_optimizer_that_accelerate_prepared():
     ):
         for batch in acc.batches(ones(2).__iter__(), count_targets=len):
             with acc.accumulate(model):
-                acc.backward(model(batch).sum())
+                acc.backward(model(batch).sum(), reduction="sum")
             optimizer.step()
 
 
@@ -198,7 +198,7 @@ def test_used_up_stream_is_told():
     for window in source:
         for batch in window:
             with acc.accumulate(model):
-                acc.backward(model(batch).sum())
+                acc.backward(model(batch).sum(), reduction="sum")
         acc.step(optimizer)
     assert (acc.num_updates, source.epoch) == (2, 1)
     with pytest.raises(DataError, match="already used up"):
@@ -237,7 +237,7 @@ def test_iterable_dataset_loader_is_dealt_by_reading():
         for batch in window:
             seen[-1] += batch.flatten().tolist()
             with acc.accumulate(model):
-                acc.backward(model(batch).sum())
+                acc.backward(model(batch).sum(), reduction="sum")
         acc.step(optimizer)
     assert seen == [[1.0, 2.0], [3.0, 4.0], [5.0]]
 
@@ -257,7 +257,7 @@ def test_scheduler_steps_with_updates_only():
     assert scheduler.get_last_lr() == [0.1]
     for batch in acc.batches(ones(4).__iter__(), count_targets=len):
         with acc.accumulate(model):
-            acc.backward(model(batch).sum())
+            acc.backward(model(batch).sum(), reduction="sum")
         optimizer.step()
         scheduler.step()
         scheduler.step()

@@ -121,7 +121,7 @@ def test_what_libraries_say_when_memory_runs_out(error):
             with acc.accumulate(model):
                 if len(x) == 4:
                     raise error
-                acc.backward(model(x).sum())
+                acc.backward(model(x).sum(), reduction="sum")
         acc.step(optimizer)
     assert given == [[0, 1, 2, 3], [0, 1], [2, 3]]
 
@@ -143,7 +143,7 @@ def test_it_is_told_and_counted(caplog):
     with caplog.at_level(logging.WARNING):
         for x in window:
             with acc.accumulate(model):
-                acc.backward(model(x).sum())
+                acc.backward(model(x).sum(), reduction="sum")
                 if len(x) == 4:
                     out_of_memory()
     assert "process 0: a micro-batch of 4 sample(s), 4 positions, ran out of memory; it is cut in two" in caplog.text
@@ -159,7 +159,7 @@ def test_a_term_that_is_a_mean_over_micro_batches_keeps_its_weight():
     for window in acc.windows(iter([torch.arange(5.0), torch.ones(2)]), count_targets=len):
         for x in window:
             with acc.accumulate(model):
-                acc.backward(model(x).sum(), auxiliary=10 * model(torch.ones(1)).sum())
+                acc.backward(model(x).sum(), reduction="sum", auxiliary=10 * model(torch.ones(1)).sum())
                 if len(x) == 5:
                     out_of_memory()
         acc.step(optimizer)
@@ -195,7 +195,7 @@ def test_loop_whose_optimizer_accelerate_prepared():
         with acc.accumulate(model):
             if len(x) == 4:
                 out_of_memory()
-            acc.backward(model(x).sum())
+            acc.backward(model(x).sum(), reduction="sum")
         optimizer.step()
         optimizer.zero_grad()
         weights.append(model.w.item())
@@ -212,7 +212,7 @@ def test_second_accumulate_after_one_that_failed_is_an_error():
             with acc.accumulate(model):
                 out_of_memory()
             with acc.accumulate(model):
-                acc.backward(model(x).sum())
+                acc.backward(model(x).sum(), reduction="sum")
 
 
 def test_targets_that_do_not_add_up_are_refused():
@@ -255,7 +255,7 @@ def test_a_failed_attempt_keeps_no_memory():
     for x in window:
         assert all(activation() is None for activation in kept)
         with acc.accumulate(model):
-            acc.backward(forward(x))
+            acc.backward(forward(x), reduction="sum")
     assert len(kept) == 3
 
     acc, model, _ = slope()
@@ -265,7 +265,7 @@ def test_a_failed_attempt_keeps_no_memory():
             loss = (model(x) ** 2).sum()  # a variable of the loop, alive until the next loss is there
             if len(x) == 4:
                 loss.register_hook(out_of_memory)
-            acc.backward(loss)
+            acc.backward(loss, reduction="sum")
         assert len(x) < 4 or loss.grad_fn is None
 
 
@@ -346,7 +346,7 @@ def test_halves_of_a_packed_row_are_cut_where_positions_begin_anew():
 
 
 def causal_lm_targets_of(batch):
-    from accum_trainer.loss import causal_lm_targets
+    from accum_trainer.targets import causal_lm_targets
 
     return causal_lm_targets(batch)
 

@@ -161,9 +161,13 @@ class Engine:
         prepared = [self.accelerator.prepare_model(model) for model in models]
         return prepared, [self.accelerator.prepare_optimizer(optimizer) for optimizer in optimizers]
 
+    def prepared_models(self) -> list[torch.nn.Module]:
+        """What accelerate itself prepared, for a loop that asked it to."""
+        return list(self.accelerator._models)
+
     def unwrap(self, model: torch.nn.Module) -> Any:
-        """The user's own model inside whatever the engine wrapped around it, autocast left in place."""
-        return self.accelerator.unwrap_model(model)
+        """The user's own model inside what the engine wrapped around it, autocast left in place."""
+        return model
 
     def gives_this_ranks_batches(self, loader: Any) -> bool:
         """Whether accelerate has already sharded this loader."""
@@ -325,6 +329,17 @@ class Engine:
         gathered: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(gathered, value)
         return gathered
+
+    def first_of(self, value: Any) -> Any:
+        """The picklable `value` of the first rank that has one (is not None), on every rank; None if none has."""
+        if self.world_size == 1:
+            return value
+        has_one = np.flatnonzero(self.gather([float(value is not None)])[:, 0])
+        if not len(has_one):
+            return None
+        shared = [value]
+        torch.distributed.broadcast_object_list(shared, src=int(has_one[0]))
+        return shared[0]
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import traceback
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,6 +41,11 @@ class DDPEngine(Engine):
         if any(isinstance(model, DistributedDataParallel) for model in models):
             raise EngineError("the model is wrapped in DistributedDataParallel already; pass the plain model")
         return super()._prepare(models, optimizers)
+
+    def unwrap(self, model: torch.nn.Module) -> Any:
+        # Not by accelerate, which imports DeepSpeed to see what it has got.
+        is_plain = isinstance(model, DistributedDataParallel)
+        return model.module if is_plain else self.accelerator.unwrap_model(model)
 
     @contextlib.contextmanager
     def _sync(self, models: Sequence[torch.nn.Module], exchange: bool) -> Iterator[None]:

@@ -108,6 +108,9 @@ class DeepSpeedEngine(Engine):
         if self.stage in (2, 3) and self.grad_sync == "once-per-window":
             super()._accumulate_in(parameters)
 
+    def unwrap(self, model: torch.nn.Module) -> Any:
+        return self.accelerator.unwrap_model(model)
+
     # --- one window ---
 
     @contextlib.contextmanager

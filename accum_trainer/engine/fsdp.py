@@ -99,9 +99,6 @@ class FSDPEngine(Engine):
             "(the effective batch stays)"
         )
 
-    def unwrap(self, model: torch.nn.Module) -> Any:
-        return model
-
     def _stepped(self, optimizer: AcceleratedOptimizer) -> list[torch.Tensor]:
         return [_local(p) for p in super()._stepped(optimizer)]
 

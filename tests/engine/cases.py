@@ -349,7 +349,7 @@ def i8_sum_of_weights_is_the_denominator() -> dict[str, Any]:
     for begin, window in zip((0, 4, 8), windows, strict=True):
         for bx, bw in window:
             with acc.accumulate(probe.model):
-                acc.backward((bw * probe.model(bx.unsqueeze(1)).squeeze(1)).sum())
+                acc.backward((bw * probe.model(bx.unsqueeze(1)).squeeze(1)).sum(), reduction="sum")
         probe.step()
         found.append(probe.stepped[-1]["weight"].item())
         wx, ww = x[begin : begin + 4].double(), w[begin : begin + 4].double()
@@ -420,7 +420,7 @@ def _slope(values: list[float], order: list[int] | None = None, **options: Any) 
     for window in acc.windows(DataLoader(data, batch_size=1), count_targets=len):
         for x in window:
             with acc.accumulate(probe.model):
-                acc.backward(probe.model(x).sum())
+                acc.backward(probe.model(x).sum(), reduction="sum")
         updates.append(probe.step())
     return probe, updates
 
@@ -459,7 +459,7 @@ def _constant(policy: str, k: int) -> Probe:
     for window in acc.windows(DataLoader(torch.ones(37), batch_size=2), count_targets=len):
         for x in window:
             with acc.accumulate(probe.model):
-                acc.backward(probe.model(x).sum())
+                acc.backward(probe.model(x).sum(), reduction="sum")
         probe.step()
     return probe
 
@@ -761,7 +761,7 @@ def _inject(acc: Accumulator) -> dict[str, Any]:
         for number, batch in enumerate(window):
             with acc.accumulate(probe.model):
                 bad = index == 1 and number == 0 and rank() == world_size() - 1
-                acc.backward(causal_lm_loss(probe.model, batch) * (float("inf") if bad else 1.0))
+                acc.backward(causal_lm_loss(probe.model, batch) * (float("inf") if bad else 1.0), reduction="sum")
         update = probe.step(scheduler)
         results.append(
             {
@@ -932,7 +932,7 @@ def i9_each_term_of_two() -> dict[str, Any]:
         for x in window:
             with acc.accumulate(probe.model):
                 out = probe.model(torch.stack([x, 100 * x]))
-                acc.backward(out[0].sum(), auxiliary=out[1].mean())
+                acc.backward(out[0].sum(), reduction="sum", auxiliary=out[1].mean())
         probe.step()
     return {"gradients": [g["w"].item() for g in probe.stepped]}
 
@@ -954,7 +954,7 @@ def i30_gradients_accumulate_in_float32() -> dict[str, Any]:
         for window in acc.windows(iter(data), count_targets=lambda _: 1 / 3):
             for x in window:
                 with acc.accumulate(probe.model):
-                    acc.backward(probe.model(x).sum())
+                    acc.backward(probe.model(x).sum(), reduction="sum")
             probe.step()
         gradients.append(probe.stepped[-1]["w"].item())
     return {"gradients": gradients}
@@ -997,7 +997,7 @@ def i27_i28_parameters_that_some_micro_batches_use() -> dict[str, Any]:
         for window in acc.windows(DataLoader(torch.tensor(values), batch_size=1), count_targets=len):
             for x in window:
                 with acc.accumulate(probe.model):
-                    acc.backward(probe.model(x).sum())
+                    acc.backward(probe.model(x).sum(), reduction="sum")
             probe.step()
         weights = probe.weights()
         everywhere = acc.engine.gather_objects({name: w.tolist() for name, w in weights.items()})
@@ -1023,7 +1023,7 @@ def i27_left_out_of_the_exchange_is_an_error() -> dict[str, Any]:
         for window in acc.windows(DataLoader(torch.tensor([1.0, 2.0, -3.0, -5.0]), batch_size=1), count_targets=len):
             for x in window:
                 with acc.accumulate(probe.model):
-                    acc.backward(probe.model(x).sum())
+                    acc.backward(probe.model(x).sum(), reduction="sum")
             acc.step(probe.optimizer)
     except EngineError as error:
         return {"error": str(error)}

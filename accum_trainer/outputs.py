@@ -1,0 +1,82 @@
+"""What a model returned: its own loss, and the loss of a mixture of experts' router.
+
+The accumulator watches the models that it prepared, so that a loss passed to `backward` is known
+for what it is: the model's own, or one that the user made.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+
+def own_loss(outputs: Any) -> torch.Tensor | None:
+    """The scalar loss that a model returned: `.loss`, the first of a tuple, or its whole output."""
+    found = outputs
+    if isinstance(outputs, Mapping):
+        found = outputs.get("loss")
+    elif isinstance(outputs, (tuple, list)):
+        found = outputs[0] if outputs else None
+    elif not isinstance(outputs, torch.Tensor):
+        found = getattr(outputs, "loss", None)
+    is_scalar = isinstance(found, torch.Tensor) and found.numel() == 1
+    return found if is_scalar and found.is_floating_point() else None
+
+
+def router_loss(outputs: Any) -> torch.Tensor | None:
+    """The load-balancing loss of a mixture of experts, not yet multiplied by its coefficient."""
+    found = getattr(outputs, "aux_loss", None)
+    return found if isinstance(found, torch.Tensor) else None
+
+
+def router_coefficient(model: torch.nn.Module) -> float:
+    """What the model multiplies its router's loss by; 0 if it names none."""
+    plain: Any = model
+    while not hasattr(plain, "config") and isinstance(getattr(plain, "module", None), torch.nn.Module):
+        plain = plain.module
+    config = getattr(plain, "config", None)
+    for holder in (plain, getattr(config, "text_config", None), config):
+        found = getattr(holder, "router_aux_loss_coef", None)
+        if isinstance(found, (int, float)):
+            return float(found)
+    return 0.0
+
+
+class OutputWatch:
+    """The last outputs of the models it is hooked to.
+
+    Attributes:
+        router_term: the router's loss times its coefficient, with its graph; None if the last
+            forward gave none. Held until `clear`.
+    """
+
+    def __init__(self) -> None:
+        self.router_term: torch.Tensor | None = None
+        self._own: weakref.ReferenceType[torch.Tensor] | None = None
+        self._watched: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+
+    def watch(self, model: torch.nn.Module) -> None:
+        """Note what `model` returns from now on, as the loop calls it."""
+        if model not in self._watched:
+            self._watched.add(model)
+            model.register_forward_hook(self._note)
+
+    def _note(self, model: torch.nn.Module, args: Any, outputs: Any) -> None:
+        loss, router = own_loss(outputs), router_loss(outputs)
+        self._own = None if loss is None else weakref.ref(loss)
+        coefficient = 0.0 if router is None else router_coefficient(model)
+        self.router_term = router * coefficient if router is not None and coefficient else None
+
+    def is_own(self, loss: torch.Tensor) -> bool:
+        """Whether `loss` is the very number that a watched model returned last."""
+        found = None if self._own is None else self._own()
+        if found is None:
+            return False
+        return found is loss or (loss.numel() == 1 and found.data_ptr() == loss.data_ptr())
+
+    def clear(self) -> None:
+        """Let go of the last outputs."""
+        self._own = self.router_term = None
