@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from accum_trainer.big_batch import BigBatch, Gradient, Row, clip_factor
+from accum_trainer.big_batch import IGNORE, BigBatch, Gradient, Row, clip_factor
 
 Vector = torch.Tensor  # a gradient of all trained parameters, flat, float64
 Weights = list[list[float]]  # [rank][step], what multiplies a micro-batch's summed loss in the averaged gradient
@@ -34,6 +34,16 @@ MEAN_OF_MEANS = Fault(
 PER_RANK = Fault(
     "normalised per rank: each rank divides by its own number of targets, so ranks weigh the same whatever they hold",
     "mean over ranks of sum_k L_rk / sum_k n_rk",
+)
+COUNTS_FIRST = Fault(
+    "first labels are counted: N = (labels != -100).sum() counts a row's first label, which the shift drops; "
+    "count labels[:, 1:]",
+    "n_rk + f_rk in place of n_rk, f_rk rows whose first label is not -100",
+)
+WEIGHS_FIRST = Fault(
+    "first labels are weighed: the model's mean loss is multiplied by (labels != -100).sum(), which counts a row's first "
+    "label, and the shift drops it; multiply by the count of labels[:, 1:]",
+    "sum_rk (n_rk + f_rk) * L_rk / n_rk / sum_rk (n_rk + f_rk), f_rk rows whose first label is not -100",
 )
 TWICE = Fault(
     "division by K twice: the loss is divided by K (or by N) and accelerator.backward divides by K again", "g / K"
@@ -70,6 +80,7 @@ class MicroBatchGradients:
     Attributes:
         gradients[rank][step]: flat, float64.
         targets[rank][step]: n_rk.
+        first_labels[rank][step]: f_rk, rows whose first label is not -100; the shift drops it, so it is no target.
         num_targets: N, over all of them.
 
     Args:
@@ -84,6 +95,7 @@ class MicroBatchGradients:
         self._steps = steps
         self.gradients = [[flat(truth.gradient, names) for truth in rank] for rank in truths]
         self.targets = [[truth.num_targets for truth in rank] for rank in truths]
+        self.first_labels = [[sum(row["labels"][0] != IGNORE for row in rows) for rows in rank] for rank in ranks]
         self.num_targets = sum(map(sum, self.targets))
         self._world_size = len(truths)
 
@@ -112,6 +124,8 @@ class MicroBatchGradients:
             if faults:
                 yield faults, self.combine(weights)
         for faults, weights in linear:
+            if len(faults) > 1 and (COUNTS_FIRST in faults or WEIGHS_FIRST in faults):
+                continue  # three faults at a time would take long to try
             last = [[w if k == len(rank) - 1 else 0.0 for k, w in enumerate(rank)] for rank in weights]
             yield (*faults, LAST_ONLY), self.combine(last)
             if max_grad_norm is not None:
@@ -126,12 +140,12 @@ class MicroBatchGradients:
     def _linear(self) -> Iterator[tuple[tuple[Fault, ...], Weights]]:
         """What known faults weigh micro-batches with: a way to normalise, times a factor too many or too few."""
         targets, ranks, steps = self.targets, self._world_size, self._steps
-        bases: list[tuple[tuple[Fault, ...], Weights]] = [
-            ((), self.right),
-            ((MEAN_OF_MEANS,), self._each(lambda r, k: 1 / (max(1, targets[r][k]) * len(targets[r]) * ranks))),
-        ]
-        if ranks > 1:
-            bases.append(((PER_RANK,), self._each(lambda r, k: 1 / (max(1, sum(targets[r])) * ranks))))
+        counts = [[n + f for n, f in zip(*pair, strict=True)] for pair in zip(targets, self.first_labels, strict=True)]
+        bases: list[tuple[tuple[Fault, ...], Weights]] = []
+        for faults, counted in (((), targets), ((COUNTS_FIRST,), counts)):
+            bases += self._normalised(faults, counted)
+        total = sum(map(sum, counts))
+        bases.append(((WEIGHS_FIRST,), self._each(lambda r, k: counts[r][k] / max(1, targets[r][k]) / total)))
         factors: list[tuple[tuple[Fault, ...], Callable[[int], float]]] = [((), lambda r: 1.0)]
         if any(len(rank) < steps for rank in targets):
             factors.append(((TAIL,), lambda r: len(targets[r]) / steps))
@@ -141,6 +155,19 @@ class MicroBatchGradients:
         for factor_faults, factor in factors:
             for base_faults, base in bases:
                 yield base_faults + factor_faults, [[w * factor(r) for w in rank] for r, rank in enumerate(base)]
+
+    def _normalised(
+        self, faults: tuple[Fault, ...], counts: list[list[int]]
+    ) -> list[tuple[tuple[Fault, ...], Weights]]:
+        """The ways to normalise by `counts` of targets: over the window, per micro-batch, per rank."""
+        total, ranks = sum(map(sum, counts)), self._world_size
+        each = [
+            (faults, self._each(lambda r, k: 1 / total)),
+            ((MEAN_OF_MEANS, *faults), self._each(lambda r, k: 1 / (max(1, counts[r][k]) * len(counts[r]) * ranks))),
+        ]
+        if ranks > 1:
+            each.append(((PER_RANK, *faults), self._each(lambda r, k: 1 / (max(1, sum(counts[r])) * ranks))))
+        return each
 
     def _clipped_each(self, weights: Weights, clip: Callable[[Vector], Vector]) -> Vector:
         """Each rank clips what it has so far; the last clip comes after the exchange, on the mean over ranks."""

@@ -3,7 +3,7 @@
     def update(accelerator, model, optimizer, scheduler, batches): ...   # one optimizer update from this process's batches
 
 The loop is given windows that tell faults apart: ragged micro-batches, a micro-batch without a target, ranks that hold
-very different numbers of targets, a tail with fewer micro-batches than K. The gradient that its optimizer steps with is
+very different numbers of targets, a tail with fewer micro-batches than K, rows with a first label and rows without. The gradient that its optimizer steps with is
 compared with the right one; where it differs, with what each known fault would make of the same micro-batches. The nearest
 names the fault, and the weights that the loop gave its micro-batches are found by least squares and shown.
 """
@@ -205,7 +205,29 @@ def windows_for(rows: Sequence[Row], plan: BatchPlan) -> list[LoopWindow]:
     windows.append(LoopWindow("tail window", tails))
     masked: list[Row] = [{**row, "labels": [IGNORE] * len(row["labels"])} for row in ragged[0][0]]
     empty = [[masked, *ragged[0][1:]], *ragged[1:]]
-    return [*windows, LoopWindow("a micro-batch without a target", empty)]
+    marked = [LoopWindow(window.name, _with_first_labels(window.ranks)) for window in windows]
+    # Its first micro-batch has no label at all, so that the mean of the model's own loss is 0/0 there.
+    return [*marked, LoopWindow("a micro-batch without a target", _with_first_labels(empty, begin=1))]
+
+
+def _with_first_labels(ranks: list[list[list[Row]]], begin: int = 0) -> list[list[list[Row]]]:
+    """Give rows of every other micro-batch (from `begin`), on every other rank, a first label, and take it from all others.
+
+    The shift drops a row's first label, so this changes no target and no loss. A loop that counts it all the same shows only
+    where some rows have one, and where micro-batches and ranks have different numbers of them: data whose prompts are
+    masked would have none.
+    """
+
+    def first(row: Row, is_counted: bool) -> Row:
+        return {**row, "labels": [row["input_ids"][0] if is_counted else IGNORE, *row["labels"][1:]]}
+
+    return [
+        [
+            [first(row, r % 2 == 0 and k >= begin and (k - begin) % 2 == 0) for row in rows]
+            for k, rows in enumerate(rank)
+        ]
+        for r, rank in enumerate(ranks)
+    ]
 
 
 # --- running the loop ---

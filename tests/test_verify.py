@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -9,10 +10,11 @@ import sys
 import pytest
 import torch
 
-from accum_trainer import Accumulator, DataError
+from accum_trainer import Accumulator, BatchPlan, DataError
 from accum_trainer.big_batch import dropout_off
 from accum_trainer.cli import main
 from accum_trainer.verify import Subject, verify
+from accum_trainer.verify_loop import windows_for
 from tests.launching import cli, environment, python, torchrun
 from tests.reference import make_model, make_rows, pad
 
@@ -186,33 +188,36 @@ def test_rows_without_a_target_are_told(fresh_accelerate):
 # --- loops of others ---
 
 RIGHT = ["update", "update_clipped", "update_by_hand"]
-# loop -> (check that fails, what it says); the other loops' faults must not be named
-FAULTS = {
+# loop -> (check that fails, what it says)
+# The faults of docs/verify.md, for one process and for two.
+FAULTS_OF_ANY = {
     "mean_of_means": ("ragged window", "mean of means"),
     "own_loss_of_the_model": ("ragged window", "mean of means"),
+    "counts_first_labels": ("ragged window", "first labels are counted"),
+    "weighs_by_first_labels": ("ragged window", "first labels are weighed"),
+    "means_over_first_labels": ("ragged window", "however many targets it holds AND first labels are counted"),
     "zero_over_zero": ("a micro-batch without a target", "a mean over no target is 0/0"),
     "divided_by_k_twice": ("ragged window", "division by K twice"),
     "tail_divided_by_k": ("tail window", "the tail is divided by K"),
+    "summed_over_micro_batches": ("ragged window", "summed, not averaged, over micro-batches"),
     "clip_per_micro_step": ("ragged window", "clip per micro-step"),
     "clipped_to_another_norm": ("ragged window", "its norm is 0.01; a loop may clip to max_grad_norm=0.3"),
+    "too_long": ("ragged window", "right direction but 1.7 times the right length"),
     "scheduler_per_micro_step": ("scheduler per update", "scheduler stepped per micro-step: 3 times"),
+    "step_per_micro_batch": ("one optimizer step", "steps per micro-batch, so nothing accumulates"),
     "zero_grad_per_micro_step": ("ragged window", "zero_grad per micro-step"),
     "no_zero_grad": ("tail window", "zero_grad is missing"),
-    "step_per_micro_batch": ("one optimizer step", "steps per micro-batch, so nothing accumulates"),
     "accumulated_in_bf16": ("ragged window", "accumulated in bf16"),
-    "too_long": ("ragged window", "right direction but 1.7 times the right length"),
     "wrong_in_its_own_way": ("ragged window", "none of the known faults"),
     "does_nothing": ("ragged window", "the optimizer stepped 0 times"),
+    "model_that_nobody_can_split": ("separable loss", "1 BatchNorm modules (norm)"),
 }
-FAULTS_OF_TWO = {
-    "mean_of_means": ("uneven ranks", "mean of means"),
+FAULTS_OF_TWO = FAULTS_OF_ANY | {
     "normalised_per_rank": ("uneven ranks", "normalised per rank"),
+    "per_rank_over_first_labels": ("uneven ranks", "whatever they hold AND first labels are counted"),
     "not_times_processes": ("ragged window", "not multiplied by the number of processes"),
     "left_out_of_the_exchange": ("equal weights", "hold different weights of model.norm.weight"),
     "never_exchanged": ("equal weights", "left out of the exchange"),
-    "tail_divided_by_k": ("tail window", "the tail is divided by K"),
-    "clip_per_micro_step": ("ragged window", "clip per micro-step"),
-    "accumulated_in_bf16": ("ragged window", "accumulated in bf16"),
     "training_that_parts_the_ranks": ("equal weights", "hold different weights of lm_head.weight"),
 }
 
@@ -222,7 +227,7 @@ def reports(tmp_path_factory):
     """processes -> loop -> report; one process and one launch for all of them."""
     out = tmp_path_factory.mktemp("loops")
     worker = "tests.verify_loops.worker"
-    one = python("-m", worker, out / "1.json", *RIGHT, *FAULTS, **ONE_THREAD)
+    one = python("-m", worker, out / "1.json", *RIGHT, *FAULTS_OF_ANY, **ONE_THREAD)
     assert one.returncode == 0, one.stderr[-4000:]
     two = torchrun(2, worker, out / "2.json", *RIGHT, *FAULTS_OF_TWO, **ONE_THREAD)
     assert two.returncode == 0, two.stderr[-4000:]
@@ -239,10 +244,12 @@ def test_right_loop_passes(loop, processes, reports):
     assert all(check["error"] <= check["tolerance"] for check in windows)
 
 
-@pytest.mark.parametrize(("processes", "loop"), [(1, loop) for loop in FAULTS] + [(2, loop) for loop in FAULTS_OF_TWO])
+@pytest.mark.parametrize(
+    ("processes", "loop"), [(1, loop) for loop in FAULTS_OF_ANY] + [(2, loop) for loop in FAULTS_OF_TWO]
+)
 def test_fault_is_named(processes, loop, reports):
     report = reports[processes][loop]
-    name, phrase = (FAULTS if processes == 1 else FAULTS_OF_TWO)[loop]
+    name, phrase = FAULTS_OF_TWO[loop]
     assert not report["passed"]
     assert name in failed(report)
     assert phrase in checks_of(report)[name]["meaning"]
@@ -279,19 +286,38 @@ def test_command_names_the_fault_of_a_loop():
     assert "Traceback" not in run.stderr
 
 
-def test_loop_of_a_model_that_nobody_can_split(fresh_accelerate):
-    from accum_trainer import BatchPlan
-    from accum_trainer.engine.plain import plain_engine
-    from accum_trainer.verify_loop import verify_loop
-    from tests.verify_loops.faults import does_nothing
+@pytest.mark.parametrize("processes", [1, 2])
+def test_model_that_nobody_can_split_is_all_that_is_judged(processes, reports):
+    assert failed(reports[processes]["model_that_nobody_can_split"]) == ["separable loss"]
 
-    def make():
-        return Layered(torch.nn.BatchNorm1d(8))
 
-    engine = plain_engine(3, cpu=True, mixed_precision="no")
-    report = verify_loop(does_nothing, engine, make, make_rows(20), BatchPlan(2, 3)).to_dict()
-    assert failed(report) == ["separable loss"]
-    assert "BatchNorm" in checks_of(report)["separable loss"]["meaning"]
+def test_i50_loop_that_counts_first_labels_fails_in_every_window(reports):
+    """N in place of N + F, F rows with a first label, makes the gradient N / (N + F) of the right one."""
+    for processes, count in ((1, 3), (2, 4)):
+        report = reports[processes]["counts_first_labels"]
+        assert len(failed(report)) == count, failed(report)
+        for name in failed(report):
+            check = checks_of(report)[name]
+            assert check["meaning"].startswith("first labels are counted"), check["meaning"]
+            assert " AND " not in check["meaning"] and "; or " not in check["meaning"]
+            # The weights found are all the same, 1 - error of the right ones.
+            lines = [line for line in check["details"] if "weight found" in line]
+            weights = {line.split("weight found")[1].split("/")[0].strip() for line in lines}
+            assert weights == {f"{1 - check['error']:.4f}"}, (weights, check["error"])
+
+
+def test_i50_every_window_has_rows_with_a_first_label_and_without():
+    """In numbers that differ between micro-batches and ranks, at any K and W; no target and no loss changes."""
+    rows = make_rows(40)
+    for steps, ranks in itertools.product((2, 3, 4), (1, 2, 3)):
+        for window in windows_for(rows, BatchPlan(2, steps, ranks)):
+            firsts = [[[row["labels"][0] != -100 for row in rows] for rows in rank] for rank in window.ranks]
+            assert any(map(any, itertools.chain(*firsts))), window.name
+            if max(map(len, firsts)) > 1:
+                counts = [sum(micro_batch) for micro_batch in firsts[0]]
+                assert 0 in counts and max(counts) > 0, (window.name, counts)
+            per_rank = [sum(map(sum, rank)) for rank in firsts]
+            assert ranks == 1 or len(set(per_rank)) > 1, (window.name, per_rank)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ def idiom(accelerator, model, optimizer, scheduler, batches, weigh):
             optimizer.zero_grad()
 
 
-def by_hand(accelerator, model, optimizer, scheduler, batches, before_step=None, after_each=None):
+def by_hand(accelerator, model, optimizer, scheduler, batches, before_step=None, after_each=None, clear=True):
     """A right loop without accumulate(), with places for a fault."""
     total = all_targets(accelerator, batches)
     for index, batch in enumerate(batches):
@@ -31,7 +31,8 @@ def by_hand(accelerator, model, optimizer, scheduler, batches, before_step=None,
         before_step()
     optimizer.step()
     scheduler.step()
-    optimizer.zero_grad()
+    if clear:
+        optimizer.zero_grad()
 
 
 def mean_of_means(accelerator, model, optimizer, scheduler, batches):
@@ -106,20 +107,65 @@ def zero_grad_per_micro_step(accelerator, model, optimizer, scheduler, batches):
 
 
 def no_zero_grad(accelerator, model, optimizer, scheduler, batches):
-    total = all_targets(accelerator, batches)
-    for batch in batches:
-        (summed_loss(model, batch) / total).backward()
-    optimizer.step()
-    scheduler.step()
+    by_hand(accelerator, model, optimizer, scheduler, batches, clear=False)
 
 
 def step_per_micro_batch(accelerator, model, optimizer, scheduler, batches):
-    total = all_targets(accelerator, batches)
+    factor = accelerator.num_processes / all_targets(accelerator, batches)
     for batch in batches:
-        (summed_loss(model, batch) / total).backward()
+        (summed_loss(model, batch) * factor).backward()
         optimizer.step()
         optimizer.zero_grad()
     scheduler.step()
+
+
+def summed_over_micro_batches(accelerator, model, optimizer, scheduler, batches):
+    """Means, and nobody divides by K."""
+    for batch in batches:
+        (summed_loss(model, batch) / num_targets([batch])).backward()
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+
+
+def first_labels(batches):
+    """Labels that are not -100, the first of a row among them: what transformers.Trainer counts."""
+    return sum(int((batch["labels"] != -100).sum()) for batch in batches)
+
+
+def counts_first_labels(accelerator, model, optimizer, scheduler, batches):
+    """transformers.Trainer on GPT-2: the sum of the losses over N = (labels != -100).sum()."""
+    mine = torch.tensor([first_labels(batches)], device=accelerator.device)
+    factor = accelerator.num_processes * accelerator.gradient_accumulation_steps / int(accelerator.gather(mine).sum())
+    idiom(accelerator, model, optimizer, scheduler, batches, lambda loss, n: loss * factor)
+
+
+def weighs_by_first_labels(accelerator, model, optimizer, scheduler, batches):
+    """The model's mean loss, weighed by labels that are not -100."""
+    mine = torch.tensor([first_labels(batches)], device=accelerator.device)
+    factor = accelerator.num_processes * accelerator.gradient_accumulation_steps / int(accelerator.gather(mine).sum())
+    for batch in batches:
+        with accelerator.accumulate(model):
+            mean = summed_loss(model, batch) / max(1, num_targets([batch]))
+            accelerator.backward(mean * first_labels([batch]) * factor)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+
+
+def means_over_first_labels(accelerator, model, optimizer, scheduler, batches):
+    """Every micro-batch weighs the same, and each mean is over labels that are not -100."""
+    for batch in batches:
+        with accelerator.accumulate(model):
+            accelerator.backward(summed_loss(model, batch) / max(1, first_labels([batch])))
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+
+
+def per_rank_over_first_labels(accelerator, model, optimizer, scheduler, batches):
+    factor = accelerator.gradient_accumulation_steps / first_labels(batches)
+    idiom(accelerator, model, optimizer, scheduler, batches, lambda loss, n: loss * factor)
 
 
 def accumulated_in_bf16(accelerator, model, optimizer, scheduler, batches):

@@ -18,7 +18,7 @@ from accum_trainer import Accumulator, BatchPlan
 from accum_trainer.engine.plain import plain_engine
 from accum_trainer.verify import Subject, verify
 from accum_trainer.verify_loop import verify_loop
-from tests.reference import make_model, make_rows, pad
+from tests.reference import IGNORE, make_model, make_rows, pad
 from tests.verify_loops import correct, faults
 
 # K differs from the 2 processes of a launch: with K = W some faults look alike.
@@ -32,7 +32,29 @@ def verify_named(name: str, world_size: int = 1) -> dict[str, Any]:
     # Clipping is active in every window where a loop clips; elsewhere it is off, or it could hide a factor.
     max_grad_norm = MAX_GRAD_NORM if "clip" in name else None
     plan = BatchPlan(2, STEPS, world_size)
-    return verify_loop(loop, engine, lambda: make_model("llama"), make_rows(40), plan, max_grad_norm).to_dict()
+    # As data of prompts and answers: the first label of every row is masked.
+    rows = [{**row, "labels": [IGNORE, *row["labels"][1:]]} for row in make_rows(40)]
+    return verify_loop(loop, engine, lambda: make_model("llama"), rows, plan, max_grad_norm).to_dict()
+
+
+class WithBatchNorm(torch.nn.Module):
+    """A model that nobody can cut: its statistics are over the micro-batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.norm, self.head = torch.nn.Embedding(97, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 97)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.embed(input_ids).transpose(1, 2)).transpose(1, 2))
+
+
+def model_that_nobody_can_split(world_size: int) -> dict[str, Any]:
+    """The report on a loop whose model has BatchNorm; the loop is not run."""
+    engine = plain_engine(STEPS, cpu=True, mixed_precision="no")
+    return verify_loop(
+        faults.does_nothing, engine, WithBatchNorm, make_rows(20), BatchPlan(2, STEPS, world_size)
+    ).to_dict()
 
 
 def training_that_parts_the_ranks() -> dict[str, Any]:
@@ -57,8 +79,12 @@ def main(out: str, *names: str) -> None:
     reports = {}
     for name in names:
         print(name, file=sys.stderr, flush=True)
-        special = name == training_that_parts_the_ranks.__name__
-        reports[name] = training_that_parts_the_ranks() if special else verify_named(name, world_size)
+        if name == training_that_parts_the_ranks.__name__:
+            reports[name] = training_that_parts_the_ranks()
+        elif name == model_that_nobody_can_split.__name__:
+            reports[name] = model_that_nobody_can_split(world_size)
+        else:
+            reports[name] = verify_named(name, world_size)
     if os.environ.get("RANK", "0") == "0":
         Path(out).write_text(json.dumps(reports))
     if world_size > 1:
