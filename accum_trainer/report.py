@@ -53,7 +53,14 @@ def _for_json(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def measured(name: str, error: float, tolerance: float, meaning: str, otherwise: str | None = None) -> Check:
+def measured(
+    name: str,
+    error: float,
+    tolerance: float,
+    meaning: str,
+    otherwise: str | None = None,
+    details: tuple[str, ...] = (),
+) -> Check:
     """A check that passes where `error` is within `tolerance`; nan never is."""
     passed = error <= tolerance
-    return Check(name, PASS if passed else FAIL, meaning if passed else otherwise or meaning, error, tolerance)
+    return Check(name, PASS if passed else FAIL, meaning if passed else otherwise or meaning, error, tolerance, details)

@@ -33,12 +33,22 @@ from accum_trainer.errors import ConfigError, DataError
 from accum_trainer.loop_faults import RIGHT, TAIL, Fault, MicroBatchGradients, Vector, flat
 from accum_trainer.model import load_model, load_tokenizer
 from accum_trainer.report import FAIL, INFO, PASS, Check, Report, measured
-from accum_trainer.verify import dropout_check, low_precision_peer, separability, tolerances, unequal_names
+from accum_trainer.verify import (
+    LOW_PRECISION_WINDOWS,
+    dropout_check,
+    judged,
+    low_precision_peer,
+    own_errors,
+    separability,
+    unequal_names,
+    window_lines,
+)
 
 Loop = Callable[[Any, torch.nn.Module, Any, Any, list[Any]], Any]
 
-# A found gradient this near to a known fault's is that fault.
-_MATCH = 1e-3
+# A found gradient this near to a known fault's is that fault; in low precision also one within this many times of what one
+# big batch is off, since a single window's rounding may be worse than that.
+_MATCH, _MATCH_ROUNDED = 1e-3, 2.0
 _LR = 0.1
 # Rows of the user's data longer than this are left out where enough are shorter: the check is about weights, not length.
 _SHORT = 96
@@ -164,7 +174,8 @@ def verify_loop(
         return Report(subject, first)  # no update can be right, so there is none to judge
     runner = _Runner(loop, engine, make_model())
     with dropout_off(runner.model) as dropouts:
-        seen = [runner.run(window) for window in windows_for(rows, plan)]
+        variants = 1 if engine.mixed_precision == "no" else LOW_PRECISION_WINDOWS
+        seen = [runner.run(window) for variant in range(variants) for window in windows_for(rows, plan, variant)]
     checks = judge.checks(seen) if judge is not None else None
     return Report(subject, [*first, *engine.gather_objects(checks)[0], dropout_check(dropouts)])
 
@@ -180,14 +191,15 @@ class LoopWindow:
     ranks: list[list[list[Row]]]
 
 
-def windows_for(rows: Sequence[Row], plan: BatchPlan) -> list[LoopWindow]:
-    """The windows that tell faults apart, the same on all ranks."""
+def windows_for(rows: Sequence[Row], plan: BatchPlan, variant: int = 0) -> list[LoopWindow]:
+    """The windows that tell faults apart, the same on all ranks; other rows for another `variant`."""
     batch, steps, ranks = plan.micro_batch_size, plan.gradient_accumulation_steps, plan.world_size
     shortest_first = sorted(rows, key=num_targets)
 
     def take(count: int) -> list[Row]:
         """`count` rows from the shortest to the longest, evenly."""
-        return [shortest_first[int(i)] for i in np.linspace(0, len(rows) - 1, count).round()]
+        last = len(rows) - 1
+        return [shortest_first[min(int(i) + variant, last)] for i in np.linspace(0, last, count).round()]
 
     def cut(chosen: list[Row], num_steps: int) -> list[list[Row]]:
         return [chosen[k * batch : (k + 1) * batch] for k in range(num_steps)]
@@ -211,11 +223,12 @@ def windows_for(rows: Sequence[Row], plan: BatchPlan) -> list[LoopWindow]:
 
 
 def _with_first_labels(ranks: list[list[list[Row]]], begin: int = 0) -> list[list[list[Row]]]:
-    """Give rows of every other micro-batch (from `begin`), on every other rank, a first label, and take it from all others.
+    """Give rows of every other micro-batch (from `begin`), on every other rank, a first label; take it
+    from all others.
 
-    The shift drops a row's first label, so this changes no target and no loss. A loop that counts it all the same shows only
-    where some rows have one, and where micro-batches and ranks have different numbers of them: data whose prompts are
-    masked would have none.
+    The shift drops a row's first label, so this changes no target and no loss. A loop that counts it
+    shows only where micro-batches and ranks have different numbers of them: data whose prompts are
+    masked have none at all.
     """
 
     def first(row: Row, is_counted: bool) -> Row:
@@ -311,8 +324,8 @@ class _Runner:
 
 @dataclass(frozen=True)
 class _Judged:
-    """A window's verdict: right where `error` is within `tolerance`; else `fits` are the faults, or sets of them, that
-    would look like it, and `meaning` is what can be said without."""
+    """The verdict on windows of one kind: right where `error` is within `tolerance`; else `fits` are the faults, or sets of
+    them, that would look like it, and `meaning` is what can be said without."""
 
     name: str
     meaning: str
@@ -324,7 +337,7 @@ class _Judged:
     def check(self, certain: set[Fault]) -> Check:
         """The report's row; `certain` are faults that another window has shown beyond doubt."""
         if self.error is not None and self.tolerance is not None and self.error <= self.tolerance:
-            return measured(self.name, self.error, self.tolerance, self.meaning)
+            return measured(self.name, self.error, self.tolerance, self.meaning, details=self.details)
         if not self.fits:
             return Check(self.name, FAIL, self.meaning, self.error, self.tolerance, self.details)
         known = max(len(certain & set(faults)) for faults in self.fits)
@@ -336,6 +349,17 @@ class _Judged:
         return Check(self.name, FAIL, meaning, self.error, self.tolerance, (RIGHT, *formulas, *self.details))
 
 
+@dataclass(frozen=True)
+class _Found:
+    """One window's gradient beside the right one; `error` is relative, nan where the gradient is not finite."""
+
+    gradient: Vector
+    right: Vector
+    parts: MicroBatchGradients
+    error: float
+    own_error: float | None
+
+
 class _Judge:
     """Compares what the loop did with the definition, and names the fault."""
 
@@ -343,6 +367,7 @@ class _Judge:
         self, engine: Engine, make_model: Callable[[], torch.nn.Module], plan: BatchPlan, max_grad_norm: float | None
     ) -> None:
         self._exact, self._peer = BigBatch(make_model()), low_precision_peer(engine, make_model)
+        self._precision = engine.mixed_precision
         self._names = {n: p.numel() for n, p in self._exact.model.named_parameters() if p.requires_grad}
         self._plan, self._max_grad_norm = plan, max_grad_norm
 
@@ -350,36 +375,48 @@ class _Judge:
         return separability(self._exact, rows)
 
     def checks(self, seen: list[_Seen]) -> list[Check]:
-        updates = [self._update(one) for one in seen]
+        names = dict.fromkeys(one.window.name for one in seen)
+        updates = [self._update([one for one in seen if one.window.name == name]) for name in names]
         # Where several faults fit a window, another window may have told which it is.
         certain = {fault for u in updates if len(u.fits) == 1 for fault in u.fits[0]}
         return [*(u.check(certain) for u in updates), _ranks_check(seen), _steps_check(seen), _scheduler_check(seen)]
 
-    def _update(self, seen: _Seen) -> _Judged:
-        """One window: is the gradient of its update the big batch's, and if not, what is it?"""
-        name = seen.window.name
-        if seen.gradient is None or seen.optimizer_steps > 1:
-            return _Judged(
-                name, f"the function must make one update, and the optimizer stepped {seen.optimizer_steps} times"
-            )
-        parts = MicroBatchGradients(self._exact, self._names, seen.window.ranks, self._plan.gradient_accumulation_steps)
-        found = flat(seen.gradient, self._names)
-        if not torch.isfinite(found).all():
-            empty = any(0 in rank for rank in parts.targets)
-            why = (
-                "a mean over no target is 0/0; use the sum of the losses"
-                if empty
-                else "the loop divides by 0 or overflows"
-            )
-            return _Judged(name, f"the gradient is not finite: {why}", math.inf, details=(RIGHT,))
-        rows = [row for rank in seen.window.ranks for batch in rank for row in batch]
-        tolerance, _ = tolerances(self._peer, seen.start, rows, self._exact.truth(rows))
-        right = parts.combine(parts.right)
-        error = self._distance(found, right)
+    def _update(self, seen: list[_Seen]) -> _Judged:
+        """Windows of one kind: are the gradients of their updates the big batch's, and if not, what is the worst of them?"""
+        name = seen[0].window.name
+        found = []
+        for one in seen:
+            if one.gradient is None or one.optimizer_steps > 1:
+                return _Judged(
+                    name, f"the function must make one update, and the optimizer stepped {one.optimizer_steps} times"
+                )
+            found.append(self._against_right(one, flat(one.gradient, self._names)))
+            if not math.isfinite(found[-1].error):
+                empty = any(0 in rank for rank in found[-1].parts.targets)
+                why = (
+                    "a mean over no target is 0/0; use the sum of the losses"
+                    if empty
+                    else "the loop divides by 0 or overflows"
+                )
+                return _Judged(name, f"the gradient is not finite: {why}", math.inf, details=(RIGHT,))
+        errors, own = [one.error for one in found], [one.own_error for one in found]
+        error, tolerance = judged(errors, own)
+        lines = window_lines(errors, own, self._precision)
         if error <= tolerance:
-            return _Judged(name, self._describe_right(found, right), error, tolerance)
-        fits = self._fits(found, parts, flat(seen.leftover, self._names), max(_MATCH, tolerance))
-        return _Judged(name, self._unknown(found, right, error), error, tolerance, fits, _weights_found(found, parts))
+            return _Judged(name, self._describe_right(found[0].gradient, found[0].right), error, tolerance, (), lines)
+        worst = max(range(len(seen)), key=lambda i: errors[i] / (own[i] or 1.0))
+        off, leftover = found[worst], flat(seen[worst].leftover, self._names)
+        fits = self._fits(off.gradient, off.parts, leftover, max(_MATCH, _MATCH_ROUNDED * (off.own_error or 0.0)))
+        unknown = self._unknown(off.gradient, off.right, off.error)
+        return _Judged(name, unknown, error, tolerance, fits, (*_weights_found(off.gradient, off.parts), *lines))
+
+    def _against_right(self, seen: _Seen, gradient: Vector) -> _Found:
+        parts = MicroBatchGradients(self._exact, self._names, seen.window.ranks, self._plan.gradient_accumulation_steps)
+        right = parts.combine(parts.right)
+        rows = [row for rank in seen.window.ranks for batch in rank for row in batch]
+        own_error, _ = own_errors(self._peer, seen.start, rows, self._exact.truth(rows))
+        error = self._distance(gradient, right) if torch.isfinite(gradient).all() else math.nan
+        return _Found(gradient, right, parts, error, own_error)
 
     def _distance(self, found: Vector, candidate: Vector) -> float:
         """Relative difference, to the candidate as it is or clipped once: whether a loop clips is its own choice."""

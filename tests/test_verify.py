@@ -14,7 +14,7 @@ from accum_trainer import Accumulator, BatchPlan, DataError
 from accum_trainer.big_batch import dropout_off
 from accum_trainer.cli import main
 from accum_trainer.verify import Subject, verify
-from accum_trainer.verify_loop import windows_for
+from accum_trainer.verify_loop import verify_loop, windows_for
 from tests.launching import cli, environment, python, torchrun
 from tests.reference import make_model, make_rows, pad
 
@@ -82,6 +82,7 @@ def test_fsdp2_in_bf16():
     assert run.returncode == 0, run.stdout + run.stderr
     assert "fsdp2 on cpu, precision bf16" in line_of(run.stdout, "engine in force")
     assert "times what one big batch in bf16 is off" in line_of(run.stdout, "update = one big batch")
+    assert run.stdout.count("off, one big batch in bf16") == 4 + 4, "each window and each tail is shown"
 
 
 @pytest.mark.parametrize("source", ["environment", "deepspeed"])
@@ -166,6 +167,25 @@ def test_gradient_that_is_wrong_in_one_parameter_names_it(fresh_accelerate):
     assert "update = one big batch" in failed(report)
     assert "lm_head.weight" in checks_of(report)["update = one big batch"]["meaning"]
     assert checks_of(report)["logged loss"]["result"] == "PASS"
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.0045])
+def test_low_precision_is_judged_by_the_root_mean_square_over_windows(factor, fresh_accelerate):
+    """A weight 0.45 percent too large is 1.7 times what one big batch in bf16 is off, in every window."""
+    subject = subject_of(lambda: make_model("llama"), mixed_precision="bf16")
+    for p in subject.model.parameters():
+        p.register_hook(lambda gradient: gradient * factor)
+    report = verify(subject, windows=1).to_dict()
+    checks = checks_of(report)
+    for name in ("update = one big batch", "tail window"):
+        check = checks[name]
+        lines = [line.split() for line in check["details"]]
+        assert [line[0] for line in lines] == ["window"] * 4
+        squares = [sum(float(line[place].strip(",")) ** 2 for line in lines) / 4 for place in (2, 9)]
+        assert check["error"] == pytest.approx(squares[0] ** 0.5, rel=0.01)
+        assert check["tolerance"] == pytest.approx(1.1 * squares[1] ** 0.5, rel=0.01)
+        assert check["result"] == ("PASS" if factor == 1 else "FAIL"), check
+        assert check["error"] < 2 * squares[1] ** 0.5, "a bound of 2 would let it pass"
 
 
 def test_i31_gradient_that_is_clipped_wrongly(fresh_accelerate):
@@ -284,6 +304,21 @@ def test_command_names_the_fault_of_a_loop():
     assert "mean of means: every micro-batch weighs the same" in run.stdout
     assert run.stdout.splitlines()[-1].startswith("FAIL: ")
     assert "Traceback" not in run.stderr
+
+
+def test_loop_in_low_precision(fresh_accelerate):
+    """A right loop passes, one that is 6 percent off in every window fails by its fault's name."""
+    from accum_trainer.engine.plain import plain_engine
+    from tests.verify_loops import correct, faults
+
+    engine = plain_engine(3, cpu=True, mixed_precision="bf16")
+    arguments = (engine, lambda: make_model("llama"), make_rows(40), BatchPlan(2, 3))
+    report = verify_loop(correct.update, *arguments).to_dict()
+    assert report["passed"], failed(report)
+    for name in ("ragged window", "tail window", "a micro-batch without a target"):
+        assert len(checks_of(report)[name]["details"]) == 4, "each window of its kind is shown"
+    report = verify_loop(faults.counts_first_labels, *arguments).to_dict()
+    assert "first labels are counted" in checks_of(report)["ragged window"]["meaning"]
 
 
 @pytest.mark.parametrize("processes", [1, 2])

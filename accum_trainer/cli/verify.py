@@ -33,7 +33,7 @@ _HEADER = ("check", "result", "error", "tolerance", "meaning")
     show_default=True,
     type=click.IntRange(min=1),
     metavar="N",
-    help="Whole windows to compare; the epoch's tail comes on top. Without --loop.",
+    help="Whole windows to compare, in low precision at least 4; the epoch's tail comes on top. Without --loop.",
 )
 @click.option(
     "--loop",
