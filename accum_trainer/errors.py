@@ -5,6 +5,7 @@
       DataError              2   the data cannot be read, or cannot be trained on
       EngineError            2   the engine asked for is not the engine in force, or cannot do this
       CheckpointError        2   a checkpoint is missing, damaged, or belongs to another run
+      LoopError              2   a training step that was given to `verify --loop` raised
 
 Every message gives the values, the rule they break, and the remedy, in that order. The command line prints the
 message alone; nobody should need the traceback of a mistake in an option.
@@ -39,5 +40,11 @@ class EngineError(AccumTrainerError):
 
 class CheckpointError(AccumTrainerError):
     """A checkpoint is missing, damaged, or belongs to another run."""
+
+    exit_status = 2
+
+
+class LoopError(AccumTrainerError):
+    """A training step that was given to `verify --loop` raised an exception."""
 
     exit_status = 2

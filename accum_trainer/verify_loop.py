@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import inspect
 import math
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +31,7 @@ from accum_trainer.config import TrainConfig
 from accum_trainer.engine.base import Engine
 from accum_trainer.engine.build import choose_precision
 from accum_trainer.engine.plain import MicroBatches, plain_engine, start_update
-from accum_trainer.errors import ConfigError, DataError
+from accum_trainer.errors import ConfigError, DataError, LoopError
 from accum_trainer.loop_faults import RIGHT, TAIL, Fault, MicroBatchGradients, Vector, flat
 from accum_trainer.model import load_model, load_tokenizer
 from accum_trainer.report import FAIL, INFO, PASS, Check, Report, measured
@@ -50,6 +52,8 @@ Loop = Callable[[Any, torch.nn.Module, Any, Any, list[Any]], Any]
 # big batch is off, since a single window's rounding may be worse than that.
 _MATCH, _MATCH_ROUNDED = 1e-3, 2.0
 _LR = 0.1
+# What a loop is called with.
+_PARAMETERS = ("accelerator", "model", "optimizer", "scheduler", "batches")
 # Rows of the user's data longer than this are left out where enough are shorter: the check is about weights, not length.
 _SHORT = 96
 
@@ -78,7 +82,29 @@ def load_loop(spec: str) -> Loop:
             n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__
         )
         raise ConfigError(f"loop={spec}: {path} has no function {name}; it has {', '.join(there) or 'none'}")
+    _check_parameters(spec, name, loop)
     return loop
+
+
+def _check_parameters(spec: str, name: str, loop: Loop) -> None:
+    """Refuse a function that cannot be called with the five objects, or that expects them in another order."""
+    try:
+        signature = inspect.signature(loop)
+    except ValueError:  # a callable written in C does not say
+        return
+    called = f"({', '.join(_PARAMETERS)})"
+    try:
+        signature.bind(*_PARAMETERS)
+    except TypeError as wrong:
+        raise ConfigError(
+            f"loop={spec}: {name}{signature} cannot be called with {called}: {wrong}; give it these five parameters"
+        ) from None
+    for place, (parameter, given) in enumerate(zip(signature.parameters, _PARAMETERS, strict=False), start=1):
+        if parameter != given and parameter in _PARAMETERS:
+            raise ConfigError(
+                f"loop={spec}: {name}{signature} is called with {called}: its parameter {place} is {parameter}, and "
+                f"{place} is given {given}; put them in this order"
+            )
 
 
 def verify_loop_of(config: TrainConfig, loop: Loop, world_size: int) -> Report:
@@ -289,6 +315,8 @@ class _Runner:
         batches = [engine.to_device(pad(rows)) for rows in window.ranks[engine.rank]]
         try:
             self._loop(engine.accelerator, self.model, self._optimizer, self._scheduler, MicroBatches(engine, batches))
+        except Exception as error:  # the user's own code may raise anything
+            raise LoopError(_words(error, self._loop, window.name)) from error
         finally:
             handle.remove()
         return _Seen(
@@ -317,6 +345,18 @@ class _Runner:
             )
             for n in names
         }
+
+
+def _words(error: Exception, loop: Loop, window: str) -> str:
+    """Where in the loop's own file an exception came from, and what it says."""
+    file = getattr(getattr(loop, "__code__", None), "co_filename", None)
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename == file] or frames
+    said = next((line for line in str(error).splitlines() if line.strip()), "")
+    return (
+        f"the loop raised in its {window}, at {own[-1].filename}:{own[-1].lineno}: "
+        f"{type(error).__name__}: {said or 'without words'}; a loop must make one update of any window"
+    )
 
 
 # --- judging it, on rank 0 ---

@@ -15,11 +15,12 @@ from accum_trainer.big_batch import dropout_off
 from accum_trainer.cli import main
 from accum_trainer.verify import Subject, verify
 from accum_trainer.verify_loop import verify_loop, windows_for
-from tests.launching import cli, environment, python, torchrun
+from tests.launching import ROOT, cli, environment, python, torchrun
 from tests.reference import make_model, make_rows, pad
 
 # Two processes of several threads each would fight for few cores.
 ONE_THREAD = {"OMP_NUM_THREADS": 1}
+FAULTY = "tests/verify_loops/faults.py"
 SMALL = ("--cpu", "--batch-size", 2, "--gradient-accumulation-steps", 4, "--max-seq-len", 64, "--windows", 2)
 
 
@@ -362,6 +363,14 @@ def test_i50_every_window_has_rows_with_a_first_label_and_without():
         (["--loop", "update"], "give FILE.py:function"),
         (["--loop", f"{__file__}:nothing"], "has no function nothing; it has "),
         (["--loop", "tests/verify_loops/correct.py:update", "--batch-size", "2"], "accumulates nothing"),
+        (
+            ["--loop", f"{FAULTY}:takes_too_few"],
+            "takes_too_few(accelerator, model, optimizer, batches) cannot be called with "
+            "(accelerator, model, optimizer, scheduler, batches): too many positional arguments",
+        ),
+        (["--loop", f"{FAULTY}:takes_too_many"], "missing a required argument: 'steps'"),
+        (["--loop", f"{FAULTY}:wants_a_keyword"], "missing a required"),
+        (["--loop", f"{FAULTY}:takes_another_order"], "its parameter 1 is model, and 1 is given accelerator"),
         (["--json", "no/such/folder/report.json"], "there is no folder no/such/folder"),
         (["--windows", "0"], "--windows"),
         (["--batch-size", "0"], "batch_size=0"),
@@ -373,6 +382,21 @@ def test_wrong_input_is_one_message(options, message, capsys, monkeypatch):
         main(["verify", "--cpu", *options])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_loop_that_raises_is_one_message():
+    """Its file, line and words; on two processes also where one of them alone raises, and nothing hangs."""
+    run = cli("verify", "--loop", f"{FAULTY}:raises", *SMALL, **ONE_THREAD)
+    assert run.returncode == 2, run.stderr
+    line = next(n for n, text in enumerate((ROOT / FAULTY).read_text().splitlines(), 1) if 'batch["attention"]' in text)
+    errors = [text for text in run.stderr.splitlines() if text.startswith("error")]
+    assert len(errors) == 1
+    assert f"faults.py:{line}: KeyError: 'attention'" in errors[0]
+    assert "Traceback" not in run.stderr
+    run = torchrun(2, "accum_trainer.verify", "--loop", f"{FAULTY}:raises_on_one_rank", *SMALL, **ONE_THREAD)
+    assert run.returncode != 0
+    assert "error (process 1): the loop raised in its ragged window" in run.stderr
+    assert "ValueError: only here" in run.stderr
 
 
 def test_help_does_not_import_torch():

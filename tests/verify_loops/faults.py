@@ -242,3 +242,35 @@ def clipped_to_another_norm(accelerator, model, optimizer, scheduler, batches):
 
 def does_nothing(accelerator, model, optimizer, scheduler, batches):
     pass
+
+
+def raises(accelerator, model, optimizer, scheduler, batches):
+    """A slip: the batch has no such key."""
+    for batch in batches:
+        batch["attention"]
+
+
+def raises_on_one_rank(accelerator, model, optimizer, scheduler, batches):
+    if accelerator.process_index == accelerator.num_processes - 1:
+        raise ValueError("only here")
+    all_targets(accelerator, batches)
+
+
+def takes_too_few(accelerator, model, optimizer, batches):
+    raise AssertionError("must not be called")
+
+
+def takes_too_many(accelerator, model, optimizer, scheduler, batches, steps):
+    raise AssertionError("must not be called")
+
+
+def wants_a_keyword(accelerator, model, optimizer, scheduler, batches, *, steps):
+    raise AssertionError("must not be called")
+
+
+def takes_another_order(model, accelerator, optimizer, scheduler, batches):
+    raise AssertionError("must not be called")
+
+
+def takes_any(*objects, **options):
+    by_hand(*objects, **options)
