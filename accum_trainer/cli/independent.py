@@ -105,7 +105,11 @@ def _show_end(side_by_side: SideBySide, status: int) -> None:
         click.echo(f"{member.name} failed: {member.reason} (log: {member.log})", err=True)
     head = f"{done} of {len(members)} runs done, {samples} samples trained, {restarts} restarts; {folder}"
     if status == 0:
-        then = f"`accum-trainer merge {folder}` averages their weights" if len(members) > 1 else ""
+        if side_by_side.is_sweep:
+            best = side_by_side.best()
+            then = f"best: {best}" if best else ""
+        else:
+            then = f"`accum-trainer merge {folder}` averages their weights" if len(members) > 1 else ""
         click.echo(f"done: {head}" + (f"\n{then}" if then else ""))
     else:
         click.echo(f"{head}; the same command with --output-dir {folder} continues")

@@ -31,7 +31,7 @@ from accum_trainer import records as files
 from accum_trainer.config import ENVIRONMENT_PREFIX, OTHER_ENVIRONMENT, TrainConfig
 from accum_trainer.errors import ConfigError
 from accum_trainer.launch.files import combinations
-from accum_trainer.launch.parts import INDEPENDENT
+from accum_trainer.launch.parts import INDEPENDENT, best_run
 from accum_trainer.launch.rank import follow_parent
 from accum_trainer.launch.run import (
     ASK_AGAIN,
@@ -250,9 +250,20 @@ class SideBySide:
         states = {member.state for member in self.members}
         return 1 if FAILED in states else STOPPED_AND_SAVED if states != {DONE} else 0
 
+    @property
+    def is_sweep(self) -> bool:
+        """Whether the runs differ in options, and not in their shares of the samples."""
+        return any(set(member.settings) - {"shard"} for member in self.members)
+
+    def best(self) -> str:
+        """The best run in words; see `best_run`."""
+        return best_run(self.folder, self._listed())
+
+    def _listed(self) -> list[dict[str, Any]]:
+        return [{"name": member.name, "settings": member.settings} for member in self.members]
+
     def _begin(self) -> None:
-        runs = [{"name": member.name, "settings": member.settings} for member in self.members]
-        files.write_json(self.folder / INDEPENDENT, {"runs": runs})
+        files.write_json(self.folder / INDEPENDENT, {"runs": self._listed()})
         for member in self.members:
             if (result := member.result()) is not None and result["done"] and not _wants_more(member):
                 member.state = DONE

@@ -1,13 +1,13 @@
 """The runs of a merge: read from their run directories, and only those that have a common mean.
 
-Knows run directories and what parallel-independent runs leave beside them; nothing of weights.
+Knows run directories and what parallel-independent runs leave beside them; nothing of weights. A sweep's runs have none: the best is named.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def find_parts(runs: Sequence[str | Path], allow_unfinished: bool = False) -> tu
     """The parts of `runs`, and what to note about them.
 
     Raises:
-        ConfigError: fewer than two, one given twice, unfinished (unless allowed), of no sample, or from other initial
+        ConfigError: fewer than two, one given twice, a sweep, unfinished (unless allowed), of no sample, or from other initial
             weights than the first.
         CheckpointError: a folder that is no run, or whose files are damaged.
     """
@@ -74,15 +74,56 @@ def find_parts(runs: Sequence[str | Path], allow_unfinished: bool = False) -> tu
     return parts, [f"{part.name} is unfinished: {part.progress}" for part in unfinished] + _overlaps(parts)
 
 
+def best_run(folder: Path, runs: Sequence[Mapping[str, Any]]) -> str:
+    """The best of a sweep's finished runs, in words: its name, settings, loss and model; "" if none has a finite loss.
+
+    By the last evaluation loss if all have one, else by the loss of the last update.
+
+    Args:
+        folder: of the set.
+        runs: entries of its independent.json.
+    """
+    results = {}
+    for run in runs:
+        path = folder / str(run["name"]) / files.RESULT
+        result = read_json(path) if path.is_file() else {}
+        if result.get("done"):
+            results[str(run["name"])] = result
+    for key in ("eval_loss", "loss"):
+        losses = {name: result.get(key) for name, result in results.items()}
+        finite = {name: loss for name, loss in losses.items() if loss is not None and math.isfinite(loss)}
+        if finite and (key == "loss" or None not in losses.values()):
+            best = min(finite, key=lambda name: finite[name])
+            settings = next(run["settings"] for run in runs if run["name"] == best)
+            told = " ".join(f"{option}={value}" for option, value in settings.items())
+            return f"{best} {told}, {key} {finite[best]:.4f}; its model is {folder / best / files.MODEL}"
+    return ""
+
+
+def _refuse_sweep(folder: Path, runs: Sequence[Mapping[str, Any]]) -> None:
+    """Runs of a sweep are candidates for one place: their mean is none of them."""
+    varied = {option for run in runs for option in run.get("settings", ())} - {"shard"}
+    if not varied:
+        return
+    best = best_run(folder, runs)
+    raise ConfigError(
+        f"{folder} is a sweep: its {len(runs)} runs differ in {', '.join(sorted(varied))}, so their mean is the result "
+        f"of none of these. {f'The best is {best}' if best else 'None has finished'}. To average runs all the same, "
+        "name their run directories one by one"
+    )
+
+
 def _expand(run: Path) -> list[tuple[str, Path]]:
     """(name, run directory) of each part of a parallel-independent run, or of the run itself."""
     if (run / INDEPENDENT).is_file():
         try:
-            names = [str(entry["name"]) for entry in read_json(run / INDEPENDENT)["runs"]]
+            runs = read_json(run / INDEPENDENT)["runs"]
+            names = [str(entry["name"]) for entry in runs]
         except (KeyError, TypeError):
-            names = []
+            runs, names = [], []
         if not names:
             raise CheckpointError(f"{run / INDEPENDENT} names no runs; give the run directories one by one")
+        _refuse_sweep(run, runs)
         missing = [name for name in names if not _is_run(run / name)]
         if missing:
             raise CheckpointError(

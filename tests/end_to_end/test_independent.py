@@ -107,6 +107,16 @@ def test_vary_stop_and_continue(tmp_path, rows):
     assert alone.returncode == 0, alone.stderr
     mine = [record["loss"] for record in records_of(folder, 1)]
     assert mine == [record["loss"] for record in read_records(tmp_path / "alone" / "metrics.jsonl")]
+    # Their mean is no result: the best is named, here and by merge, and only who names runs one by one gets it.
+    ends = [records_of(folder, i)[-1]["loss"] for i in range(3)]
+    best = ends.index(min(ends))
+    told = f"part-{best} lr={('1e-3', '1e-2', '3e-2')[best]}, loss {min(ends):.4f}"
+    assert told in again.stdout and f"{folder}/part-{best}/model" in again.stdout
+    assert "merge" not in again.stdout
+    merged = cli("merge", folder, OMP_NUM_THREADS=1)
+    assert merged.returncode == 2, merged.stderr
+    assert "differ in lr" in merged.stderr and told in merged.stderr
+    assert merged.stderr.count("error") == 1 and not (folder / "merged").exists()
     # Other runs in the same folder would not be these.
     other = cli("train", *[a if a != "lr=1e-3,1e-2,3e-2" else "lr=1e-4,1e-5" for a in arguments])
     assert other.returncode == 2 and "3 runs (lr=1e-3; lr=1e-2; lr=3e-2), and 2 runs" in other.stderr
