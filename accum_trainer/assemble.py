@@ -26,6 +26,7 @@ from accum_trainer.data import embedded, files
 from accum_trainer.data.collating import PackingCollator, PaddingCollator
 from accum_trainer.data.tokenizing import TokenizedRows, tokenize
 from accum_trainer.engine.build import choose_precision
+from accum_trainer.engine.lost_processes import note_on_lost_processes
 from accum_trainer.errors import ConfigError, DataError
 from accum_trainer.fit import Fit
 from accum_trainer.head import LossPath, decide_loss_path
@@ -274,6 +275,8 @@ def _notes(
         notes.append(f"shard {config.shard}: {plan.num_samples} of the {len(rows)} samples of an epoch")
     if accumulator.device.type == "cpu" and not config.cpu:
         notes.append("no GPU was found: training on the CPU")
+    if (lost := note_on_lost_processes()) is not None:
+        notes.append(lost)
     visible = torch.cuda.device_count() if accumulator.device.type == "cuda" else 0
     if visible > 1 and accumulator.engine.world_size == 1:
         notes.append(

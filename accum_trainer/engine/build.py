@@ -26,6 +26,7 @@ from accum_trainer.engine.deepspeed import (
     process_group_kwargs,
 )
 from accum_trainer.engine.fsdp import FSDPEngine, refuse_lost_settings
+from accum_trainer.engine.lost_processes import refuse_lost_processes
 from accum_trainer.engine.single import SingleEngine
 from accum_trainer.errors import ConfigError, EngineError
 
@@ -69,6 +70,7 @@ def build_engine(
             "pass these to your Accelerator(...) instead"
         )
     _check_environment(gradient_accumulation_steps)
+    refuse_lost_processes()
     wants_zero = zero_stage is not None or _wants("deepspeed", accelerator_kwargs)
     wants_fsdp = fsdp or _wants("fsdp", accelerator_kwargs)
     if accelerator is None:

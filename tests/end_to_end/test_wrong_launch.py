@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from tests.end_to_end.test_wrong_input import refused
+from tests.launching import python
 
 CREATE = {
     "unknown mode": (["multi-gpus"], ("mode=multi-gpus is not known", "single-gpu, multi-gpu, parallel-independent")),
@@ -204,3 +205,43 @@ def test_wrong_independent_runs(train, tmp_path, name):
 def test_independent_runs_under_a_launcher(train, tmp_path):
     argv = ["--output-dir", "run", "--parallel-independent", "--cuda-ids", "0,1"]
     refused(train, tmp_path, *argv, says="start it with `accum-trainer train`", WORLD_SIZE=2, RANK=0)
+
+
+MULTI_CPU = {
+    "compute_environment": "LOCAL_MACHINE",
+    "distributed_type": "MULTI_CPU",
+    "num_processes": 2,
+    "num_machines": 1,
+    "machine_rank": 0,
+    "use_cpu": True,
+}
+
+
+@pytest.mark.parametrize("how", ["options", "file", "no gpu"])
+def test_i23b_processes_that_accelerate_does_not_start_are_missed(how, tmp_path):
+    """accelerate starts one process here, without a word; it must not train alone."""
+    options = {"options": ["--cpu", "--num_processes", "2"], "no gpu": ["--num_processes", "2"], "file": []}[how]
+    if how == "file":
+        (tmp_path / "cpu.yaml").write_text(yaml.safe_dump(MULTI_CPU))
+        options = ["--config_file", tmp_path / "cpu.yaml"]
+    train = ("-m", "accum_trainer.train", "--dry-run", "--cpu", "--output-dir", tmp_path / "run")
+    run = python("-m", "accelerate.commands.launch", *options, *train, CUDA_VISIBLE_DEVICES="")
+    assert run.returncode != 0
+    [message] = [line for line in run.stderr.splitlines() if line.startswith("error")]
+    assert f"was asked for {'several' if how == 'file' else 2} processes and started one" in message
+    assert "accelerate launch --multi_gpu --num_processes N" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_process_that_was_asked_for_is_not_missed(tmp_path):
+    """Also where the shell has a meeting place of its own; what nothing can tell is said."""
+    shell = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500, "CUDA_VISIBLE_DEVICES": ""}
+    train = ("-m", "accum_trainer.train", "--dry-run", "--cpu", "--dataset-file", tmp_path / "rows.txt")
+    (tmp_path / "rows.txt").write_text("one\ntwo\n")
+    told = python("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", *train, **shell)
+    assert told.returncode == 0, told.stderr
+    assert "if several processes were asked for" not in told.stderr
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(MULTI_CPU | {"distributed_type": "NO", "num_processes": 1}))
+    unknown = python("-m", "accelerate.commands.launch", "--config_file", tmp_path / "one.yaml", *train, **shell)
+    assert unknown.returncode == 0, unknown.stderr
+    assert "note: accelerate launch started this one process, and MASTER_ADDR is set" in unknown.stderr
