@@ -32,6 +32,7 @@ from accum_trainer.fit import Fit
 from accum_trainer.head import LossPath, decide_loss_path
 from accum_trainer.model import compile_blocks, fingerprint, is_flash, load_model, load_tokenizer
 from accum_trainer.targets import SHIFTED
+from accum_trainer.seeds import seed_of
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def assemble(config: TrainConfig) -> Parts:
     cutting = decide_cut(config, accumulator, model, optimizer, rows)
     cut = cutting.cut
     # From here on chance means dropout, which must differ between processes, and between runs on shares of the data.
-    torch.manual_seed(config.seed + (engine.rank << 32) + (shard[0] << 48))
+    torch.manual_seed(seed_of("dropout", config.seed, rank=engine.rank, shard=shard[0]))
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     collate = PackingCollator() if cut.packed else PaddingCollator(pad, cut.multiple)

@@ -24,7 +24,9 @@ def global_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
     RandomState, not Generator: its stream is frozen by numpy's NEP 19, so that a run continued years later under
     another numpy still sees the same windows.
     """
-    bits = np.random.MT19937(np.random.SeedSequence((seed, epoch)))
+    # Four words of 32 bits, the high ones last: as (seed, epoch) where both are small, and no two pairs alike where not.
+    words = [part >> shift & 0xFFFFFFFF for shift in (0, 32) for part in (seed, epoch)]
+    bits = np.random.MT19937(np.random.SeedSequence(words))
     return np.random.RandomState(bits).permutation(num_samples).astype(np.int64)
 
 

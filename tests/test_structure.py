@@ -16,6 +16,7 @@ PACKAGE = Path(accum_trainer.__file__).parent
 ORDER = [
     "errors",
     "batch_plan",
+    "seeds",
     "window_plan",
     "config",
     "data",

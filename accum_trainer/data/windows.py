@@ -18,67 +18,30 @@ import queue
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sized
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler
+from torch.utils.data import DataLoader
 
 from accum_trainer.batch_plan import BatchPlan
+from accum_trainer.data.batches import Batch as Batch
+from accum_trainer.data.batches import first_tensor as first_tensor
+from accum_trainer.data.batches import is_packed as is_packed
+from accum_trainer.data.batches import num_samples as num_samples
+from accum_trainer.data.batches import num_tokens as num_tokens
 from accum_trainer.data.collating import PackingCollator, PaddingCollator
+from accum_trainer.data.drawing import SeededIndices
+from accum_trainer.data.loader import LoaderSource, tell_epoch, workers_seeded
+from accum_trainer.data.parts import Announced, Part, Parts, Source, read_parts
 from accum_trainer.data.tokenizing import TokenizedRows
 from accum_trainer.errors import DataError
+from accum_trainer.seeds import seed_of
 from accum_trainer.window_plan import Cut, global_order, windows_of
 
-Batch = Any
 Collate = Callable[[list[Any]], Batch]
-
-
-@dataclass(frozen=True)
-class Part:
-    """This rank's part of one window.
-
-    Attributes:
-        batches: this rank's micro-batches; may be none.
-        filler: a batch to run with weight 0 where an exchange needs this rank and it has none of its own.
-        consumed: what of the epoch is used up once this window is done, in the source's unit.
-        fingerprint: equal on all ranks that cut the same window; 0 where ranks read their own data.
-        table: targets, micro-batches, samples, tokens and positions of each rank, shape (ranks, 5), where the source knows
-            them without asking; then nothing has to be exchanged before the window begins.
-    """
-
-    batches: list[Batch]
-    filler: Batch | None
-    consumed: int
-    fingerprint: int = 0
-    table: np.ndarray | None = None
-
-
-Parts = Generator[Part, None, None]
-
-
-class Source(Protocol):
-    """Where windows come from.
-
-    Attributes:
-        unit: what `consumed` counts: "samples" or "batches".
-        knows_counts: each part has a `table`, so that nothing has to be exchanged.
-        reads_ahead: the next part is made elsewhere and draws no random numbers here, so that it may be asked for before the
-            update of the one in hand.
-    """
-
-    unit: str
-    knows_counts: bool
-    reads_ahead: bool
-
-    def parts(self, epoch: int, consumed: int) -> Parts:
-        """This rank's parts of the windows of `epoch`, from where `consumed` units are used up."""
-
-    def num_windows(self) -> int | None:
-        """Windows in one epoch, or None where the source has no length."""
 
 
 def as_source(
@@ -105,11 +68,11 @@ def as_source(
             return StreamSource(data, plan)
         _check_batch_size(data, plan)
         if _splits_by_rank(data):
-            return StreamSource(data, plan)
+            return StreamSource(data, plan, lambda epoch: seed_of("workers", seed, epoch=epoch, rank=rank))
         return LoaderSource(data, plan, rank, seed)
     if hasattr(data, "__getitem__") and isinstance(data, Sized):
         source = PlannedSource(
-            data, plan, rank, collate_fn, lengths, seed, shuffle, num_workers, pin_memory, shard, cut
+            data, plan, rank, collate_fn, lengths, seed, shuffle, num_workers, pin_memory, shard, cut, prefetch
         )
         return Prefetched(source) if prefetch else source
     if shard != (0, 1) or cut is not None:
@@ -143,28 +106,6 @@ def _splits_by_rank(loader: DataLoader) -> bool:
     return by_sampler or by_dataset
 
 
-@dataclass(frozen=True)
-class _Announced:
-    """A window that a batch sampler has begun: workers load ahead of training, so it is noted when it is sampled."""
-
-    num_batches: int
-    consumed: int
-    fingerprint: int
-    table: np.ndarray | None = None
-
-
-def _read_parts(loader: DataLoader, ahead: deque[_Announced]) -> Parts:
-    """Group what `loader` yields into parts, as its batch sampler announced them."""
-    batches = iter(loader)
-    for first in batches:
-        window = ahead.popleft()
-        if window.num_batches == 0:
-            yield Part([], first, window.consumed, window.fingerprint, window.table)
-        else:
-            mine = [first, *islice(batches, window.num_batches - 1)]
-            yield Part(mine, mine[-1], window.consumed, window.fingerprint, window.table)
-
-
 class PlannedSource:
     """A map-style data set: the global order from (seed, epoch), windows of B_eff samples, cut and dealt by `cut`.
 
@@ -174,6 +115,7 @@ class PlannedSource:
         shuffle: False keeps the data set's own order.
         shard: (i, n), every n-th sample of the order from the i-th; the n shards hold each sample exactly once.
         cut: how windows become micro-batches.
+        in_thread: parts are asked for in a thread, which must leave the global random generators alone.
     """
 
     unit = "samples"
@@ -191,6 +133,7 @@ class PlannedSource:
         pin_memory: bool,
         shard: tuple[int, int] = (0, 1),
         cut: Cut | None = None,
+        in_thread: bool = False,
     ) -> None:
         if len(dataset) == 0:
             raise DataError("the data set is empty; there is no window to train on")
@@ -207,6 +150,7 @@ class PlannedSource:
         self._num_targets = dataset.num_targets if ours else None
         self.knows_counts = ours
         self.reads_ahead = num_workers > 0
+        self._draws_here = num_workers == 0 and not in_thread
         self._shard = slice(shard[0], None, shard[1])
         if not range(len(dataset))[self._shard]:
             raise DataError(
@@ -217,21 +161,27 @@ class PlannedSource:
         return -(-len(range(len(self._dataset))[self._shard]) // self._plan.global_batch_size)
 
     def parts(self, epoch: int, consumed: int) -> Parts:
-        ahead: deque[_Announced] = deque()
+        announced: deque[Announced] = deque()
         loader = DataLoader(
             self._dataset,
-            batch_sampler=self._micro_batches(epoch, consumed, ahead),
+            batch_sampler=self._micro_batches(epoch, consumed, announced),
             collate_fn=self._collate_fn,
             num_workers=self._num_workers,
             pin_memory=self._pin_memory,
-            # A generator of its own: the loader draws a seed at each start, and must not draw it from the stream that
-            # dropout uses, or a resumed run would differ from one never stopped.
-            generator=torch.Generator(),
+            # A generator of its own: the loader draws its workers' seed at each start, and must not draw it from the
+            # stream that dropout uses, or a resumed run would differ from one never stopped.
+            generator=torch.Generator().manual_seed(self._seed_of("workers", epoch, consumed)),
         )
-        yield from _read_parts(loader, ahead)
+        yield from read_parts(
+            loader, announced, consumed, (lambda at: self._seed_of("data", epoch, at)) if self._draws_here else None
+        )
 
-    def _micro_batches(self, epoch: int, consumed: int, ahead: deque[_Announced]) -> Iterator[list[int]]:
-        """Yield this rank's micro-batches as lists of sample indices, announcing each window in `ahead`.
+    def _seed_of(self, purpose: str, epoch: int, position: int) -> int:
+        shard = self._shard.start
+        return seed_of(purpose, self._seed, epoch=epoch, rank=self._rank, shard=shard, position=position)
+
+    def _micro_batches(self, epoch: int, consumed: int, announced: deque[Announced]) -> Iterator[list[int]]:
+        """Yield this rank's micro-batches as lists of sample indices, announcing each window in `announced`.
 
         A rank with no sample of a window loads one of it as filler: its shortest.
         """
@@ -241,14 +191,18 @@ class PlannedSource:
             lengths = self._lengths[window]
             dealt = self._cut.deal(lengths, plan.world_size)
             mine = dealt[self._rank]
-            consumed += len(window)
+            begin, consumed = consumed, consumed + len(window)
             table = None
             if self._num_targets is not None:
                 targets = self._num_targets[window]
                 table = np.array([self._counts(targets, lengths, own) for own in dealt], dtype=float)
-            ahead.append(_Announced(len(mine), consumed, zlib.crc32(window.tobytes()), table))
+            announced.append(Announced(len(mine), consumed, zlib.crc32(window.tobytes()), table))
             filler = [[int(window[lengths.argmin()])]]
-            yield from ([window[micro_batch].tolist() for micro_batch in mine] or filler)
+            batches = [window[micro_batch].tolist() for micro_batch in mine] or filler
+            if self._draws_here or self._num_workers:
+                # A window has at least as many samples as micro-batches: no position is used twice.
+                batches = [SeededIndices(b, self._seed_of("data", epoch, begin + i)) for i, b in enumerate(batches)]
+            yield from batches
 
     def _counts(self, targets: np.ndarray, lengths: np.ndarray, own: list[np.ndarray]) -> list[int]:
         """Targets, micro-batches, samples, tokens and positions of one rank's micro-batches."""
@@ -311,100 +265,17 @@ class Prefetched:
             atexit.unregister(stop)
 
 
-class LoaderSource:
-    """A user's DataLoader: K x W of its batches make a window, batch i goes to rank i % W, each sample once.
-
-    Where the loader has a batch sampler, a rank loads its own batches only; otherwise it reads all and keeps its own.
-    A RandomSampler without a generator is given one from (seed, epoch), so that ranks and restarts agree.
-    """
-
-    unit = "batches"
-
-    def __init__(self, loader: DataLoader, plan: BatchPlan, rank: int, seed: int) -> None:
-        self._loader, self._plan, self._rank, self._seed = loader, plan, rank, seed
-        self._per_window = plan.gradient_accumulation_steps * plan.world_size
-        self._by_index = loader.batch_sampler is not None and not isinstance(loader.dataset, IterableDataset)
-        self.knows_counts = False
-        # A stream may depend on the update before: what it gives is asked for when it is needed.
-        self.reads_ahead = loader.num_workers > 0 and self._by_index
-
-    def num_windows(self) -> int | None:
-        try:
-            return -(-len(self._loader) // self._per_window)
-        except TypeError:
-            return None
-
-    def parts(self, epoch: int, consumed: int) -> Parts:
-        sampler = getattr(self._loader.batch_sampler, "sampler", self._loader.sampler)
-        _set_epoch(sampler, epoch)
-        lent = sampler if isinstance(sampler, RandomSampler) and sampler.generator is None else None
-        if lent is not None:
-            lent.generator = torch.Generator().manual_seed((self._seed << 32) + epoch)
-        try:
-            yield from (self._dealt_by_index if self._by_index else self._dealt_by_reading)(consumed)
-        finally:
-            if lent is not None:
-                lent.generator = None
-
-    def _dealt_by_index(self, consumed: int) -> Parts:
-        loader, world_size = self._loader, self._plan.world_size
-        ahead: deque[_Announced] = deque()
-
-        def mine() -> Iterator[list[Any]]:
-            used = consumed
-            assert loader.batch_sampler is not None
-            batches = islice(iter(loader.batch_sampler), consumed, None)
-            while window := list(islice(batches, self._per_window)):
-                used += len(window)
-                own = window[self._rank :: world_size]
-                ahead.append(_Announced(len(own), used, zlib.crc32(repr(window).encode())))
-                yield from (own or window[:1])
-
-        yield from _read_parts(_with_batch_sampler(loader, mine()), ahead)
-
-    def _dealt_by_reading(self, consumed: int) -> Parts:
-        batches = islice(iter(self._loader), consumed, None)
-        while window := list(islice(batches, self._per_window)):
-            consumed += len(window)
-            own = window[self._rank :: self._plan.world_size]
-            yield Part(own, window[0], consumed, _content_fingerprint(window))
-
-
-def _with_batch_sampler(loader: DataLoader, batch_sampler: Any) -> DataLoader:
-    """The same loader over other batches of indices."""
-    return DataLoader(
-        loader.dataset,
-        batch_sampler=batch_sampler,
-        collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        generator=loader.generator or torch.Generator(),
-        prefetch_factor=loader.prefetch_factor,
-    )
-
-
-def _content_fingerprint(batches: list[Batch]) -> int:
-    fingerprint = 0
-    for batch in batches:
-        tensor = first_tensor(batch)
-        if tensor is not None:
-            fingerprint = zlib.crc32(
-                tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), fingerprint
-            )
-    return fingerprint
-
-
 class StreamSource:
     """Batches that are this rank's already, K at a time; ranks may run out at different windows."""
 
     unit = "batches"
     knows_counts = reads_ahead = False  # it may make its batches as they are asked for
 
-    def __init__(self, batches: Iterable[Batch], plan: BatchPlan) -> None:
-        self._batches, self._plan = batches, plan
+    def __init__(
+        self, batches: Iterable[Batch], plan: BatchPlan, workers_seed: Callable[[int], int] | None = None
+    ) -> None:
+        """`workers_seed` gives the seed of an epoch for the workers of a DataLoader."""
+        self._batches, self._plan, self._workers_seed = batches, plan, workers_seed
 
     def num_windows(self) -> int | None:
         if self._plan.world_size > 1 or not isinstance(self._batches, Sized):
@@ -412,8 +283,8 @@ class StreamSource:
         return -(-len(self._batches) // self._plan.gradient_accumulation_steps)
 
     def parts(self, epoch: int, consumed: int) -> Parts:
-        _set_epoch(getattr(self._batches, "sampler", None), epoch)
-        batches = islice(iter(self._batches), consumed, None)
+        tell_epoch(self._batches, epoch)
+        batches = islice(self._begin(epoch), consumed, None)
         filler = None
         while window := list(islice(batches, self._plan.gradient_accumulation_steps)):
             consumed += len(window)
@@ -422,46 +293,8 @@ class StreamSource:
         while True:  # other ranks may still have data; the accumulator ends the epoch when none has
             yield Part([], filler, consumed)
 
-
-def _set_epoch(sampler: Any, epoch: int) -> None:
-    """Tell samplers that shuffle by epoch (DistributedSampler and its kind) which one it is."""
-    if hasattr(sampler, "set_epoch"):
-        sampler.set_epoch(epoch)
-
-
-def first_tensor(batch: Batch) -> torch.Tensor | None:
-    """The first tensor of a batch (a tensor, a mapping, a sequence or a data class of them), or None."""
-    if isinstance(batch, torch.Tensor):
-        return batch
-    values: Iterable[Any] = ()
-    if isinstance(batch, Mapping):
-        values = batch.values()
-    elif isinstance(batch, (list, tuple)):
-        values = batch
-    elif hasattr(batch, "__dict__"):
-        values = vars(batch).values()
-    return next((tensor for value in values if (tensor := first_tensor(value)) is not None), None)
-
-
-def num_samples(batch: Batch) -> int:
-    """Samples of a batch: the first dimension of its first tensor (1 where it has none); where they lie end to end in one
-    row, as many as `position_ids` begin anew."""
-    if isinstance(batch, Mapping) and is_packed(batch):
-        return int((batch["position_ids"] == 0).sum())
-    tensor = first_tensor(batch)
-    return 1 if tensor is None or tensor.ndim == 0 else int(tensor.shape[0])
-
-
-def is_packed(batch: Mapping[str, Any]) -> bool:
-    """Whether the samples lie end to end in one row, each with positions that begin at 0."""
-    positions = batch.get("position_ids")
-    return isinstance(positions, torch.Tensor) and positions.shape[0] == 1 and "attention_mask" not in batch
-
-
-def num_tokens(batch: Batch) -> tuple[int, int]:
-    """(tokens, positions) of a batch's `input_ids`: without and with padding; (0, 0) where it has none."""
-    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-    if not isinstance(ids, torch.Tensor):
-        return 0, 0
-    mask = batch.get("attention_mask")
-    return int(mask.sum()) if isinstance(mask, torch.Tensor) else ids.numel(), ids.numel()
+    def _begin(self, epoch: int) -> Iterator[Batch]:
+        if self._workers_seed is None:
+            return iter(self._batches)
+        with workers_seeded(self._batches, self._workers_seed(epoch)):  # type: ignore[arg-type]
+            return iter(self._batches)

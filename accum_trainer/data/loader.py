@@ -1,0 +1,158 @@
+"""A user's DataLoader as windows: its batches in its order, dealt to the ranks in turn."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from accum_trainer.batch_plan import BatchPlan
+from accum_trainer.data.batches import first_tensor
+from accum_trainer.data.drawing import SeededIndices, drawing_from
+from accum_trainer.data.parts import Announced, Batch, Part, Parts, read_parts
+from accum_trainer.seeds import seed_of
+
+
+class LoaderSource:
+    """A user's DataLoader: K x W of its batches make a window, batch i goes to rank i % W, each sample once.
+
+    Where the loader has a batch sampler, a rank loads its own batches only; otherwise it reads all and keeps its own.
+    What its sampler and its data draw from the global generators comes from (seed, epoch, position), so that ranks and
+    restarts agree on the order; a generator of the loader's own is used as it is.
+    """
+
+    unit = "batches"
+
+    def __init__(self, loader: DataLoader, plan: BatchPlan, rank: int, seed: int) -> None:
+        self._loader, self._plan, self._rank, self._seed = loader, plan, rank, seed
+        self._per_window = plan.gradient_accumulation_steps * plan.world_size
+        # One that can save its state says in it what it has read itself: it is read as it is.
+        self._by_index = (
+            loader.batch_sampler is not None
+            and not isinstance(loader.dataset, IterableDataset)
+            and not hasattr(loader, "state_dict")
+        )
+        self.knows_counts = False
+        # A stream may depend on the update before: what it gives is asked for when it is needed.
+        self.reads_ahead = loader.num_workers > 0 and self._by_index
+
+    def num_windows(self) -> int | None:
+        try:
+            return -(-len(self._loader) // self._per_window)
+        except TypeError:
+            return None
+
+    def parts(self, epoch: int, consumed: int) -> Parts:
+        tell_epoch(self._loader, epoch)
+        yield from (self._dealt_by_index if self._by_index else self._dealt_by_reading)(epoch, consumed)
+
+    def _dealt_by_index(self, epoch: int, consumed: int) -> Parts:
+        announced: deque[Announced] = deque()
+        loader = copy.copy(self._loader)  # keeps its class and every option
+        vars(loader)["batch_sampler"] = _Dealt(self._mine(epoch, consumed, announced))  # its __setattr__ forbids it
+        if loader.generator is None:
+            loader.generator = torch.Generator().manual_seed(self._seed_of("workers", epoch, consumed, self._rank))
+        in_this_process = loader.num_workers == 0
+        yield from read_parts(
+            loader,
+            announced,
+            consumed,
+            (lambda at: self._seed_of("data", epoch, at, self._rank)) if in_this_process else None,
+        )
+
+    def _mine(self, epoch: int, consumed: int, announced: deque[Announced]) -> Iterator[Any]:
+        """This rank's batches of indices. Whoever reads batch i of an epoch draws from the same seeds."""
+        batches: Iterator[Any] = iter(())
+        used = 0
+        while True:
+            with drawing_from(self._seed_of("order", epoch, used)):
+                if used == 0:
+                    batches = iter(self._loader.batch_sampler)  # type: ignore[arg-type]
+                window = list(
+                    islice(batches, min(self._per_window, consumed - used) if used < consumed else self._per_window)
+                )
+            if not window:
+                return
+            begin, used = used, used + len(window)
+            if used <= consumed:
+                continue
+            numbered = list(enumerate(window, start=begin))
+            own = numbered[self._rank :: self._plan.world_size]
+            announced.append(Announced(len(own), used, zlib.crc32(repr(window).encode())))
+            for number, indices in own or numbered[:1]:
+                if isinstance(indices, (list, tuple)):
+                    indices = SeededIndices(indices, self._seed_of("data", epoch, number))
+                yield indices
+
+    def _dealt_by_reading(self, epoch: int, consumed: int) -> Parts:
+        loader, used = self._loader, 0
+        batches: Iterator[Batch] = iter(())
+        while True:
+            with drawing_from(self._seed_of("data", epoch, used)):  # all ranks must read the same
+                if used == 0:
+                    with workers_seeded(loader, self._seed_of("workers", epoch, 0)):
+                        batches = iter(loader)
+                window = list(
+                    islice(batches, min(self._per_window, consumed - used) if used < consumed else self._per_window)
+                )
+            if not window:
+                return
+            used += len(window)
+            if used > consumed:
+                own = window[self._rank :: self._plan.world_size]
+                yield Part(own, window[0], used, _content_fingerprint(window))
+
+    def _seed_of(self, purpose: str, epoch: int, position: int, rank: int = 0) -> int:
+        given = self._loader.generator
+        seed = self._seed if given is None else given.initial_seed()
+        return seed_of(purpose, seed, epoch=epoch, rank=rank, position=position)
+
+
+class _Dealt:
+    """The batch sampler of a copied loader."""
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._batches
+
+
+def tell_epoch(loader: Any, epoch: int) -> None:
+    """Tell whatever shuffles by epoch which one it is: accelerate's loaders, DistributedSampler, streams of `datasets`."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    sampler = getattr(batch_sampler, "sampler", getattr(loader, "sampler", None))
+    for part in (loader, batch_sampler, sampler, getattr(loader, "dataset", None)):
+        if hasattr(part, "set_epoch"):
+            part.set_epoch(epoch)
+
+
+@contextlib.contextmanager
+def workers_seeded(loader: DataLoader, seed: int) -> Iterator[None]:
+    """Let workers that are started inside be seeded by `seed`, where the loader has no generator of its own."""
+    lent = loader.generator is None
+    if lent:
+        loader.generator = torch.Generator().manual_seed(seed)
+    try:
+        yield
+    finally:
+        if lent:
+            loader.generator = None
+
+
+def _content_fingerprint(batches: Iterable[Batch]) -> int:
+    fingerprint = 0
+    for batch in batches:
+        tensor = first_tensor(batch)
+        if tensor is not None:
+            fingerprint = zlib.crc32(
+                tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), fingerprint
+            )
+    return fingerprint

@@ -1,0 +1,116 @@
+"""Parts: what a source of windows gives to one rank, and how batches become parts.
+
+Knows nothing of data sets, of loaders' options, or of the other ranks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol
+
+import numpy as np
+
+from accum_trainer.data.batches import Batch
+from accum_trainer.data.drawing import drawing_from
+
+
+@dataclass(frozen=True)
+class Part:
+    """This rank's part of one window.
+
+    Attributes:
+        batches: this rank's micro-batches; may be none.
+        filler: a batch to run with weight 0 where an exchange needs this rank and it has none of its own.
+        consumed: what of the epoch is used up once this window is done, in the source's unit.
+        fingerprint: equal on all ranks that cut the same window; 0 where ranks read their own data.
+        table: targets, micro-batches, samples, tokens and positions of each rank, shape (ranks, 5), where the source knows
+            them without asking; then nothing has to be exchanged before the window begins.
+    """
+
+    batches: list[Batch]
+    filler: Batch | None
+    consumed: int
+    fingerprint: int = 0
+    table: np.ndarray | None = None
+
+
+Parts = Generator[Part, None, None]
+
+
+class Source(Protocol):
+    """Where windows come from.
+
+    Attributes:
+        unit: what `consumed` counts: "samples" or "batches".
+        knows_counts: each part has a `table`, so that nothing has to be exchanged.
+        reads_ahead: the next part is made elsewhere and draws no random numbers here, so that it may be asked for before the
+            update of the one in hand.
+    """
+
+    unit: str
+    knows_counts: bool
+    reads_ahead: bool
+
+    def parts(self, epoch: int, consumed: int) -> Parts:
+        """This rank's parts of the windows of `epoch`, from where `consumed` units are used up."""
+
+    def num_windows(self) -> int | None:
+        """Windows in one epoch, or None where the source has no length."""
+
+
+@dataclass(frozen=True)
+class Announced:
+    """A window that a batch sampler has begun: workers load ahead of training, so it is noted when it is sampled."""
+
+    num_batches: int
+    consumed: int
+    fingerprint: int
+    table: np.ndarray | None = None
+
+
+def read_parts(
+    batches: Iterable[Batch], announced: deque[Announced], begin: int, seed: Callable[[int], int] | None
+) -> Parts:
+    """Group what a loader yields into parts, as its batch sampler announced them.
+
+    Args:
+        begin: what of the epoch is used up.
+        seed: of what is read once so much is used up, where it is read in this process; None where workers read.
+    """
+    reading = _Reading(batches)
+    while True:
+        if seed is None:
+            part = _part(reading, announced)
+        else:
+            with drawing_from(seed(begin)):
+                part = _part(reading, announced)
+        if part is None:
+            return
+        begin = part.consumed
+        yield part
+
+
+def _part(batches: Iterator[Batch], announced: deque[Announced]) -> Part | None:
+    """The next part, or None at the end."""
+    first = list(islice(batches, 1))
+    if not first:
+        return None
+    window = announced.popleft()
+    mine = first + list(islice(batches, window.num_batches - 1)) if window.num_batches else []
+    return Part(mine, (mine or first)[-1], window.consumed, window.fingerprint, window.table)
+
+
+class _Reading(Iterator[Batch]):
+    """`iter(batches)`, begun when the first is asked for."""
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self._batches = batches
+        self._begun: Iterator[Batch] | None = None
+
+    def __next__(self) -> Batch:
+        if self._begun is None:
+            self._begun = iter(self._batches)
+        return next(self._begun)
