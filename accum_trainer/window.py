@@ -286,7 +286,7 @@ class _Reader:
     def __init__(self, engine: Any, source: Source, counter: _Counter, epoch: int, consumed: int) -> None:
         self._engine = engine
         self._counter = counter
-        self._knows_counts = source.knows_counts
+        self._knows_counts, self._alike = source.knows_counts, source.alike
         self._wants_ahead = source.reads_ahead and engine.world_size > 1
         self._reads_ahead = False  # until all ranks have said so
         self._parts = source.parts(epoch, consumed)
@@ -317,14 +317,16 @@ class _Reader:
             raise DataError(f"process {failed[0]} could not read its next window; its own message says why")
         if not table[:, 1].any():
             return None
-        if (table[:, 5] != table[0, 5]).any() or read.part is None:
+        if not self._alike:
+            _check_own_data(table[:, 5])
+        elif (table[:, 5] != table[0, 5]).any() or read.part is None:
             raise DataError(
                 "the processes read different data: each would train on batches the others also take or skip. "
                 "Seed the sampler's generator alike on all processes; a loader that is already split by rank is passed as "
                 "an iterable of this rank's batches"
             )
         self._reads_ahead = bool(table[:, 6].all())
-        return _Counted(read.part, read.targets, table)
+        return _Counted(cast(Part, read.part), read.targets, table)
 
     def _next_part(self) -> _Read:
         part, failure = None, None
@@ -354,6 +356,18 @@ class _Reader:
     def learn_ahead(self, table: np.ndarray) -> None:
         """Take every rank's `numbers_ahead`, shape (ranks, numbers)."""
         self._table = table if table.shape[1] else None
+
+
+def _check_own_data(fingerprints: np.ndarray) -> None:
+    """No two ranks were given the same stream; `fingerprints` of what each has read, 0 where that says nothing yet."""
+    for number in fingerprints[fingerprints != 0]:
+        ranks = np.flatnonzero(fingerprints == number).tolist()
+        if len(ranks) > 1:
+            raise DataError(
+                f"processes {', '.join(map(str, ranks[:-1]))} and {ranks[-1]} read the same batches, which would count as "
+                f"{len(ranks)} times as much data. Give each process its own, as in itertools.islice(stream, rank, None, "
+                f"{len(fingerprints)}), or pass a DataLoader, whose batches are dealt to the processes"
+            )
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,9 +11,15 @@ Batch = Any
 
 
 def first_tensor(batch: Batch) -> torch.Tensor | None:
-    """The first tensor of a batch (a tensor, a mapping, a sequence or a data class of them), or None."""
+    """The first tensor of a batch, or None."""
+    return next(tensors_of(batch), None)
+
+
+def tensors_of(batch: Batch) -> Iterator[torch.Tensor]:
+    """The tensors of a batch: a tensor, a mapping, a sequence or a data class of them."""
     if isinstance(batch, torch.Tensor):
-        return batch
+        yield batch
+        return
     values: Iterable[Any] = ()
     if isinstance(batch, Mapping):
         values = batch.values()
@@ -21,7 +27,8 @@ def first_tensor(batch: Batch) -> torch.Tensor | None:
         values = batch
     elif hasattr(batch, "__dict__"):
         values = vars(batch).values()
-    return next((tensor for value in values if (tensor := first_tensor(value)) is not None), None)
+    for value in values:
+        yield from tensors_of(value)
 
 
 def num_samples(batch: Batch) -> int:

@@ -29,6 +29,7 @@ class LoaderSource:
     """
 
     unit = "batches"
+    alike = True
 
     def __init__(self, loader: DataLoader, plan: BatchPlan, rank: int, seed: int) -> None:
         self._loader, self._plan, self._rank, self._seed = loader, plan, rank, seed
@@ -130,7 +131,7 @@ def tell_epoch(loader: Any, epoch: int) -> None:
     batch_sampler = getattr(loader, "batch_sampler", None)
     sampler = getattr(batch_sampler, "sampler", getattr(loader, "sampler", None))
     for part in (loader, batch_sampler, sampler, getattr(loader, "dataset", None)):
-        if hasattr(part, "set_epoch"):
+        if part is not None and hasattr(part, "set_epoch"):
             part.set_epoch(epoch)
 
 

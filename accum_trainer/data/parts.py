@@ -25,7 +25,8 @@ class Part:
         batches: this rank's micro-batches; may be none.
         filler: a batch to run with weight 0 where an exchange needs this rank and it has none of its own.
         consumed: what of the epoch is used up once this window is done, in the source's unit.
-        fingerprint: equal on all ranks that cut the same window; 0 where ranks read their own data.
+        fingerprint: equal on all ranks that cut the same window; where ranks read their own data it must not be equal, but 0
+            says nothing.
         table: targets, micro-batches, samples, tokens and positions of each rank, shape (ranks, 5), where the source knows
             them without asking; then nothing has to be exchanged before the window begins.
     """
@@ -48,11 +49,13 @@ class Source(Protocol):
         knows_counts: each part has a `table`, so that nothing has to be exchanged.
         reads_ahead: the next part is made elsewhere and draws no random numbers here, so that it may be asked for before the
             update of the one in hand.
+        alike: all ranks read the same and take their share of it; otherwise each reads its own.
     """
 
     unit: str
     knows_counts: bool
     reads_ahead: bool
+    alike: bool
 
     def parts(self, epoch: int, consumed: int) -> Parts:
         """This rank's parts of the windows of `epoch`, from where `consumed` units are used up."""

@@ -18,8 +18,7 @@ import queue
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sized
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -34,8 +33,9 @@ from accum_trainer.data.batches import num_samples as num_samples
 from accum_trainer.data.batches import num_tokens as num_tokens
 from accum_trainer.data.collating import PackingCollator, PaddingCollator
 from accum_trainer.data.drawing import SeededIndices
-from accum_trainer.data.loader import LoaderSource, tell_epoch, workers_seeded
+from accum_trainer.data.loader import LoaderSource
 from accum_trainer.data.parts import Announced, Part, Parts, Source, read_parts
+from accum_trainer.data.stream import StreamSource
 from accum_trainer.data.tokenizing import TokenizedRows
 from accum_trainer.errors import DataError
 from accum_trainer.seeds import seed_of
@@ -71,6 +71,8 @@ def as_source(
             return StreamSource(data, plan, lambda epoch: seed_of("workers", seed, epoch=epoch, rank=rank))
         return LoaderSource(data, plan, rank, seed)
     if hasattr(data, "__getitem__") and isinstance(data, Sized):
+        if isinstance(data, (list, tuple)) and collate_fn is None:
+            _check_samples(data, plan)
         source = PlannedSource(
             data, plan, rank, collate_fn, lengths, seed, shuffle, num_workers, pin_memory, shard, cut, prefetch
         )
@@ -98,6 +100,29 @@ def _check_batch_size(loader: DataLoader, plan: BatchPlan) -> None:
         )
 
 
+def _check_samples(data: Sequence[Any], plan: BatchPlan) -> None:
+    """Refuse a list of ready batches, which would be collated into batches of batches.
+
+    Seen by `input_ids` of two dimensions, which no sample has, or by nothing but tensors that all have B rows.
+    """
+    for element in data[:1]:
+        b = plan.micro_batch_size
+        ids = element.get("input_ids") if isinstance(element, Mapping) else None
+        values = element.values() if isinstance(element, Mapping) else element
+        tensors = (
+            [element] if isinstance(element, torch.Tensor) else list(values) if isinstance(values, Iterable) else []
+        )
+        shapes = [tuple(value.shape) if isinstance(value, torch.Tensor) else () for value in tensors]
+        has_b_rows = b != 1 and {shape[:1] for shape in shapes} == {(b,)} and max(map(len, shapes)) > 1
+        if has_b_rows or (isinstance(ids, torch.Tensor) and ids.ndim > 1):
+            raise DataError(
+                f"the {type(data).__name__} holds batches, not samples: the first has tensors of shape "
+                f"{', '.join(map(str, shapes))}, and B is {b}. Pass iter(batches) for batches that are this process's own "
+                "already, or a data set of single samples; where these are samples, say so with "
+                "collate_fn=torch.utils.data.default_collate"
+            )
+
+
 def _splits_by_rank(loader: DataLoader) -> bool:
     """Whether this loader already gives each rank a share of its own (as DistributedSampler does)."""
     sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
@@ -119,6 +144,7 @@ class PlannedSource:
     """
 
     unit = "samples"
+    alike = True
 
     def __init__(
         self,
@@ -222,7 +248,7 @@ class Prefetched:
     def __init__(self, source: PlannedSource) -> None:
         self._source = source
         self.unit = source.unit
-        self.knows_counts, self.reads_ahead = source.knows_counts, True
+        self.knows_counts, self.reads_ahead, self.alike = source.knows_counts, True, source.alike
 
     def num_windows(self) -> int | None:
         return self._source.num_windows()
@@ -263,38 +289,3 @@ class Prefetched:
         finally:
             stop()
             atexit.unregister(stop)
-
-
-class StreamSource:
-    """Batches that are this rank's already, K at a time; ranks may run out at different windows."""
-
-    unit = "batches"
-    knows_counts = reads_ahead = False  # it may make its batches as they are asked for
-
-    def __init__(
-        self, batches: Iterable[Batch], plan: BatchPlan, workers_seed: Callable[[int], int] | None = None
-    ) -> None:
-        """`workers_seed` gives the seed of an epoch for the workers of a DataLoader."""
-        self._batches, self._plan, self._workers_seed = batches, plan, workers_seed
-
-    def num_windows(self) -> int | None:
-        if self._plan.world_size > 1 or not isinstance(self._batches, Sized):
-            return None  # another rank's stream may be longer
-        return -(-len(self._batches) // self._plan.gradient_accumulation_steps)
-
-    def parts(self, epoch: int, consumed: int) -> Parts:
-        tell_epoch(self._batches, epoch)
-        batches = islice(self._begin(epoch), consumed, None)
-        filler = None
-        while window := list(islice(batches, self._plan.gradient_accumulation_steps)):
-            consumed += len(window)
-            filler = window[-1]
-            yield Part(window, filler, consumed)
-        while True:  # other ranks may still have data; the accumulator ends the epoch when none has
-            yield Part([], filler, consumed)
-
-    def _begin(self, epoch: int) -> Iterator[Batch]:
-        if self._workers_seed is None:
-            return iter(self._batches)
-        with workers_seeded(self._batches, self._workers_seed(epoch)):  # type: ignore[arg-type]
-            return iter(self._batches)

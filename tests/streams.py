@@ -1,0 +1,77 @@
+"""Streams given to two processes, run by test_sources under torchrun: python -m tests.streams OUT."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from itertools import islice, repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+from accum_trainer import Accumulator, DataError
+
+RANK, W = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def rows(*, begin: int = 0) -> Iterator[torch.Tensor]:
+    """Batches of two samples, all different."""
+    return (torch.tensor([[2.0 * i], [2.0 * i + 1]]) for i in range(begin, 12))
+
+
+def tiny() -> Iterator[torch.Tensor]:
+    """Batches of two samples with one of two values: equal batches are no sign of anything."""
+    return (torch.tensor([[i % 2], [i // 2 % 2]]).float() for i in range(12))
+
+
+def masked() -> Iterator[dict[str, torch.Tensor]]:
+    """The first tensor of each batch is the same everywhere; the data are not."""
+    return ({"mask": torch.ones(2, 1), "x": batch} for batch in islice(rows(), RANK, None, W))
+
+
+# name -> (the stream of this rank, K)
+STREAMS: dict[str, tuple[Callable[[], Any], int]] = {
+    "the same, K=4": (rows, 4),
+    "the same, K=1": (rows, 1),
+    "the same dictionaries": (lambda: ({"mask": torch.ones(2, 1), "x": batch} for batch in rows()), 4),
+    "split": (lambda: islice(rows(), RANK, None, W), 2),
+    "split, equal masks": (masked, 2),
+    "one batch again and again": (lambda: repeat(torch.arange(16.0).reshape(16, 1), 6), 2),
+    "constant": (lambda: repeat(torch.ones(2, 1), 200), 100),
+    "tiny": (tiny, 4),
+    "equal at first": (lambda: [*islice(rows(), 1), *rows(begin=1 + 5 * RANK)].__iter__(), 2),
+}
+
+
+def train(stream: Any, k: int) -> dict[str, Any]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    acc = Accumulator(micro_batch_size=2, gradient_accumulation_steps=k, cpu=True)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(1, 1)
+    model, optimizer = acc.prepare(model, torch.optim.SGD(model.parameters(), lr=1e-6))
+    raised = ""
+    try:
+        for window in acc.windows(stream, count_targets=lambda b: len(b["x"] if isinstance(b, dict) else b)):
+            for batch in window:
+                with acc.accumulate(model):
+                    acc.backward(model(batch["x"] if isinstance(batch, dict) else batch).sum(), reduction="sum")
+            acc.step(optimizer)
+    except DataError as error:
+        raised = str(error)
+    return {"updates": acc.num_updates, "raised": raised}
+
+
+def main(out: str) -> None:
+    found = {name: train(make(), k) for name, (make, k) in STREAMS.items()}
+    Path(out).mkdir(parents=True, exist_ok=True)
+    (Path(out) / f"rank{RANK}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
