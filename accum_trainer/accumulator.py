@@ -23,15 +23,16 @@ from torch.utils.data import DataLoader
 
 from accum_trainer.batch_plan import BatchPlan
 from accum_trainer.data.halving import num_positions
-from accum_trainer.data.windows import Batch, Collate, as_source, num_samples
+from accum_trainer.data.windows import Collate, as_source, num_samples
 from accum_trainer.engine.base import Settings
 from accum_trainer.engine.build import build_engine
+from accum_trainer.epochs import Remembered
 from accum_trainer.errors import AccumTrainerError, ConfigError, DataError, EngineError
 from accum_trainer.loss_contract import LossContract
 from accum_trainer.objective import MEAN, SUM
 from accum_trainer.prepared import PreparedOptimizer, PreparedScheduler
 from accum_trainer.targets import CountTargets
-from accum_trainer.window import MicroBatch, Update, Window, Windows
+from accum_trainer.window import Batches, MicroBatch, Update, Window, Windows
 from accum_trainer.window_plan import Cut
 
 ACCUMULATION_DTYPES = ("float32", "bfloat16")
@@ -120,6 +121,7 @@ class Accumulator:
         self._optimizers: list[PreparedOptimizer] = []
         self._window: Window | None = None
         self._windows: Windows | None = None
+        self._sources = Remembered()
         self._microbatch: MicroBatch | None = None
         self._accumulated = 0
         self._inside = False
@@ -207,6 +209,8 @@ class Accumulator:
 
         Returns:
             `Windows`: iterate once per epoch; `len()` where known; `state_dict()` and `load_state_dict()` for the position.
+            The position belongs to the source: called again with the same one (and seed, shuffle and shard), this goes on
+            with the next epoch.
 
         Raises:
             DataError: no source of windows, or an empty one.
@@ -229,16 +233,16 @@ class Accumulator:
                 prefetch=prefetch,
             ),
             count_targets,
+            None if hasattr(source, "__next__") else self._sources.of(source, (seed, shuffle, shard)),
         )
 
-    def batches(self, source: Any, **options: Any) -> Iterator[Batch]:
-        """This process's micro-batches of one epoch, one after another, for a loop that has no windows.
+    def batches(self, source: Any, **options: Any) -> Batches:
+        """This process's micro-batches, one after another, for a loop that has no windows; each `for` is one epoch.
 
         Takes what `windows` takes. The loop calls `optimizer.step()` after each micro-batch, as with Accelerate; it acts
         after the last of a window.
         """
-        for window in source if isinstance(source, Windows) else self.windows(source, **options):
-            yield from window
+        return Batches(source if isinstance(source, Windows) else self.windows(source, **options))
 
     @contextlib.contextmanager
     def accumulate(self, *models: torch.nn.Module) -> Iterator[None]:
@@ -455,7 +459,7 @@ class Accumulator:
             self.engine.exchange_apart = True  # a second failure may come in a last micro-batch
         self.num_updates += stepped
         self.num_micro_batches += len(window)
-        self._windows._consumed = window._consumed
+        self._windows._finished(window)
         self._window = self._windows = None
         self.last_update = Update(
             step=self.num_updates,

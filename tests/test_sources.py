@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 
 import pytest
 import torch
-from torch.utils.data import default_collate
+from accelerate.state import AcceleratorState, GradientState
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from accum_trainer import Accumulator, DataError
 from tests.launching import torchrun
@@ -71,3 +74,129 @@ def test_i43_a_list_of_ready_batches_is_no_data_set(batches):
 )
 def test_i43_a_list_of_samples_is_a_data_set(samples):
     assert len(Accumulator(micro_batch_size=4, cpu=True).windows(samples)) == 1
+
+
+# --- epochs ---
+
+SIZE, B, B_EFF = 22, 2, 8  # windows of 8, 8 and 6 samples
+
+
+def accumulator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    acc = Accumulator(micro_batch_size=B, global_batch_size=B_EFF, cpu=True)
+    model = torch.nn.Linear(1, 1)
+    return acc, *acc.prepare(model, torch.optim.SGD(model.parameters(), lr=1e-6))
+
+
+def trained(acc, model, optimizer, batches, updates=100):
+    """The samples of a loop over `batches` that is left after so many updates."""
+    seen, before = [], acc.num_updates
+    for batch in batches:
+        seen += batch.flatten().int().tolist()
+        with acc.accumulate(model):
+            acc.backward(model(batch).sum(), reduction="sum")
+        optimizer.step()
+        if acc.num_updates == before + updates:
+            break
+    return seen
+
+
+def samples():
+    return [torch.tensor([float(i)]) for i in range(SIZE)]
+
+
+SOURCES = {
+    "list": samples,
+    "data set": lambda: TensorDataset(torch.stack(samples())),
+    "loader": lambda: DataLoader(samples(), batch_size=B, shuffle=True),
+    "stream": lambda: _Shuffled(),
+}
+
+
+class _Shuffled:
+    """An iterable of this process's batches that has another order in each epoch."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return SIZE // B
+
+    def __iter__(self):
+        order = torch.randperm(SIZE, generator=torch.Generator().manual_seed(self.epoch))
+        return (order[i : i + B, None].float() for i in range(0, SIZE, B))
+
+
+@pytest.fixture(params=list(SOURCES))
+def make(request):
+    """() -> (source, options of `windows`)."""
+    collate = {"collate_fn": lambda rows: torch.stack([row[0] for row in rows])} if request.param == "data set" else {}
+    return lambda: (SOURCES[request.param](), {"count_targets": len} | collate)
+
+
+def test_i42_each_loop_over_a_source_is_the_next_epoch(make):
+    source, options = make()
+    acc, *training = accumulator()
+    inline = [trained(acc, *training, acc.batches(source, **options)) for _ in range(3)]
+    assert all(sorted(epoch) == list(range(SIZE)) for epoch in inline)
+    assert len({tuple(epoch) for epoch in inline}) == 3
+
+    source, options = make()
+    acc, *training = accumulator()
+    hoisted = acc.batches(source, **options)
+    assert [trained(acc, *training, hoisted) for _ in range(2)] == inline[:2]
+    assert trained(acc, *training, acc.batches(acc.windows(source, **options))) == inline[2]
+    assert hoisted.epoch == acc.windows(source, **options).epoch == 3
+    assert len(hoisted) == 11 and len(acc.windows(source, **options)) == 3  # counted by hand
+
+
+def test_i42_an_epoch_that_was_left_early_is_followed_by_the_next(make):
+    source, options = make()
+    acc, *training = accumulator()
+    whole = [trained(acc, *training, acc.batches(source, **options)) for _ in range(3)]
+
+    source, options = make()
+    acc, *training = accumulator()
+    assert trained(acc, *training, acc.batches(source, **options), updates=1) == whole[0][:B_EFF]
+    hoisted = acc.batches(source, **options)
+    assert trained(acc, *training, hoisted, updates=2) == whole[1][: 2 * B_EFF]
+    saved = hoisted.state_dict()
+    unit = next(key for key in saved if key != "epoch")
+    assert saved == {"epoch": 1, unit: {"samples_consumed": 2 * B_EFF, "batches_consumed": 2 * B_EFF // B}[unit]}
+    assert trained(acc, *training, hoisted) == whole[2]
+
+    # Resumed in another process: the rest of that epoch, then the next, whoever is asked for them.
+    source, options = make()
+    acc, *training = accumulator()
+    acc.windows(source, **options).load_state_dict(saved)
+    assert trained(acc, *training, acc.batches(source, **options)) == whole[1][2 * B_EFF :]
+    assert trained(acc, *training, acc.batches(source, **options)) == whole[2]
+
+
+def test_i42_shares_of_one_data_set_have_epochs_of_their_own():
+    data = samples()
+    acc, *training = accumulator()
+    for _ in range(2):
+        shares = [acc.batches(data, count_targets=len, shard=(i, 2)) for i in range(2)]
+        assert sorted(trained(acc, *training, shares[0]) + trained(acc, *training, shares[1])) == list(range(SIZE))
+
+
+def test_i42_a_generator_that_was_left_is_read_on_and_nothing_of_it_is_lost():
+    acc, *training = accumulator()
+    batches = acc.batches((torch.tensor([[2.0 * i], [2.0 * i + 1]]) for i in range(11)), count_targets=len)
+    first = trained(acc, *training, batches, updates=1)
+    assert batches.state_dict() == {"epoch": 0, "batches_consumed": 4}
+    assert first + trained(acc, *training, batches) == list(range(SIZE))
+
+
+def test_i42_a_source_that_is_gone_is_forgotten():
+    acc, *training = accumulator()
+    loader = DataLoader(samples(), batch_size=B)
+    trained(acc, *training, acc.batches(loader, count_targets=len))
+    gone = weakref.ref(loader)
+    del loader
+    gc.collect()
+    assert gone() is None

@@ -31,6 +31,7 @@ ORDER = [
     "shapes",
     "footprint",
     "engine",
+    "epochs",
     "window",
     "prepared",
     "accumulator",

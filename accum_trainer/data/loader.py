@@ -30,6 +30,7 @@ class LoaderSource:
 
     unit = "batches"
     alike = True
+    is_read_once = False
 
     def __init__(self, loader: DataLoader, plan: BatchPlan, rank: int, seed: int) -> None:
         self._loader, self._plan, self._rank, self._seed = loader, plan, rank, seed
@@ -49,6 +50,15 @@ class LoaderSource:
             return -(-len(self._loader) // self._per_window)
         except TypeError:
             return None
+
+    def micro_batches(self, epoch: int) -> tuple[int, list[int]] | None:
+        try:
+            whole, rest = divmod(len(self._loader), self._per_window)
+        except TypeError:
+            return None
+        w = self._plan.world_size
+        tail = [len(range(rank, rest, w)) for rank in range(w)] if rest else []
+        return whole * self._plan.gradient_accumulation_steps, tail
 
     def parts(self, epoch: int, consumed: int) -> Parts:
         tell_epoch(self._loader, epoch)

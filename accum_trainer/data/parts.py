@@ -50,18 +50,24 @@ class Source(Protocol):
         reads_ahead: the next part is made elsewhere and draws no random numbers here, so that it may be asked for before the
             update of the one in hand.
         alike: all ranks read the same and take their share of it; otherwise each reads its own.
+        is_read_once: it cannot be begun anew.
     """
 
     unit: str
     knows_counts: bool
     reads_ahead: bool
     alike: bool
+    is_read_once: bool
 
     def parts(self, epoch: int, consumed: int) -> Parts:
         """This rank's parts of the windows of `epoch`, from where `consumed` units are used up."""
 
     def num_windows(self) -> int | None:
         """Windows in one epoch, or None where the source has no length."""
+
+    def micro_batches(self, epoch: int) -> tuple[int, list[int]] | None:
+        """This rank's micro-batches in the whole windows of `epoch`, and each rank's in the tail window, [] where there is
+        none; None where that is not known beforehand."""
 
 
 @dataclass(frozen=True)

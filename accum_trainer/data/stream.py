@@ -32,18 +32,26 @@ class StreamSource:
     ) -> None:
         """`workers_seed` gives the seed of an epoch for the workers of a DataLoader."""
         self._batches, self._plan, self._workers_seed = batches, plan, workers_seed
+        self.is_read_once = hasattr(batches, "__next__")
+        self._read_before = 0  # of what is read only once
 
     def num_windows(self) -> int | None:
         if self._plan.world_size > 1 or not isinstance(self._batches, Sized):
             return None  # another rank's stream may be longer
         return -(-len(self._batches) // self._plan.gradient_accumulation_steps)
 
+    def micro_batches(self, epoch: int) -> tuple[int, list[int]] | None:
+        if self._plan.world_size > 1 or not isinstance(self._batches, Sized):
+            return None
+        return len(self._batches), []
+
     def parts(self, epoch: int, consumed: int) -> Parts:
         tell_epoch(self._batches, epoch)
-        batches = islice(self._begin(epoch), consumed, None)
+        batches = islice(self._begin(epoch), max(0, consumed - self._read_before), None)
         filler, content = None, Content() if self._plan.world_size > 1 else None
         while window := list(islice(batches, self._plan.gradient_accumulation_steps)):
             consumed += len(window)
+            self._read_before = consumed if self.is_read_once else 0
             filler = window[-1]
             yield Part(window, filler, consumed, content.told_by(window) if content is not None else 0)
         while True:  # other ranks may still have data; the accumulator ends the epoch when none has

@@ -145,6 +145,7 @@ class PlannedSource:
 
     unit = "samples"
     alike = True
+    is_read_once = False
 
     def __init__(
         self,
@@ -186,6 +187,19 @@ class PlannedSource:
     def num_windows(self) -> int:
         return -(-len(range(len(self._dataset))[self._shard]) // self._plan.global_batch_size)
 
+    def micro_batches(self, epoch: int) -> tuple[int, list[int]] | None:
+        if self._cut.max_tokens is not None or self._cut.rank_weights is not None:
+            return None
+        plan = self._plan
+        order = self._order(epoch)
+        whole, rest = divmod(len(order), plan.global_batch_size)
+        tail = self._cut.deal(self._lengths[order[len(order) - rest :]], plan.world_size) if rest else []
+        return whole * plan.gradient_accumulation_steps, [len(own) for own in tail]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        size = len(self._dataset)
+        return (global_order(size, self._seed, epoch) if self._shuffle else np.arange(size))[self._shard]
+
     def parts(self, epoch: int, consumed: int) -> Parts:
         announced: deque[Announced] = deque()
         loader = DataLoader(
@@ -211,9 +225,8 @@ class PlannedSource:
 
         A rank with no sample of a window loads one of it as filler: its shortest.
         """
-        plan, size = self._plan, len(self._dataset)
-        order = (global_order(size, self._seed, epoch) if self._shuffle else np.arange(size))[self._shard]
-        for window in windows_of(order, plan.global_batch_size, start=consumed):
+        plan = self._plan
+        for window in windows_of(self._order(epoch), plan.global_batch_size, start=consumed):
             lengths = self._lengths[window]
             dealt = self._cut.deal(lengths, plan.world_size)
             mine = dealt[self._rank]
@@ -249,9 +262,13 @@ class Prefetched:
         self._source = source
         self.unit = source.unit
         self.knows_counts, self.reads_ahead, self.alike = source.knows_counts, True, source.alike
+        self.is_read_once = source.is_read_once
 
     def num_windows(self) -> int | None:
         return self._source.num_windows()
+
+    def micro_batches(self, epoch: int) -> tuple[int, list[int]] | None:
+        return self._source.micro_batches(epoch)
 
     def parts(self, epoch: int, consumed: int) -> Parts:
         ready: queue.Queue[Part | BaseException | None] = queue.Queue(maxsize=1)

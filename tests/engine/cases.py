@@ -570,6 +570,7 @@ def reading_ahead_survives_breaks_epochs_and_resuming() -> dict[str, Any]:
     windows = acc.windows(rows, collate_fn=pad, lengths=lengths(rows), prefetch=True)
     found = [compare(probe, islice(windows, 2), planned(rows, 8)[:2])]
     position = windows.state_dict()
+    windows.load_state_dict(position)
     found.append(compare(probe, windows, planned(rows, 8)[2:]))
     found.append(compare(probe, windows, planned(rows, 8, epoch=1)))
     resumed = acc.windows(rows, collate_fn=pad, lengths=lengths(rows), prefetch=True)

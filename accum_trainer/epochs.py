@@ -1,0 +1,72 @@
+"""Where training stands in each source of data: the epoch, and what of it is used up.
+
+Knows sources by their identity only. One source has one position, however often `windows()` or `batches()` is called on it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+# Lists and tuples cannot be referenced weakly: so many of them are kept alive, the last ones used.
+MOST_HELD = 16
+
+
+class Progress:
+    """The position in one source; it counts what finished windows used up.
+
+    Attributes:
+        epoch, consumed: after the last finished window; consumed in the source's unit.
+    """
+
+    def __init__(self) -> None:
+        self.epoch = self.consumed = 0
+        self._next: tuple[int, int] | None = None  # where the next loop begins, if not here
+
+    def begin(self, goes_on: bool) -> tuple[int, int]:
+        """Start a loop; return its epoch and what of it is used up.
+
+        That is what `load` said, else the epoch after the one last begun, from its start, also where that was left early.
+        `goes_on` is for what can be read only once: it is read on from where it stands.
+        """
+        self.epoch, self.consumed = self._next or (self.epoch, self.consumed)
+        self._next = None if goes_on else (self.epoch + 1, 0)
+        return self.epoch, self.consumed
+
+    def reach(self, epoch: int, consumed: int) -> None:
+        """A window was finished, or with `consumed` 0 the epoch before."""
+        self.epoch, self.consumed = epoch, consumed
+
+    def load(self, epoch: int, consumed: int) -> None:
+        """Have the next loop begin there."""
+        self.epoch, self.consumed = epoch, consumed
+        self._next = None
+
+
+class Remembered:
+    """The `Progress` of each source, by the source's identity and by `share`: what else decides its order."""
+
+    def __init__(self) -> None:
+        self._found: dict[Any, tuple[Callable[[], Any], Progress]] = {}
+        self._held: dict[Any, Any] = {}
+
+    def of(self, source: Any, share: Any) -> Progress:
+        """The progress in `source`; a new one where it was never seen."""
+        key, found = (id(source), share), self._found
+        if key not in found or found[key][0]() is not source:
+            found[key] = self._reference(key, source), Progress()
+        if key in self._held:
+            self._held[key] = self._held.pop(key)  # now the last used
+        while len(self._held) > MOST_HELD:
+            oldest = next(iter(self._held))
+            del self._held[oldest], found[oldest]
+        return found[key][1]
+
+    def _reference(self, key: Any, source: Any) -> Callable[[], Any]:
+        found = self._found
+        try:
+            return weakref.ref(source, lambda _: found.pop(key, None))
+        except TypeError:
+            self._held[key] = source
+            return lambda: source
