@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -425,7 +426,29 @@ class Accumulator:
         """What all ranks share in the one small exchange at the end of a window, the next one's counts included."""
         assert self._windows is not None and self._windows._reader is not None
         ended = [float(self._loss_sum), float(self._stop), float(window._num_splits), float(len(window))]
-        return [*ended, *self._windows._reader.numbers_ahead()]
+        which = zlib.crc32(repr(self._place(window)).encode()) if window._fingerprint else 0
+        return [*ended, float(which), *self._windows._reader.numbers_ahead()]
+
+    def _place(self, window: Window) -> tuple[int, ...]:
+        """What says which window it is: equal on all ranks, or they have parted ways."""
+        assert self._windows is not None
+        return self.num_updates, self._windows.epoch, window._consumed, window._fingerprint
+
+    def _check_same_window(self, window: Window, which: np.ndarray) -> None:
+        """Raise an EngineError on all ranks where one was in another window than rank 0."""
+        others = np.flatnonzero(which != which[0])
+        if not len(others):
+            return
+        assert self._windows is not None
+        places = self.engine.gather_objects(self._place(window))
+        said = [
+            f"process {i}: {updates} updates, epoch {epoch}, {consumed} consumed, window {fingerprint:08x}"
+            for i, (updates, epoch, consumed, fingerprint) in enumerate(places)
+        ]
+        raise EngineError(
+            f"process {others[0]} trained on another window than process 0 ({'; '.join(said)}), so this update would belong "
+            "to no batch; give all processes the same data, seed and position"
+        )
 
     def _finish(self, window: Window, optimizer: PreparedOptimizer) -> Update:
         if window.num_targets > 0:
@@ -454,7 +477,8 @@ class Accumulator:
         """End the window; `table[rank]` holds each rank's `_numbers`."""
         assert self._windows is not None and self._windows._reader is not None
         loss_sum, stops, splits = table[:, :3].sum(axis=0).tolist()
-        self._windows._reader.learn_ahead(table[:, 4:])
+        self._check_same_window(window, table[:, 4])
+        self._windows._reader.learn_ahead(table[:, 5:])
         if splits:
             self.engine.exchange_apart = True  # a second failure may come in a last micro-batch
         self.num_updates += stepped

@@ -6,7 +6,9 @@ parts; it does not make them.
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,12 +29,12 @@ from accum_trainer.data.collating import PackingCollator, PaddingCollator
 from accum_trainer.data.tokenizing import TokenizedRows, tokenize
 from accum_trainer.engine.build import choose_precision
 from accum_trainer.engine.lost_processes import note_on_lost_processes
-from accum_trainer.errors import ConfigError, DataError
+from accum_trainer.errors import ConfigError, DataError, EngineError
 from accum_trainer.fit import Fit
 from accum_trainer.head import LossPath, decide_loss_path
 from accum_trainer.model import compile_blocks, fingerprint, is_flash, load_model, load_tokenizer
-from accum_trainer.targets import SHIFTED
 from accum_trainer.seeds import seed_of
+from accum_trainer.targets import SHIFTED
 
 
 @dataclass(frozen=True)
@@ -78,16 +80,13 @@ class Parts:
     notes: list[str]
 
 
-def assemble(config: TrainConfig) -> Parts:
-    """Make the parts of the training that `config` describes, on every process alike.
+def make_accumulator(config: TrainConfig) -> Accumulator:
+    """The accumulator that `config` asks for: from here on the processes know of each other.
 
     Raises:
-        ConfigError, DataError, EngineError: what is wrong, before anything is written to the run directory.
+        ConfigError, EngineError: sizes or settings that contradict each other.
     """
-    for path in (config.dataset_file, config.eval_file):
-        if path is not None:
-            files.check_file(path)
-    accumulator = Accumulator(
+    return Accumulator(
         micro_batch_size=None if config.batch_size == "auto" else config.batch_size,  # type: ignore[arg-type]
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         global_batch_size=config.global_batch_size,
@@ -98,11 +97,25 @@ def assemble(config: TrainConfig) -> Parts:
         mixed_precision=choose_precision(config.mixed_precision, config.amp, config.cpu),
         **_engine_options(config),
     )
+
+
+def assemble(config: TrainConfig, accumulator: Accumulator | None = None) -> Parts:
+    """Make the parts of the training that `config` describes, on every process alike.
+
+    Args:
+        accumulator: what `make_accumulator(config)` gave, where that was called before.
+
+    Raises:
+        ConfigError, DataError, EngineError: what is wrong on any process, on all of them, before anything is written to
+            the run directory.
+    """
+    accumulator = accumulator or make_accumulator(config)
     engine = accumulator.engine
-    tokenizer = load_tokenizer(config) if engine.world_size == 1 else _main_first(engine, load_tokenizer, config)
-    rows, eval_rows = _main_first(engine, load_rows, config, tokenizer)
-    if len({*engine.gather_objects(rows.identity)}) > 1:
-        raise DataError("the processes read different training rows; give all of them the same data files")
+    engine.together(_check_files, config)
+    tokenizer = engine.main_first(load_tokenizer, config)
+    rows, eval_rows = engine.main_first(load_rows, config, tokenizer)
+    _check_same_rows(engine, "training", rows)
+    _check_same_rows(engine, "evaluation", eval_rows)
     shard = parse_shard(config.shard)
     plan = BatchPlan(
         accumulator.plan.micro_batch_size,
@@ -117,8 +130,11 @@ def assemble(config: TrainConfig) -> Parts:
     peak_lr = scale_lr(config.lr, config.lr_scaling, plan.global_batch_size, config.lr_base_batch_size)
 
     torch.manual_seed(config.seed)  # the same initial weights on every process, and under every split
-    plain_model = load_model(config, tokenizer)
+    # Where weights are sharded while they are loaded, loading is an exchange itself.
+    load = load_model if engine.shards_weights else partial(engine.together, load_model)
+    plain_model = load(config, tokenizer)
     initial_weights = fingerprint(plain_model)
+    _check_same_weights(engine, config, initial_weights)
     _check_attention(plain_model, engine)
     # Fused: one pass over weights and states instead of ten.
     plain_optimizer = torch.optim.AdamW(_decay_groups(plain_model, config.weight_decay), lr=peak_lr, fused=True)
@@ -227,10 +243,31 @@ def _engine_options(config: TrainConfig) -> dict[str, Any]:
     return options
 
 
-def _main_first(engine: Any, function: Any, *arguments: Any) -> Any:
-    """Call `function` on the main process and then on the others, which find what it cached."""
-    with engine.main_first():
-        return function(*arguments)
+def _check_files(config: TrainConfig) -> None:
+    for path in (config.dataset_file, config.eval_file):
+        if path is not None:
+            files.check_file(path)
+
+
+def _check_same_rows(engine: Any, what: str, rows: TokenizedRows | None) -> None:
+    everyones = engine.gather_objects((rows.identity if rows is not None else None, socket.gethostname()))
+    for rank, (identity, host) in enumerate(everyones):
+        if identity != everyones[0][0]:
+            raise DataError(
+                f"process {rank} ({host}) reads other {what} rows than process 0 ({everyones[0][1]}); give all processes "
+                "the same data files and tokenizer"
+            )
+
+
+def _check_same_weights(engine: Any, config: TrainConfig, initial_weights: str | None) -> None:
+    """DDP would send rank 0's trained weights to all and leave frozen ones; an engine that shards would mix them."""
+    everyones = engine.gather_objects((initial_weights, socket.gethostname()))
+    for rank, (weights, host) in enumerate(everyones):
+        if weights != everyones[0][0]:
+            raise EngineError(
+                f"process {rank} ({host}) starts from other weights than process 0 ({everyones[0][1]}): checksums {weights} "
+                f"and {everyones[0][0]}; does model={config.model} name the same files on both?"
+            )
 
 
 def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[TokenizedRows, TokenizedRows | None]:

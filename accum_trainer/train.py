@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from accum_trainer import agreement, signals
 from accum_trainer import checkpoint as checkpoints
 from accum_trainer import records as files
-from accum_trainer import signals
-from accum_trainer.assemble import assemble
+from accum_trainer.assemble import assemble, make_accumulator
 from accum_trainer.config import TrainConfig
 from accum_trainer.errors import AccumTrainerError
 from accum_trainer.loss import causal_lm_loss
@@ -62,16 +62,15 @@ class Run:
 
     def __init__(self, config: TrainConfig) -> None:
         self._begun = time.monotonic()
-        self.folder = Path(config.output_dir) if config.output_dir else None
-        if self.folder is not None:
-            files.check_output_dir(self.folder, config.resume)
-        if config.log_file is not None:
-            files.check_log_file(Path(config.log_file))
-        self._resumed_from = checkpoints.find_checkpoint(config.resume, self.folder)
-        self.parts = parts = assemble(config)
-        self.engine = parts.accumulator.engine
-        if self.folder is None:
-            self.folder = Path(self.engine.gather_objects(str(files.new_run_folder(config.model)))[0])
+        accumulator = make_accumulator(config)
+        self.engine = engine = accumulator.engine
+        agreement.check_same_options(engine, config)
+        engine.together(_check_places, config)
+        given = Path(config.output_dir) if config.output_dir else None
+        self.folder = given or Path(engine.gather_objects(str(files.new_run_folder(config.model)))[0])
+        agreement.check_shared(engine, self.folder)
+        self._resumed_from = agreement.choose_checkpoint(engine, config.resume, given)
+        self.parts = assemble(config, accumulator)
         self.config = dataclasses.replace(
             config, output_dir=str(self.folder), amp=False, mixed_precision=self.engine.mixed_precision
         )
@@ -212,14 +211,7 @@ class Run:
     @contextlib.contextmanager
     def _open(self) -> Iterator[None]:
         """Start the run's files; at the end, whether done, stopped or broken out of, save what there is."""
-        assert self.folder is not None
-        if self.engine.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / files.RESULT).unlink(missing_ok=True)  # it is under way again
-            (self.folder / files.CONFIG).write_text(self.config.to_yaml())
-            files.write_json(self.folder / files.PLAN, plan_record(self.parts, self._resumed_from))
-            copy = Path(self.config.log_file) if self.config.log_file else None
-            self._writer = RecordWriter(self.folder / files.METRICS, copy, self.num_records, self._earlier_records)
+        self.engine.on_main(self._start_files)
         files.reset_peak(self.engine.device)
         try:
             yield
@@ -231,22 +223,32 @@ class Run:
             if self._writer is not None:
                 self._writer.close()
 
+    def _start_files(self) -> None:
+        assert self.folder is not None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / files.RESULT).unlink(missing_ok=True)  # it is under way again
+        (self.folder / files.CONFIG).write_text(self.config.to_yaml())
+        files.write_json(self.folder / files.PLAN, plan_record(self.parts, self._resumed_from))
+        copy = Path(self.config.log_file) if self.config.log_file else None
+        self._writer = RecordWriter(self.folder / files.METRICS, copy, self.num_records, self._earlier_records)
+
     def _finish(self) -> None:
         self.save()
-        weights = self.engine.full_weights(self.parts.model)
-        if self.engine.is_main and self._writer is not None and self.folder is not None:
-            self._write_model(files.MODEL, self.engine.unwrap(self.parts.model), weights)
-            if self.config.merge_adapter:
-                # Made anew, so that it is whole however the trained one is sharded.
-                fresh = load_model(self.config, self.parts.tokenizer)
-                fresh.load_state_dict(weights, strict=False)
-                merged = fresh.merge_and_unload()
-                self._write_model(files.MERGED, merged, merged.state_dict())
-            if self._writer.records:
-                title = f"{self.folder.name}: {self.parts.plan.describe()}"
-                files.draw_loss({"training": self._writer.records}, self.folder / files.PICTURE, title)
-            files.write_json(self.folder / files.RESULT, self._result(self._writer.records))
-        self.engine.barrier()
+        self.engine.on_main(self._write_results, self.engine.full_weights(self.parts.model))
+
+    def _write_results(self, weights: dict[str, torch.Tensor]) -> None:
+        assert self.folder is not None and self._writer is not None
+        self._write_model(files.MODEL, self.engine.unwrap(self.parts.model), weights)
+        if self.config.merge_adapter:
+            # Made anew, so that it is whole however the trained one is sharded.
+            fresh = load_model(self.config, self.parts.tokenizer)
+            fresh.load_state_dict(weights, strict=False)
+            merged = fresh.merge_and_unload()
+            self._write_model(files.MERGED, merged, merged.state_dict())
+        if self._writer.records:
+            title = f"{self.folder.name}: {self.parts.plan.describe()}"
+            files.draw_loss({"training": self._writer.records}, self.folder / files.PICTURE, title)
+        files.write_json(self.folder / files.RESULT, self._result(self._writer.records))
 
     def _result(self, records: list[Record]) -> dict[str, Any]:
         """How the run ended; `num_samples` counts the samples of every update, each as often as it was trained on."""
@@ -283,33 +285,29 @@ class Run:
         rng = self.engine.gather_objects(self.engine.rng_state())
         weights = self.engine.full_weights(parts.model, trained_only=True)
         optimizer_state = self.engine.full_optimizer_state(parts.model, parts.optimizer.accelerated)
-        if self.engine.is_main:
-            checkpoints.save_checkpoint(
-                self.folder / files.CHECKPOINTS,
-                acc.num_updates,
-                checkpoints.Checkpoint(
-                    model=weights,
-                    optimizer=optimizer_state,
-                    rng=rng,
-                    state={
-                        "identity": parts.identity,
-                        "accumulator": acc.state_dict(),
-                        "windows": parts.windows.state_dict(),
-                        "scheduler": parts.scheduler.state_dict(),
-                        "num_records": self.num_records,
-                        "world_size": self.engine.world_size,
-                    },
-                ),
-                keep=self.config.keep_checkpoints,
-            )
-        self.engine.barrier()
+        checkpoint = checkpoints.Checkpoint(
+            model=weights,
+            optimizer=optimizer_state,
+            rng=rng,
+            state={
+                "identity": parts.identity,
+                "accumulator": acc.state_dict(),
+                "windows": parts.windows.state_dict(),
+                "scheduler": parts.scheduler.state_dict(),
+                "num_records": self.num_records,
+                "world_size": self.engine.world_size,
+            },
+        )
+        folder, keep = self.folder / files.CHECKPOINTS, self.config.keep_checkpoints
+        self.engine.on_main(checkpoints.save_checkpoint, folder, acc.num_updates, checkpoint, keep)
         self._save_time = max(self._save_time, time.perf_counter() - started)
 
     def _restore(self, path: Path) -> None:
         parts, acc = self.parts, self.parts.accumulator
-        saved = checkpoints.load_checkpoint(path)
-        checkpoints.check_same_run(saved.state["identity"], parts.identity, path)
-        checkpoints.check_same_weights(saved.model, self.engine.full_weights(parts.model, trained_only=True))
+        saved = self.engine.together(checkpoints.load_checkpoint, path)
+        self.engine.on_main(checkpoints.check_same_run, saved.state["identity"], parts.identity, path)
+        weights = self.engine.full_weights(parts.model, trained_only=True)
+        self.engine.together(checkpoints.check_same_weights, saved.model, weights)
         self._note_what_is_kept(parts.optimizer.param_groups[0], saved.optimizer["groups"][0])
         self.engine.load_full_weights(parts.model, saved.model)
         self.engine.load_full_optimizer_state(parts.model, parts.optimizer.accelerated, saved.optimizer)
@@ -317,6 +315,7 @@ class Run:
         parts.scheduler.load_state_dict(saved.state["scheduler"])
         parts.windows.load_state_dict(saved.state["windows"])
         self.num_records = saved.state["num_records"]
+        self._check_same_start()
         run = path.parent.parent
         if run != self.folder:
             self._earlier_records = run / files.METRICS
@@ -329,6 +328,22 @@ class Run:
             )
         parts.notes.append(f"continued from {path} after {acc.num_updates} updates")
 
+    def _check_same_start(self) -> None:
+        parts, engine = self.parts, self.engine
+        optimizer = engine.full_optimizer_state(parts.model, parts.optimizer.accelerated)["state"]
+        moments = {f"{name} {key}": value for name, state in optimizer.items() for key, value in state.items()}
+        agreement.check_same_start(
+            engine,
+            {
+                "updates": parts.accumulator.num_updates,
+                **parts.windows.state_dict(),
+                "lr": parts.scheduler.get_last_lr()[0],
+                "records": self.num_records,
+                "weights": agreement.checksum(engine.full_weights(parts.model, trained_only=True)),
+                "optimizer state": agreement.checksum(moments),
+            },
+        )
+
     def _note_what_is_kept(self, asked: dict[str, Any], saved: dict[str, Any]) -> None:
         """The optimizer goes on with its own options: say where this command names others."""
         for key, name in {"initial_lr": "lr", "weight_decay": "weight_decay"}.items():
@@ -337,6 +352,14 @@ class Run:
                     f"{name}={asked[key]:g} is not taken: the run goes on with the {saved[key]:g} that it was started with; give "
                     "another output_dir to start anew"
                 )
+
+
+def _check_places(config: TrainConfig) -> None:
+    """Raise a ConfigError where the run directory or the log cannot be what is asked."""
+    if config.output_dir is not None:
+        files.check_output_dir(Path(config.output_dir), config.resume)
+    if config.log_file is not None:
+        files.check_log_file(Path(config.log_file))
 
 
 @torch.no_grad()

@@ -134,9 +134,8 @@ def verify_loop_of(config: TrainConfig, loop: Loop, world_size: int) -> Report:
             "check the loop with mixed_precision=no or bf16"
         )
     engine = plain_engine(plan.gradient_accumulation_steps, config.cpu, precision)
-    with engine.main_first():
-        tokenizer = load_tokenizer(config)
-        rows = load_rows(config, tokenizer)[0]
+    tokenizer = engine.main_first(load_tokenizer, config)
+    rows = engine.main_first(load_rows, config, tokenizer)[0]
     short = [int(i) for i in np.flatnonzero((rows.lengths <= _SHORT) & (rows.num_targets > 0))]
     needed = plan.global_batch_size * 3
     positions = short if len(short) >= needed else [int(i) for i in np.flatnonzero(rows.num_targets > 0)]

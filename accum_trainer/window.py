@@ -95,6 +95,7 @@ class Window:
         self._accumulator = accumulator
         self._count_targets = count_targets
         self._consumed = part.consumed
+        self._fingerprint = part.fingerprint
         self._started = 0
         self._was_begun = self._ran_out = False
         self._num_splits = 0

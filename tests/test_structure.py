@@ -37,6 +37,7 @@ ORDER = [
     "accumulator",
     "records",
     "checkpoint",
+    "agreement",
     "fit",
     "cutting",
     "assemble",

@@ -11,9 +11,9 @@ from __future__ import annotations
 import ast
 import inspect
 import json
-import os
 import sys
 import sysconfig
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,9 +106,14 @@ def _documented(path: Path) -> Iterator[dict[str, str]]:
             yield {"prompt": signature, "completion": docstring}
 
 
+def _partial(path: Path) -> Path:
+    """A name to write under; machines and containers that share the cache may share process ids as well."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+
+
 def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial = _partial(path)
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     partial.replace(path)
 
@@ -128,6 +133,6 @@ def _train_tokenizer(path: Path) -> None:
     train, _ = corpus_files()
     rows = (json.loads(line) for line in train.read_text(encoding="utf-8").splitlines())
     tokenizer.train_from_iterator((row["prompt"] + row["completion"] for row in rows), trainer)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial = _partial(path)
     tokenizer.save(str(partial))
     partial.replace(path)

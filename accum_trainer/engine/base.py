@@ -26,6 +26,7 @@ from accelerate.utils import send_to_device
 from accelerate.utils.memory import clear_device_cache
 
 from accum_trainer.batch_plan import BatchPlan
+from accum_trainer.engine.ranks import Ranks
 from accum_trainer.errors import EngineError
 
 # How libraries say that memory ran out where they do not raise torch.OutOfMemoryError. The same list as in accelerate's
@@ -52,7 +53,7 @@ class Settings:
     accumulation_dtype: str = "float32"
 
 
-class Engine:
+class Engine(Ranks):
     """One process's view of training: its place among the ranks, and the life of its gradients.
 
     Attributes:
@@ -78,24 +79,6 @@ class Engine:
         self.grad_sync = grad_sync
         if grad_sync == "auto":
             self.grad_sync, self.grad_sync_reason = "once-per-window", "it costs no memory"
-
-    # --- place among the ranks ---
-
-    @property
-    def rank(self) -> int:
-        return self.accelerator.process_index
-
-    @property
-    def world_size(self) -> int:
-        return self.accelerator.num_processes
-
-    @property
-    def is_main(self) -> bool:
-        return self.accelerator.is_main_process
-
-    @property
-    def device(self) -> torch.device:
-        return self.accelerator.device
 
     @property
     def mixed_precision(self) -> str:
@@ -310,46 +293,6 @@ class Engine:
         """Throw this window's gradient away."""
         self.accelerator.sync_gradients = True
         optimizer.zero_grad()
-
-    # --- talk between ranks ---
-
-    def gather(self, values: Sequence[float]) -> np.ndarray:
-        """Every rank's `values`: shape (world_size, len(values)), float64, equal on all ranks."""
-        if self.world_size == 1:
-            return np.asarray([values], dtype=np.float64)
-        # MPS and some accelerators lack float64; whole numbers up to 2**53 need it.
-        dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        mine = torch.tensor([list(values)], dtype=dtype, device=self.device)
-        return self.accelerator.gather(mine).cpu().double().numpy()
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's picklable `value`, in the order of ranks."""
-        if self.world_size == 1:
-            return [value]
-        gathered: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(gathered, value)
-        return gathered
-
-    def first_of(self, value: Any) -> Any:
-        """The picklable `value` of the first rank that has one (is not None), on every rank; None if none has."""
-        if self.world_size == 1:
-            return value
-        has_one = np.flatnonzero(self.gather([float(value is not None)])[:, 0])
-        if not len(has_one):
-            return None
-        shared = [value]
-        torch.distributed.broadcast_object_list(shared, src=int(has_one[0]))
-        return shared[0]
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        self.accelerator.wait_for_everyone()
-
-    @contextlib.contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Run the block on the main process, then on the others, which find what it cached."""
-        with self.accelerator.main_process_first():
-            yield
 
     def to_device(self, batch: Any) -> Any:
         """The batch's tensors on this process's device; copied without waiting where they are pinned."""

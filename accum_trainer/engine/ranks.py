@@ -1,0 +1,149 @@
+"""The processes of a job and how they talk: small exchanges, slow work that others wait for, errors that reach all.
+
+It knows nothing of models, gradients or windows. Two kinds of exchange: `gather` goes the way of the gradients, in the
+middle of training; everything else goes through a group of its own that waits for hours, because it stands beside work of
+unknown length (tokenising, loading, saving) and NCCL gives up after ten minutes, gloo after thirty.
+"""
+
+from __future__ import annotations
+
+import functools
+import socket
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from accum_trainer.errors import AccumTrainerError, EngineError
+
+PATIENCE = timedelta(hours=24)
+T = TypeVar("T")
+
+
+class Ranks:
+    """This process among the others. Every rank must make the same calls in the same order, except to the properties."""
+
+    accelerator: Accelerator
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
+
+    @property
+    def world_size(self) -> int:
+        return self.accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    def gather(self, values: Sequence[float]) -> np.ndarray:
+        """Every rank's `values`: shape (world_size, len(values)), float64, equal on all ranks."""
+        if self.world_size == 1:
+            return np.asarray([values], dtype=np.float64)
+        # MPS and some accelerators lack float64; whole numbers up to 2**53 need it.
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        mine = torch.tensor([list(values)], dtype=dtype, device=self.device)
+        return self.accelerator.gather(mine).cpu().double().numpy()
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's picklable `value`, in the order of ranks. Waits for hours."""
+        if self.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value, group=_patient_group(dist.group.WORLD))
+        return gathered
+
+    def first_of(self, value: Any) -> Any:
+        """The picklable `value` of the first rank that has one (is not None), on every rank; None if none has."""
+        if self.world_size == 1:
+            return value
+        has_one = [rank for rank, found in enumerate(self.gather_objects(value is not None)) if found]
+        if not has_one:
+            return None
+        shared = [value]
+        dist.broadcast_object_list(shared, src=has_one[0], group=_patient_group(dist.group.WORLD))
+        return shared[0]
+
+    def barrier(self) -> None:
+        """Wait for all ranks, for hours."""
+        if self.world_size > 1:
+            dist.barrier(group=_patient_group(dist.group.WORLD))
+
+    # --- work that may fail on one rank ---
+
+    def agree(self, error: Exception | None) -> None:
+        """Raise on all ranks if any has an error: its own where it has one, else that of the first rank that has.
+
+        A copy is of the same type if that is an AccumTrainerError, names the rank and its host, and has `is_echo` set.
+        """
+        said = None
+        if error is not None:
+            kind = type(error) if isinstance(error, AccumTrainerError) else AccumTrainerError
+            words = str(error) if isinstance(error, AccumTrainerError) else f"{type(error).__name__}: {error}"
+            said = (kind, f"process {self.rank} on {socket.gethostname()}: {words}")
+        found = self.gather_objects(said)
+        if error is not None:
+            raise error
+        for other in found:
+            if other is not None:
+                echo = other[0](other[1])
+                echo.is_echo = True
+                raise echo
+
+    def together(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call `function`, which talks to no other rank, on every rank; what one of them raises, all raise (`agree`)."""
+        result, error = _outcome(function, arguments)
+        self.agree(error)
+        return result  # type: ignore[return-value]
+
+    def on_main(self, function: Callable[..., T], *arguments: Any) -> T | None:
+        """Call `function` on rank 0 while the others wait; they get None, and what it raises."""
+        result, error = _outcome(function, arguments) if self.is_main else (None, None)
+        self.agree(error)
+        return result
+
+    def main_first(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call `function` on one process of each machine, then on the others there, which find what it cached."""
+        result, error = None, None
+        for turn in (True, False):
+            if self.world_size == 1 or self.accelerator.is_local_main_process == turn:
+                result, error = _outcome(function, arguments)
+            self.agree(error)
+            if self.world_size == 1:
+                break
+        return result  # type: ignore[return-value]
+
+
+def _outcome(function: Callable[..., T], arguments: tuple[Any, ...]) -> tuple[T | None, Exception | None]:
+    try:
+        return function(*arguments), None
+    except Exception as error:  # raised again by `agree`
+        return None, error
+
+
+@functools.lru_cache(maxsize=1)
+def _patient_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """All processes, over gloo, with `PATIENCE`; made at its first use, which all ranks reach together.
+
+    Raises:
+        EngineError: they cannot reach each other over gloo, which a machine that trains over NCCL may not be set up for.
+    """
+    try:
+        group = dist.new_group(backend="gloo")  # to meet takes seconds: it has gloo's own limit
+    except RuntimeError as error:
+        raise EngineError(
+            f"the {world.size()} processes cannot reach each other over gloo, which they talk through beside training: "
+            f"{str(error).splitlines()[0]}; name the network device in GLOO_SOCKET_IFNAME on each machine"
+        ) from error
+    _set_pg_timeout(PATIENCE, group)
+    return group
