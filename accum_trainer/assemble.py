@@ -32,7 +32,7 @@ from accum_trainer.engine.lost_processes import note_on_lost_processes
 from accum_trainer.errors import ConfigError, DataError, EngineError
 from accum_trainer.fit import Fit
 from accum_trainer.head import LossPath, decide_loss_path
-from accum_trainer.model import compile_blocks, fingerprint, is_flash, load_model, load_tokenizer
+from accum_trainer.model import compile_blocks, fingerprint, frozen_dtype, is_flash, load_model, load_tokenizer, stored_dtype
 from accum_trainer.seeds import seed_of
 from accum_trainer.targets import SHIFTED
 
@@ -132,7 +132,7 @@ def assemble(config: TrainConfig, accumulator: Accumulator | None = None) -> Par
     torch.manual_seed(config.seed)  # the same initial weights on every process, and under every split
     # Where weights are sharded while they are loaded, loading is an exchange itself.
     load = load_model if engine.shards_weights else partial(engine.together, load_model)
-    plain_model = load(config, tokenizer)
+    plain_model = load(config, tokenizer, frozen_dtype(config, engine.mixed_precision))
     initial_weights = fingerprint(plain_model)
     _check_same_weights(engine, config, initial_weights)
     _check_attention(plain_model, engine)
@@ -307,6 +307,11 @@ def _notes(
     notes = list(rows.notes)
     if fit is not None:
         notes.append(fit.describe())
+    if config.use_peft and accumulator.engine.mixed_precision == "no" and stored_dtype(config).itemsize < 4:
+        notes.append(
+            "mixed_precision=no computes in float32, so the frozen weights take twice the checkpoint's memory; "
+            "--amp keeps them in 16 bits"
+        )
     if loss_path.note is not None and config.loss_on_targets == "auto":
         notes.append(loss_path.note)
     if config.shard is not None:

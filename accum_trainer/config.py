@@ -225,6 +225,13 @@ class TrainConfig:
     resume: str = _option(
         "auto", "Output", "auto: continue what the run directory holds; never; or a checkpoint's PATH."
     )
+    save_dtype: str = _option(
+        "auto",
+        "Output",
+        "The dtype of the weights in model/. auto: that of the model's own checkpoint, or float32 for a --shard, "
+        "which is to be merged. Checkpoints of the run are float32.",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
     dry_run: bool = _option(False, "Output", "Check everything, print the plan, train nothing, write nothing.")
 
     def __post_init__(self) -> None:

@@ -25,6 +25,7 @@ from functools import cached_property
 from accum_trainer.batch_plan import BatchPlan
 from accum_trainer.config import TrainConfig
 from accum_trainer.errors import AccumTrainerError
+from accum_trainer.model import frozen_dtype
 from accum_trainer.shapes import PHASES, Shapes, Trace, model_shapes, trace
 
 ONCE, EVERY = "once-per-window", "every-microbatch"
@@ -149,6 +150,12 @@ class _Job:
         return -(-numbers // self.plan.world_size)
 
     @cached_property
+    def weights(self) -> int:
+        """Bytes of weights in float32, those that LoRA does not train as `frozen_dtype` has them."""
+        frozen = frozen_dtype(self.config, self.precision).itemsize
+        return 4 * self.shapes.trained + frozen * (self.shapes.parameters - self.shapes.trained)
+
+    @cached_property
     def autocast(self) -> Trace | None:
         """Activations over float32 weights, as under single and DDP."""
         return self._traced("float32" if self.precision == "no" else "autocast")
@@ -242,7 +249,7 @@ def _single(job: _Job, engine: str, policy: str) -> _Need:
     trained = job.shapes.trained
     gradients = job.accumulated * trained
     return _Need(
-        weights=4 * job.shapes.parameters,
+        weights=job.weights,
         gradients=gradients,
         optimizer=8 * trained,
         trace=job.autocast,

@@ -38,16 +38,16 @@ class LossContract:
 
     Args:
         engine: of the accumulator.
-        allow_batch_norm: accept that BatchNorm makes an update depend on its cut.
 
     Attributes:
+        allow_batch_norm: accept that BatchNorm makes an update depend on its cut.
         objective: what the model's own loss sums over; None before `decide`.
     """
 
     def __init__(self, engine: Any, allow_batch_norm: bool = False) -> None:
         self.objective: Objective | None = None
         self._engine = engine
-        self._allow_batch_norm = allow_batch_norm
+        self.allow_batch_norm = allow_batch_norm
         self._models: list[torch.nn.Module] = []
         self._outputs = OutputWatch()
 
@@ -80,7 +80,7 @@ class LossContract:
         """
         self.watch(self._engine.prepared_models())
         plan = self._engine.plan
-        if plan.gradient_accumulation_steps * plan.world_size > 1 and not self._allow_batch_norm:
+        if plan.gradient_accumulation_steps * plan.world_size > 1 and not self.allow_batch_norm:
             self._refuse_batch_norm()
         batch = self._engine.first_of(max(batches, key=num_positions, default=None))
         if batch is None:

@@ -29,8 +29,35 @@ def load_tokenizer(config: TrainConfig) -> Any:
         ) from None
 
 
-def load_model(config: TrainConfig, tokenizer: Any) -> Any:
+def stored_dtype(config: TrainConfig) -> torch.dtype:
+    """The dtype of the checkpoint that `config.model` names; float32 for `tiny`."""
+    if config.model == TINY:
+        return torch.float32
+    from transformers import AutoConfig
+
+    try:
+        found = AutoConfig.from_pretrained(config.model).dtype
+    except Exception:  # what is wrong with it, `load_model` says
+        return torch.float32
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
+def frozen_dtype(config: TrainConfig, mixed_precision: str) -> torch.dtype:
+    """The dtype in which LoRA keeps the weights that it does not train.
+
+    The checkpoint's, if the forward computes in it anyway: float32 copies would double the memory
+    and say nothing more. Else float32, in which `mixed_precision=no` promises to compute.
+    """
+    computed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
+    stored = stored_dtype(config) if config.use_peft and computed is not None else None
+    return computed if computed is not None and stored == computed else torch.float32
+
+
+def load_model(config: TrainConfig, tokenizer: Any, frozen: torch.dtype = torch.float32) -> Any:
     """Build or load the causal language model in float32, with LoRA and gradient checkpointing as asked.
+
+    Args:
+        frozen: dtype of the weights that LoRA does not train; see `frozen_dtype`.
 
     Random weights (of `tiny`, of new adapters) come from torch's generator: seed it first.
 
@@ -38,7 +65,7 @@ def load_model(config: TrainConfig, tokenizer: Any) -> Any:
         ConfigError: the model cannot be loaded, is too short for max_seq_len or too small for its tokenizer, or has
             none of the modules that LoRA shall adapt.
     """
-    model = _tiny(tokenizer) if config.model == TINY else _pretrained(config)
+    model = _tiny(tokenizer) if config.model == TINY else _pretrained(config, frozen)
     weight = model.get_input_embeddings().weight
     embeddings = getattr(weight, "ds_shape", weight.shape)[0]  # under ZeRO-3 it is sharded while it is loaded
     if len(tokenizer) > embeddings:
@@ -182,11 +209,11 @@ def _tiny(tokenizer: Any) -> Any:
     )
 
 
-def _pretrained(config: TrainConfig) -> Any:
+def _pretrained(config: TrainConfig, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype)
     except Exception as error:  # hub, file, parser and architecture errors of many types; the remedy is the same
         raise ConfigError(f"model={config.model} cannot be loaded: {_first_line(error)}{_model_hint(config)}") from None
 
@@ -213,7 +240,11 @@ def _with_lora(model: Any, config: TrainConfig) -> Any:
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, lora)
+        adapted = get_peft_model(model, lora)
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:  # also modules trained whole: a 16-bit step would round away
+                parameter.data = parameter.data.float()
+        return adapted
     except ValueError as error:
         linear = sorted(
             {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}

@@ -206,3 +206,15 @@ def _process_status(key: str) -> float:
 
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def cast_weights(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The weights with all floating ones in `dtype`; one that has it is not copied."""
+    return {name: w.to(dtype) if w.is_floating_point() else w for name, w in weights.items()}
+
+
+def state_dtype(config: Path, dtype: torch.dtype) -> None:
+    """Name `dtype` in a saved model's config.json, so that `from_pretrained` loads it so."""
+    stated = json.loads(config.read_text())
+    stated.pop("torch_dtype", None)
+    config.write_text(json.dumps(stated | {"dtype": str(dtype).removeprefix("torch.")}, indent=2))

@@ -29,7 +29,7 @@ from accum_trainer.assemble import assemble, make_accumulator
 from accum_trainer.config import TrainConfig
 from accum_trainer.errors import AccumTrainerError
 from accum_trainer.loss import causal_lm_loss
-from accum_trainer.model import load_model
+from accum_trainer.model import load_model, stored_dtype
 from accum_trainer.plan_record import describe, plan_record
 from accum_trainer.records import Record, RecordWriter
 from accum_trainer.window import Update
@@ -234,7 +234,10 @@ class Run:
 
     def _finish(self) -> None:
         self.save()
-        self.engine.on_main(self._write_results, self.engine.full_weights(self.parts.model))
+        # An adapter needs no more than what was trained: the base model stays where it is.
+        adapter = self.config.use_peft
+        weights = self.engine.full_weights(self.parts.model, trained_only=adapter)
+        self.engine.on_main(self._write_results, weights)
 
     def _write_results(self, weights: dict[str, torch.Tensor]) -> None:
         assert self.folder is not None and self._writer is not None
@@ -271,9 +274,18 @@ class Run:
         partial, target = self.folder / f".{name}.partial", self.folder / name
         for leftover in (partial, target):
             shutil.rmtree(leftover, ignore_errors=True)
-        model.save_pretrained(partial, state_dict=weights)
+        is_adapter = name == files.MODEL and self.config.use_peft
+        dtype = torch.float32 if is_adapter else self._saved_dtype()
+        model.save_pretrained(partial, state_dict=files.cast_weights(weights, dtype))
+        if not is_adapter:
+            files.state_dtype(partial / "config.json", dtype)
         self.parts.tokenizer.save_pretrained(partial)
         partial.rename(target)
+
+    def _saved_dtype(self) -> torch.dtype:
+        if self.config.save_dtype != "auto":
+            return getattr(torch, self.config.save_dtype)
+        return torch.float32 if self.config.shard is not None else stored_dtype(self.config)
 
     # --- checkpoints ---
 

@@ -6,7 +6,8 @@ import json
 
 import pytest
 import torch
-from transformers import BloomConfig, BloomForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
 from accum_trainer import Accumulator, ConfigError, TrainConfig, causal_lm_loss
 from accum_trainer.assemble import _check_attention
@@ -14,7 +15,8 @@ from accum_trainer.cutting import _layout
 from accum_trainer.data.collating import PackingCollator, PaddingCollator
 from accum_trainer.data.embedded import corpus_tokenizer
 from accum_trainer.model import load_model, load_tokenizer
-from accum_trainer.train import updates
+from accum_trainer.train import Run, updates
+from tests.reference import make_model
 
 
 def test_attention_asked_for_is_in_force(tmp_path, fresh_accelerate):
@@ -71,3 +73,57 @@ def test_attention_that_a_cpu_cannot_run_is_refused(attention, message, fresh_ac
     model.config._attn_implementation = attention  # as where its package is installed
     with pytest.raises(ConfigError, match=message):
         _check_attention(model, Accumulator(micro_batch_size=1, cpu=True).engine)
+
+
+# --- dtypes ---
+
+
+@pytest.fixture(scope="module")
+def bf16_checkpoint(tmp_path_factory):
+    """A small Llama whose checkpoint is in bf16, and its folder."""
+    folder = tmp_path_factory.mktemp("bf16")
+    tokenizer = corpus_tokenizer()
+    torch.manual_seed(0)
+    model = make_model("llama")
+    model.resize_token_embeddings(len(tokenizer))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def trained(folder, out, **options):
+    settings = {"steps": 2, "batch_size": 2, "gradient_accumulation_steps": 2, "max_seq_len": 32, "lr": 1e-2}
+    run = Run(TrainConfig(model=str(folder), cpu=True, output_dir=str(out), **settings, **options))
+    for _ in run.updates():
+        pass
+    return run
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize(("precision", "frozen"), [("bf16", torch.bfloat16), ("no", torch.float32)])
+def test_lora_keeps_frozen_weights_as_they_are_stored_where_it_computes_in_that_dtype(
+    bf16_checkpoint, tmp_path, precision, frozen
+):
+    run = trained(bf16_checkpoint, tmp_path, mixed_precision=precision, use_peft=True, lora_modules_to_save="lm_head")
+    dtypes = {p.requires_grad: set() for p in run.parts.model.parameters()}
+    for parameter in run.parts.model.parameters():
+        dtypes[parameter.requires_grad].add(parameter.dtype)
+    assert dtypes == {True: {torch.float32}, False: {frozen}}
+    assert any("--amp keeps them in 16 bits" in note for note in run.parts.notes) == (precision == "no")
+    written = load_file(tmp_path / "model" / "adapter_model.safetensors")
+    assert {w.dtype for w in written.values()} == {torch.float32}
+    assert all("lora_" in name or "lm_head" in name for name in written)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize("asked", ["auto", "float32"])
+def test_model_is_written_in_the_dtype_of_its_checkpoint(bf16_checkpoint, tmp_path, asked):
+    trained(bf16_checkpoint, tmp_path, save_dtype=asked)
+    dtype = torch.bfloat16 if asked == "auto" else torch.float32
+    written = load_file(tmp_path / "model" / "model.safetensors")
+    (newest,) = (tmp_path / "checkpoints").glob("step-00000002")
+    exact = load_file(newest / "model.safetensors")
+    assert {w.dtype for w in exact.values()} == {torch.float32}
+    for name, weight in written.items():
+        assert weight.dtype == dtype and torch.equal(weight, exact[name].to(dtype)), name
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").dtype == dtype
