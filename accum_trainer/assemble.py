@@ -23,7 +23,7 @@ from accum_trainer.batch_plan import (
     warmup_updates,
 )
 from accum_trainer.config import TrainConfig
-from accum_trainer.cutting import Cutting, decide_cut
+from accum_trainer.cutting import Cutting, decide_cut, decide_layout
 from accum_trainer.data import embedded, files
 from accum_trainer.data.collating import PackingCollator, PaddingCollator
 from accum_trainer.data.tokenizing import TokenizedRows, tokenize
@@ -32,7 +32,15 @@ from accum_trainer.engine.lost_processes import note_on_lost_processes
 from accum_trainer.errors import ConfigError, DataError, EngineError
 from accum_trainer.fit import Fit
 from accum_trainer.head import LossPath, decide_loss_path
-from accum_trainer.model import compile_blocks, fingerprint, frozen_dtype, is_flash, load_model, load_tokenizer, stored_dtype
+from accum_trainer.model import (
+    compile_blocks,
+    fingerprint,
+    frozen_dtype,
+    is_flash,
+    load_model,
+    load_tokenizer,
+    stored_dtype,
+)
 from accum_trainer.seeds import seed_of
 from accum_trainer.targets import SHIFTED
 
@@ -142,14 +150,15 @@ def assemble(config: TrainConfig, accumulator: Accumulator | None = None) -> Par
     model, optimizer, scheduler = accumulator.prepare(plain_model, plain_optimizer, schedule)
     some_tokens = torch.tensor([rows[0]["input_ids"]], device=engine.device)
     loss_path = decide_loss_path(model, some_tokens, config.loss_on_targets)
+    layout = decide_layout(config, accumulator, model, rows)
     compiled = _compile(config, engine, model) if config.compile else 0
-    cutting = decide_cut(config, accumulator, model, optimizer, rows)
+    cutting = decide_cut(config, accumulator, model, optimizer, rows, layout)
     cut = cutting.cut
     # From here on chance means dropout, which must differ between processes, and between runs on shares of the data.
     torch.manual_seed(seed_of("dropout", config.seed, rank=engine.rank, shard=shard[0]))
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    collate = PackingCollator() if cut.packed else PaddingCollator(pad, cut.multiple)
+    collate = PackingCollator(layout.boundaries) if cut.packed else PaddingCollator(pad, cut.multiple)
     return Parts(
         config=config,
         accumulator=accumulator,

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from accum_trainer.accumulator import Accumulator
 from accum_trainer.batch_plan import parse_rank_weights
 from accum_trainer.config import TrainConfig
@@ -18,6 +20,7 @@ from accum_trainer.data.tokenizing import TokenizedRows
 from accum_trainer.errors import ConfigError
 from accum_trainer.fit import Fit, find_fit
 from accum_trainer.model import is_flash
+from accum_trainer.packing import find_packing, worst_of
 from accum_trainer.window_plan import Cost, Cut
 
 # Without a GPU launching a kernel costs little, and a micro-batch need not be large to be worth it.
@@ -39,8 +42,62 @@ class Cutting:
     fit: Fit | None
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How samples lie in a micro-batch.
+
+    Attributes:
+        packed: end to end in one row; else padded to a rectangle.
+        reason: why.
+        boundaries: what a packed batch gives the model beside `position_ids`.
+    """
+
+    packed: bool
+    reason: str
+    boundaries: tuple[str, ...] = ()
+
+
+def decide_layout(config: TrainConfig, accumulator: Accumulator, model: Any, rows: TokenizedRows) -> Layout:
+    """Padded or packed. Packed pays where attention skips what is between samples; and only a proof allows it. Collective.
+
+    By the kind of attention, not by a timing: the same on every machine that a run is continued on.
+
+    Args:
+        model: as `Accumulator.prepare` returned it, not compiled.
+
+    Raises:
+        ConfigError: `layout=packed`, and the model does not keep packed samples apart.
+    """
+    engine = accumulator.engine
+    plain_model = engine.unwrap(model)
+    attention = getattr(plain_model.config, "_attn_implementation", None) or "unknown"
+    if config.layout == "padded":
+        return Layout(False, "asked for")
+    if config.layout == "auto" and not (is_flash(attention) or attention == "flex_attention"):
+        return Layout(False, f"{attention} attention would compute, and mask, all pairs of samples in a packed row")
+    longest = int(rows.lengths.max())
+    found = find_packing(
+        plain_model,
+        torch.tensor([t for i in range(min(4, len(rows))) for t in rows[i]["input_ids"]], device=engine.device),
+        longest=longest,
+        most=config.max_tokens_per_micro_batch or longest * accumulator.plan.micro_batch_size,
+        is_16_bit=engine.mixed_precision != "no",
+        backward=not engine.shards_weights,
+        agree=lambda found: worst_of(engine.gather_objects(found)),
+    )
+    if found.holds:
+        reason = "asked for" if config.layout == "packed" else f"{attention} computes no attention between samples"
+        return Layout(True, f"{reason}; proven: {found.reason}", found.boundaries)
+    if config.layout == "packed":
+        raise ConfigError(
+            f"layout=packed cannot be used with model={config.model}, whose packed samples see each other: {found.reason}; "
+            "use layout=padded"
+        )
+    return Layout(False, f"packed samples would see each other: {found.reason}")
+
+
 def decide_cut(
-    config: TrainConfig, accumulator: Accumulator, model: Any, optimizer: Any, rows: TokenizedRows
+    config: TrainConfig, accumulator: Accumulator, model: Any, optimizer: Any, rows: TokenizedRows, layout: Layout
 ) -> Cutting:
     """The cut that `config` asks for, or that is fastest on this machine. Collective.
 
@@ -48,44 +105,23 @@ def decide_cut(
         model, optimizer: as `Accumulator.prepare` returned them.
 
     Raises:
-        ConfigError: a layout that the model's attention cannot keep, shares that are not one per process, or not even one
-            sample that fits.
+        ConfigError: shares that are not one per process, or not even one sample that fits.
     """
     engine = accumulator.engine
     plain_model = engine.unwrap(model)
-    layout, layout_reason = _layout(config, plain_model)
     multiple = config.pad_to_multiple_of or (8 if engine.device.type == "cuda" else 1)
     fit = _find_fit(config, accumulator, model, optimizer, rows, multiple) if config.batch_size == "auto" else None
     max_tokens = fit.max_tokens if fit is not None else config.max_tokens_per_micro_batch
     cut = Cut(
         None if fit is not None else config.batch_size,  # type: ignore[arg-type]
         max_tokens,
-        1 if layout == "packed" else multiple,
-        layout == "packed",
+        1 if layout.packed else multiple,
+        layout.packed,
         _cost(config, engine, plain_model, max_tokens),
         engine.equal_micro_batches,
         _rank_weights(config, engine, plain_model),
     )
-    return Cutting(cut, layout_reason, fit)
-
-
-def _layout(config: TrainConfig, model: Any) -> tuple[str, str]:
-    """(`padded` or `packed`, why). Packed pays where attention skips what is between samples.
-
-    By the kind of attention, not by a timing: the same on every machine that a run is continued on.
-    """
-    attention = getattr(model.config, "_attn_implementation", None) or "unknown"
-    skips = is_flash(attention) or attention == "flex_attention"
-    if config.layout == "packed" and attention not in ("sdpa", "eager") and not skips:
-        raise ConfigError(
-            f"layout=packed needs attention that keeps samples apart by their positions, and model={config.model} has "
-            f"{attention}; use layout=padded"
-        )
-    if config.layout != "auto":
-        return config.layout, "asked for"
-    if skips:
-        return "packed", f"{attention} computes no attention between samples"
-    return "padded", f"{attention} attention would compute, and mask, all pairs of samples in a packed row"
+    return Cutting(cut, layout.reason, fit)
 
 
 def _find_fit(

@@ -104,6 +104,27 @@ def summed_loss(
     return stand_in.loss_of(logits)
 
 
+def logits_at(model: torch.nn.Module, inputs: Mapping[str, Any], positions: torch.Tensor) -> torch.Tensor:
+    """Run `model` on one row and give its logits at some positions, shape (positions, vocabulary).
+
+    Only these logits are made if a path is proven for the model.
+
+    Args:
+        inputs: `input_ids` of shape (1, tokens), and whatever else the model takes.
+        positions: ascending, int64.
+    """
+    inner, head, _ = _find_head(model)
+    path = PLAIN if head is None else _decide(inner, head, inputs["input_ids"]).path
+    if head is None or path == PLAIN:
+        return _logits(model(**inputs))[0, positions]
+    targets = torch.full_like(inputs["input_ids"], IGNORE)
+    targets[0, positions] = 0
+    stand_in = _StandIn(head, SELECTED, targets, 0.0)
+    with stand_in.in_place():
+        logits = _logits(model(**inputs))
+    return logits[0] if stand_in.path == SELECTED else logits[0, positions]
+
+
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:
     """Summed cross-entropy in float32 (float64 from float64 logits); targets of -100 count nothing."""
     flat = logits.flatten(0, -2)
@@ -148,11 +169,17 @@ def _remember(inner: torch.nn.Module, head: torch.nn.Module, path: LossPath) -> 
     return path
 
 
-def _find_head(model: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module | None, str]:
-    """(the model inside the engine's wrapper, its output head or None, why there is none)."""
+def inside_wrapper(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside the engine's wrapper."""
     inner = model
     while not _is_compiled(inner) and type(inner).__module__.startswith(_WRAPPERS):
         inner = inner.module  # type: ignore[assignment]
+    return inner
+
+
+def _find_head(model: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module | None, str]:
+    """(the model inside the engine's wrapper, its output head or None, why there is none)."""
+    inner = inside_wrapper(model)
     if _is_compiled(inner):
         return inner, None, "the model is compiled, with its head as it was"
     try:
@@ -318,6 +345,13 @@ def undisturbed(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
         model.eval()
         try:
             yield
+        except Exception:
+            reset = getattr(model, "reset_iter_state", None)
+            if callable(
+                reset
+            ):  # FSDP2: a forward that did not end leaves weights gathered; the next use of them crashes
+                reset()
+            raise
         finally:
             for module, training in modes:
                 module.training = training

@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from accum_trainer.data.tokenizing import IGNORE
+from accum_trainer.data.windows import is_packed
 from accum_trainer.errors import DataError
 from accum_trainer.head import summed_loss
+from accum_trainer.packing import without_cache
 
 # The last losses made here, so that `is_summed_here` knows one again.
 _made: deque[weakref.ReferenceType[torch.Tensor]] = deque(maxlen=16)
@@ -27,7 +29,8 @@ def causal_lm_loss(model: torch.nn.Module, batch: Mapping[str, Any], label_smoot
 
     Runs `model` on everything in `batch` but the labels and takes the loss from its logits, so it does not matter
     what the model itself would average over. Position t predicts label t + 1; the first label of a row is no target.
-    Logits are made only where there are targets, and few at a time, where the model allows it: see `head`.
+    Logits are made only where there are targets, and few at a time, where the model allows it: see `head`. A packed row
+    is run without a cache, which would hide from transformers where its samples begin.
 
     Args:
         model: returns logits of shape (samples, tokens, vocabulary), as an attribute `logits` or as its output.
@@ -41,6 +44,8 @@ def causal_lm_loss(model: torch.nn.Module, batch: Mapping[str, Any], label_smoot
     # Shift the labels, not the logits: a slice of the logits would be a second copy of the largest tensor there is.
     targets = F.pad(batch["labels"], (0, 1), value=IGNORE)[:, 1:]
     inputs = {key: value for key, value in batch.items() if key != "labels"}
+    if is_packed(batch):
+        inputs = without_cache(model, inputs)
     loss = summed_loss(model, inputs, targets, label_smoothing)
     _made.append(weakref.ref(loss))
     return loss

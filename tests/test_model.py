@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
 from accum_trainer import Accumulator, ConfigError, TrainConfig, causal_lm_loss
 from accum_trainer.assemble import _check_attention
-from accum_trainer.cutting import _layout
 from accum_trainer.data.collating import PackingCollator, PaddingCollator
 from accum_trainer.data.embedded import corpus_tokenizer
 from accum_trainer.model import load_model, load_tokenizer
+from accum_trainer.packing import find_packing
 from accum_trainer.train import Run, updates
 from tests.reference import make_model
 
@@ -37,13 +37,15 @@ def test_samples_packed_for_flex_attention_do_not_see_each_other():
     model = load_model(config, tokenizer)
     torch.manual_seed(0)
     exact = load_model(TrainConfig(), tokenizer).double()
-    assert _layout(config, model) == ("packed", "flex_attention computes no attention between samples")
     generator = torch.Generator().manual_seed(1)
     tokens = [torch.randint(1, 400, (length,), generator=generator).tolist() for length in (5, 40, 17, 150)]
     rows = [{"input_ids": ids, "labels": ids} for ids in tokens]
     with torch.no_grad():
         alone = sum(causal_lm_loss(exact, PaddingCollator(0)([row])).item() for row in rows)
         packed = causal_lm_loss(model, PackingCollator()(rows)).item()
+    torch._dynamo.reset()  # torch 2.13 compiles it for a CPU at one length, not for any
+    found = find_packing(model, torch.tensor(tokens[3]), most=200, backward=False)
+    assert found.holds, found
     assert packed == pytest.approx(alone, rel=1e-6)
 
 

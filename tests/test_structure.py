@@ -21,6 +21,8 @@ ORDER = [
     "config",
     "data",
     "head",
+    "packing_proof",
+    "packing",
     "loss",
     "targets",
     "outputs",

@@ -8,8 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from accum_trainer.data.tokenizing import IGNORE
+from accum_trainer.errors import ConfigError
 
 Sample = Mapping[str, Sequence[int]]
+# What transformers' models may take beside `position_ids`: samples' ends for flash attention and linear attention, and
+# each token's sample for convolutions and state-space layers.
+BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
 @dataclass(frozen=True)
@@ -37,16 +41,45 @@ class PaddingCollator:
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
+def boundaries_of(lengths: Sequence[int], names: Sequence[str] = BOUNDARIES) -> dict[str, torch.Tensor | int]:
+    """Where samples of these lengths, laid end to end in one row, begin and end, under transformers' names.
+
+    Gives `cu_seq_lens_q` and `cu_seq_lens_k` of shape (samples + 1,) and `seq_idx` of shape (1, tokens), int32, and
+    `max_length_q` and `max_length_k`, plain numbers, which no kernel has to ask the device for.
+    """
+    sizes = torch.tensor(lengths, dtype=torch.int32)
+    ends = torch.nn.functional.pad(sizes.cumsum(0, dtype=torch.int32), (1, 0))
+    number = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(sizes).unsqueeze(0)
+    longest = max(lengths)
+    known: dict[str, torch.Tensor | int] = dict(zip(BOUNDARIES, (ends, ends, longest, longest, number), strict=True))
+    return {name: known[name] for name in names}
+
+
 @dataclass(frozen=True)
 class PackingCollator:
-    """Lay samples end to end in one row, without padding; positions begin anew with each, and no sample sees another.
+    """Lay samples end to end in one row, without padding; positions begin anew with each.
 
     Gives `input_ids`, `labels` and `position_ids` of shape (1, tokens), int64, and no attention mask: from positions that
     begin anew transformers makes attention block-diagonal. A sample's first label is -100: it would be predicted by the
-    sample before it.
+    sample before it. Whether a model then keeps the samples apart is proven on the model (`packing`).
+
+    Args:
+        boundaries: names among `BOUNDARIES` of what to give besides, see `boundaries_of`.
+
+    Raises:
+        ConfigError: a name that is not among them.
     """
 
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    boundaries: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.boundaries if name not in BOUNDARIES]
+        if unknown:
+            raise ConfigError(
+                f"boundaries={self.boundaries} holds {unknown[0]!r}; give some of {', '.join(BOUNDARIES)}"
+            )
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor | int]:
         ids: list[int] = []
         labels: list[int] = []
         positions: list[int] = []
@@ -55,4 +88,7 @@ class PackingCollator:
             labels += [IGNORE, *sample["labels"][1:]]
             positions += range(len(sample["input_ids"]))
         columns = {"input_ids": ids, "labels": labels, "position_ids": positions}
-        return {name: torch.tensor([values]) for name, values in columns.items()}
+        row: dict[str, torch.Tensor | int] = {name: torch.tensor([values]) for name, values in columns.items()}
+        if self.boundaries:
+            row |= boundaries_of([len(sample["input_ids"]) for sample in samples], self.boundaries)
+        return row

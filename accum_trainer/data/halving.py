@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from accum_trainer.data.collating import BOUNDARIES, boundaries_of
 from accum_trainer.data.windows import Batch, first_tensor, is_packed, num_samples
 from accum_trainer.errors import DataError
 
@@ -18,7 +19,7 @@ def halve(batch: Batch) -> tuple[Batch, Batch]:
 
     Tensors are cut along their first dimension, and a list with one entry per sample is cut as they are. What has no
     samples of its own (a number, a tensor of first dimension 1) goes to both halves. Samples that lie end to end in one
-    row are cut where `position_ids` begin anew, nearest to the middle.
+    row are cut where `position_ids` begin anew, nearest to the middle, and their boundaries are made anew.
 
     Raises:
         DataError: there is one sample, or a tensor whose first dimension is not the samples.
@@ -70,8 +71,16 @@ def _halve_row(batch: Mapping[str, Any]) -> tuple[Batch, Batch]:
     if len(begins) < 2:
         raise DataError("it holds one sample")
     middle = min(begins[1:], key=lambda begin: abs(2 * begin - length))
+    starts = sorted({0, *begins})
+    lengths = [end - start for start, end in zip(starts, [*starts[1:], length], strict=True)]
+    cut = starts.index(middle)
     halves: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
     for key, value in batch.items():
+        if key in BOUNDARIES:
+            for half, part in zip(halves, (lengths[:cut], lengths[cut:]), strict=True):
+                made = boundaries_of(part, [key])[key]
+                half[key] = made.to(value) if isinstance(made, torch.Tensor) else made
+            continue
         is_tensor = isinstance(value, torch.Tensor) and value.ndim > 0
         if is_tensor and tuple(value.shape[:2]) != (1, length):
             raise DataError(f"{key} of shape {tuple(value.shape)} does not lie along the {length} positions of the row")

@@ -269,3 +269,23 @@ class TestResume:
             shutil.rmtree(path)
         argv = [*self.argv[:-1], "fresh", "--resume", "run"]
         refused(train, folder, *argv, says="resume=run is a run without a whole checkpoint")
+
+
+def test_i40_packed_samples_of_a_model_that_mixes_them(train, tmp_path):
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    from accum_trainer.data.embedded import corpus_tokenizer
+
+    tokenizer = corpus_tokenizer()
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_heads=4, head_dim=16, state_size=8, n_groups=1, chunk_size=8)
+    ids = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    Mamba2ForCausalLM(Mamba2Config(vocab_size=len(tokenizer), **sizes, **ids)).save_pretrained(tmp_path / "mamba")
+    tokenizer.save_pretrained(tmp_path / "mamba")
+    says = (
+        "layout=packed cannot be used with model=mamba, whose packed samples see each other: logits of a packed sample "
+        "differ from those of it alone by ",
+        "use layout=padded",
+    )
+    options = ("--model", "mamba", "--batch-size", "4", "--max-seq-len", "32", "--steps", "1", "--cpu")
+    refused(train, tmp_path, "--output-dir", "run", *options, "--layout", "packed", says=says)
+    assert train("--output-dir", "run", *options, cwd=tmp_path).status == 0  # padded, as it is by default

@@ -1,0 +1,319 @@
+"""Packed samples never see each other: on any family, or the proof says so and they are refused.
+
+Tolerance: relative 2e-6 against each sample alone in float64, as everywhere."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from accum_trainer import Accumulator, ConfigError, TrainConfig, causal_lm_loss
+from accum_trainer.cutting import Layout, decide_layout
+from accum_trainer.data.collating import BOUNDARIES, PackingCollator
+from accum_trainer.data.halving import halve
+from accum_trainer.packing import find_packing
+from tests.reference import IGNORE, make_rows, num_targets, relative_error
+
+EXACT = 2e-6
+ROWS = make_rows(5)
+TOKENS = torch.tensor([token for row in ROWS for token in row["input_ids"]])
+SIZES = dict(
+    vocab_size=256,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+    max_position_embeddings=512,
+)
+EXPERTS = dict(experts_implementation="eager", num_experts_per_tok=2)  # the fused experts take no float64
+LINEAR = dict(
+    linear_num_value_heads=2,
+    linear_num_key_heads=2,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+    layer_types=["linear_attention", "full_attention"],
+    head_dim=16,
+)
+STATE_SPACE = dict(mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_chunk_size=8)
+# Windows of 6 tokens: samples are longer, and rows longer still. Convolutions are 4 wide, or 3 (LFM2).
+KEEPS_APART = {
+    "Llama": {},
+    "GPT2": dict(n_embd=32, n_layer=2, n_head=2),  # with its dropout of 0.1
+    "Qwen2": {},
+    "Gemma2": dict(head_dim=16, query_pre_attn_scalar=16, sliding_window=6, final_logit_softcapping=2.0),
+    "Gemma3Text": dict(head_dim=16, sliding_window=6, layer_types=["sliding_attention", "full_attention"]),
+    "Mistral": dict(sliding_window=6),
+    "Mixtral": dict(num_local_experts=4) | EXPERTS,
+    "Llama4Text": dict(
+        head_dim=16,
+        attention_chunk_size=6,
+        num_local_experts=2,
+        intermediate_size_mlp=32,
+        layer_types=["chunked_attention", "full_attention"],
+    ),
+    "GPTNeoX": {},
+    "GPTNeo": dict(num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]], window_size=6),
+    "Phi3": {},
+}
+SEES_OTHERS = {
+    "GptOss": dict(head_dim=16, sliding_window=6, num_local_experts=4) | EXPERTS,
+    "Mamba": dict(state_size=4),
+    "Mamba2": dict(num_heads=4, head_dim=16, state_size=8, n_groups=1, chunk_size=8),
+    "FalconMamba": dict(state_size=4),
+    "RecurrentGemma": dict(lru_width=32, attention_window_size=6, num_hidden_layers=3, head_dim=16),
+    "Qwen3Next": LINEAR | EXPERTS | dict(num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16),
+    "Qwen3_5Text": LINEAR,
+    "FalconH1": dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8, head_dim=16),
+    "Lfm2": dict(layer_types=["conv", "full_attention"]),
+    "Bamba": STATE_SPACE | dict(attn_layer_indices=[1]),
+    "GraniteMoeHybrid": STATE_SPACE
+    | dict(layer_types=["mamba", "attention"], num_local_experts=0, shared_intermediate_size=64),
+    "Jamba": EXPERTS
+    | dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1)
+    | dict(num_experts=2, mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False),
+    "Zamba2": dict(mamba_d_state=8, mamba_ngroups=1, n_mamba_heads=4, mamba_headdim=16, chunk_size=8)
+    | dict(layers_block_type=["mamba", "hybrid"], num_mem_blocks=1, adapter_rank=4),
+    "MiniMax": EXPERTS
+    | dict(num_local_experts=2, layer_types=["linear_attention", "full_attention"], block_size=8, head_dim=16),
+    "Rwkv": dict(attention_hidden_size=32),
+    "Bloom": dict(n_layer=2, n_head=2),  # positions by ALiBi, which packing does not reach
+    "Mpt": dict(d_model=32, n_heads=2, n_layers=2, max_seq_len=512),
+    "OPT": dict(ffn_dim=64, word_embed_proj_dim=32, dropout=0),
+}
+FAMILIES = KEEPS_APART | SEES_OTHERS
+
+
+def make(name: str, **options) -> torch.nn.Module:
+    """As its configuration initialises it: with small weights, so that leaks are small too."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**(SIZES | FAMILIES[name] | options))
+    config.use_cache = False
+    head = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
+    model = getattr(transformers, name + head, None) or getattr(transformers, name.removesuffix("Text") + head)
+    return model(config).train()
+
+
+def gradient_apart(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The gradient of the mean over ROWS' targets, each row alone in float64."""
+    exact = copy.deepcopy(model).double().eval()
+    for row in ROWS:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
+        log_p = exact(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, :-1].log_softmax(-1)
+        picked = log_p.gather(-1, labels[1:].clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        (-(picked * (labels[1:] != IGNORE)).sum() / num_targets(ROWS)).backward()
+    return {name: p.grad for name, p in exact.named_parameters() if p.grad is not None}
+
+
+def gradient_packed(model: torch.nn.Module, boundaries=()) -> dict[str, torch.Tensor]:
+    model = copy.deepcopy(model).eval()
+    causal_lm_loss(model, PackingCollator(boundaries)(ROWS)).backward()
+    return {name: p.grad / num_targets(ROWS) for name, p in model.named_parameters() if p.grad is not None}
+
+
+def find(model: torch.nn.Module, **options):
+    return find_packing(model, TOKENS, **({"most": 80} | options))
+
+
+# --- the proof ---
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_i40_the_proof_holds_where_the_packed_gradient_is_each_samples_own(name):
+    model = make(name)
+    error = relative_error(gradient_packed(model), gradient_apart(model))
+    assert (error <= EXACT) == (name in KEEPS_APART), error
+    for backward in (True, False):
+        found = find(model, backward=backward)
+        assert found.holds == (error <= EXACT), (found, error)
+    sixteen = find(make(name).bfloat16())
+    assert sixteen.holds == (error <= EXACT), (sixteen, error)
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "Mistral", "GPTNeo"])
+def test_i41_with_a_cache_the_proof_holds_only_without_it(name):
+    model = make(name)
+    model.config.use_cache = True
+    assert not find(model).holds
+    found = find(model, boundaries=())
+    assert found.holds and found.without_cache
+    # causal_lm_loss leaves the cache out of a packed row.
+    assert relative_error(gradient_packed(model), gradient_apart(model)) <= EXACT
+
+
+def test_i40_a_layer_behind_weights_that_are_still_zero_is_seen():
+    """Some models begin with output projections of 0: no logit depends on the convolution, its projection's gradient does."""
+    model = make("Lfm2")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("out_proj.weight"):
+                p.zero_()
+    found = find(model)
+    assert not found.holds and "gradient changes by" in found.reason
+    model = make("Llama")
+    torch.nn.init.zeros_(model.lm_head.weight)
+    assert find(model).holds
+    assert "all its logits are 0" in find(model, backward=False).reason
+
+
+def test_i40_the_proof_leaves_no_trace():
+    model = make("GPT2")
+    model.transformer.h[0].eval()
+    model.register_buffer("calls", torch.zeros(()))
+
+    def count(module, args):
+        module.calls.add_(1)
+
+    model.register_forward_pre_hook(count)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    modes = [module.training for module in model.modules()]
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    assert find(model).holds
+    assert torch.equal(torch.rand(3), expected)
+    assert [module.training for module in model.modules()] == modes and model.is_gradient_checkpointing
+    assert model.calls == 0 and all(p.grad is None for p in model.parameters())
+
+
+class Convolution(torch.nn.Module):
+    """A causal convolution over the last four tokens; those of other samples count 0 if it is given `seq_idx`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = torch.nn.Embedding(256, 16), torch.nn.Linear(16, 256, bias=False)
+        self.taps = torch.nn.Parameter(torch.randn(4, 16))
+        self.given: list[tuple[str, ...]] = []
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids, position_ids=None, attention_mask=None, seq_idx=None):
+        self.given.append(() if seq_idx is None else ("seq_idx",))
+        hidden = self.embed(input_ids)
+        length, sum_ = hidden.shape[1], hidden * self.taps[0]
+        for back in range(1, 4):
+            shifted = torch.nn.functional.pad(hidden, (0, 0, back, 0))[:, :length]
+            if seq_idx is not None:
+                before = torch.nn.functional.pad(seq_idx, (back, 0), value=-1)[:, :length]
+                shifted = shifted * (before == seq_idx).unsqueeze(-1)
+            sum_ = sum_ + shifted * self.taps[back]
+        return SimpleNamespace(logits=self.head(torch.tanh(sum_)))
+
+
+def test_i40_a_convolution_is_given_each_tokens_sample():
+    model = Convolution()
+    found = find(model)
+    assert found.holds and found.boundaries == ("seq_idx",)  # what it does not take it is not given
+    assert relative_error(gradient_packed(model, found.boundaries), gradient_apart(model)) <= EXACT
+    assert relative_error(gradient_packed(model), gradient_apart(model)) > 0.01
+    as_given = find(model, boundaries=())
+    assert not as_given.holds and as_given.remedy == ("seq_idx",)
+    assert find(model, boundaries=("seq_idx",)).holds
+
+
+class LeakyBackward(torch.autograd.Function):
+    """The identity, whose gradient goes to the position before too."""
+
+    @staticmethod
+    def forward(ctx, hidden):
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient + 1e-3 * gradient.roll(-1, 1)
+
+
+def test_i40_a_backward_that_contradicts_its_forward_is_seen():
+    model = make("Llama").bfloat16()
+    model.model.layers[0].register_forward_hook(lambda module, args, output: LeakyBackward.apply(output))
+    assert find(model, backward=False).holds
+    assert "has a gradient at the sample before it" in find(model).reason
+
+
+class NoPositions(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(256, 8)
+
+    def forward(self, input_ids):
+        return SimpleNamespace(logits=self.embed(input_ids))
+
+
+def test_i40_a_model_without_positions_cannot_be_packed():
+    assert find(NoPositions()).reason == "its forward takes no position_ids"
+
+
+# --- the boundaries ---
+
+
+def test_boundaries_are_those_of_transformers():
+    from transformers import DataCollatorWithFlattening
+
+    theirs = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True, return_tensors="pt")(
+        [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in ROWS]
+    )
+    ours = PackingCollator(BOUNDARIES)(ROWS)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert type(value) is type(ours[name]), name
+        if isinstance(value, torch.Tensor):
+            assert value.dtype == ours[name].dtype and torch.equal(value, ours[name]), name
+        else:
+            assert value == ours[name], name
+    assert set(PackingCollator(("seq_idx",))(ROWS)) == {"input_ids", "labels", "position_ids", "seq_idx"}
+    with pytest.raises(ConfigError, match="holds 'cu_seqlens'; give some of cu_seq_lens_q, cu_seq_lens_k"):
+        PackingCollator(("cu_seqlens",))
+
+
+def test_halves_of_a_packed_row_have_boundaries_of_their_own():
+    samples = [{"input_ids": list(range(1, n + 1)), "labels": list(range(1, n + 1))} for n in (5, 2, 4, 3)]
+    first, second = halve(PackingCollator(BOUNDARIES)(samples))
+    expected = [([0, 5, 7], 5, [0] * 5 + [1] * 2), ([0, 4, 7], 4, [0] * 4 + [1] * 3)]
+    for half, (ends, longest, number) in zip((first, second), expected, strict=True):
+        assert half["cu_seq_lens_q"].tolist() == half["cu_seq_lens_k"].tolist() == ends
+        assert half["max_length_q"] == half["max_length_k"] == longest
+        assert half["seq_idx"].tolist() == [number]
+        assert {half[name].dtype for name in ("cu_seq_lens_q", "seq_idx")} == {torch.int32}
+    assert second["input_ids"].tolist() == [[1, 2, 3, 4, 1, 2, 3]]
+
+
+# --- train decides by the proof ---
+
+
+class FewRows(list):
+    def __init__(self) -> None:
+        super().__init__(ROWS)
+        self.lengths = torch.tensor([len(row["input_ids"]) for row in ROWS]).numpy()
+
+
+def layout_of(network: torch.nn.Module, **options) -> Layout:
+    accumulator = Accumulator(micro_batch_size=4, cpu=True)
+    prepared = accumulator.prepare(network)
+    return decide_layout(TrainConfig(**options), accumulator, prepared, FewRows())
+
+
+def test_i40_layout_is_decided_by_the_proof(fresh_accelerate):
+    proven = "logits and gradient of packed samples are those of each alone"
+    assert layout_of(make("Llama"), layout="packed") == Layout(True, f"asked for; proven: {proven}")
+    assert layout_of(make("Llama"), layout="padded") == Layout(False, "asked for")
+    assert layout_of(make("Llama")).reason.startswith("sdpa attention would compute, and mask, all pairs")
+    with pytest.raises(
+        ConfigError, match=r"layout=packed cannot be used with model=x, whose packed samples see each .*use"
+    ):
+        layout_of(make("Lfm2"), layout="packed", model="x")
+    mamba = make("Mamba2")
+    mamba.config._attn_implementation = "flash_attention_2"  # it has no attention; a GPU's default for its siblings
+    found = layout_of(mamba)
+    assert not found.packed and found.reason.startswith(
+        "packed samples would see each other: logits of a packed sample"
+    )
