@@ -27,6 +27,7 @@ from accum_trainer.objective import (
     unproven,
 )
 from accum_trainer.outputs import OutputWatch
+from accum_trainer.packing_guard import PackingGuard
 from accum_trainer.targets import SHIFTED, CountTargets
 
 # A proof needs no more samples, and the logits of few take little memory.
@@ -50,6 +51,7 @@ class LossContract:
         self.allow_batch_norm = allow_batch_norm
         self._models: list[torch.nn.Module] = []
         self._outputs = OutputWatch()
+        self._packing = PackingGuard(engine)
 
     def watch(self, models: Sequence[torch.nn.Module]) -> None:
         """Know these models, as the loop calls them."""
@@ -79,6 +81,7 @@ class LossContract:
             EngineError: BatchNorm in train mode, and windows of several micro-batches.
         """
         self.watch(self._engine.prepared_models())
+        self._packing.decide(self._models, batches)
         plan = self._engine.plan
         if plan.gradient_accumulation_steps * plan.world_size > 1 and not self.allow_batch_norm:
             self._refuse_batch_norm()

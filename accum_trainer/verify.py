@@ -182,6 +182,7 @@ class _Session:
     def __init__(self, subject: Subject) -> None:
         self.subject, self.acc = subject, subject.accumulator
         self.engine: Engine = subject.accumulator.engine
+        self.acc.losses.allow_batch_norm = True  # it is named here, with the rest
         self.exact: BigBatch | None = None
         self.peer: BigBatch | None = None
         if self.engine.is_main:

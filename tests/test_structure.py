@@ -27,6 +27,7 @@ ORDER = [
     "targets",
     "outputs",
     "objective",
+    "packing_guard",
     "loss_contract",
     "cost",
     "model",

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from accum_trainer import Accumulator, DataError, EngineError, causal_lm_loss, head
 from accum_trainer.data.collating import PackingCollator, PaddingCollator
+from accum_trainer.packing import find_packing, worst_of
 from accum_trainer.window_plan import Cost, Cut, global_order, windows_of
 from benchmarks.grad_sync import counting
 from tests.reference import IGNORE, big_batch, make_model, make_rows, num_targets, pad, relative_error
@@ -1078,6 +1079,58 @@ def i6_packed_samples() -> dict[str, Any]:
                 acc.backward(causal_lm_loss(probe.model, batch))
         update = probe.step()
     return {"errors": [relative_error(probe.stepped[-1], exact), abs(update.loss - exact_loss) / exact_loss]}
+
+
+@case
+def i40_i41_packed_samples_that_see_each_other() -> dict[str, Any]:
+    """A cache left on: refused for the model's own loss, exact for ours. A convolution: refused, then padded and exact.
+
+    Under `train` the proof also tries what the model needs, which may raise in the midst of a forward.
+    """
+    from tests.test_packing import make
+
+    rows = make_rows(12)
+    own = [PackingCollator()(rows[begin : begin + 3]) for begin in range(0, 12, 3)][rank() :: world_size()]
+
+    def run(probe: Probe, windows: Any, loss: Callable[..., Any]) -> Any:
+        for window in windows:
+            for batch in window:
+                with probe.acc.accumulate(probe.model):
+                    probe.acc.backward(loss(probe.model, batch))
+            return probe.step()
+
+    def refused(model: torch.nn.Module, loss: Callable[..., Any]) -> str:
+        acc = accumulator(1, global_batch_size=4)
+        probe = Probe(acc, model)
+        try:
+            run(probe, acc.windows(iter(own)), loss)
+        except DataError as error:
+            return str(error)
+        return ""
+
+    messages = [refused(make_model("llama"), lambda model, batch: model(**batch).loss)]
+    messages.append(refused(make("Lfm2"), causal_lm_loss))
+    errors = []
+    acc = accumulator(1, global_batch_size=4)
+    probe = Probe(acc, make_model("llama"))
+    exact = probe.exact(rows)[1]
+    run(probe, acc.windows(iter(own)), causal_lm_loss)
+    errors.append(relative_error(probe.stepped[-1], exact))
+
+    acc = accumulator(3, global_batch_size=12)
+    probe = Probe(acc, make("Lfm2"))
+    engine, ids = acc.engine, torch.tensor(rows[2]["input_ids"])
+    found = find_packing(
+        engine.unwrap(probe.model),
+        ids,
+        most=64,
+        backward=not engine.shards_weights,
+        agree=lambda own: worst_of(engine.gather_objects(own)),
+    )
+    exact = probe.exact(planned(rows, 12)[0])[1]
+    run(probe, acc.windows(rows, collate_fn=pad, lengths=lengths(rows)), causal_lm_loss)
+    errors.append(relative_error(probe.stepped[-1], exact))
+    return {"messages": messages, "errors": errors, "reason": found.reason}
 
 
 @case

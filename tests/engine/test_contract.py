@@ -234,6 +234,15 @@ def test_i6_packed_samples_have_the_padded_gradient(case):
         assert all(error <= EXACT for error in result["errors"])
 
 
+def test_i40_i41_packed_samples_that_see_each_other_are_refused(case):
+    for result in case("i40_i41_packed_samples_that_see_each_other"):
+        cached, convolved = result["messages"]
+        assert "set model.config.use_cache = False" in cached
+        assert "its samples see each other" in convolved and "give it padded batches" in convolved
+        assert "with the samples' boundaries: it cannot be tried: ValueError" in result["reason"]
+        assert all(error <= EXACT for error in result["errors"]), result["errors"]
+
+
 def test_i7_label_smoothing(case):
     for result in case("i7_label_smoothing"):
         assert all(error <= EXACT for error in result["errors"])

@@ -1,0 +1,108 @@
+"""No packed batch runs on a model that has not been proven to keep packed samples apart.
+
+The proof is made with the first packed micro-batch, by all ranks together. A hook on each model of
+the loop lets packed rows through that are like it; others are refused in their forward, before the
+update that they would spoil. A proven model is not asked anything that waits for the device.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from accum_trainer.data.collating import BOUNDARIES
+from accum_trainer.data.halving import num_positions
+from accum_trainer.data.windows import Batch, is_packed, num_samples
+from accum_trainer.errors import DataError
+from accum_trainer.head import inside_wrapper
+from accum_trainer.packing import find_packing, uses_cache, worst_of
+from accum_trainer.packing_proof import Packing
+
+# Tokens of the row of a proof, at least: attention windows up to it are exercised, however short the first real row is.
+_MOST = 4352
+_PADDED = "give it padded batches with an attention_mask"
+
+
+class PackingGuard:
+    """Knows the models of a loop, and which of them may be given packed rows.
+
+    Args:
+        engine: of the accumulator.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._found: weakref.WeakKeyDictionary[torch.nn.Module, Packing] = weakref.WeakKeyDictionary()
+        self._is_proving = False
+        self._watched: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+
+    def decide(self, models: Sequence[torch.nn.Module], batches: Sequence[Batch]) -> None:
+        """Prove the models with the first packed row that a rank has, if any has one. Collective."""
+        for model in models:
+            if model not in self._watched:
+                self._watched.add(model)
+                model.register_forward_pre_hook(self._check, with_kwargs=True)
+        if len(self._found) == len(models):
+            return
+        rows = [batch for batch in batches if isinstance(batch, Mapping) and is_packed(batch)]
+        row = self._engine.first_of(max(rows, key=num_positions, default=None))
+        if row is None:
+            return
+        self._is_proving = True
+        try:
+            for model in models:
+                self._found[model] = self._prove(model, row)
+        finally:
+            self._is_proving = False
+
+    def _prove(self, model: torch.nn.Module, row: Mapping[str, Any]) -> Packing:
+        engine = self._engine
+        return find_packing(
+            engine.unwrap(model),
+            row["input_ids"].to(engine.device),
+            most=max(_MOST, row["input_ids"].numel()),
+            boundaries=_boundaries_in(row),
+            is_16_bit=engine.mixed_precision != "no",
+            backward=not engine.shards_weights,
+            agree=lambda found: worst_of(engine.gather_objects(found)),
+        )
+
+    def _check(self, model: torch.nn.Module, args: Any, inputs: dict[str, Any]) -> None:
+        if self._is_proving or not is_packed(inputs):
+            return
+        found = self._found.get(model)
+        problem = _problem(model, inputs, found)
+        # Only here are values read, which waits for the device; one sample alone sees no other.
+        if problem and num_samples(inputs) > 1:
+            name = type(inside_wrapper(model)).__name__.removeprefix("FSDP")
+            raise DataError(f"a packed batch of {num_samples(inputs)} samples on {name}: {problem}")
+
+
+def _boundaries_in(batch: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(name for name in BOUNDARIES if name in batch)
+
+
+def _problem(model: torch.nn.Module, inputs: Mapping[str, Any], found: Packing | None) -> str:
+    """Why this model may not be given this packed row, and the remedy; "" if it may."""
+    if found is None:
+        return (
+            "the micro-batches of the first window held no packed one, so it is not proven that the samples do not see "
+            f"each other; let the first window hold one, or {_PADDED}"
+        )
+    if not found.holds:
+        remedy = f"; {_PADDED}"
+        if found.remedy:
+            remedy = f"; collate with PackingCollator(boundaries={found.remedy!r}), or {_PADDED}"
+        return f"its samples see each other: {found.reason}{remedy}"
+    if found.without_cache and inputs.get("use_cache") is not False and uses_cache(inside_wrapper(model)):
+        return (
+            "its samples see each other, as transformers does not look for positions that begin anew where there is a "
+            "cache; set model.config.use_cache = False before training, or use causal_lm_loss"
+        )
+    given = _boundaries_in(inputs)
+    if given != found.boundaries:
+        return f"it holds the boundaries {given}, but what is proven is {found.boundaries}; collate all batches of a loop alike"
+    return ""
