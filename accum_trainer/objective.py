@@ -15,17 +15,17 @@ float32 one. What satisfies neither cannot be cut, and is refused. Knows no engi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from accum_trainer.data.halving import halve
 from accum_trainer.data.tokenizing import IGNORE
-from accum_trainer.data.windows import Batch, is_packed, num_samples
+from accum_trainer.data.windows import Batch, num_samples
 from accum_trainer.errors import DataError
 from accum_trainer.head import cross_entropy, undisturbed
+from accum_trainer.objective_probe import Probe, ignored_label, probe_of
 from accum_trainer.outputs import own_loss, router_coefficient, router_loss
 from accum_trainer.targets import SHIFTED, Counting, CountTargets, countings_of
 
@@ -33,8 +33,6 @@ MEAN, SUM = "mean", "sum"
 REMEDY = "pass count_targets=function(batch) -> number of terms that your loss averages over"
 # Relative. A forward of half the samples rounds differently; hidden labels change the loss alone.
 _FLOAT32, _SIXTEEN_BIT = 1e-5, 3e-2
-_FEWEST_TARGETS = 6  # of a batch whose labels are hidden in parts
-_MORE_PADDING = 3  # columns, to see whether they change the loss
 _ROUTER_TERMS = ("aux_loss", "z_loss", "encoder_aux_loss", "decoder_aux_loss")
 
 
@@ -126,7 +124,7 @@ def find_objective(
     Raises:
         DataError: the batch has no labels that are known, and `count_targets` is None.
     """
-    ignore = _ignored_label(model)
+    ignore = ignored_label(model)
     candidates = _ways(batch, count_targets, ignore)
     likeliest = unproven(batch, count_targets, "", ignore)
     sixteen_bit = (torch.float16, torch.bfloat16)
@@ -134,7 +132,7 @@ def find_objective(
     if _device_of(batch).type == "cuda" and torch.get_float32_matmul_precision() != "highest":
         is_16_bit = True  # products in TF32 round as coarsely as 16-bit ones
     try:
-        probe = _probe_of(model, batch, ignore)
+        probe = probe_of(model, batch, ignore)
     except DataError as error:
         return replace(likeliest, reason=f"cannot be proven: {error}")
     try:
@@ -165,178 +163,6 @@ def find_objective(
     return replace(likeliest, reason=reason)
 
 
-# --- the probe: one batch with unequal halves, its halves, and the same by hidden labels ---
-
-
-@dataclass(frozen=True)
-class _Probe:
-    """Batches to run.
-
-    Attributes:
-        whole: the batch, with unequal halves.
-        halves: its samples in two; None if it cannot be cut.
-        hidden: `whole` with all labels but those of one half hidden, twice; None if none can be.
-        first_column: `whole` with the first label of each row alone, which a shift drops.
-        wider: `whole` with more columns of padding.
-    """
-
-    whole: Batch
-    halves: tuple[Batch, Batch] | None = None
-    hidden: tuple[Batch, Batch] | None = None
-    first_column: Batch | None = None
-    wider: Batch | None = None
-
-    def batches(self) -> Iterator[tuple[str, Batch]]:
-        yield "whole", self.whole
-        for name in ("halves", "hidden"):
-            for index, batch in enumerate(getattr(self, name) or ()):
-                yield f"{name}{index}", batch
-        for name in ("first_column", "wider"):
-            if getattr(self, name) is not None:
-                yield name, getattr(self, name)
-
-
-def _probe_of(model: Any, batch: Batch, ignore: int) -> _Probe:
-    """Raises DataError if there is nothing to cut and nothing to hide."""
-    is_row = isinstance(batch, Mapping) and is_packed(batch)
-    if not is_row and num_samples(batch) == 1:
-        batch = _twice(batch)
-    if not isinstance(batch, Mapping):
-        return _Probe(batch, halve(batch))
-    labels = batch.get("labels")
-    if _can_hide(model, labels, ignore):
-        labels = _filled_up(batch, ignore)
-        batch = _with_decoder_inputs(model, {**batch, "labels": labels})
-        first = _first_half(labels, ignore)
-        thinned = _thinned(labels, first, ignore)
-        whole = {**batch, "labels": thinned}
-        hidden = (
-            {**whole, "labels": thinned.masked_fill(~first, ignore)},
-            {**whole, "labels": thinned.masked_fill(first, ignore)},
-        )
-        only_first = torch.full_like(labels, ignore)
-        some_label = labels[labels != ignore][0]
-        column = labels[..., 0]
-        only_first[..., 0] = torch.where(column == ignore, some_label, column)
-        alone = {**batch, "labels": only_first}
-        return _Probe(whole, _halves_or_none(whole), hidden, alone, _wider(model, whole, ignore))
-    return _Probe(batch, halve(batch), wider=_wider(model, batch, ignore))
-
-
-def _can_hide(model: Any, labels: Any, ignore: int) -> bool:
-    """Whether `ignore` is sure to mean "no target": on a GPU a wrong label ends the process."""
-    if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.ndim < 2:
-        return False
-    if labels.shape[-1] < 2:
-        return False
-    return hasattr(model, "loss_function") or bool((labels == ignore).any())
-
-
-def _filled_up(batch: Mapping[str, Any], ignore: int) -> torch.Tensor:
-    """The labels; if hardly any is a target, with class 0, which every loss knows, in the gaps."""
-    labels, mask = batch["labels"], batch.get("attention_mask")
-    if int((labels != ignore).sum()) >= _FEWEST_TARGETS:
-        return labels
-    filled = labels.masked_fill(labels == ignore, 0)
-    if isinstance(mask, torch.Tensor) and mask.shape == labels.shape:
-        return filled.masked_fill(mask == 0, ignore)
-    return filled
-
-
-def _wider(model: Any, batch: Mapping[str, Any], ignore: int) -> Batch | None:
-    """The batch with more padding on the right; None if it has no mask that would hide it."""
-    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
-    if not isinstance(ids, torch.Tensor) or not isinstance(mask, torch.Tensor):
-        return None
-    if ids.ndim != 2 or mask.shape != ids.shape or "position_ids" in batch:
-        return None
-    pad_token = getattr(getattr(model, "config", None), "pad_token_id", None)
-    fillings = {"input_ids": pad_token if isinstance(pad_token, int) else 0, "labels": ignore}
-
-    def widened(key: str, value: Any) -> Any:
-        along = isinstance(value, torch.Tensor) and value.shape == ids.shape
-        of_decoder = key.startswith("decoder_") or (key == "labels" and "decoder_input_ids" in batch)
-        if not along or of_decoder:
-            return value
-        return torch.nn.functional.pad(value, (0, _MORE_PADDING), value=fillings.get(key, 0))
-
-    return {key: widened(key, value) for key, value in batch.items()}
-
-
-def _first_half(labels: torch.Tensor, ignore: int) -> torch.Tensor:
-    """True on the first rows, up to half of the targets; inside a row if only one has any."""
-    first = torch.zeros_like(labels, dtype=torch.bool)
-    is_target = labels != ignore
-    by_row = is_target.flatten(1).sum(1).cumsum(0)
-    rows = int((by_row <= by_row[-1] // 2).sum())
-    if 0 < rows < len(labels) and by_row[rows - 1] > 0:
-        first[:rows] = True
-        return first
-    targets = is_target.flatten().nonzero().flatten()
-    first.view(-1)[: int(targets[len(targets) // 2])] = True
-    return first
-
-
-def _thinned(labels: torch.Tensor, first: torch.Tensor, ignore: int) -> torch.Tensor:
-    """The labels with two of three targets of the first half hidden: the halves are unequal."""
-    flat = labels.flatten().clone()
-    targets = ((flat != ignore) & first.flatten()).nonzero().flatten()
-    kept = targets[2::3] if len(targets) > 2 else targets
-    hidden = torch.ones_like(targets, dtype=torch.bool)
-    hidden[torch.isin(targets, kept)] = False
-    flat[targets[hidden]] = ignore
-    return flat.view_as(labels)
-
-
-def _halves_or_none(batch: Batch) -> tuple[Batch, Batch] | None:
-    try:
-        return halve(batch)
-    except DataError:
-        return None
-
-
-def _twice(batch: Batch) -> Batch:
-    """A batch of one sample as a batch of two, both the same."""
-
-    def twice(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return torch.cat([value, value]) if value.ndim else value
-        if isinstance(value, Mapping):
-            return {key: twice(entry) for key, entry in value.items()}
-        if isinstance(value, list):
-            return value * 2
-        if isinstance(value, tuple):
-            return tuple(twice(entry) for entry in value)
-        raise DataError(f"a batch of one sample holds a {type(value).__name__}, which has no half")
-
-    return twice(batch)
-
-
-def _with_decoder_inputs(model: Any, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Encoder-decoders make their decoder's input from the labels: hiding some must not change it."""
-    if "decoder_input_ids" in batch or "decoder_inputs_embeds" in batch:
-        return batch
-    config = getattr(model, "config", None)
-    if not getattr(config, "is_encoder_decoder", False):
-        return batch
-    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    labels = batch["labels"]
-    if shift is not None:
-        return {**batch, "decoder_input_ids": shift(labels)}
-    start = torch.full_like(labels[:, :1], int(getattr(config, "decoder_start_token_id", 0) or 0))
-    pad = int(getattr(config, "pad_token_id", 0) or 0)
-    return {**batch, "decoder_input_ids": torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] < 0, pad)], 1)}
-
-
-def _ignored_label(model: Any) -> int:
-    found = getattr(getattr(model, "config", None), "semantic_loss_ignore_index", None)
-    return found if isinstance(found, int) and _segments(model) else IGNORE
-
-
-def _segments(model: Any) -> bool:
-    return "SemanticSegmentation" in str(getattr(model, "loss_type", "")) + type(model).__name__
-
-
 # --- running it ---
 
 
@@ -354,7 +180,7 @@ class _Seen:
         return replace(self, loss=self.loss - coefficient * self.router)
 
 
-def _run(model: torch.nn.Module, probe: _Probe) -> dict[str, _Seen] | None:
+def _run(model: torch.nn.Module, probe: Probe) -> dict[str, _Seen] | None:
     """The losses of all probe batches; None if the model returns none."""
     call: Callable[[Batch], Any] = (lambda b: model(**b)) if isinstance(probe.whole, Mapping) else model
     seen: dict[str, _Seen] = {}
@@ -391,7 +217,7 @@ def _shifted_cross_entropy(outputs: Any, batch: Mapping[str, Any]) -> float | No
     return float(cross_entropy(logits, targets, 0.0)) / count if count else None
 
 
-def _without_shift_or_with(candidates: list[Counting], probe: _Probe, seen: dict[str, _Seen]) -> list[Counting]:
+def _without_shift_or_with(candidates: list[Counting], probe: Probe, seen: dict[str, _Seen]) -> list[Counting]:
     """Drop the shifted count or the unshifted one: a shift leaves no target in the first column."""
     if probe.first_column is None or SHIFTED not in candidates:
         return candidates
@@ -405,7 +231,7 @@ def _without_shift_or_with(candidates: list[Counting], probe: _Probe, seen: dict
     return [counting for counting in candidates if counting.name != dropped]
 
 
-def _router_part(model: torch.nn.Module, counting: Counting, probe: _Probe, seen: dict[str, _Seen]) -> float | None:
+def _router_part(model: torch.nn.Module, counting: Counting, probe: Probe, seen: dict[str, _Seen]) -> float | None:
     """The coefficient of the router's loss in the model's own: 0 if it has none, None if unknown."""
     whole = seen["whole"]
     if not whole.router_terms:
@@ -420,7 +246,7 @@ def _router_part(model: torch.nn.Module, counting: Counting, probe: _Probe, seen
     return None
 
 
-def _length_that_matters(probe: _Probe, seen: dict[str, _Seen], is_16_bit: bool) -> int:
+def _length_that_matters(probe: Probe, seen: dict[str, _Seen], is_16_bit: bool) -> int:
     """The batch's number of columns if more padding changes the loss, else 0."""
     if probe.wider is None:
         return 0
@@ -437,7 +263,7 @@ def _near(a: float, b: float, tolerance: float) -> bool:
 def _holds(
     counting: Counting,
     reduction: str,
-    probe: _Probe,
+    probe: Probe,
     seen: dict[str, _Seen],
     is_16_bit: bool,
 ) -> bool:

@@ -262,3 +262,9 @@ def test_scheduler_steps_with_updates_only():
         scheduler.step()
         scheduler.step()
     assert scheduler.get_last_lr() == [pytest.approx(0.1 / 3)]
+
+
+def test_torch_that_is_too_old_is_refused(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.10.1+cpu"))
+    with pytest.raises(EngineError, match=r"torch 2.10.1\+cpu is too old"):
+        Accumulator(micro_batch_size=1, cpu=True)

@@ -26,6 +26,7 @@ ORDER = [
     "loss",
     "targets",
     "outputs",
+    "objective_probe",
     "objective",
     "packing_guard",
     "loss_contract",

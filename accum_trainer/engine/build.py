@@ -60,6 +60,11 @@ def build_engine(
         ConfigError: another source says another K; an unknown policy; an Accelerator and arguments for one.
         EngineError: the engine in force is not the one asked for, or none of ours.
     """
+    if torch.__version__ < (2, 11):
+        raise EngineError(
+            f"torch {torch.__version__} is too old: gradients have no dtype of their own before 2.11, "
+            "so they could not accumulate in float32; pip install 'torch>=2.11'"
+        )
     if grad_sync not in GRAD_SYNCS:
         raise ConfigError(f"grad_sync={grad_sync!r} is not known; give one of {', '.join(GRAD_SYNCS)}")
     given = {"zero_stage": zero_stage, "cpu_offload": cpu_offload or None, "fsdp": fsdp or None}
