@@ -56,7 +56,8 @@ def find_packing(
     """
     inner = inside_wrapper(model)
     attention = getattr(getattr(inner, "config", None), "_attn_implementation", None)
-    key = (boundaries, attention, uses_cache(inner), is_16_bit, backward)
+    how = (attention, uses_cache(inner), is_16_bit, backward)
+    key = (boundaries, *how)
     known = _decided.setdefault(inner, {})
     if key not in known:
         lengths = _lengths(inner, most, longest)
@@ -65,7 +66,10 @@ def find_packing(
         def run(boundaries: tuple[str, ...], use_cache: bool | None = None) -> Packing:
             return agree(proof.run(boundaries, use_cache))
 
-        known[key] = _given(run, inner, boundaries) if boundaries is not None else _needed(run, inner, attention)
+        found = _given(run, inner, boundaries) if boundaries is not None else _needed(run, inner, attention)
+        known[key] = found
+        if found.holds:
+            known[(found.boundaries, *how)] = found  # batches will hold them
     return known[key]
 
 

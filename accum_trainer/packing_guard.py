@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -40,13 +41,20 @@ class PackingGuard:
         self._watched: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
     def decide(self, models: Sequence[torch.nn.Module], batches: Sequence[Batch]) -> None:
-        """Prove the models with the first packed row that a rank has, if any has one. Collective."""
+        """Prove the models with the first packed row that a rank has, if any has one. Collective.
+
+        Raises:
+            DataError: a batch is packed in a way that no proof covers.
+        """
         for model in models:
             if model not in self._watched:
                 self._watched.add(model)
                 model.register_forward_pre_hook(self._check, with_kwargs=True)
         if len(self._found) == len(models):
             return
+        problem = self._engine.first_of(next(filter(None, map(_packed_otherwise, batches)), None))
+        if problem is not None:
+            raise DataError(problem)
         rows = [batch for batch in batches if isinstance(batch, Mapping) and is_packed(batch)]
         row = self._engine.first_of(max(rows, key=num_positions, default=None))
         if row is None:
@@ -60,6 +68,9 @@ class PackingGuard:
 
     def _prove(self, model: torch.nn.Module, row: Mapping[str, Any]) -> Packing:
         engine = self._engine
+        wrong = _wrong_boundary(row)
+        if wrong:
+            return Packing(False, f"its {wrong} does not fit its position_ids", _boundaries_in(row))
         return find_packing(
             engine.unwrap(model),
             row["input_ids"].to(engine.device),
@@ -83,6 +94,43 @@ class PackingGuard:
 
 def _boundaries_in(batch: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(name for name in BOUNDARIES if name in batch)
+
+
+def _wrong_boundary(row: Mapping[str, Any]) -> str:
+    """The first of a row's boundaries that says something else than where its positions begin anew; "" if none does."""
+    begins = (row["position_ids"][0] == 0).nonzero().flatten().tolist()
+    edges = sorted({0, *begins, row["position_ids"].shape[1]})
+    longest = max(end - begin for begin, end in pairwise(edges))
+    for name in _boundaries_in(row):
+        if name.startswith("cu_seq_lens"):
+            fits = row[name].tolist() == edges
+        elif name.startswith("max_length"):
+            fits = int(row[name]) >= longest
+        else:  # whatever it counts from
+            fits = (row[name][0].diff().nonzero().flatten() + 1).tolist() == edges[1:-1]
+        if not fits:
+            return name
+    return ""
+
+
+def _packed_otherwise(batch: Batch) -> str | None:
+    """Why this batch is refused: samples lie end to end in its rows, and it is no single row without a mask."""
+    positions = batch.get("position_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(positions, torch.Tensor) or positions.ndim != 2 or is_packed(batch):
+        return None
+    mask = batch.get("attention_mask")
+    anew = positions[:, 1:] == 0
+    if isinstance(mask, torch.Tensor):
+        if mask.shape != positions.shape:
+            return None  # it says more than which tokens are padding
+        anew = anew & (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
+    if not anew.any():
+        return None
+    return (
+        f"a batch has position_ids of shape {tuple(positions.shape)} that begin anew inside a row"
+        f"{' beside an attention_mask' if mask is not None else ''}: transformers keeps packed samples apart on every "
+        "kind of attention only in a single row without a mask; lay them in one row (PackingCollator does), or pad them"
+    )
 
 
 def _problem(model: torch.nn.Module, inputs: Mapping[str, Any], found: Packing | None) -> str:

@@ -216,9 +216,10 @@ def test_i40_a_convolution_is_given_each_tokens_sample():
     assert found.holds and found.boundaries == ("seq_idx",)  # what it does not take it is not given
     assert relative_error(gradient_packed(model, found.boundaries), gradient_apart(model)) <= EXACT
     assert relative_error(gradient_packed(model), gradient_apart(model)) > 0.01
+    assert find(model, boundaries=("seq_idx",)) is found  # decided once
     as_given = find(model, boundaries=())
     assert not as_given.holds and as_given.remedy == ("seq_idx",)
-    assert find(model, boundaries=("seq_idx",)).holds
+    assert find(Convolution(), boundaries=("seq_idx",)).holds
 
 
 class LeakyBackward(torch.autograd.Function):

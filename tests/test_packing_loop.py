@@ -118,3 +118,26 @@ def test_i40_packed_batches_after_a_window_without_one_are_refused(fresh_acceler
                     acc.backward(causal_lm_loss(prepared, batch))
             seen.append(acc.step(optimizer).num_samples)
     assert seen == [5]
+
+
+def test_i40_rows_packed_in_another_way_are_refused(fresh_accelerate):
+    row = PackingCollator()(ROWS)
+    several = {name: value.repeat(2, 1) for name, value in row.items()}
+    masked = row | {"attention_mask": torch.ones_like(row["input_ids"])}
+    says = r"position_ids of shape \({}, 80\) that begin anew inside a row{}: .*lay them in one row"
+    for batch, message in ((several, says.format(2, "")), (masked, says.format(1, " beside an attention_mask"))):
+        with pytest.raises(DataError, match=message):
+            run_loop(make("Llama"), causal_lm_loss, [batch])
+    # Padding on the left, whose positions begin behind it, is no packed row.
+    padded = {name: value.flip(1) for name, value in pad(ROWS).items()}
+    padded["position_ids"] = (padded["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    run_loop(make("Llama"), causal_lm_loss, [padded])
+
+
+@pytest.mark.parametrize("name", BOUNDARIES)
+def test_i40_boundaries_that_are_not_those_of_the_positions_are_refused(name, fresh_accelerate):
+    good = PackingCollator(BOUNDARIES)(ROWS)
+    wrong = good | {name: good[name] - 1 if isinstance(good[name], int) else good[name].flip(-1)}
+    with pytest.raises(DataError, match=f"its {name} does not fit its position_ids"):
+        run_loop(make("Llama"), causal_lm_loss, [wrong])
+    run_loop(make("Llama"), causal_lm_loss, [good | {"seq_idx": good["seq_idx"] + 1, "max_length_q": 99}])
