@@ -27,7 +27,7 @@ from accum_trainer.data.halving import num_positions
 from accum_trainer.data.windows import Collate, as_source, num_samples
 from accum_trainer.engine.base import Settings
 from accum_trainer.engine.build import build_engine
-from accum_trainer.epochs import Remembered
+from accum_trainer.epochs import Progress, Remembered
 from accum_trainer.errors import AccumTrainerError, ConfigError, DataError, EngineError
 from accum_trainer.loss_contract import LossContract
 from accum_trainer.objective import MEAN, SUM
@@ -200,8 +200,9 @@ class Accumulator:
             lengths: tokens of each sample of a data set, shape (samples,); lets the cut avoid padding.
             seed: of the global order; also of a DataLoader's RandomSampler that has no generator.
             shuffle: False keeps a data set's own order.
-            num_workers: processes that load samples of a data set. On several processes what they read, as with `prefetch`, is
-                asked for before the update of the window in hand, so that the counts of both take one exchange.
+            num_workers: processes that load samples of a data set. What they read, as with `prefetch` and the workers of a
+                DataLoader, is asked for before the update of the window in hand, so that nothing waits and, on several
+                processes, the counts of both take one exchange.
             shard: (i, n) trains on every n-th sample of a data set's global order, from the i-th: a share of the data for
                 a training of its own, not this process's part of a window.
             cut: how the windows of a data set become micro-batches, where it shall not be by B alone.
@@ -216,6 +217,8 @@ class Accumulator:
         Raises:
             DataError: no source of windows, or an empty one.
         """
+        share = (seed, shuffle, shard)
+        progress = Progress() if hasattr(source, "__next__") else self._sources.of(source, share)
         return Windows(
             self,
             as_source(
@@ -232,9 +235,10 @@ class Accumulator:
                 shard=shard,
                 cut=cut,
                 prefetch=prefetch,
+                progress=progress,
             ),
             count_targets,
-            None if hasattr(source, "__next__") else self._sources.of(source, (seed, shuffle, shard)),
+            progress,
         )
 
     def batches(self, source: Any, **options: Any) -> Batches:

@@ -18,10 +18,12 @@ class Progress:
 
     Attributes:
         epoch, consumed: after the last finished window; consumed in the source's unit.
+        loader: what reads the source, where its workers live through epochs.
     """
 
     def __init__(self) -> None:
         self.epoch = self.consumed = 0
+        self.loader: Any = None
         self._next: tuple[int, int] | None = None  # where the next loop begins, if not here
 
     def begin(self, goes_on: bool) -> tuple[int, int]:

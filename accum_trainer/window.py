@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -87,13 +87,16 @@ class Window:
         num_samples, num_tokens, num_positions: over all ranks, as `Update` has them.
     """
 
-    def __init__(self, accumulator: Any, counted: _Counted, count_targets: CountTargets) -> None:
+    def __init__(
+        self, accumulator: Any, counted: _Counted, count_targets: CountTargets, read_early: Callable[[int], None]
+    ) -> None:
         part, counts, table = counted.part, counted.targets, counted.table
         targets, *totals = table[:, :5].sum(axis=0).tolist()
         self.num_targets: float = int(targets) if targets.is_integer() else targets
         self.num_micro_batches, self.num_samples, self.num_tokens, self.num_positions = map(int, totals)
         self._accumulator = accumulator
         self._count_targets = count_targets
+        self._read_early, self._num_own = read_early, max(1, len(part.batches))
         self._consumed = part.consumed
         self._fingerprint = part.fingerprint
         self._started = 0
@@ -134,6 +137,7 @@ class Window:
             accumulator._microbatch = MicroBatch(planned, is_first, self._started == len(self._run))
             yield moved
             accumulator._check_accumulated(self._started)
+            self._read_early(self._num_own)
 
     def _run_again(self, from_start: bool) -> None:
         """Cut the micro-batch in hand in two, and those to be run that are as large; `__iter__` goes on with them.
@@ -248,7 +252,7 @@ class Windows:
         with contextlib.closing(reader):
             while (counted := reader.next()) is not None:
                 found_any = True
-                window = Window(accumulator, counted, self._counter)
+                window = Window(accumulator, counted, self._counter, reader.read_early)
                 accumulator._begin(window, self)
                 yield window
                 accumulator._check_finished()
@@ -404,6 +408,10 @@ class _Reader:
             return _Read(part, targets, [*_numbers(part, targets), float(self._wants_ahead)])
         except Exception as error:
             return _Read(None, [], [0.0, -1.0, 0.0, 0.0, 0.0, 0.0, 0.0], error)
+
+    def read_early(self, most: int) -> None:
+        """Have the source read what it may of the next window, up to `most` micro-batches."""
+        self._parts.read_early(most)
 
     def numbers_ahead(self) -> list[float]:
         """The next window's numbers, for the exchange that ends the one in hand; [] where they are not read ahead."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler, get_worker_info
 
 from accum_trainer import Accumulator, TrainConfig
 from accum_trainer.assemble import assemble
@@ -41,6 +41,15 @@ class Shuffled(Sampler):
 
     def __iter__(self) -> Any:
         return iter(np.random.permutation(SIZE).tolist())
+
+
+class Stream(IterableDataset):
+    """The same, shuffled, each worker with a share."""
+
+    def __iter__(self) -> Any:
+        worker = get_worker_info()
+        share = range(SIZE)[worker.id :: worker.num_workers] if worker else range(SIZE)
+        return (Augmented()[share[i]] for i in torch.randperm(len(share)).tolist())
 
 
 def fresh() -> None:
@@ -78,6 +87,8 @@ SOURCES: dict[str, Any] = {
     "loader, workers": lambda: (loader(num_workers=2), {}),
     "loader, persistent workers": lambda: (loader(num_workers=1, persistent_workers=True), {}),
     "loader, a sampler that draws": lambda: (loader(sampler=Shuffled(), shuffle=None), {}),
+    "stream": lambda: (DataLoader(Stream(), batch_size=B), {}),
+    "stream, workers": lambda: (DataLoader(Stream(), batch_size=B, num_workers=2), {}),
     "data set": lambda: (Augmented(), {}),
     "data set, workers": lambda: (Augmented(), {"num_workers": 2}),
 }

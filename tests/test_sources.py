@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import weakref
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from torch.utils.data import DataLoader, TensorDataset, default_collate
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate, get_worker_info
 
 from accum_trainer import Accumulator, DataError
 from tests.launching import torchrun
@@ -200,3 +201,106 @@ def test_i42_a_source_that_is_gone_is_forgotten():
     del loader
     gc.collect()
     assert gone() is None
+
+
+# --- reading while a window is trained on ---
+
+
+class Logged(DataLoader):
+    """A loader of one's own, which notes each batch that is taken from it."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.taken = []
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            self.taken.append(batch)
+            yield batch
+
+
+class Stateful(Logged):
+    """As torchdata's: its state is what was taken from it."""
+
+    def state_dict(self):
+        return {"taken": len(self.taken)}
+
+    def load_state_dict(self, state):
+        raise NotImplementedError
+
+
+class Pids:
+    """Samples that say which process read them; the one at `broken` cannot be read."""
+
+    def __init__(self, broken=None):
+        self.broken = broken
+
+    def __len__(self):
+        return SIZE
+
+    def __getitem__(self, index):
+        if index == self.broken:
+            raise OSError("the disk is gone")
+        return torch.tensor([float(index), float(os.getpid())])
+
+
+class PidStream(IterableDataset):
+    def __iter__(self):
+        worker = get_worker_info()
+        return (Pids()[i] for i in range(worker.id, SIZE, worker.num_workers))
+
+
+def run(loader, epochs=1):
+    """Batches taken before each micro-batch, the processes that read each epoch, and the updates made."""
+    acc, *_ = accumulator()
+    model = torch.nn.Linear(2, 1)
+    model, optimizer = acc.prepare(model, torch.optim.SGD(model.parameters(), lr=1e-6))
+    taken, readers = [], []
+    try:
+        for _ in range(epochs):
+            readers.append(set())
+            for batch in acc.batches(loader, count_targets=len):
+                taken.append(len(loader.taken))
+                readers[-1] |= set(batch[:, 1].int().tolist())
+                with acc.accumulate(model):
+                    acc.backward(model(batch).sum(), reduction="sum")
+                optimizer.step()
+    except OSError as error:
+        assert "the disk is gone" in str(error)
+    return taken, readers, acc.num_updates
+
+
+# K = 4 and 11 batches: the window's four are needed at once, and each micro-batch lets one more be taken.
+EARLY = [4, 5, 6, 7, 8, 9, 10, 11, 11, 11, 11]
+AT_ONCE = [4, 4, 4, 4, 8, 8, 8, 8, 11, 11, 11]
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "kind", "expected"),
+    [
+        (Pids(), {"num_workers": 1}, Logged, EARLY),
+        (PidStream(), {"num_workers": 1}, Logged, EARLY),
+        (Pids(), {}, Logged, AT_ONCE),  # it is read in this process: not before it is needed
+        (Pids(), {"num_workers": 1}, Stateful, AT_ONCE),  # its state says what was trained on
+    ],
+)
+def test_next_window_is_read_while_this_one_is_trained_on(data, options, kind, expected):
+    loader = kind(data, batch_size=B, **options)
+    taken, readers, updates = run(loader)
+    assert taken == expected
+    assert updates == 3
+    assert (readers == [{os.getpid()}]) == (not options)
+
+
+def test_persistent_workers_and_the_class_of_a_loader_are_kept():
+    loader = Logged(Pids(), batch_size=B, num_workers=1, persistent_workers=True, prefetch_factor=3)
+    _, readers, updates = run(loader, epochs=3)
+    assert updates == 9
+    assert readers[0] == readers[1] == readers[2] and len(readers[0]) == 1
+    _, readers, _ = run(Logged(Pids(), batch_size=B, num_workers=1), epochs=2)
+    assert readers[0] != readers[1]
+
+
+def test_what_cannot_be_read_early_is_told_in_its_turn():
+    loader = Logged(Pids(broken=2 * B_EFF), batch_size=B, num_workers=1)  # the first of the third window
+    assert run(loader)[2] == 2

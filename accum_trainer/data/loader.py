@@ -6,7 +6,7 @@ import contextlib
 import copy
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from accum_trainer.batch_plan import BatchPlan
 from accum_trainer.data.batches import first_tensor
 from accum_trainer.data.drawing import SeededIndices, drawing_from
-from accum_trainer.data.parts import Announced, Batch, Part, Parts, read_parts
+from accum_trainer.data.parts import Announced, Batch, Part, Parts, Reading, read_parts
+from accum_trainer.epochs import Progress
 from accum_trainer.seeds import seed_of
 
 
@@ -32,18 +33,15 @@ class LoaderSource:
     alike = True
     is_read_once = False
 
-    def __init__(self, loader: DataLoader, plan: BatchPlan, rank: int, seed: int) -> None:
+    def __init__(self, loader: DataLoader, plan: BatchPlan, rank: int, seed: int, progress: Progress) -> None:
         self._loader, self._plan, self._rank, self._seed = loader, plan, rank, seed
+        self._progress = progress
         self._per_window = plan.gradient_accumulation_steps * plan.world_size
         # One that can save its state says in it what it has read itself: it is read as it is.
-        self._by_index = (
-            loader.batch_sampler is not None
-            and not isinstance(loader.dataset, IterableDataset)
-            and not hasattr(loader, "state_dict")
-        )
+        is_map_style = loader.batch_sampler is not None and not isinstance(loader.dataset, IterableDataset)
+        self._by_index = is_map_style and not is_stateful(loader)
         self.knows_counts = False
-        # A stream may depend on the update before: what it gives is asked for when it is needed.
-        self.reads_ahead = loader.num_workers > 0 and self._by_index
+        self.reads_ahead = may_be_read_early(loader)
 
     def num_windows(self) -> int | None:
         try:
@@ -61,22 +59,30 @@ class LoaderSource:
         return whole * self._plan.gradient_accumulation_steps, tail
 
     def parts(self, epoch: int, consumed: int) -> Parts:
-        tell_epoch(self._loader, epoch)
-        yield from (self._dealt_by_index if self._by_index else self._dealt_by_reading)(epoch, consumed)
+        if self._by_index:
+            announced: deque[Announced] = deque()
+            reading = Reading(lambda: iter(self._over(self._mine(epoch, consumed, announced), epoch, consumed)))
+            early = reading if self.reads_ahead else None
+            seed = None if self._loader.num_workers else lambda at: self._seed_of("data", epoch, at, self._rank)
+            return Parts(read_parts(reading, announced, consumed, seed), early)
+        reading = Reading(lambda: self._begin(epoch))
+        early = reading if self.reads_ahead else None
+        return Parts(self._dealt_by_reading(reading, epoch, consumed), early, self._plan.world_size)
 
-    def _dealt_by_index(self, epoch: int, consumed: int) -> Parts:
-        announced: deque[Announced] = deque()
-        loader = copy.copy(self._loader)  # keeps its class and every option
-        vars(loader)["batch_sampler"] = _Dealt(self._mine(epoch, consumed, announced))  # its __setattr__ forbids it
+    def _over(self, batches: Iterator[Any], epoch: int, consumed: int) -> DataLoader:
+        """The user's loader, its class and every option, over other batches of indices."""
+        kept = self._progress.loader
+        if kept is not None:  # its workers are alive
+            kept.batch_sampler.batches = batches
+            return kept
+        loader = copy.copy(self._loader)
+        loader._iterator = None
+        vars(loader)["batch_sampler"] = _Dealt(batches)  # a loader's __setattr__ refuses it
         if loader.generator is None:
             loader.generator = torch.Generator().manual_seed(self._seed_of("workers", epoch, consumed, self._rank))
-        in_this_process = loader.num_workers == 0
-        yield from read_parts(
-            loader,
-            announced,
-            consumed,
-            (lambda at: self._seed_of("data", epoch, at, self._rank)) if in_this_process else None,
-        )
+        if loader.persistent_workers:
+            self._progress.loader = loader
+        return loader
 
     def _mine(self, epoch: int, consumed: int, announced: deque[Announced]) -> Iterator[Any]:
         """This rank's batches of indices. Whoever reads batch i of an epoch draws from the same seeds."""
@@ -85,6 +91,7 @@ class LoaderSource:
         while True:
             with drawing_from(self._seed_of("order", epoch, used)):
                 if used == 0:
+                    tell_epoch(self._loader, epoch)
                     batches = iter(self._loader.batch_sampler)  # type: ignore[arg-type]
                 window = list(
                     islice(batches, min(self._per_window, consumed - used) if used < consumed else self._per_window)
@@ -102,14 +109,15 @@ class LoaderSource:
                     indices = SeededIndices(indices, self._seed_of("data", epoch, number))
                 yield indices
 
-    def _dealt_by_reading(self, epoch: int, consumed: int) -> Parts:
-        loader, used = self._loader, 0
-        batches: Iterator[Batch] = iter(())
+    def _begin(self, epoch: int) -> Iterator[Batch]:
+        tell_epoch(self._loader, epoch)
+        with workers_seeded(self._loader, self._seed_of("workers", epoch, 0)):
+            return iter(self._loader)
+
+    def _dealt_by_reading(self, batches: Iterator[Batch], epoch: int, consumed: int) -> Generator[Part, None, None]:
+        used = 0
         while True:
             with drawing_from(self._seed_of("data", epoch, used)):  # all ranks must read the same
-                if used == 0:
-                    with workers_seeded(loader, self._seed_of("workers", epoch, 0)):
-                        batches = iter(loader)
                 window = list(
                     islice(batches, min(self._per_window, consumed - used) if used < consumed else self._per_window)
                 )
@@ -127,13 +135,23 @@ class LoaderSource:
 
 
 class _Dealt:
-    """The batch sampler of a copied loader."""
+    """The batch sampler of a copied loader: `batches` of the epoch that is read."""
 
     def __init__(self, batches: Iterator[Any]) -> None:
-        self._batches = batches
+        self.batches = batches
 
     def __iter__(self) -> Iterator[Any]:
-        return self._batches
+        return self.batches
+
+
+def is_stateful(loader: DataLoader) -> bool:
+    """Whether the loader can save where it stands; accelerate's always have the method and say themselves if it works."""
+    return getattr(loader, "use_stateful_dataloader", hasattr(loader, "state_dict"))
+
+
+def may_be_read_early(loader: Any) -> bool:
+    """Whether batches may be taken from `loader` before the update in hand: workers have begun them anyway, and know nothing of it."""
+    return isinstance(loader, DataLoader) and loader.num_workers > 0 and not is_stateful(loader)
 
 
 def tell_epoch(loader: Any, epoch: int) -> None:

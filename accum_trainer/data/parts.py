@@ -6,7 +6,7 @@ Knows nothing of data sets, of loaders' options, or of the other ranks.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
@@ -38,7 +38,67 @@ class Part:
     table: np.ndarray | None = None
 
 
-Parts = Generator[Part, None, None]
+class Reading(Iterator[Batch]):
+    """The batches of `begin()`, which is called when the first is asked for; some may be read before they are due."""
+
+    def __init__(self, begin: Callable[[], Iterator[Batch]]) -> None:
+        self._begin = begin
+        self._batches: Iterator[Batch] | None = None
+        self._early: deque[Batch] = deque()
+        self._failure: Exception | None = None
+
+    def __next__(self) -> Batch:
+        if self._early:
+            return self._early.popleft()
+        if self._failure is not None:
+            raise self._failure
+        if self._batches is None:
+            self._batches = self._begin()
+        return next(self._batches)
+
+    def read_early(self, most: int) -> None:
+        """Read one batch, unless `most` are there. What fails, or that nothing is left, is told in its turn."""
+        if self._batches is None or self._failure is not None or len(self._early) >= most:
+            return
+        try:
+            self._early.append(next(self._batches))
+        except Exception as failure:  # StopIteration too
+            self._failure = failure
+
+    def close(self) -> None:
+        """Let go of what was begun."""
+        self._batches, self._begin = iter(()), lambda: iter(())
+        self._early.clear()
+
+
+class Parts(Iterator[Part]):
+    """This rank's parts of the windows of an epoch, one per `next`.
+
+    Args:
+        reading: what they are made of, where its batches may be read early.
+        times: batches of `reading` that make one micro-batch of this rank.
+    """
+
+    def __init__(self, parts: Generator[Part, None, None], reading: Reading | None = None, times: int = 1) -> None:
+        self._parts, self._reading, self._times = parts, reading, times
+
+    def __next__(self) -> Part:
+        return next(self._parts)
+
+    def read_early(self, most: int) -> None:
+        """Read what one micro-batch of the next window takes, unless `most` micro-batches of it are there.
+
+        Workers go on while this process trains only if somebody takes what they made: a window's batches asked for all at once
+        would be waited for.
+        """
+        if self._reading is not None:
+            for _ in range(self._times):
+                self._reading.read_early(most * self._times)
+
+    def close(self) -> None:
+        self._parts.close()
+        if self._reading is not None:
+            self._reading.close()
 
 
 class Source(Protocol):
@@ -81,15 +141,14 @@ class Announced:
 
 
 def read_parts(
-    batches: Iterable[Batch], announced: deque[Announced], begin: int, seed: Callable[[int], int] | None
-) -> Parts:
+    reading: Iterator[Batch], announced: deque[Announced], begin: int, seed: Callable[[int], int] | None
+) -> Generator[Part, None, None]:
     """Group what a loader yields into parts, as its batch sampler announced them.
 
     Args:
         begin: what of the epoch is used up.
         seed: of what is read once so much is used up, where it is read in this process; None where workers read.
     """
-    reading = _Reading(batches)
     while True:
         if seed is None:
             part = _part(reading, announced)
@@ -110,16 +169,3 @@ def _part(batches: Iterator[Batch], announced: deque[Announced]) -> Part | None:
     window = announced.popleft()
     mine = first + list(islice(batches, window.num_batches - 1)) if window.num_batches else []
     return Part(mine, (mine or first)[-1], window.consumed, window.fingerprint, window.table)
-
-
-class _Reading(Iterator[Batch]):
-    """`iter(batches)`, begun when the first is asked for."""
-
-    def __init__(self, batches: Iterable[Batch]) -> None:
-        self._batches = batches
-        self._begun: Iterator[Batch] | None = None
-
-    def __next__(self) -> Batch:
-        if self._begun is None:
-            self._begun = iter(self._batches)
-        return next(self._begun)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from itertools import islice
 
 import torch
 
 from accum_trainer.batch_plan import BatchPlan
 from accum_trainer.data.batches import Batch, tensors_of
-from accum_trainer.data.loader import tell_epoch, workers_seeded
-from accum_trainer.data.parts import Part, Parts
+from accum_trainer.data.loader import may_be_read_early, tell_epoch, workers_seeded
+from accum_trainer.data.parts import Part, Parts, Reading
 
 # Streams that hold so many different samples, in at least two different batches, and agree in all of them from their start
 # are one stream: by chance ranks that draw from N samples would agree with N ** -8, and N is at least 8.
@@ -24,8 +24,7 @@ class StreamSource:
     """Batches that are this rank's already, K at a time; ranks may run out at different windows."""
 
     unit = "batches"
-    knows_counts = reads_ahead = False  # it may make its batches as they are asked for
-    alike = False
+    knows_counts = alike = False
 
     def __init__(
         self, batches: Iterable[Batch], plan: BatchPlan, workers_seed: Callable[[int], int] | None = None
@@ -33,6 +32,7 @@ class StreamSource:
         """`workers_seed` gives the seed of an epoch for the workers of a DataLoader."""
         self._batches, self._plan, self._workers_seed = batches, plan, workers_seed
         self.is_read_once = hasattr(batches, "__next__")
+        self.reads_ahead = may_be_read_early(batches)  # any other may make its batches as they are asked for
         self._read_before = 0  # of what is read only once
 
     def num_windows(self) -> int | None:
@@ -46,8 +46,12 @@ class StreamSource:
         return len(self._batches), []
 
     def parts(self, epoch: int, consumed: int) -> Parts:
-        tell_epoch(self._batches, epoch)
-        batches = islice(self._begin(epoch), max(0, consumed - self._read_before), None)
+        reading = Reading(lambda: self._begin(epoch))
+        return Parts(self._read(reading, consumed), reading if self.reads_ahead else None)
+
+    def _read(self, batches: Iterator[Batch], consumed: int) -> Generator[Part, None, None]:
+        for _ in islice(batches, max(0, consumed - self._read_before)):
+            pass
         filler, content = None, Content() if self._plan.world_size > 1 else None
         while window := list(islice(batches, self._plan.gradient_accumulation_steps)):
             consumed += len(window)
@@ -58,6 +62,7 @@ class StreamSource:
             yield Part([], filler, consumed)
 
     def _begin(self, epoch: int) -> Iterator[Batch]:
+        tell_epoch(self._batches, epoch)
         if self._workers_seed is None:
             return iter(self._batches)
         with workers_seeded(self._batches, self._workers_seed(epoch)):  # type: ignore[arg-type]

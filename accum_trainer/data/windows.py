@@ -18,7 +18,7 @@ import queue
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -34,9 +34,10 @@ from accum_trainer.data.batches import num_tokens as num_tokens
 from accum_trainer.data.collating import PackingCollator, PaddingCollator
 from accum_trainer.data.drawing import SeededIndices
 from accum_trainer.data.loader import LoaderSource
-from accum_trainer.data.parts import Announced, Part, Parts, Source, read_parts
+from accum_trainer.data.parts import Announced, Part, Parts, Reading, Source, read_parts
 from accum_trainer.data.stream import StreamSource
 from accum_trainer.data.tokenizing import TokenizedRows
+from accum_trainer.epochs import Progress
 from accum_trainer.errors import DataError
 from accum_trainer.seeds import seed_of
 from accum_trainer.window_plan import Cut, global_order, windows_of
@@ -59,8 +60,12 @@ def as_source(
     shard: tuple[int, int] = (0, 1),
     cut: Cut | None = None,
     prefetch: bool = False,
+    progress: Progress | None = None,
 ) -> Source:
-    """Pick the kind of source that `data` is; `already_sharded` says that a loader gives this rank's batches only."""
+    """Pick the kind of source that `data` is.
+
+    `already_sharded` says that a loader gives this rank's batches only; `progress` is where a loader keeps its workers.
+    """
     if isinstance(data, DataLoader):
         if collate_fn is not None:
             raise DataError("collate_fn is given, but a DataLoader collates by its own; set it there")
@@ -69,7 +74,7 @@ def as_source(
         _check_batch_size(data, plan)
         if _splits_by_rank(data):
             return StreamSource(data, plan, lambda epoch: seed_of("workers", seed, epoch=epoch, rank=rank))
-        return LoaderSource(data, plan, rank, seed)
+        return LoaderSource(data, plan, rank, seed, progress or Progress())
     if hasattr(data, "__getitem__") and isinstance(data, Sized):
         if isinstance(data, (list, tuple)) and collate_fn is None:
             _check_samples(data, plan)
@@ -212,9 +217,9 @@ class PlannedSource:
             # stream that dropout uses, or a resumed run would differ from one never stopped.
             generator=torch.Generator().manual_seed(self._seed_of("workers", epoch, consumed)),
         )
-        yield from read_parts(
-            loader, announced, consumed, (lambda at: self._seed_of("data", epoch, at)) if self._draws_here else None
-        )
+        reading = Reading(lambda: iter(loader))
+        seed = (lambda at: self._seed_of("data", epoch, at)) if self._draws_here else None
+        return Parts(read_parts(reading, announced, consumed, seed), reading if self.reads_ahead else None)
 
     def _seed_of(self, purpose: str, epoch: int, position: int) -> int:
         shard = self._shard.start
@@ -271,6 +276,9 @@ class Prefetched:
         return self._source.micro_batches(epoch)
 
     def parts(self, epoch: int, consumed: int) -> Parts:
+        return Parts(self._made(epoch, consumed))
+
+    def _made(self, epoch: int, consumed: int) -> Generator[Part, None, None]:
         ready: queue.Queue[Part | BaseException | None] = queue.Queue(maxsize=1)
         given_up = threading.Event()
 
