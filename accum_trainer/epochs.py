@@ -19,11 +19,15 @@ class Progress:
     Attributes:
         epoch, consumed: after the last finished window; consumed in the source's unit.
         loader: what reads the source, where its workers live through epochs.
+        order: what the order of the epoch that was begun is drawn from, if it is the source's own; None between epochs.
+        loaded_order: the same of a loaded position, until its epoch begins.
     """
 
     def __init__(self) -> None:
         self.epoch = self.consumed = 0
         self.loader: Any = None
+        self.order: Any = None
+        self.loaded_order: Any = None
         self._next: tuple[int, int] | None = None  # where the next loop begins, if not here
 
     def begin(self, goes_on: bool) -> tuple[int, int]:
@@ -39,10 +43,13 @@ class Progress:
     def reach(self, epoch: int, consumed: int) -> None:
         """A window was finished, or with `consumed` 0 the epoch before."""
         self.epoch, self.consumed = epoch, consumed
+        if not consumed:
+            self.order = None
 
-    def load(self, epoch: int, consumed: int) -> None:
+    def load(self, epoch: int, consumed: int, order: Any = None) -> None:
         """Have the next loop begin there."""
         self.epoch, self.consumed = epoch, consumed
+        self.order = self.loaded_order = order
         self._next = None
 
 

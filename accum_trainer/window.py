@@ -230,8 +230,12 @@ class Windows:
         return whole + of_tail
 
     def state_dict(self) -> dict[str, Any]:
-        """The position: the epoch, and the samples (or batches, of a loader or stream) that its updates consumed."""
-        return {"epoch": self.epoch, f"{self._source.unit}_consumed": self._progress.consumed}
+        """The position: the epoch, and the samples (or batches, of a loader or stream) that its updates consumed; also `order`,
+        the states of a loader's own generators where its epoch began."""
+        progress = self._progress
+        order = self._source.order() if progress.order is None else progress.order
+        position = {"epoch": self.epoch, f"{self._source.unit}_consumed": progress.consumed}
+        return position if order is None else position | {"order": order}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved position; the next loop over this source starts there."""
@@ -241,7 +245,7 @@ class Windows:
                 f"the saved position {state} does not count {self._source.unit}, as this source does; "
                 "resume with the kind of source that was saved"
             )
-        self._progress.load(int(state["epoch"]), int(state[key]))
+        self._progress.load(int(state["epoch"]), int(state[key]), state.get("order"))
 
     def __iter__(self) -> Iterator[Window]:
         accumulator = self._accumulator

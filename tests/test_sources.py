@@ -177,6 +177,28 @@ def test_i42_an_epoch_that_was_left_early_is_followed_by_the_next(make):
     assert trained(acc, *training, acc.batches(source, **options)) == whole[2]
 
 
+@pytest.mark.parametrize("options", [{}, {"num_workers": 1}, {"num_workers": 1, "persistent_workers": True}])
+def test_i42_a_loaders_own_generator_orders_as_in_a_plain_loop_and_after_resuming(options):
+    def loader():
+        return DataLoader(samples(), batch_size=B, shuffle=True, generator=torch.Generator().manual_seed(3), **options)
+
+    plain = loader()
+    whole = [[int(x) for batch in plain for x in batch.flatten()] for _ in range(3)]
+    acc, *training = accumulator()
+    batches = acc.batches(loader(), count_targets=len)
+    assert trained(acc, *training, batches) == whole[0]
+    between = batches.state_dict()
+    assert trained(acc, *training, batches, updates=1) == whole[1][:B_EFF]
+    within = batches.state_dict()
+    for saved, rest in ((between, whole[1]), (within, whole[1][B_EFF:])):
+        acc, *training = accumulator()
+        batches = acc.batches(loader(), count_targets=len)
+        batches.load_state_dict(saved)
+        assert batches.state_dict()["batches_consumed"] == saved["batches_consumed"]
+        assert trained(acc, *training, batches) == rest
+        assert trained(acc, *training, batches) == whole[2]
+
+
 def test_i42_shares_of_one_data_set_have_epochs_of_their_own():
     data = samples()
     acc, *training = accumulator()

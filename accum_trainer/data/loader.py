@@ -78,8 +78,7 @@ class LoaderSource:
         loader = copy.copy(self._loader)
         loader._iterator = None
         vars(loader)["batch_sampler"] = _Dealt(batches)  # a loader's __setattr__ refuses it
-        if loader.generator is None:
-            loader.generator = torch.Generator().manual_seed(self._seed_of("workers", epoch, consumed, self._rank))
+        loader.generator = torch.Generator().manual_seed(self._seed_of("workers", epoch, consumed, self._rank))
         if loader.persistent_workers:
             self._progress.loader = loader
         return loader
@@ -92,6 +91,7 @@ class LoaderSource:
             with drawing_from(self._seed_of("order", epoch, used)):
                 if used == 0:
                     tell_epoch(self._loader, epoch)
+                    self._begin_order(epoch)
                     batches = iter(self._loader.batch_sampler)  # type: ignore[arg-type]
                 window = list(
                     islice(batches, min(self._per_window, consumed - used) if used < consumed else self._per_window)
@@ -108,6 +108,26 @@ class LoaderSource:
                 if isinstance(indices, (list, tuple)):
                     indices = SeededIndices(indices, self._seed_of("data", epoch, number))
                 yield indices
+
+    def _begin_order(self, epoch: int) -> None:
+        """Have the sampler's own generators stand where they stood when this epoch began, and note where that is."""
+        progress, loader = self._progress, self._loader
+        for generator, state in zip(self._generators(), progress.loaded_order or (), strict=False):
+            generator.set_state(state)
+        progress.order, progress.loaded_order = self.order(), None
+        if loader.generator is not None and not (loader.persistent_workers and epoch):
+            # What a loader draws for its workers when they start: the order stays that of a plain loop over this loader.
+            torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+
+    def order(self) -> list[torch.Tensor] | None:
+        return [generator.get_state() for generator in self._generators()] or None
+
+    def _generators(self) -> list[torch.Generator]:
+        """The loader's own that its order is drawn from."""
+        batch_sampler = self._loader.batch_sampler
+        owners = (self._loader, batch_sampler, getattr(batch_sampler, "sampler", None)) if self._by_index else ()
+        found = [getattr(owner, "generator", None) for owner in owners]
+        return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
 
     def _begin(self, epoch: int) -> Iterator[Batch]:
         tell_epoch(self._loader, epoch)

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -124,6 +124,9 @@ class Source(Protocol):
 
     def num_windows(self) -> int | None:
         """Windows in one epoch, or None where the source has no length."""
+
+    def order(self) -> Any:
+        """What the order of an epoch that begins now would be drawn from besides (seed, epoch): for a saved position; or None."""
 
     def micro_batches(self, epoch: int) -> tuple[int, list[int]] | None:
         """This rank's micro-batches in the whole windows of `epoch`, and each rank's in the tail window, [] where there is

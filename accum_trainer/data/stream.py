@@ -40,6 +40,9 @@ class StreamSource:
             return None  # another rank's stream may be longer
         return -(-len(self._batches) // self._plan.gradient_accumulation_steps)
 
+    def order(self) -> None:
+        """A stream's order is its own affair."""
+
     def micro_batches(self, epoch: int) -> tuple[int, list[int]] | None:
         if self._plan.world_size > 1 or not isinstance(self._batches, Sized):
             return None

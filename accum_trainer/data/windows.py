@@ -192,6 +192,9 @@ class PlannedSource:
     def num_windows(self) -> int:
         return -(-len(range(len(self._dataset))[self._shard]) // self._plan.global_batch_size)
 
+    def order(self) -> None:
+        """(seed, epoch) says it all."""
+
     def micro_batches(self, epoch: int) -> tuple[int, list[int]] | None:
         if self._cut.max_tokens is not None or self._cut.rank_weights is not None:
             return None
@@ -271,6 +274,9 @@ class Prefetched:
 
     def num_windows(self) -> int | None:
         return self._source.num_windows()
+
+    def order(self) -> None:
+        """As of the source: none."""
 
     def micro_batches(self, epoch: int) -> tuple[int, list[int]] | None:
         return self._source.micro_batches(epoch)
