@@ -232,6 +232,7 @@ class Accumulator:
                 num_workers=num_workers,
                 pin_memory=self.device.type == "cuda",
                 already_sharded=self.engine.gives_this_ranks_batches(source),
+                read_together=self.engine.reads_with_the_others(source),
                 shard=shard,
                 cut=cut,
                 prefetch=prefetch,

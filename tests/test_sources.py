@@ -9,8 +9,16 @@ import weakref
 
 import pytest
 import torch
+from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.state import AcceleratorState, GradientState
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate, get_worker_info
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    SequentialSampler,
+    TensorDataset,
+    default_collate,
+    get_worker_info,
+)
 
 from accum_trainer import Accumulator, DataError
 from tests.launching import torchrun
@@ -326,3 +334,35 @@ def test_persistent_workers_and_the_class_of_a_loader_are_kept():
 def test_what_cannot_be_read_early_is_told_in_its_turn():
     loader = Logged(Pids(broken=2 * B_EFF), batch_size=B, num_workers=1)  # the first of the third window
     assert run(loader)[2] == 2
+
+
+class LoggedSampler(SequentialSampler):
+    """Its indices, noted as they are drawn: workers are given theirs two batches before these are taken."""
+
+    def __iter__(self):
+        self.drawn = []
+        for index in super().__iter__():
+            self.drawn.append(index)
+            yield index
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_loader_that_all_processes_read_together_is_not_read_while_one_of_them_trains(together):
+    """accelerate's dispatcher talks to the other processes for each batch: in the middle of a window they may be elsewhere."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=together))
+    acc = Accumulator(micro_batch_size=B, gradient_accumulation_steps=4, accelerator=accelerator)
+    model, optimizer = acc.prepare(model := torch.nn.Linear(2, 1), torch.optim.SGD(model.parameters(), lr=1e-6))
+    sampler = LoggedSampler(Pids())
+    loader = accelerator.prepare(DataLoader(Pids(), batch_size=B, sampler=sampler, num_workers=1))
+    drawn = []
+    for window in acc.windows(loader, count_targets=len):
+        drawn.append([])
+        for batch in window:
+            drawn[-1].append(len(sampler.drawn))
+            with acc.accumulate(model):
+                acc.backward(model(batch).sum(), reduction="sum")
+        acc.step(optimizer)
+    assert acc.num_updates == 3
+    assert (len(set(drawn[0])) == 1) == together

@@ -27,12 +27,16 @@ class StreamSource:
     knows_counts = alike = False
 
     def __init__(
-        self, batches: Iterable[Batch], plan: BatchPlan, workers_seed: Callable[[int], int] | None = None
+        self,
+        batches: Iterable[Batch],
+        plan: BatchPlan,
+        workers_seed: Callable[[int], int] | None = None,
+        early: bool = True,
     ) -> None:
-        """`workers_seed` gives the seed of an epoch for the workers of a DataLoader."""
+        """`workers_seed` gives the seed of an epoch for the workers of a DataLoader, which are read early if `early`."""
         self._batches, self._plan, self._workers_seed = batches, plan, workers_seed
         self.is_read_once = hasattr(batches, "__next__")
-        self.reads_ahead = may_be_read_early(batches)  # any other may make its batches as they are asked for
+        self.reads_ahead = early and may_be_read_early(batches)  # any other may make its batches as they are asked for
         self._read_before = 0  # of what is read only once
 
     def num_windows(self) -> int | None:

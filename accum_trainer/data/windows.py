@@ -57,6 +57,7 @@ def as_source(
     num_workers: int,
     pin_memory: bool,
     already_sharded: bool,
+    read_together: bool = False,
     shard: tuple[int, int] = (0, 1),
     cut: Cut | None = None,
     prefetch: bool = False,
@@ -64,13 +65,14 @@ def as_source(
 ) -> Source:
     """Pick the kind of source that `data` is.
 
-    `already_sharded` says that a loader gives this rank's batches only; `progress` is where a loader keeps its workers.
+    `already_sharded` says that a loader gives this rank's batches only, `read_together` that all ranks talk when one is read;
+    `progress` is where a loader keeps its workers.
     """
     if isinstance(data, DataLoader):
         if collate_fn is not None:
             raise DataError("collate_fn is given, but a DataLoader collates by its own; set it there")
         if already_sharded:
-            return StreamSource(data, plan)
+            return StreamSource(data, plan, early=not read_together)
         _check_batch_size(data, plan)
         if _splits_by_rank(data):
             return StreamSource(data, plan, lambda epoch: seed_of("workers", seed, epoch=epoch, rank=rank))

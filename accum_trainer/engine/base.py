@@ -156,6 +156,10 @@ class Engine(Ranks):
         """Whether accelerate has already sharded this loader."""
         return isinstance(loader, (DataLoaderShard, DataLoaderDispatcher))
 
+    def reads_with_the_others(self, loader: Any) -> bool:
+        """Whether a batch of this loader is read by all ranks together, so that it may be read at the same place only."""
+        return isinstance(loader, DataLoaderDispatcher)
+
     # --- one window ---
 
     @contextlib.contextmanager
