@@ -36,7 +36,8 @@ OTHER_ENVIRONMENT = {"ACCUM_TRAINER_CACHE"}
 
 
 def _option(default: Any, section: str, help: str, **limits: Any) -> Any:
-    """A dataclass field that is an option: `choices`, `minimum`, `above` limit it, `needs` says what is missing for it."""
+    """A dataclass field that is an option: `choices`, `minimum`, `above` limit it, `needs` says what is missing for it,
+    `only_with` names the option without which it has no effect."""
     return dataclasses.field(default=default, metadata={"section": section, "help": help, **limits})
 
 
@@ -147,15 +148,25 @@ class TrainConfig:
         False, "Model", "Compile the model's blocks with torch.compile, once for all lengths of samples."
     )
     use_peft: bool = _option(False, "Model", "Train LoRA adapters instead of the whole model.")
-    lora_r: int = _option(16, "Model", "Rank of the LoRA adapters.", minimum=1)
-    lora_alpha: float = _option(32.0, "Model", "LoRA scale: adapters act with lora_alpha / lora_r.", above=0)
-    lora_dropout: float = _option(0.0, "Model", "Dropout before the adapters, 0 to below 1.", minimum=0, below=1)
+    lora_r: int = _option(16, "Model", "Rank of the LoRA adapters.", minimum=1, only_with="use_peft")
+    lora_alpha: float = _option(
+        32.0, "Model", "LoRA scale: adapters act with lora_alpha / lora_r.", above=0, only_with="use_peft"
+    )
+    lora_dropout: float = _option(
+        0.0, "Model", "Dropout before the adapters, 0 to below 1.", minimum=0, below=1, only_with="use_peft"
+    )
     lora_target_modules: str | None = _option(
-        None, "Model", "Modules to adapt, such as q_proj,v_proj. Default: all linear layers but the output head."
+        None,
+        "Model",
+        "Modules to adapt, such as q_proj,v_proj. Default: all linear layers but the output head.",
+        only_with="use_peft",
     )
 
     lora_modules_to_save: str | None = _option(
-        None, "Model", "Modules to train whole beside the adapters and save with them, such as lm_head."
+        None,
+        "Model",
+        "Modules to train whole beside the adapters and save with them, such as lm_head.",
+        only_with="use_peft",
     )
     merge_adapter: bool = _option(
         False, "Model", "With --use-peft, also write the base model with the adapter merged in, to model-merged/."
@@ -165,7 +176,9 @@ class TrainConfig:
         None, "Data", "Training rows: .txt .jsonl .json .csv .parquet. Default: the embedded corpus."
     )
     dataset: str | None = _option(None, "Data", "Training rows from the hub: an id, or id:config.")
-    eval_file: str | None = _option(None, "Data", "Rows for evaluation, in the same formats.")
+    eval_file: str | None = _option(
+        None, "Data", "Rows for evaluation, in the same formats; at the end, or with --eval-every."
+    )
     eval_every: int | None = _option(None, "Data", "Evaluate every so many updates (and at the end).", minimum=1)
 
     lr: float = _option(3e-4, "Optimisation", "Peak learning rate, before --lr-scaling.", above=0)
@@ -173,7 +186,7 @@ class TrainConfig:
         "none", "Optimisation", "Scale --lr from --lr-base-batch-size to the effective batch.", choices=LR_SCALINGS
     )
     lr_base_batch_size: int | None = _option(
-        None, "Optimisation", "The effective batch at which --lr was found.", minimum=1
+        None, "Optimisation", "The effective batch at which --lr was found.", minimum=1, only_with="lr_scaling"
     )
     scheduler: str = _option("cosine", "Optimisation", "Shape of the learning rate over updates.", choices=SCHEDULES)
     warmup: str = _option("0", "Optimisation", "Warm-up: 100 (updates), 5% (of the run) or 0.5ep (epochs).")
@@ -207,7 +220,11 @@ class TrainConfig:
         "What differs between the runs, which then all see all samples: lr=1e-4,3e-4; several with `;` give all combinations.",
     )
     max_restarts: int = _option(
-        3, "Independent runs", "How often one run that crashed is restarted from its checkpoint.", minimum=0
+        3,
+        "Independent runs",
+        "How often one run that crashed is restarted from its checkpoint.",
+        minimum=0,
+        only_with="parallel_independent",
     )
     shard: str | None = _option(
         None,
@@ -293,6 +310,12 @@ class TrainConfig:
             raise ConfigError(
                 "cpu_offload keeps ZeRO's optimizer state in host memory; give zero_stage (zero1 to zero3) too"
             )
+        if self.layout == "packed" and self.pad_to_multiple_of is not None:
+            raise ConfigError(
+                f"pad_to_multiple_of={self.pad_to_multiple_of} has no effect with layout=packed, which pads nothing; "
+                "leave one of them out"
+            )
+        self._refuse_without_effect()
         parse_warmup(self.warmup)
         parse_shard(self.shard)
         parse_rank_weights(self.rank_weights)
@@ -305,6 +328,26 @@ class TrainConfig:
             raise ConfigError(
                 f"shard={self.shard} is one share, and parallel_independent trains them all; give one of them"
             )
+
+    def _refuse_without_effect(self) -> None:
+        """Refuse an option that says something which another option keeps from being in force.
+
+        By value: an option at its default says nothing, so that a written configuration can be read.
+        """
+        for field in dataclasses.fields(self):
+            other, value = field.metadata.get("only_with"), getattr(self, field.name)
+            if other is None or value == field.default or getattr(self, other) not in (False, "none"):
+                continue
+            raise ConfigError(
+                f"{field.name}={value} has an effect only with {other}, and {other} is {_shown(getattr(self, other))}; "
+                f"give {other} too, or leave {field.name} out"
+            )
+
+    def without_peft(self) -> TrainConfig:
+        """The same configuration without adapters, and without the options that shape them."""
+        values: dict[str, Any] = {"use_peft": False, "merge_adapter": False}
+        values |= {f.name: f.default for f in dataclasses.fields(self) if f.metadata.get("only_with") == "use_peft"}
+        return dataclasses.replace(self, **values)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> TrainConfig:
@@ -490,6 +533,10 @@ def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
         raise ConfigError(f"{field.name}={value!r} is not {wanted}{_example(field)}")
     _check_limits(field, value)
     return value
+
+
+def _shown(value: Any) -> str:
+    return "off" if value is False else str(value)
 
 
 def _as_text(field: dataclasses.Field[Any], value: Any) -> str:

@@ -109,6 +109,11 @@ def decide_cut(
     """
     engine = accumulator.engine
     plain_model = engine.unwrap(model)
+    if layout.packed and config.pad_to_multiple_of is not None:
+        raise ConfigError(
+            f"pad_to_multiple_of={config.pad_to_multiple_of} has no effect here: samples are packed and nothing is padded "
+            f"({layout.reason}); leave it out, or use layout=padded"
+        )
     multiple = config.pad_to_multiple_of or (8 if engine.device.type == "cuda" else 1)
     fit = _find_fit(config, accumulator, model, optimizer, rows, multiple) if config.batch_size == "auto" else None
     max_tokens = fit.max_tokens if fit is not None else config.max_tokens_per_micro_batch

@@ -99,7 +99,7 @@ class Run:
                     lr = parts.scheduler.get_last_lr()[0]
                     update = acc.step(parts.optimizer, parts.scheduler)
                     record = self._record(update, lr, time.perf_counter() - started)
-                    if self._is_due(self.config.eval_every, update) and parts.eval_rows is not None:
+                    if self._is_due(self.config.eval_every or sys.maxsize, update) and parts.eval_rows is not None:
                         record["eval_loss"] = self.evaluate()
                     self._write(record)
                     if self._is_due(self.config.checkpoint_every, update) and not self._is_done():
@@ -125,8 +125,9 @@ class Run:
         assert self.parts.plan.num_samples is not None
         return self.parts.plan.num_samples
 
-    def _is_due(self, every: int | None, update: Update) -> bool:
-        return every is not None and not update.skipped and (update.step % every == 0 or self._is_done())
+    def _is_due(self, every: int, update: Update) -> bool:
+        """Every so many updates, and at the end."""
+        return not update.skipped and (update.step % every == 0 or self._is_done())
 
     def evaluate(self) -> float:
         """Mean loss per target over the evaluation rows, over all processes. No gradient: K is 1 and means nothing."""

@@ -153,7 +153,9 @@ def one_big_batch(
     (outputs.loss if router is None else outputs.loss - coefficient * router).backward()
     if router is not None:
         for batch in ran:
-            (coefficient * model(**batch).aux_loss / len(ran)).backward()
+            # With a cache samples in one row would see each other (docs/speed.md).
+            options = {} if "attention_mask" in batch else {"use_cache": False}
+            (coefficient * model(**batch, **options).aux_loss / len(ran)).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 

@@ -156,7 +156,14 @@ def plan_members(config: TrainConfig, folder: Path) -> tuple[list[Member], list[
     for name in settings[0]:
         if name in _NOT_VARIED and config.vary is not None:
             raise ConfigError(f"vary={config.vary}: {name} cannot differ between the runs")
-    base = replace(config, parallel_independent=False, cuda_ids=None, vary=None, resume="auto")
+    base = replace(
+        config,
+        parallel_independent=False,
+        cuda_ids=None,
+        vary=None,
+        max_restarts=TrainConfig.max_restarts,
+        resume="auto",
+    )
     members = []
     for i, own in enumerate(settings):
         name = f"part-{i}"

@@ -241,7 +241,7 @@ class _Origin:
     def load(self) -> Any:
         """The model without adapters, in float32."""
         with _seeded(self.config.seed):
-            return load_model(replace(self.config, use_peft=False), self.tokenizer)
+            return load_model(self.config.without_peft(), self.tokenizer)
 
     def dtype(self) -> torch.dtype:
         """The dtype that the model is stored in."""
@@ -294,7 +294,7 @@ def _evaluate(folder: Path, rows: TokenizedRows, origin: _Origin) -> float:
 
         model = PeftModel.from_pretrained(origin.load(), str(folder))
     else:
-        model = load_model(replace(origin.config, model=str(folder), use_peft=False), origin.tokenizer)
+        model = load_model(replace(origin.config.without_peft(), model=str(folder)), origin.tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() and not origin.config.cpu else "cpu")
     config = origin.config
     size = config.batch_size if isinstance(config.batch_size, int) else None if config.max_tokens_per_micro_batch else 4

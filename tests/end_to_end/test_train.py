@@ -105,6 +105,11 @@ def test_r19_r21_evaluation_on_the_cadence_of_updates(train, tmp_path, tiny_rows
         log_p = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[len(prompt) - 1 :]
         total, count = total - log_p.sum().item(), count + len(log_p)
     assert records[-1]["eval_loss"] == pytest.approx(total / count, rel=1e-5)
+    # Without a cadence, at the end only, and the same.
+    assert train(*argv[: argv.index("--eval-every")], "--steps", "5", "--output-dir", "end").status == 0
+    at_end = records_of(tmp_path / "end")
+    assert [r["step"] for r in at_end if "eval_loss" in r] == [5]
+    assert at_end[-1]["eval_loss"] == records[-1]["eval_loss"]
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,22 @@ OPTIONS = {
     "multiple": (["--pad-to-multiple-of", "0"], "pad_to_multiple_of=0 is below 1"),
     "lora dropout": (["--use-peft", "--lora-dropout", "1.0"], "lora_dropout=1 must be below 1"),
     "lora modules": (["--use-peft", "--lora-target-modules", "q_prog"], ("lora_target_modules=q_prog", "q_proj")),
+    "rank of no adapter": (["--lora-r", "8"], ("lora_r=8 has an effect only with use_peft", "use_peft is off")),
+    "alpha of no adapter": (["--lora-alpha", "8"], "lora_alpha=8.0 has an effect only with use_peft"),
+    "dropout of no adapter": (["--lora-dropout", "0.1"], "lora_dropout=0.1 has an effect only with use_peft"),
+    "targets of no adapter": (["--set", "lora_target_modules=q_proj"], "lora_target_modules=q_proj has an effect only"),
+    "modules of no adapter": (["--lora-modules-to-save", "lm_head"], "lora_modules_to_save=lm_head has an effect only"),
+    "adapter that is not": (["--no-use-peft", "--merge-adapter"], "give use_peft too"),
+    "base of no scaling": (
+        ["--lr-base-batch-size", "8"],
+        ("lr_base_batch_size=8 has an effect only with lr_scaling", "lr_scaling is none"),
+    ),
+    "restarts of no runs": (["--max-restarts", "5"], "max_restarts=5 has an effect only with parallel_independent"),
+    "padding of packed rows": (
+        ["--layout", "packed", "--pad-to-multiple-of", "8"],
+        "pad_to_multiple_of=8 has no effect with layout=packed",
+    ),
+    "devices of no runs": (["--cuda-ids", "0,1"], "cuda_ids=0,1 is for independent runs"),
     "sequence too long": (["--max-seq-len", "4096"], "max_seq_len=4096 is more than the 2048 positions of model=tiny"),
     "unknown model": (["--model", "no/such-model"], "model=no/such-model"),
     "missing file": (["--dataset-file", "nowhere.jsonl"], "data file nowhere.jsonl does not exist"),
@@ -289,3 +305,14 @@ def test_i40_packed_samples_of_a_model_that_mixes_them(train, tmp_path):
     options = ("--model", "mamba", "--batch-size", "4", "--max-seq-len", "32", "--steps", "1", "--cpu")
     refused(train, tmp_path, "--output-dir", "run", *options, "--layout", "packed", says=says)
     assert train("--output-dir", "run", *options, cwd=tmp_path).status == 0  # padded, as it is by default
+
+
+def test_options_at_their_defaults_are_silent(tmp_path):
+    """A written configuration holds all of them, and is read back; what shapes adapters goes with them."""
+    from accum_trainer import TrainConfig
+
+    for config in (TrainConfig(), TrainConfig(use_peft=True, lora_r=8, lora_dropout=0.1, merge_adapter=True)):
+        (tmp_path / "config.yaml").write_text(config.to_yaml())
+        assert TrainConfig.from_yaml(tmp_path / "config.yaml") == config
+    plain = config.without_peft()
+    assert (plain.use_peft, plain.lora_r, plain.lora_dropout, plain.merge_adapter) == (False, 16, 0.0, False)
