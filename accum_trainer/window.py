@@ -98,7 +98,7 @@ class Window:
         self._count_targets = count_targets
         self._read_early, self._num_own = read_early, max(1, len(part.batches))
         self._consumed = part.consumed
-        self._fingerprint = part.fingerprint
+        self._fingerprint = counted.fingerprint
         self._started = 0
         self._was_begun = self._ran_out = False
         self._num_splits = 0
@@ -308,11 +308,13 @@ class _Counted:
     """This rank's part of a window, the targets of each of its micro-batches, and what all ranks have of the window.
 
     `table[rank]` holds a rank's targets, micro-batches, samples, tokens, positions and, where it was exchanged, fingerprint.
+    `fingerprint` is equal on all ranks that are in the same window; 0 if each reads its own data.
     """
 
     part: Part
     targets: list[float]
     table: np.ndarray
+    fingerprint: int
 
 
 class _Counter:
@@ -374,7 +376,7 @@ class _Reader:
         if self._knows_counts:
             if read.error is not None:
                 raise read.error
-            return None if read.part is None else _Counted(read.part, read.targets, cast(np.ndarray, read.part.table))
+            return None if read.part is None else self._counted(read, cast(np.ndarray, read.part.table))
         if table is None:
             table = self._engine.gather(read.numbers)
         if read.error is not None:
@@ -393,7 +395,11 @@ class _Reader:
                 "an iterable of this rank's batches"
             )
         self._reads_ahead = bool(table[:, 6].all())
-        return _Counted(cast(Part, read.part), read.targets, table)
+        return self._counted(read, table)
+
+    def _counted(self, read: _Read, table: np.ndarray) -> _Counted:
+        part = cast(Part, read.part)
+        return _Counted(part, read.targets, table, part.fingerprint if self._alike else 0)
 
     def _next_part(self) -> _Read:
         part, failure = None, None

@@ -60,7 +60,7 @@ def build_engine(
         ConfigError: another source says another K; an unknown policy; an Accelerator and arguments for one.
         EngineError: the engine in force is not the one asked for, or none of ours.
     """
-    if torch.__version__ < (2, 11):
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
         raise EngineError(
             f"torch {torch.__version__} is too old: gradients have no dtype of their own before 2.11, "
             "so they could not accumulate in float32; pip install 'torch>=2.11'"
