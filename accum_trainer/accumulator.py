@@ -476,7 +476,7 @@ class Accumulator:
                     "prepare the scheduler with acc.prepare(), or leave it unprepared and step it after each update"
                 )
         assert self._window is not None
-        self._close(self._window, self.engine.gather(self._numbers(self._window)), math.nan, True, "")
+        self._close(self._window, self.engine.end_window(self._numbers(self._window)), math.nan, True, "")
 
     def _close(self, window: Window, table: np.ndarray, grad_norm: float, stepped: bool, reason: str) -> Update:
         """End the window; `table[rank]` holds each rank's `_numbers`."""

@@ -232,7 +232,7 @@ class Engine(Ranks):
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.unscale_(optimizer.optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        table = self.gather([self._square_sum(parameters), *numbers])
+        table = self.end_window([self._square_sum(parameters), *numbers])
         norm = self._norm(table[:, 0])
         is_finite = bool(np.isfinite(table[:, 0]).all())
         if is_finite and self.settings.max_grad_norm is not None:
@@ -243,6 +243,10 @@ class Engine(Ranks):
             stepped = self._step(optimizer, is_finite)
         self.drop(optimizer)
         return norm, stepped, table[:, 1:]
+
+    def end_window(self, numbers: Sequence[float]) -> np.ndarray:
+        """The one small exchange at the end of a window: every rank's `numbers`, as `gather` gives them."""
+        return self.gather(numbers)
 
     @contextlib.contextmanager
     def _in_weights_dtype(self, optimizer: AcceleratedOptimizer) -> Iterator[None]:
@@ -269,15 +273,15 @@ class Engine(Ranks):
         Raises:
             EngineError: the ranks hold different gradients.
         """
-        # Equal gradients have equal norms, but for the last bits where ranks run on GPUs of different make.
+        # Equal gradients have equal norms, but for the last bits where ranks run on GPUs of different make. All go by rank 0's:
+        # by its own each would clip by another number, and the replicas would drift apart.
         norms = np.sqrt(squares)
-        if np.isfinite(norms).all() and not np.allclose(norms, norms[self.rank], rtol=1e-5, atol=0):
+        if np.isfinite(norms).all() and not np.allclose(norms, norms[0], rtol=1e-5, atol=0):
             raise EngineError(
-                f"the processes hold different gradients (norms {', '.join(f'{n:.6g}' for n in norms)}): a parameter that "
-                "only some micro-batches use was left out of the exchange. Pass "
-                "kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)], or use every parameter in each"
+                f"the processes hold different gradients (norms {', '.join(f'{n:.6g}' for n in norms)}), which an exchange should "
+                "have made equal: does the loop change gradients, or call backward itself, on some processes only?"
             )
-        return float(norms[self.rank])
+        return float(norms[0])
 
     def _step(self, optimizer: AcceleratedOptimizer, is_finite: bool) -> bool:
         """Step the optimizer or not, and tell the loss scaler once; return whether it stepped."""
@@ -288,7 +292,9 @@ class Engine(Ranks):
                 optimizer.step()
             return is_finite
         if not is_finite:
-            scaler.update()  # found_inf was recorded by unscale: the scale shrinks
+            # As scaler.update() would after an inf, on all ranks alike: this one's own gradient may be finite.
+            scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
+            scaler.load_state_dict(scaler.state_dict() | {"_growth_tracker": 0})
             return False
         optimizer.step()
         return not optimizer.step_was_skipped
@@ -441,10 +447,27 @@ def _free_in_cgroup(root: Path = Path("/sys/fs/cgroup")) -> float:
     return math.inf
 
 
+# Numbers squared at a time: 32 MiB in float64.
+_PIECE = 2**22
+
+
 def square_sums(gradients: list[torch.Tensor]) -> list[float]:
-    """Sum of squares of each gradient, in float64 where the device has it; one wait for the device."""
+    """Sum of squares of each gradient, in float64 where the device has it; one wait for the device.
+
+    In pieces, for torch copies what it is asked to add up in another dtype: twice a gradient in memory.
+    """
     if not gradients:
         return [0.0]
     dtype = torch.float32 if gradients[0].device.type == "mps" else torch.float64
-    norms = torch.stack([torch.linalg.vector_norm(g, dtype=dtype) for g in gradients])
-    return (norms.double() ** 2).tolist() if dtype == torch.float64 else [n**2 for n in norms.tolist()]
+    norms = [torch.linalg.vector_norm(piece, dtype=dtype) for g in gradients for piece in _pieces(g)]
+    squares = iter(norm**2 for norm in torch.stack(norms).tolist())
+    return [sum(next(squares) for _ in _pieces(g)) for g in gradients]
+
+
+def _pieces(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Views of at most `_PIECE` numbers of a contiguous tensor, of whole rows of another; at least one."""
+    if tensor.numel() <= _PIECE:
+        return [tensor]
+    if tensor.is_contiguous():
+        return tensor.view(-1).split(_PIECE)
+    return tensor.split(max(1, _PIECE * tensor.shape[0] // tensor.numel()))

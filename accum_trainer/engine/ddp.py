@@ -1,8 +1,9 @@
 """DistributedDataParallel: gradients are averaged over ranks, once per window unless asked otherwise.
 
-DDP exchanges while the backward runs, in buckets of the weights' dtype, and only what the last micro-batch used. Where
-that is not enough (weights in bf16 whose gradients accumulate in float32; parameters that some micro-batches leave
-unused; a device whose memory runs out) every backward stays local and the exchange is made here, at its end.
+DDP exchanges while the backward runs, in buckets of the weights' dtype, and waits until each parameter has had a gradient.
+One that this rank's micro-batch leaves unused is given a gradient of zero after its backward: other ranks may have used it,
+and would wait. Where DDP's exchange is not enough (weights in bf16 whose gradients accumulate in float32; a device whose
+memory runs out) every backward stays local and the exchange is made here, at its end.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -34,12 +36,15 @@ class DDPEngine(Engine):
         super().__init__(accelerator, grad_sync)
         self.equal_micro_batches = self.grad_sync == "every-microbatch"
         self._backward_exchanges = False
+        self._trained: list[torch.nn.Parameter] = []
+        self._only_zeros: set[torch.nn.Parameter] = set()  # what this rank has not used in the window in hand
 
     def _prepare(
         self, models: list[torch.nn.Module], optimizers: list[torch.optim.Optimizer]
     ) -> tuple[list[torch.nn.Module], list[AcceleratedOptimizer]]:
         if any(isinstance(model, DistributedDataParallel) for model in models):
             raise EngineError("the model is wrapped in DistributedDataParallel already; pass the plain model")
+        self._trained += [p for model in models for p in model.parameters() if p.requires_grad]
         return super()._prepare(models, optimizers)
 
     def unwrap(self, model: torch.nn.Module) -> Any:
@@ -62,12 +67,15 @@ class DDPEngine(Engine):
                 if not exchange or model in here:
                     stack.enter_context(model.no_sync())
             self._backward_exchanges = exchange and len(here) < len(models)
+            there = [p for model in models if exchange and model not in here for p in model.parameters()]
+            before = [(p, p.grad, _version(p.grad)) for p in there if p.requires_grad]
             yield
         for model in here:
             self._exchange([p for p in model.parameters() if p.requires_grad])
+        self._complete(before)
 
     def _exchanged_here(self, model: DistributedDataParallel) -> bool:
-        if model.find_unused_parameters or (self.exchange_apart and not self.equal_micro_batches):
+        if model.find_unused_parameters or model.static_graph or (self.exchange_apart and not self.equal_micro_batches):
             return True
         dtype = getattr(torch, self.settings.accumulation_dtype)
         return any(p.dtype != dtype for p in model.parameters() if p.requires_grad)
@@ -94,6 +102,33 @@ class DDPEngine(Engine):
             if isinstance(model, DistributedDataParallel) and frame.f_code.co_name == "_run_ddp_forward":
                 model.require_forward_param_sync = False
 
+    def _complete(self, before: list[tuple[torch.nn.Parameter, torch.Tensor | None, int]]) -> None:
+        """Give a gradient of zero to what a backward that exchanges has left out; `before` it, gradients and versions.
+
+        Without, DDP's exchange does not end, here or on the ranks that used it. What was accumulated earlier is averaged.
+        """
+        left_out = [p for p, gradient, version in before if p.grad is gradient and _version(p.grad) == version]
+        self._only_zeros -= {p for p, *_ in before} - set(left_out)
+        if left_out:
+            self._only_zeros |= {p for p in left_out if p.grad is None}
+            _Zeros.apply(*left_out).backward()
+
+    def end_window(self, numbers: Sequence[float]) -> np.ndarray:
+        table = self.gather([float(len(self._only_zeros)), *numbers])
+        if table[:, 0].all():  # each rank left some out: the same?
+            used = torch.tensor(
+                [p not in self._only_zeros for p in self._trained], dtype=torch.int32, device=self.device
+            )
+            dist.all_reduce(used, op=dist.ReduceOp.MAX)
+            for parameter, is_used in zip(self._trained, used.tolist(), strict=True):
+                if not is_used:
+                    parameter.grad = None  # used by no rank: an optimizer leaves it alone, as in one process
+        return table[:, 1:]
+
+    def drop(self, optimizer: AcceleratedOptimizer) -> None:
+        super().drop(optimizer)
+        self._only_zeros.clear()
+
     def _exchange(self, parameters: list[torch.nn.Parameter]) -> None:
         """Average gradients over ranks in place; a parameter that no rank used keeps none, one that some used counts as 0."""
         used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=self.device)
@@ -119,3 +154,21 @@ class DDPEngine(Engine):
         flat /= self.world_size
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
+
+
+class _Zeros(torch.autograd.Function):
+    """() from parameters, whose gradients with respect to each are zero and take no memory."""
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> Any:
+        return tuple(torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.like)
+
+
+def _version(tensor: torch.Tensor | None) -> int:
+    """Counts how often a tensor was written in place."""
+    return 0 if tensor is None else tensor._version

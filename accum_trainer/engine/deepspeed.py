@@ -24,6 +24,7 @@ from accelerate.utils import DeepSpeedPlugin
 
 from accum_trainer.batch_plan import BatchPlan
 from accum_trainer.engine.base import Engine, Settings
+from accum_trainer.engine.usage import Usage, refuse, refuse_difference
 from accum_trainer.errors import ConfigError, EngineError
 
 INSTALL = "pip install 'accum-trainer[deepspeed]'"
@@ -46,7 +47,9 @@ class DeepSpeedEngine(Engine):
         self.name = f"zero{self.stage}"
         self.shards_weights = self.stage == 3
         self._window = contextlib.ExitStack()
-        self._has_gone_back = False
+        self._has_gone_back = self._is_leaving = False
+        self._reduces = False  # the backward in hand, or what follows it at once
+        self._asks_others, self._left_some_out = True, False
 
     @property
     def gradient_divisor(self) -> float:
@@ -76,10 +79,13 @@ class DeepSpeedEngine(Engine):
             )
         model, optimizer = self.accelerator.prepare(models[0], optimizers[0])
         self._engine = model
+        self._reduce_when_leaving_only()
         if model.zero_optimization_stage() != self.stage:
             raise EngineError(
                 f"ZeRO stage {self.stage} was asked for, stage {model.zero_optimization_stage()} is in force"
             )
+        trained = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
+        self._usage = Usage(trained, are_whole=self.stage < 3)
         self._decide_grad_sync(model)
         # ZeRO-3 gathers weights in each forward; reducing each micro-batch needs all ranks at each.
         self.equal_micro_batches = self.stage == 3 or self.grad_sync == "every-microbatch"
@@ -120,6 +126,7 @@ class DeepSpeedEngine(Engine):
                 "accumulate() got a model that is not the one prepare() returned; DeepSpeed would not see its gradients"
             )
         self.accelerator.sync_gradients = is_last
+        self._reduces = is_last or self.grad_sync == "every-microbatch"
         coalesce = self._reduces_apart()
         if is_first:
             self._leave_window()
@@ -129,6 +136,8 @@ class DeepSpeedEngine(Engine):
         self._engine.set_gradient_accumulation_boundary(is_last and not coalesce)
         yield
         if is_last:
+            if coalesce:
+                self._compare_usage()
             self._leave_window()
 
     def _reduces_apart(self) -> bool:
@@ -138,7 +147,18 @@ class DeepSpeedEngine(Engine):
         return self.stage >= 2 and self.grad_sync == "once-per-window"
 
     def _leave_window(self) -> None:
-        self._window.close()
+        self._is_leaving = True
+        try:
+            self._window.close()
+        finally:
+            self._is_leaving = False
+
+    def _reduce_when_leaving_only(self) -> None:
+        """Keep a window that an error cut short from reducing when Python cleans up: other ranks do not take part."""
+        for name in ("_flush_coalesced_reduction_zero12", "_flush_coalesced_reduction_zero3"):
+            flush = getattr(self._engine, name, None)
+            if flush is not None:
+                setattr(self._engine, name, lambda *args, flush=flush: flush(*args) if self._is_leaving else None)
 
     def why_not_again(self, is_last: bool) -> str:
         lower = "lower the micro-batch (the effective batch stays)"
@@ -168,6 +188,7 @@ class DeepSpeedEngine(Engine):
         self._engine.optimizer.zero_grad(set_to_none=True)
 
     def backward(self, loss: torch.Tensor) -> None:
+        self._usage.watch(loss, self._compare_usage if self._reduces and not self._reduces_apart() else None)
         self._engine.backward(loss, scale_wrt_gas=False)
         if self.stage == 3 and not self._has_gone_back:
             self._has_gone_back = True
@@ -176,18 +197,41 @@ class DeepSpeedEngine(Engine):
     def finish(self, optimizer: AcceleratedOptimizer, numbers: Sequence[float]) -> tuple[float, bool, np.ndarray]:
         if self.stage == 0:
             return self._finish_unsharded(optimizer, numbers)
+        table = self.end_window(numbers)
         skipped = self._engine.skipped_steps
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
-        return float(norm), self._engine.skipped_steps == skipped, self.gather(numbers)
+        return float(norm), self._engine.skipped_steps == skipped, table
+
+    def end_window(self, numbers: Sequence[float]) -> np.ndarray:
+        table = self.gather([float(self._left_some_out), *numbers])
+        self._asks_others = bool(table[:, 0].any())
+        self._usage.used.clear()
+        return table[:, 1:]
+
+    def _compare_usage(self) -> None:
+        """Before gradients are reduced: have all ranks leave out the same parameters, or end.
+
+        They ask each other in the first window, and on as long as any of them leaves one out. A rank that does so when nobody
+        asks ends by itself: the others would wait for it, or add up what does not belong together.
+        """
+        if self.world_size == 1:
+            return
+        used = self._usage.used if self._reduces_apart() else self._usage.used_now
+        unused = self._usage.left_out(used)
+        self._left_some_out = self._left_some_out or bool(unused)
+        if self._asks_others:
+            refuse_difference(self, unused, self.name)
+        elif unused:
+            refuse(self, unused, self.name)
 
     def _finish_unsharded(
         self, optimizer: AcceleratedOptimizer, numbers: Sequence[float]
     ) -> tuple[float, bool, np.ndarray]:
         """Stage 0 steps on whatever the gradient is: take the norm and decide before, and let it clip by its config."""
         norm = math.sqrt(self._square_sum(list(self._engine.module.parameters())))
-        table = self.gather([float(not math.isfinite(norm)), *numbers])
+        table = self.end_window([float(not math.isfinite(norm)), *numbers])
         if table[:, 0].any():
             self.drop(optimizer)
             return norm, False, table[:, 1:]
@@ -197,6 +241,7 @@ class DeepSpeedEngine(Engine):
 
     def drop(self, optimizer: AcceleratedOptimizer) -> None:
         self._leave_window()
+        self._usage.used.clear()
         sharded = self._engine.optimizer
         sharded.zero_grad(set_to_none=True)
         # What DeepSpeed itself does when it skips a step: forget the reduced shards, and begin counting micro-steps anew.

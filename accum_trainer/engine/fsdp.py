@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from accum_trainer.engine.base import Engine, square_sums
+from accum_trainer.engine.usage import Usage, refuse_difference
 from accum_trainer.errors import EngineError
 
 
@@ -39,6 +40,8 @@ class FSDPEngine(Engine):
             raise EngineError("FSDP2 shards over processes, and there is one; launch several, or leave FSDP out")
         if accelerator.mixed_precision == "fp16":
             raise EngineError("mixed_precision=fp16 is not available with FSDP2 here; use bf16")
+        self._sharded: dict[str, torch.nn.Parameter] = {}
+        self._usage = Usage({})
 
     def _prepare(
         self, models: list[torch.nn.Module], optimizers: list[torch.optim.Optimizer]
@@ -46,10 +49,14 @@ class FSDPEngine(Engine):
         for model in models:
             self._decide_grad_sync(model)
         renamed: dict[int, torch.nn.Parameter] = {}
-        for model in models:
+        unsharded: dict[str, torch.Tensor] = {}
+        for number, model in enumerate(models):
             before = dict(model.named_parameters())
             self._shard(model)
             renamed |= {id(before[name]): p for name, p in model.named_parameters()}
+            self._sharded |= {f"{number} {name}": p for name, p in model.named_parameters() if p.requires_grad}
+            unsharded |= {f"{number} {name}": p for name, p in _unsharded(model).items() if p.requires_grad}
+        self._usage = Usage(unsharded)
         for optimizer in optimizers:
             if optimizer.state:
                 raise EngineError(
@@ -79,6 +86,13 @@ class FSDPEngine(Engine):
             if type(module).__name__ in blocks:
                 fully_shard(module, **options)
         fully_shard(model, **options)
+        if self._reduces_unused:
+            # Else each rank reduces the gradients that it has, and adds one parameter's to another's.
+            model.set_reduce_scatter_unused_params(True)
+
+    @property
+    def _reduces_unused(self) -> bool:
+        return hasattr(FSDPModule, "set_reduce_scatter_unused_params")  # torch 2.13
 
     def _accumulate_in(self, parameters: list[torch.nn.Parameter]) -> None:
         """`reduce_dtype` decides: unreduced gradients are kept in it too."""
@@ -92,6 +106,24 @@ class FSDPEngine(Engine):
                 )
             model.set_requires_gradient_sync(exchange)
         yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self._usage.watch(loss)
+        super().backward(loss)
+
+    def end_window(self, numbers: Sequence[float]) -> np.ndarray:
+        unused = self._usage.left_out(self._usage.used)
+        table = self.gather([float(len(unused)), *numbers])
+        if table[:, 0].any() and not self._reduces_unused:
+            refuse_difference(self, unused, self.name)
+        if table[:, 0].all():  # each rank left some out: the same?
+            for name in set.intersection(*map(set, self.gather_objects(unused))):
+                self._sharded[name].grad = None  # used by no rank: an optimizer leaves it alone, as in one process
+        return table[:, 1:]
+
+    def drop(self, optimizer: AcceleratedOptimizer) -> None:
+        super().drop(optimizer)
+        self._usage.used.clear()
 
     def why_not_again(self, is_last: bool) -> str:
         return (
@@ -150,6 +182,17 @@ class FSDPEngine(Engine):
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _unsharded(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The whole parameters, which autograd sees; FSDP2 makes them once and only lends them memory later."""
+    found: dict[str, torch.nn.Parameter] = {}
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            found |= {name: p for name, p in model.named_parameters() if not isinstance(p, DTensor)}
+            module.reshard()
+    return found
 
 
 def _reshard(model: torch.nn.Module) -> None:

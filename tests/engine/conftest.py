@@ -25,6 +25,7 @@ OF_ACCELERATE = (
     "own_accelerator_with_k",
     "loader_sharded_by_accelerate",
     "test_i15_",
+    "test_i46_",
     "under_a_scaler",
     "test_loop_of_accelerate",
 )

@@ -261,21 +261,29 @@ def test_i22_i26_offload_and_policy_give_one_norm(case, engine):
         assert all(error <= EXACT for error in result["errors"])
 
 
-def test_i27_i28_parameters_that_only_some_micro_batches_use(case):
+def test_i27_i28_parameters_that_only_some_micro_batches_use(case, engine):
     for result in case("i27_i28_parameters_that_some_micro_batches_use"):
-        assert len(result["results"]) == 3
+        assert len(result["results"]) == (6 if engine in ("single", "ddp") else 3)
         for found in result["results"]:
             assert found["equal"]
             assert found["moved"] == pytest.approx(found["exact"], rel=EXACT)
 
 
-def test_i27_left_out_of_the_exchange_is_told(case, engine):
-    for result in case("i27_left_out_of_the_exchange_is_an_error"):
-        if engine == "ddp":
-            assert "the processes hold different gradients" in result["error"]
-            assert "find_unused_parameters=True" in result["error"]
-        else:
-            assert result["error"] == ""
+def test_i45_what_one_rank_leaves_out_is_averaged_or_an_error(case, engine):
+    for result in case("i45_one_rank_leaves_out_what_another_uses"):
+        assert len(result["results"]) == (4 if engine.startswith("zero") else 8)
+        for found in result["results"]:
+            assert bool(found["error"]) == (
+                engine.startswith("zero") and found["exact"][1] != 0
+            )  # ZeRO, and the ranks differ
+            if found["error"]:
+                assert "left" in found["error"] and "unused, such as" in found["error"] and "use DDP" in found["error"]
+                continue
+            positive, nobody, negative = found["moved"]
+            for moved, exact in zip((positive, negative), found["exact"], strict=True):
+                assert moved == pytest.approx([exact] * 2, rel=EXACT)
+            if not engine.startswith("zero"):  # whose flat shards have no parameter without a gradient
+                assert found["nobody"] == [1.0, 1.0]
 
 
 def test_i30_256_plus_1_minus_256_is_1_in_the_accumulation_dtype(case, engine):
@@ -308,6 +316,14 @@ def test_i31_r6_one_clip_of_the_averaged_gradient(case):
         for gradient_error, norm_error in result["results"]:
             assert gradient_error <= EXACT
             assert norm_error <= EXACT
+
+
+def test_i46_every_rank_clips_and_decides_by_the_same_number(case, world_size):
+    ranks = case("i46_ranks_whose_norms_differ_in_the_last_bits")
+    for result in ranks:
+        assert result["bits"]["error"] == "" and result["bits"]["equal"]
+        assert result["bits"]["norm"] == ranks[0]["bits"]["norm"]
+        assert ("different gradients" in result["edge"]["error"]) == (world_size > 1)
 
 
 def test_i32_r9_lr_knows_updates_only(case):

@@ -1,0 +1,32 @@
+"""The norm that gradients are clipped by: float64 sums, and no memory to speak of."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from accum_trainer.engine.base import square_sums
+from accum_trainer.records import memory_gb, peak_gb, reset_peak
+
+CPU = torch.device("cpu")
+
+
+def test_i46_squares_add_up_in_float64_whatever_the_layout():
+    torch.manual_seed(0)
+    large = torch.randn(3000, 3001)
+    gradients = [large, large.t(), large[:, ::2], torch.randn(5), torch.tensor(3.0), torch.randn(7, 2).bfloat16()]
+    for gradient, found in zip(gradients, square_sums(gradients), strict=True):
+        exact = math.fsum((gradient.double().numpy() ** 2).ravel())
+        assert abs(found / exact - 1) < 1e-12
+    assert square_sums([]) == [0.0]
+    assert math.isinf(square_sums([torch.tensor([1.0, math.inf])])[0])
+
+
+def test_i46_norm_of_a_large_gradient_takes_no_copy_of_it():
+    gradient = torch.ones(50_000_000)  # 0.2 GB; a copy in float64 is 0.4 GB
+    square_sums([gradient[:1000]])
+    reset_peak(CPU)
+    before = memory_gb(CPU)
+    assert square_sums([gradient]) == [50_000_000.0]
+    assert peak_gb(CPU) - before < 0.1
