@@ -26,7 +26,7 @@ from accum_trainer.config import TrainConfig
 from accum_trainer.cutting import Cutting, decide_cut, decide_layout
 from accum_trainer.data import embedded, files
 from accum_trainer.data.collating import PackingCollator, PaddingCollator
-from accum_trainer.data.tokenizing import TokenizedRows, tokenize
+from accum_trainer.data.tokenizing import TokenizedRows, take_columns, tokenize
 from accum_trainer.engine.build import choose_precision
 from accum_trainer.engine.lost_processes import note_on_lost_processes
 from accum_trainer.errors import ConfigError, DataError, EngineError
@@ -280,20 +280,30 @@ def _check_same_weights(engine: Any, config: TrainConfig, initial_weights: str |
 
 
 def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[TokenizedRows, TokenizedRows | None]:
+    columns = (config.prompt_column, config.completion_column, config.text_column)
+
+    def from_table(table: Any, name: str, digest: str, columns: tuple[str | None, ...] = columns) -> TokenizedRows:
+        if any(columns):  # what is trained on is part of what the data are
+            table, digest = take_columns(table, name, *columns), f"{digest} {columns}"
+        return tokenize(table, name, digest, tokenizer, config.max_seq_len)
+
     def from_file(path: Any, name: str) -> TokenizedRows:
-        return tokenize(files.read_file(path), name, files.digest(path), tokenizer, config.max_seq_len)
+        return from_table(files.read_file(path, [c for c in columns if c]), name, files.digest(path))
+
+    def embedded_rows(path: Any, name: str) -> TokenizedRows:
+        return from_table(files.read_file(path), name, files.digest(path), ())
 
     if config.dataset_file is not None:
         rows = from_file(config.dataset_file, config.dataset_file)
     elif config.dataset is not None:
         table = files.read_hub(config.dataset)
-        rows = tokenize(table, config.dataset, table._fingerprint, tokenizer, config.max_seq_len)
+        rows = from_table(table, config.dataset, table._fingerprint)
     else:
-        rows = from_file(embedded.corpus_files()[0], "embedded corpus")
+        rows = embedded_rows(embedded.corpus_files()[0], "embedded corpus")
     if config.eval_file is not None:
         return rows, from_file(config.eval_file, config.eval_file)
     if config.eval_every is not None:
-        return rows, from_file(embedded.corpus_files()[1], "embedded evaluation rows")
+        return rows, embedded_rows(embedded.corpus_files()[1], "embedded evaluation rows")
     return rows, None
 
 

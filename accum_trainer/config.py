@@ -176,6 +176,14 @@ class TrainConfig:
         None, "Data", "Training rows: .txt .jsonl .json .csv .parquet. Default: the embedded corpus."
     )
     dataset: str | None = _option(None, "Data", "Training rows from the hub: an id, or id:config.")
+    prompt_column: str | None = _option(
+        None, "Data", "The column that is the prompt, with --completion-column; also of the evaluation rows."
+    )
+    completion_column: str | None = _option(None, "Data", "The column that is trained on, with --prompt-column.")
+    text_column: str | None = _option(None, "Data", "The column of texts that are trained on whole.")
+    chat_template: str | None = _option(
+        None, "Data", "A Jinja file: the chat template of messages and conversations, in place of the tokenizer's."
+    )
     eval_file: str | None = _option(
         None, "Data", "Rows for evaluation, in the same formats; at the end, or with --eval-every."
     )
@@ -290,6 +298,24 @@ class TrainConfig:
         if self.dataset_file is not None and self.dataset is not None:
             raise ConfigError(
                 f"dataset_file={self.dataset_file} and dataset={self.dataset} both name the training data; give one of them"
+            )
+        if (self.prompt_column is None) != (self.completion_column is None):
+            raise ConfigError(
+                f"prompt_column={self.prompt_column} and completion_column={self.completion_column} belong together; "
+                "give both (or text_column, for texts that are trained on whole)"
+            )
+        if self.prompt_column is not None and self.text_column is not None:
+            raise ConfigError(
+                f"prompt_column={self.prompt_column} and text_column={self.text_column} both say what is trained on; "
+                "give one of them"
+            )
+        if self.prompt_column is not None and self.prompt_column == self.completion_column:
+            raise ConfigError(f"prompt_column and completion_column are both {self.prompt_column}; give two columns")
+        named = [n for n in ("prompt_column", "text_column") if getattr(self, n) is not None]
+        if named and not (self.dataset_file or self.dataset or self.eval_file):
+            raise ConfigError(
+                f"{named[0]}={getattr(self, named[0])} has no effect without data of yours; give dataset_file or dataset "
+                f"too, or leave {named[0]} out"
             )
         if self.amp and self.mixed_precision is not None:
             raise ConfigError(

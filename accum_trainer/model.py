@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import zlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +16,32 @@ TINY = "tiny"
 
 
 def load_tokenizer(config: TrainConfig) -> Any:
-    """The tokenizer that belongs to `config.model`; ConfigError where there is none."""
+    """The tokenizer that belongs to `config.model`, with the chat template of the configuration if it names one.
+
+    Raises:
+        ConfigError: the model has none, or the template is no Jinja file.
+    """
+    tokenizer = _tokenizer(config)
+    if config.chat_template is not None:
+        tokenizer.chat_template = _template(config.chat_template)
+    return tokenizer
+
+
+def _template(path: str) -> str:
+    from jinja2 import Environment, TemplateSyntaxError
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"chat_template={path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    try:  # transformers adds a tag of its own, {% generation %}, that marks what is generated and says nothing here
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text))
+    except TemplateSyntaxError as error:
+        raise ConfigError(f"chat_template={path} line {error.lineno} is not Jinja: {error.message}") from None
+    return text
+
+
+def _tokenizer(config: TrainConfig) -> Any:
     if config.model == TINY:
         from accum_trainer.data.embedded import corpus_tokenizer
 

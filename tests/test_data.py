@@ -12,7 +12,7 @@ from accum_trainer.data.collating import PaddingCollator
 from accum_trainer.data.counting import count_rows
 from accum_trainer.data.files import digest, read_file
 from accum_trainer.data.rows import spans_of
-from accum_trainer.data.tokenizing import tokenize
+from accum_trainer.data.tokenizing import take_columns, tokenize
 from accum_trainer.errors import DataError
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -46,6 +46,8 @@ def trained_text(tokenizer, sample):
         ({"question": "q", "answer": "a", "text": None}, [("q\n", False), ("a", True)]),
         ({"instruction": "i", "input": "x", "output": "o"}, [("i\nx\n", False), ("o", True)]),
         ({"instruction": "i", "input": "", "output": "o"}, [("i\n", False), ("o", True)]),
+        ({"question": 7, "answer": 2.5}, [("7\n", False), ("2.5", True)]),
+        ({"prompt": "is it?", "completion": False}, [("is it?", False), ("false", True)]),
     ],
 )
 def test_formats_and_what_is_trained_on(row, spans):
@@ -164,3 +166,80 @@ def test_rows_are_counted_as_they_are_read(tmp_path, name, content, count):
     path = tmp_path / name
     path.write_text(content)
     assert count_rows(path) == len(read_file(path)) == count
+
+
+ANSWERS = ["007", "1.50", "1e3", "-0", "12345678901234567890123", "NA", "null", "True", "2020-01-01"]
+
+
+def test_values_of_a_csv_are_text_as_written(tmp_path):
+    """pandas would read 7, 1.5, 1000.0, nothing for NA; only an empty cell is absent."""
+    path = tmp_path / "rows.csv"
+    path.write_text("question,answer,text\n" + "".join(f"q{i},{answer},\n" for i, answer in enumerate(ANSWERS)))
+    rows = read_file(path)
+    assert rows["answer"][:] == ANSWERS
+    assert rows["text"][:] == [None] * len(ANSWERS)
+    assert spans_of(rows[0], "row 1") == [("q0\n", False), ("007", True)]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_numbers_of_json_are_text_as_written(tmp_path, suffix):
+    literals = ["7", "1.50", "1e3", "-0", "12345678901234567890123", "true", '"007"', '"2020-01-01"', '"NA"']
+    rows = [f'{{"prompt": "p", "completion": {literal}, "id": {i}}}' for i, literal in enumerate(literals)]
+    path = tmp_path / f"rows{suffix}"
+    path.write_text("\n".join(rows) if suffix == ".jsonl" else f"[{', '.join(rows)}]")
+    assert read_file(path)["completion"][:] == [literal.strip('"') for literal in literals]
+    # All numbers, and dates alone, which the parser takes for timestamps.
+    for written in (["1", "2.0"], ['"2020-01-01"', '"2021-02-03"']):
+        rows = [f'{{"prompt": "p", "completion": {literal}}}' for literal in written]
+        path.write_text("\n".join(rows) if suffix == ".jsonl" else f"[{', '.join(rows)}]")
+        assert read_file(path)["completion"][:] == [literal.strip('"') for literal in written]
+
+
+def test_numbers_inside_messages_keep_their_type(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": 1, "messages": [{"role": "user", "content": "a", "weight": 2, "f": 1.5, "b": true}]}\n')
+    [row] = read_file(path)
+    assert row == {"prompt": "1", "messages": [{"role": "user", "content": "a", "weight": 2, "f": 1.5, "b": True}]}
+
+
+def test_nested_values_are_refused(tmp_path, tokenizer):
+    rows = [{"prompt": "a", "completion": None, "text": "b"}, {"prompt": "a", "completion": [4], "text": "b"}]
+    with pytest.raises(DataError, match=r"rows.jsonl row 2: completion=\[4\] is a list, not text"):
+        tokenized(tmp_path, tokenizer, rows)
+
+
+def test_conversations_are_messages(tmp_path, tokenizer):
+    tokenizer.chat_template = CHAT
+    talk = [("system", "be brief"), ("human", "hi"), ("gpt", "hello")]
+    roles = {"human": "user", "gpt": "assistant", "system": "system"}
+    rows = [{"conversations": [{"from": who, "value": text} for who, text in talk]}]
+    sample = tokenized(tmp_path, tokenizer, rows)[0]
+    assert tokenizer.decode(sample["input_ids"]) == "".join(f"<{roles[who]}>{text}</s>" for who, text in talk)
+    assert trained_text(tokenizer, sample) == "hello</s>"
+    rows[0]["conversations"][1]["from"] = "observer"
+    with pytest.raises(DataError, match="rows.jsonl row 1: conversations are from observer, and known are human"):
+        tokenized(tmp_path, tokenizer, rows)
+
+
+def test_named_columns(tmp_path, tokenizer):
+    """Other columns, `text` among them, count for nothing; other columns are other samples."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"frage": "two?", "antwort": 2, "text": "no"}\n')
+    rows = take_columns(read_file(path, ["frage", "antwort"]), "rows.jsonl", "frage", "antwort", None)
+    assert rows[:] == {"prompt": ["two?"], "completion": ["2"]}
+    rows = take_columns(read_file(path), "rows.jsonl", None, None, "frage")
+    assert rows[:] == {"text": ["two?"]}
+    with pytest.raises(DataError, match="has no column body .text_column=body.; it has frage, antwort, text"):
+        take_columns(
+            rows.rename_column("text", "frage").add_column("antwort", ["2"]).add_column("text", ["no"]),
+            "rows.jsonl",
+            None,
+            None,
+            "body",
+        )
+
+
+def test_first_rows_are_looked_at_before_any_is_tokenised(tmp_path, tokenizer, capsys):
+    with pytest.raises(DataError, match="rows.jsonl row 3 has the columns .'title'., none of which"):
+        tokenized(tmp_path, tokenizer, [{"text": "a"}, {"text": "b"}, {"title": "c"}] + [{"text": "d"}] * 50)
+    assert "Tokenising" not in capsys.readouterr().err

@@ -6,9 +6,12 @@ import codecs
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from accum_trainer.data.literal import csv_options, is_written_otherwise, read_json
+from accum_trainer.data.rows import TEXT_COLUMNS
 from accum_trainer.errors import DataError
 
 if TYPE_CHECKING:
@@ -53,8 +56,10 @@ def digest(path: str | Path) -> str:
     return sha.hexdigest()
 
 
-def read_file(path: str | Path) -> datasets.Dataset:
+def read_file(path: str | Path, columns: Sequence[str] = ()) -> datasets.Dataset:
     """Read the rows of a data file. A text file gives one row per line that is not blank.
+
+    Numbers in the columns of text, and in `columns`, are text as the file writes them.
 
     Raises:
         DataError: what `check_file` refuses, content that is not of its format (with the line), or no rows.
@@ -64,12 +69,23 @@ def read_file(path: str | Path) -> datasets.Dataset:
         _check_utf8(path)
     import datasets
 
+    is_json = path.suffix in (".json", ".jsonl")
     try:
         rows = datasets.load_dataset(
-            BUILDERS[path.suffix], data_files=str(path), split="train", cache_dir=str(cache_dir() / "rows")
+            BUILDERS[path.suffix],
+            data_files=str(path),
+            split="train",
+            cache_dir=str(cache_dir() / "rows"),
+            **(csv_options(path) if path.suffix == ".csv" else {}),
         )
     except Exception as error:  # datasets wraps whatever pyarrow, json and csv raise, without the line
-        raise DataError(_unreadable(path, error)) from None
+        wrong = _wrong_json(path) if is_json else ""
+        if not is_json or wrong:
+            raise DataError(wrong or _unreadable(path, error)) from None
+        rows = read_json(path)  # right as JSON: a column holds numbers here and text there, say
+    else:
+        if is_json and is_written_otherwise(rows.features, {*TEXT_COLUMNS, *columns}):
+            rows = read_json(path)
     if path.suffix == ".txt":
         rows = rows.filter(lambda row: bool(row["text"].strip()))
     if len(rows) == 0:
@@ -87,9 +103,9 @@ def _check_utf8(path: Path) -> None:
                 raise DataError(f"data file {path} line {number} is not UTF-8 text: {bad.reason}") from None
 
 
-def _unreadable(path: Path, error: Exception) -> str:
-    """Say what is wrong with a file that `datasets` gave up on; it does not say where."""
-    text = "" if path.suffix == ".parquet" else path.read_text(encoding="utf-8-sig")
+def _wrong_json(path: Path) -> str:
+    """What is wrong with a JSON file, with the line; "" if nothing is."""
+    text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".jsonl":
         for number, line in enumerate(text.splitlines(), start=1):
             try:
@@ -97,11 +113,20 @@ def _unreadable(path: Path, error: Exception) -> str:
                     return f"data file {path} line {number} is not a JSON object: {line[:60]}"
             except json.JSONDecodeError as bad:
                 return f"data file {path} line {number} is not JSON: {bad.msg} at column {bad.colno}"
-    if path.suffix == ".json":
-        try:
-            json.loads(text)
-        except json.JSONDecodeError as bad:
-            return f"data file {path} line {bad.lineno} is not JSON: {bad.msg} at column {bad.colno}"
+        return ""
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError as bad:
+        return f"data file {path} line {bad.lineno} is not JSON: {bad.msg} at column {bad.colno}"
+    rows = whole if isinstance(whole, list) else [whole]
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            return f"data file {path} row {number} is not a JSON object: {json.dumps(row)[:60]}"
+    return ""
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    """Say what `datasets` did not like about a file; it does not say where."""
     cause = error.__cause__ or error
     return (
         f"data file {path} cannot be read as {path.suffix[1:]}: {str(cause).splitlines()[0] if str(cause) else cause!r}"

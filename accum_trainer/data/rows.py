@@ -5,7 +5,9 @@
     question + answer                       the answer
     instruction (+ input) + output          the output
     messages                                what the assistant says, in the tokenizer's chat template
+    conversations                           the same, as ShareGPT writes it: from and value
 
+Numbers are text too: 42 is trained on as "42".
 A row becomes *spans*: pieces of text, each with whether it is a target. Tokens are not known here.
 """
 
@@ -20,7 +22,10 @@ from accum_trainer.errors import DataError
 Span = tuple[str, bool]
 ChatTemplate = Callable[..., str]
 
-FORMATS = "text; prompt + completion; question + answer; instruction (+ input) + output; or messages"
+FORMATS = "text; prompt + completion; question + answer; instruction (+ input) + output; messages; or conversations"
+TEXT_COLUMNS = ("text", "prompt", "completion", "question", "answer", "instruction", "input", "output")
+# ShareGPT's names of the speakers.
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 def format_of(columns: Sequence[str]) -> str | None:
@@ -28,6 +33,7 @@ def format_of(columns: Sequence[str]) -> str | None:
     have = set(columns)
     for needed, name in (
         ({"messages"}, "messages"),
+        ({"conversations"}, "conversations"),
         ({"prompt", "completion"}, "completion"),
         ({"question", "answer"}, "question"),
         ({"instruction", "output"}, "instruction"),
@@ -57,6 +63,8 @@ def spans_of(row: Mapping[str, Any], where: str, chat_template: ChatTemplate | N
         )
     if name == "messages":
         return _message_spans(present["messages"], where, chat_template)
+    if name == "conversations":
+        return _message_spans(_from_conversations(present["conversations"], where), where, chat_template)
     if name == "text":
         return [(_text(present, "text", where), True)]
     if name == "completion":
@@ -69,9 +77,27 @@ def spans_of(row: Mapping[str, Any], where: str, chat_template: ChatTemplate | N
 
 
 def _text(row: Mapping[str, Any], column: str, where: str) -> str:
-    if not isinstance(row[column], str):
-        raise DataError(f"{where}: {column}={row[column]!r} is a {type(row[column]).__name__}, not text")
-    return row[column]
+    value = row[column]
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if not isinstance(value, (str, int, float)):
+        raise DataError(f"{where}: {column}={value!r} is a {type(value).__name__}, not text")
+    return str(value)
+
+
+def _from_conversations(turns: Any, where: str) -> list[dict[str, Any]]:
+    """ShareGPT's turns, {from, value}, as messages."""
+    if not isinstance(turns, (list, tuple)) or not all(
+        isinstance(t, Mapping) and {"from", "value"} <= set(t) for t in turns
+    ):
+        raise DataError(f"{where}: conversations is not a list of {{from, value}} items")
+    unknown = sorted({str(turn["from"]) for turn in turns} - set(ROLES))
+    if unknown:
+        raise DataError(
+            f"{where}: conversations are from {', '.join(unknown)}, and known are {', '.join(ROLES)}; "
+            "give rows of messages with the roles of the chat template"
+        )
+    return [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in turns]
 
 
 def _message_spans(messages: Any, where: str, chat_template: ChatTemplate | None) -> list[Span]:
@@ -83,7 +109,7 @@ def _message_spans(messages: Any, where: str, chat_template: ChatTemplate | None
     if chat_template is None:
         raise DataError(
             f"{where} has messages, but the tokenizer has no chat template; "
-            "use a model with a chat template, or rows of prompt + completion"
+            "give one with chat_template, use a model with a chat template, or rows of prompt + completion"
         )
     if not isinstance(messages, (list, tuple)) or not all(isinstance(m, Mapping) and "role" in m for m in messages):
         raise DataError(f"{where}: messages is not a list of {{role, content}} items")
@@ -93,8 +119,11 @@ def _message_spans(messages: Any, where: str, chat_template: ChatTemplate | None
     for index, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
-        before = chat_template(turns[:index], tokenize=False, add_generation_prompt=True)
-        after = chat_template(turns[: index + 1], tokenize=False)
+        try:
+            before = chat_template(turns[:index], tokenize=False, add_generation_prompt=True)
+            after = chat_template(turns[: index + 1], tokenize=False)
+        except Exception as error:  # a template raises what it likes, and Jinja its own
+            raise DataError(f"{where}: the chat template refuses the conversation: {error}") from None
         if not (before.startswith(done) and after.startswith(before)):
             raise DataError(
                 f"{where}: the chat template rewrites earlier turns, so the assistant's part cannot be told apart; "

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 IGNORE = -100
 # Raise when the same rows would give other tokens.
-_VERSION = 1
+_VERSION = 2
+# So many rows are looked at before all are tokenised: what is wrong with a file mostly shows in its first row.
+_FIRST_ROWS = 100
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,25 @@ class TokenizedRows:
         return {"input_ids": row["input_ids"], "labels": row["labels"]}
 
 
+def take_columns(
+    rows: datasets.Dataset, source: str, prompt: str | None, completion: str | None, text: str | None
+) -> datasets.Dataset:
+    """Rows with the named columns as their `prompt` and `completion`, or `text`, and no others; all of them if none is named.
+
+    Raises:
+        DataError: a column that is not there.
+    """
+    wanted = {
+        column: name for name, column in (("prompt", prompt), ("completion", completion), ("text", text)) if column
+    }
+    for column, name in wanted.items():
+        if column not in rows.column_names:
+            raise DataError(
+                f"{source} has no column {column} ({name}_column={column}); it has {', '.join(rows.column_names)}"
+            )
+    return rows.select_columns(list(wanted)).rename_columns(wanted) if wanted else rows
+
+
 def tokenize(rows: datasets.Dataset, source: str, data_digest: str, tokenizer: Any, max_seq_len: int) -> TokenizedRows:
     """Tokenise all rows, or load what an earlier run of the same rows, tokenizer and length left in the cache.
 
@@ -72,6 +93,7 @@ def tokenize(rows: datasets.Dataset, source: str, data_digest: str, tokenizer: A
     path = cache_dir() / "tokenized" / f"{identity}.arrow"
     path.parent.mkdir(parents=True, exist_ok=True)
     encoder = _Encoder(tokenizer, max_seq_len, source)
+    encoder.check(rows)
     table = rows.map(
         encoder,
         batched=True,
@@ -119,6 +141,11 @@ class _Encoder:
         opening = tokenizer("a").input_ids[:1]
         self.opening = opening if opening and opening[0] == tokenizer.bos_token_id else []
 
+    def check(self, rows: datasets.Dataset) -> None:
+        """Raise the DataError of the first of the first rows that no format fits."""
+        for index in range(min(_FIRST_ROWS, len(rows))):
+            spans_of(rows[index], f"{self.source} row {index + 1}", self.template)
+
     def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         spans = [
@@ -141,7 +168,7 @@ class _Encoder:
         self, row: Mapping[str, Any], spans: list[Span], encoded: Iterator[list[int]]
     ) -> Iterator[tuple[list[int], list[int], bool]]:
         """Yield (input_ids, labels, whether it was cut) of one row's sample, or samples where its text is split."""
-        from_template = row.get("messages") is not None
+        from_template = any(row.get(column) is not None for column in ("messages", "conversations"))
         ids: list[int] = [] if from_template else list(self.opening)
         labels = [IGNORE] * len(ids)
         for _, is_target in spans:

@@ -217,7 +217,10 @@ class _Origin:
     """
 
     def __init__(self, config: TrainConfig, model: Path, initial_weights: str) -> None:
-        self.config = replace(config, gradient_checkpointing=False, merge_adapter=False, attention=None)
+        # The first run's tokenizer was saved with its chat template.
+        self.config = replace(
+            config, gradient_checkpointing=False, merge_adapter=False, attention=None, chat_template=None
+        )
         self._model, self._initial_weights = model, initial_weights
         self._tokenizer: Any = None
 

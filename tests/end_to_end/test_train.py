@@ -279,3 +279,29 @@ def test_diverged_training_ends_with_status_1(train, tmp_path, tiny_rows):
     )
     assert finished.status == 1
     assert "50 windows in a row gave no update (last reason: non-finite)" in finished.error
+
+
+def test_columns_and_chat_template_are_part_of_the_run(train, tmp_path):
+    """Trained on the columns and under the template that are named; a continued run cannot take others."""
+    (tmp_path / "rows.csv").write_text("q,a,b\n" + "".join(f"{i} + 1 = ,{i + 1},{i + 2}\n" for i in range(8)))
+    argv = ["--cpu", "--dataset-file", "rows.csv", "--prompt-column", "q", "--steps", "1", "--output-dir", "run"]
+    assert train(*argv, "--completion-column", "a", cwd=tmp_path).status == 0
+    other = train(*argv, "--completion-column", "b", cwd=tmp_path)
+    assert other.status == 2 and "rows.csv (content" in other.error
+    talk = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
+    (tmp_path / "talk.jsonl").write_text(json.dumps({"conversations": talk}) + "\n")
+    (tmp_path / "plain.jinja").write_text("{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}")
+    argv = ["--cpu", "--dataset-file", "talk.jsonl", "--steps", "1"]
+    without = train(*argv, "--output-dir", "chat", cwd=tmp_path)
+    assert (
+        without.status == 2 and "talk.jsonl row 1 has messages, but the tokenizer has no chat template" in without.error
+    )
+    argv += ["--chat-template", "plain.jinja"]
+    assert train(*argv, "--output-dir", "chat", cwd=tmp_path).status == 0
+    from transformers import AutoTokenizer
+
+    saved = AutoTokenizer.from_pretrained(tmp_path / "chat" / "model")
+    assert saved.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "[user] a\n"
+    (tmp_path / "plain.jinja").write_text("{% for m in messages %}")
+    wrong = train(*argv, "--output-dir", "wrong", cwd=tmp_path)
+    assert wrong.status == 2 and "chat_template=plain.jinja line 1 is not Jinja" in wrong.error

@@ -100,6 +100,13 @@ OPTIONS = {
         "pad_to_multiple_of=8 has no effect with layout=packed",
     ),
     "devices of no runs": (["--cuda-ids", "0,1"], "cuda_ids=0,1 is for independent runs"),
+    "half of the columns": (["--prompt-column", "q"], "prompt_column=q and completion_column=None belong together"),
+    "two kinds of columns": (
+        ["--prompt-column", "q", "--completion-column", "a", "--text-column", "t"],
+        "prompt_column=q and text_column=t both say",
+    ),
+    "columns of no data": (["--text-column", "t"], "text_column=t has no effect without data of yours"),
+    "template missing": (["--chat-template", "no.jinja"], "chat_template=no.jinja cannot be read: No such file"),
     "sequence too long": (["--max-seq-len", "4096"], "max_seq_len=4096 is more than the 2048 positions of model=tiny"),
     "unknown model": (["--model", "no/such-model"], "model=no/such-model"),
     "missing file": (["--dataset-file", "nowhere.jsonl"], "data file nowhere.jsonl does not exist"),
@@ -141,7 +148,11 @@ FILES = {
         json.dumps(GOOD[0]) + "\n" + '{"prompt": "x"}\n',
         "row 2 has the columns ['prompt']",
     ),
-    "not text": ("rows.jsonl", '{"prompt": 3, "completion": 4}\n', "prompt=3 is a int, not text"),
+    "not text": (
+        "rows.jsonl",
+        '{"prompt": [3], "completion": 4}\n',
+        "rows.jsonl row 1: prompt=[3] is a list, not text",
+    ),
     "messages": (
         "rows.jsonl",
         '{"messages": [{"role": "user", "content": "hi"}]}\n',
