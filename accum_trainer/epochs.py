@@ -13,19 +13,25 @@ from typing import Any
 MOST_HELD = 16
 
 
+class Workers:
+    """Keeps a loader, or None, for its living workers."""
+
+    loader: Any = None
+
+
 class Progress:
     """The position in one source; it counts what finished windows used up.
 
     Attributes:
         epoch, consumed: after the last finished window; consumed in the source's unit.
-        loader: what reads the source, where its workers live through epochs.
+        workers: what reads the source where its processes live through epochs; the same for all positions in one source.
         order: what the order of the epoch that was begun is drawn from, if it is the source's own; None between epochs.
         loaded_order: the same of a loaded position, until its epoch begins.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, workers: Workers | None = None) -> None:
         self.epoch = self.consumed = 0
-        self.loader: Any = None
+        self.workers = workers or Workers()
         self.order: Any = None
         self.loaded_order: Any = None
         self._next: tuple[int, int] | None = None  # where the next loop begins, if not here
@@ -57,25 +63,37 @@ class Remembered:
     """The `Progress` of each source, by the source's identity and by `share`: what else decides its order."""
 
     def __init__(self) -> None:
-        self._found: dict[Any, tuple[Callable[[], Any], Progress]] = {}
-        self._held: dict[Any, Any] = {}
+        self._found: dict[int, _Known] = {}
+        self._held: dict[int, Any] = {}
 
     def of(self, source: Any, share: Any) -> Progress:
         """The progress in `source`; a new one where it was never seen."""
-        key, found = (id(source), share), self._found
-        if key not in found or found[key][0]() is not source:
-            found[key] = self._reference(key, source), Progress()
+        key, found = id(source), self._found
+        if key not in found or found[key].source() is not source:
+            found[key] = _Known(self._reference(key, source))
         if key in self._held:
             self._held[key] = self._held.pop(key)  # now the last used
         while len(self._held) > MOST_HELD:
             oldest = next(iter(self._held))
             del self._held[oldest], found[oldest]
-        return found[key][1]
+        return found[key].of(share)
 
-    def _reference(self, key: Any, source: Any) -> Callable[[], Any]:
+    def _reference(self, key: int, source: Any) -> Callable[[], Any]:
         found = self._found
         try:
             return weakref.ref(source, lambda _: found.pop(key, None))
         except TypeError:
             self._held[key] = source
             return lambda: source
+
+
+class _Known:
+    """What is known of one source: the progress of each share, all with the same workers."""
+
+    def __init__(self, source: Callable[[], Any]) -> None:
+        self.source = source
+        self._workers = Workers()
+        self._shares: dict[Any, Progress] = {}
+
+    def of(self, share: Any) -> Progress:
+        return self._shares.setdefault(share, Progress(self._workers))

@@ -289,7 +289,7 @@ def run(loader, epochs=1):
     try:
         for _ in range(epochs):
             readers.append(set())
-            for batch in acc.batches(loader, count_targets=len):
+            for batch in acc.batches(loader, count_targets=len, seed=len(readers)):
                 taken.append(len(loader.taken))
                 readers[-1] |= set(batch[:, 1].int().tolist())
                 with acc.accumulate(model):
@@ -327,6 +327,8 @@ def test_persistent_workers_and_the_class_of_a_loader_are_kept():
     _, readers, updates = run(loader, epochs=3)
     assert updates == 9
     assert readers[0] == readers[1] == readers[2] and len(readers[0]) == 1
+    _, again, _ = run(loader)  # another Accumulator has its own
+    assert again[0].isdisjoint(readers[0])
     _, readers, _ = run(Logged(Pids(), batch_size=B, num_workers=1), epochs=2)
     assert readers[0] != readers[1]
 

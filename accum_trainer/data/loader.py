@@ -71,7 +71,7 @@ class LoaderSource:
 
     def _over(self, batches: Iterator[Any], epoch: int, consumed: int) -> DataLoader:
         """The user's loader, its class and every option, over other batches of indices."""
-        kept = self._progress.loader
+        kept = self._progress.workers.loader
         if kept is not None:  # its workers are alive
             kept.batch_sampler.batches = batches
             return kept
@@ -80,7 +80,7 @@ class LoaderSource:
         vars(loader)["batch_sampler"] = _Dealt(batches)  # a loader's __setattr__ refuses it
         loader.generator = torch.Generator().manual_seed(self._seed_of("workers", epoch, consumed, self._rank))
         if loader.persistent_workers:
-            self._progress.loader = loader
+            self._progress.workers.loader = loader
         return loader
 
     def _mine(self, epoch: int, consumed: int, announced: deque[Announced]) -> Iterator[Any]:

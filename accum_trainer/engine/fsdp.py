@@ -85,10 +85,10 @@ class FSDPEngine(Engine):
         for module in list(model.modules()):
             if type(module).__name__ in blocks:
                 fully_shard(module, **options)
-        fully_shard(model, **options)
+        sharded: FSDPModule = fully_shard(model, **options)
         if self._reduces_unused:
             # Else each rank reduces the gradients that it has, and adds one parameter's to another's.
-            model.set_reduce_scatter_unused_params(True)
+            sharded.set_reduce_scatter_unused_params(True)
 
     @property
     def _reduces_unused(self) -> bool:
