@@ -284,7 +284,8 @@ def _buffers_kept(model: torch.nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for buffer, value in kept:
-                buffer.copy_(value)
+                if not torch.equal(buffer, value):  # one that is an expanded view takes no copy
+                    buffer.copy_(value)
 
 
 @contextlib.contextmanager
