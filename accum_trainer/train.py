@@ -90,15 +90,16 @@ class Run:
         parts, acc = self.parts, self.parts.accumulator
         # Signals outside: another one that comes while the run is saved must not end it there.
         with signals.turned_into(self._on_signal), self._open():
+            last_ended = time.perf_counter()
             while not self._is_done():
                 for window in parts.windows:
-                    started = time.perf_counter()
+                    wait = time.perf_counter() - last_ended
                     for batch in window:
                         with acc.accumulate(parts.model):
                             acc.backward(causal_lm_loss(parts.model, batch))
                     lr = parts.scheduler.get_last_lr()[0]
                     update = acc.step(parts.optimizer, parts.scheduler)
-                    record = self._record(update, lr, time.perf_counter() - started)
+                    record = self._record(update, lr, time.perf_counter() - last_ended, wait)
                     if self._is_due(self.config.eval_every or sys.maxsize, update) and parts.eval_rows is not None:
                         record["eval_loss"] = self.evaluate()
                     self._write(record)
@@ -112,6 +113,7 @@ class Run:
                         return
                     if self._is_done():
                         return
+                    last_ended = time.perf_counter()  # evaluation, saving and the caller's own code are no step
 
     def _is_done(self) -> bool:
         if self.config.steps is not None:
@@ -148,7 +150,7 @@ class Run:
         """The lines that are shown before training."""
         return f"{describe(plan_record(self.parts, self._resumed_from), self.parts)}\nrun directory: {self.folder}"
 
-    def _record(self, update: Update, lr: float, seconds: float) -> Record:
+    def _record(self, update: Update, lr: float, seconds: float, wait: float) -> Record:
         """What one window did; the keys are described in docs/records.md."""
         self._longest_window = max(self._longest_window, seconds)
         self._check_diverged(update)
@@ -176,6 +178,7 @@ class Run:
             "samples_per_sec": update.num_samples / seconds,
             "padding_efficiency": update.num_tokens / max(1, update.num_positions),
             "step_time_sec": seconds,
+            "data_wait_sec": wait,
             "memory_gb": files.memory_gb(device),
             "peak_gb": files.peak_gb(device),
         }

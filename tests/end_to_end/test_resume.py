@@ -57,7 +57,7 @@ def assert_same_run(found, expected):
         assert ours.keys() == theirs.keys()
         for key in ours:
             assert torch.equal(ours[key], theirs[key]), key
-    timed = {"tokens_per_sec", "samples_per_sec", "step_time_sec", "memory_gb", "peak_gb"}
+    timed = {"tokens_per_sec", "samples_per_sec", "step_time_sec", "data_wait_sec", "memory_gb", "peak_gb"}
     plain = [
         [{k: v for k, v in record.items() if k not in timed} for record in read_records(run / "metrics.jsonl")]
         for run in (found, expected)

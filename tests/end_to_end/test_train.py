@@ -305,3 +305,32 @@ def test_columns_and_chat_template_are_part_of_the_run(train, tmp_path):
     (tmp_path / "plain.jinja").write_text("{% for m in messages %}")
     wrong = train(*argv, "--output-dir", "wrong", cwd=tmp_path)
     assert wrong.status == 2 and "chat_template=plain.jinja line 1 is not Jinja" in wrong.error
+
+
+def test_step_time_counts_waiting_for_data_and_not_evaluation(tmp_path, fresh_accelerate, monkeypatch):
+    """Rows that take 0.05 s each to read: lower bounds only, so a slow machine changes nothing."""
+    import time
+
+    from accum_trainer import TrainConfig
+    from accum_trainer.data.tokenizing import TokenizedRows
+    from accum_trainer.train import updates
+
+    read, slow, rows = TokenizedRows.__getitem__, 0.05, tmp_path / "rows.txt"
+    rows.write_text("".join(f"row {i}\n" for i in range(12)))
+
+    def read_slowly(self, index):
+        time.sleep(slow)
+        return read(self, index)
+
+    monkeypatch.setattr(TokenizedRows, "__getitem__", read_slowly)
+    options = {"cpu": True, "batch_size": 2, "global_batch_size": 4, "steps": 3, "eval_every": 1}
+    config = TrainConfig(dataset_file=str(rows), eval_file=str(rows), output_dir=str(tmp_path / "run"), **options)
+    began = time.perf_counter()
+    records = list(updates(config))
+    elapsed = time.perf_counter() - began
+    assert records[0]["data_wait_sec"] >= 4 * slow, "nothing can be read ahead of the first window"
+    for record in records:
+        assert 0 <= record["data_wait_sec"] < record["step_time_sec"]
+        assert record["tokens_per_sec"] == pytest.approx(record["num_tokens"] / record["step_time_sec"])
+        assert record["samples_per_sec"] == pytest.approx(4 / record["step_time_sec"])
+    assert sum(record["step_time_sec"] for record in records) <= elapsed - 3 * 12 * slow
