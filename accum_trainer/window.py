@@ -333,9 +333,8 @@ class _Counter:
         """Have the objective found, on the micro-batch with most to prove it on. Collective."""
         losses = self._accumulator.losses
         if losses.objective is None or self.given is not None:
-            self.is_decided = losses.decide(batches, self.given) is not None
-        else:
-            self.is_decided = True
+            losses.decide(batches, self.given)
+        self.is_decided = losses.objective is not None  # no rank had a batch: at the end of an epoch that was resumed
 
     def __call__(self, batch: Batch) -> float:
         if self.given is not None:
