@@ -31,6 +31,31 @@ _ALTERNATIVES = (
     {"dataset", "dataset_file"},
     {"amp", "mixed_precision"},
 )
+# What transformers.Trainer and its scripts call these options; no spelling would lead there.
+_ELSEWHERE = {
+    "learning_rate": "lr",
+    "per_device_train_batch_size": "batch_size",
+    "train_batch_size": "batch_size",
+    "num_train_epochs": "epochs",
+    "max_steps": "steps",
+    "warmup_steps": "warmup",
+    "warmup_ratio": "warmup",
+    "lr_scheduler_type": "scheduler",
+    "max_length": "max_seq_len",
+    "max_seq_length": "max_seq_len",
+    "bf16": "mixed_precision",
+    "fp16": "mixed_precision",
+    "attn_implementation": "attention",
+    "torch_compile": "compile",
+    "eval_steps": "eval_every",
+    "save_steps": "checkpoint_every",
+    "save_total_limit": "keep_checkpoints",
+    "resume_from_checkpoint": "resume",
+    "model_name_or_path": "model",
+    "dataset_name": "dataset",
+    "train_file": "dataset_file",
+    "validation_file": "eval_file",
+}
 # Variables of this prefix that are not options of `train`.
 OTHER_ENVIRONMENT = {"ACCUM_TRAINER_CACHE"}
 
@@ -476,9 +501,18 @@ def known_key(key: str, source: str) -> None:
     names = [field.name for field in dataclasses.fields(TrainConfig)]
     if key in names:
         return
-    near = difflib.get_close_matches(str(key).replace("-", "_"), names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else "`accum-trainer train --help` lists the options"
+    near = nearest_key(key)
+    hint = f"did you mean {near}?" if near else "`accum-trainer train --help` lists the options"
     raise ConfigError(f"{source}: unknown option {key!r}; {hint}")
+
+
+def nearest_key(key: str) -> str | None:
+    """The option that somebody who wrote `key` (with dashes or underscores) most likely meant."""
+    name = str(key).lstrip("-").replace("-", "_")
+    if name in _ELSEWHERE:
+        return _ELSEWHERE[name]
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
+    return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.5)), None)
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:

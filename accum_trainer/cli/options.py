@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from accum_trainer.batch_plan import BatchPlan
-from accum_trainer.config import TrainConfig, kind_of, sections
+from accum_trainer.config import TrainConfig, kind_of, nearest_key, sections
 from accum_trainer.data.counting import count_rows
 from accum_trainer.errors import ConfigError
 
@@ -73,7 +73,17 @@ def sized_plan(config: TrainConfig, processes: int, num_samples: int | None) -> 
 
 
 class SectionedCommand(click.Command):
-    """Shows the options under the sections of `TrainConfig`."""
+    """Shows the options under the sections of `TrainConfig`, and knows what other trainers call them."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            flags = {flag for p in self.get_params(ctx) for flag in p.opts}
+            near = "--" + (nearest_key(error.option_name) or "").replace("_", "-")
+            if near not in flags:
+                raise
+            raise click.UsageError(f"{error.message} Did you mean '{near}'?", ctx) from None
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         shown = {p.name: p.get_help_record(ctx) for p in self.get_params(ctx)}

@@ -40,6 +40,12 @@ OPTIONS = {
     "set unknown": (["--set", "batchsize=4"], ("unknown option 'batchsize'", "did you mean batch_size?")),
     "set without value": (["--set", "lr"], "--set lr is not key=value"),
     "set twice": (["--lr", "0.1", "--set", "lr=0.2"], "lr is given twice on the command line"),
+    "name of a Trainer": (["--learning-rate", "1"], "No such option '--learning-rate'. Did you mean '--lr'?"),
+    "its batch": (["--per_device_train_batch_size", "4"], "Did you mean '--batch-size'?"),
+    "its epochs": (["--num-train-epochs=3"], "Did you mean '--epochs'?"),
+    "its updates": (["--max-steps", "5"], "Did you mean '--steps'?"),
+    "its name in a setting": (["--set", "learning_rate=1"], ("unknown option 'learning_rate'", "did you mean lr?")),
+    "a slip": (["--batch-sise", "4"], "Did you mean '--batch-size'?"),
     "unknown option": (["--grad-acum-steps", "4"], "No such option '--grad-acum-steps'"),
     "B_eff unreachable": (
         ["--batch-size", "4", "--global-batch-size", "10"],
