@@ -6,6 +6,7 @@ parts; it does not make them.
 
 from __future__ import annotations
 
+import json
 import socket
 from dataclasses import dataclass
 from functools import partial
@@ -181,13 +182,17 @@ def assemble(config: TrainConfig, accumulator: Accumulator | None = None) -> Par
         peak_lr=peak_lr,
         identity={
             "global_batch_size": plan.global_batch_size,
-            "model": config.model,
             "use_peft": config.use_peft,
+            **{name: getattr(config, name) if config.use_peft else None for name in _LORA},
+            "model": config.model,
             "max_seq_len": config.max_seq_len,
             "seed": config.seed,
             "num_samples": len(rows),
             "shard": config.shard,
             "data": f"{config.dataset_file or config.dataset or 'embedded'} (content {rows.identity[:12]})",
+            "data_content": rows.identity[:12],
+            "initial_weights": initial_weights,
+            "model_config": _model_config(plain_model),
         },
         notes=_notes(config, accumulator, rows, plan, loss_path, cutting.fit),
     )
@@ -210,6 +215,18 @@ def _prove_objective(accumulator: Accumulator, rows: TokenizedRows, pad: int) ->
             "give a causal language model, or write the loop with Accumulator"
         )
     return objective.describe()
+
+
+# What decides, beside the base model, which function adapters compute and which of them are trained.
+_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save")
+# Where it came from, and how it is run.
+_NOT_THE_MODEL = {"transformers_version", "dtype", "torch_dtype", "use_cache", "architectures", "name_or_path"}
+
+
+def _model_config(model: Any) -> dict[str, Any]:
+    """What decides, beside the weights, which function the model computes: dropout, positions, activations."""
+    options = json.loads(json.dumps(model.config.to_dict(), default=str))
+    return {key: v for key, v in options.items() if not key.startswith("_") and key not in _NOT_THE_MODEL}
 
 
 def _compile(config: TrainConfig, engine: Any, model: Any) -> int:

@@ -169,14 +169,42 @@ def load_checkpoint(path: Path) -> Checkpoint:
     )
 
 
-def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
-    """Raise a CheckpointError that names both values where something differs that decides the windows or the model."""
+def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -> list[str]:
+    """Compare what decides the windows and the objective; return notes on what differs and does not matter.
+
+    A model or a data file may have moved: its content is compared. Weights that no process has whole (None) are not.
+
+    Raises:
+        CheckpointError: something differs, with both values; or the checkpoint is of a version that did not note it.
+    """
+    notes = []
     for key, value in current.items():
-        if saved.get(key) != value:
+        if key not in saved:
             raise CheckpointError(
-                f"{path} was trained with {key}={saved.get(key)}, this run has {key}={value}: it would not be the same run. "
-                f"Give {key}={saved.get(key)} again, or start anew in another output_dir"
+                f"{path} was written by a version of accum_trainer that did not note {key}, so nobody can tell whether this is the "
+                "same run; start anew in another output_dir"
             )
+        before = saved[key]
+        if before == value or (key == "initial_weights" and None in (before, value)):
+            continue
+        if key == "model_config":
+            # Only what both versions of transformers know.
+            differing = [name for name in before if name in value and before[name] != value[name]]
+            if not differing:
+                continue
+            key, before, value = f"{differing[0]} of the model", before[differing[0]], value[differing[0]]
+        same = {"model": "initial_weights", "data": "data_content"}.get(key)
+        if same is not None and current[same] is not None and saved.get(same) == current[same]:
+            notes.append(f"{key}={before} is {value} now; its content is the same")
+            continue
+        if key in ("initial_weights", "data_content"):
+            key = "the weights of the model before training" if key == "initial_weights" else "the data"
+            key = f"the checksum of {key}"
+        raise CheckpointError(
+            f"{path} was trained with {key}={before}, this run has {key}={value}: it would not be the same run. "
+            f"Give {key}={before} again, or start anew in another output_dir"
+        )
+    return notes
 
 
 def _digest(path: Path) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from accum_trainer import agreement, signals
+from accum_trainer import agreement, continuing, signals
 from accum_trainer import checkpoint as checkpoints
 from accum_trainer import records as files
 from accum_trainer.assemble import assemble, make_accumulator
@@ -307,6 +307,7 @@ class Run:
             rng=rng,
             state={
                 "identity": parts.identity,
+                "options": continuing.options_of(parts),
                 "accumulator": acc.state_dict(),
                 "windows": parts.windows.state_dict(),
                 "scheduler": parts.scheduler.state_dict(),
@@ -321,10 +322,13 @@ class Run:
     def _restore(self, path: Path) -> None:
         parts, acc = self.parts, self.parts.accumulator
         saved = self.engine.together(checkpoints.load_checkpoint, path)
-        self.engine.on_main(checkpoints.check_same_run, saved.state["identity"], parts.identity, path)
+        notes = self.engine.on_main(checkpoints.check_same_run, saved.state["identity"], parts.identity, path) or []
         weights = self.engine.full_weights(parts.model, trained_only=True)
         self.engine.together(checkpoints.check_same_weights, saved.model, weights)
-        self._note_what_is_kept(parts.optimizer.param_groups[0], saved.optimizer["groups"][0])
+        parts = self.parts = continuing.in_force(parts, saved.state["options"], saved.optimizer["groups"][0])
+        parts.notes.extend(notes)
+        kept = {name: getattr(parts.config, name) for name in continuing.KEPT}
+        self.config = dataclasses.replace(self.config, **kept)
         self.engine.load_full_weights(parts.model, saved.model)
         self.engine.load_full_optimizer_state(parts.model, parts.optimizer.accelerated, saved.optimizer)
         acc.load_state_dict(saved.state["accumulator"])
@@ -359,15 +363,6 @@ class Run:
                 "optimizer state": agreement.checksum(moments),
             },
         )
-
-    def _note_what_is_kept(self, asked: dict[str, Any], saved: dict[str, Any]) -> None:
-        """The optimizer goes on with its own options: say where this command names others."""
-        for key, name in {"initial_lr": "lr", "weight_decay": "weight_decay"}.items():
-            if asked[key] != saved[key]:
-                self.parts.notes.append(
-                    f"{name}={asked[key]:g} is not taken: the run goes on with the {saved[key]:g} that it was started with; give "
-                    "another output_dir to start anew"
-                )
 
 
 def _check_places(config: TrainConfig) -> None:

@@ -45,6 +45,7 @@ ORDER = [
     "fit",
     "cutting",
     "assemble",
+    "continuing",
     "big_batch",
     "report",
     "verify",

@@ -12,7 +12,8 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import yaml
+from safetensors.torch import load_file, save_file
 
 from accum_trainer.records import read_records
 from tests.launching import ROOT, environment, torchrun
@@ -119,12 +120,67 @@ def test_finished_run_says_so_and_changes_nothing(train, argv, undisturbed, tmp_
     assert_same_run(tmp_path / "run", undisturbed)
 
 
-def test_another_learning_rate_is_not_taken_and_said_so(train, argv, undisturbed, tmp_path):
+def test_i49_another_learning_rate_is_not_taken_said_so_and_not_recorded(train, argv, undisturbed, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "run")
     finished = train(*("5e-3" if value == "1e-2" else value for value in argv), "--weight-decay", "0.1")
     assert finished.status == 0
     assert "note: lr=0.005 is not taken: the run goes on with the 0.01 that it was started with" in finished.err
     assert "note: weight_decay=0.1 is not taken: the run goes on with the 0 " in finished.err
+    plan, config = recorded(tmp_path / "run")
+    assert (plan["lr"], plan["weight_decay"]) == (config["lr"], config["weight_decay"]) == (0.01, 0.0)
+
+
+def recorded(run):
+    return json.loads((run / "plan.json").read_text()), yaml.safe_load((run / "config.yaml").read_text())
+
+
+def test_i49_another_clipping_is_in_force_said_so_and_recorded(train, argv, undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    before = yaml.safe_load((undisturbed / "config.yaml").read_text())["max_grad_norm"]
+    finished = train(*argv, "--max-grad-norm", "0.001", "--steps", "7", "--scheduler", "linear")
+    assert finished.status == 0
+    assert f"note: max_grad_norm is 0.001 from here on; until now it was {before}" in finished.err
+    assert "note: scheduler is linear from here on; until now it was cosine" in finished.err
+    assert "note: total_updates is 7 from here on; until now it was 6" in finished.err
+    plan, config = recorded(tmp_path / "run")
+    for name, value in {"max_grad_norm": 0.001, "scheduler": "linear"}.items():
+        assert plan[name] == config[name] == value
+
+
+@pytest.mark.parametrize("option, before, after", [("lora_alpha", 32.0, 16.0), ("lora_dropout", 0.3, 0.1)])
+def test_i49_another_objective_is_refused(train, argv, undisturbed, tmp_path, option, before, after):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    finished = train(*argv, f"--{option.replace('_', '-')}", after)
+    assert finished.status == 2
+    assert f"was trained with {option}={before}, this run has {option}={after}" in finished.error
+
+
+def test_i49_another_base_model_is_refused_and_a_moved_one_is_not(train, argv, tmp_path):
+    adapters = argv.index("--use-peft")
+    assert train(*argv[: argv.index("--steps")], "--steps", "1", "--output-dir", "first").status == 0
+    (tmp_path / "first" / "model").rename(tmp_path / "base")
+    lora = [*argv[: argv.index("--steps")], "--steps", "2", "--output-dir", "run", *argv[adapters:]]
+    assert train(*lora, "--model", "base").status == 0
+    longer = [*lora, "--steps", "3"]
+
+    (tmp_path / "base").rename(tmp_path / "moved")
+    moved = train(*longer, "--model", "moved")
+    assert moved.status == 0
+    assert "note: model=base is moved now; its content is the same" in moved.err
+
+    config = tmp_path / "moved" / "config.json"
+    text = config.read_text()
+    config.write_text(json.dumps(json.loads(text) | {"rms_norm_eps": 0.5}))
+    refused = train(*longer, "--steps", "4", "--model", "moved")
+    assert refused.status == 2 and "rms_norm_eps of the model=0.5" in refused.error
+    config.write_text(text)
+
+    weights = load_file(tmp_path / "moved" / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, tmp_path / "moved" / "model.safetensors", {"format": "pt"})
+    refused = train(*longer, "--steps", "4", "--model", "moved")
+    assert refused.status == 2
+    assert "the checksum of the weights of the model before training" in refused.error
 
 
 def test_resume_from_another_runs_checkpoint_keeps_its_records(train, argv, undisturbed, tmp_path):
