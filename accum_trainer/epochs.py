@@ -1,6 +1,7 @@
 """Where training stands in each source of data: the epoch, and what of it is used up.
 
-Knows sources by their identity only. One source has one position, however often `windows()` or `batches()` is called on it.
+Knows sources by their identity only. One source has one position, however often `windows()` or
+`batches()` is called on it.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ class Progress:
 
     Attributes:
         epoch, consumed: after the last finished window; consumed in the source's unit.
-        workers: what reads the source where its processes live through epochs; the same for all positions in one source.
-        order: what the order of the epoch that was begun is drawn from, if it is the source's own; None between epochs.
+        workers: what reads the source where its processes live through epochs; the same for all
+            positions in one source.
+        order: what the order of the epoch that was begun is drawn from, if it is the source's own;
+            None between epochs.
         loaded_order: the same of a loaded position, until its epoch begins.
     """
 
@@ -39,8 +42,9 @@ class Progress:
     def begin(self, goes_on: bool) -> tuple[int, int]:
         """Start a loop; return its epoch and what of it is used up.
 
-        That is what `load` said, else the epoch after the one last begun, from its start, also where that was left early.
-        `goes_on` is for what can be read only once: it is read on from where it stands.
+        That is what `load` said, else the epoch after the one last begun, from its start, also
+        where that was left early. `goes_on` is for what can be read only once: it is read on from
+        where it stands.
         """
         self.epoch, self.consumed = self._next or (self.epoch, self.consumed)
         self._next = None if goes_on else (self.epoch + 1, 0)
@@ -60,7 +64,8 @@ class Progress:
 
 
 class Remembered:
-    """The `Progress` of each source, by the source's identity and by `share`: what else decides its order."""
+    """The `Progress` of each source, by the source's identity and by `share`: what else decides
+    its order."""
 
     def __init__(self) -> None:
         self._found: dict[int, _Known] = {}

@@ -1,15 +1,18 @@
-"""What waiting for data costs: our loop against the plain Accelerate loop, over a DataLoader with workers.
+"""What waiting for data costs: our loop against the plain Accelerate loop, over a DataLoader with
+workers.
 
     python benchmarks/loader.py [--pairs 3] [--windows 40] [--out FILE.md]
 
-The model waits in each forward, as for a device, and the data set before it gives a sample, as for a disk: so long that the workers
-need `load` times what a micro-batch takes: at 0.9 the plain loop just never waits. So only waiting is measured, and a
-processor that is busy with other things changes little. A window can begin only once all its micro-batches are there,
-because their targets are counted first; what hides this is reading the next window while one is trained on. The first
+The model waits in each forward, as for a device, and the data set before it gives a sample, as for
+a disk: so long that the workers need `load` times what a micro-batch takes: at 0.9 the plain loop
+just never waits. So only waiting is measured, and a processor that is busy with other things
+changes little. A window can begin only once all its micro-batches are there, because their targets
+are counted first; what hides this is reading the next window while one is trained on. The first
 window of an epoch cannot be hidden: 1 / windows of an epoch at worst, part of the figure.
 
-Two loops train equal models in one process, epoch by epoch in turn, the first of each pair alternating; the figure is the
-median of the pairs' ratios. Both begin each epoch with new workers, unless these are persistent.
+Two loops train equal models in one process, epoch by epoch in turn, the first of each pair
+alternating; the figure is the median of the pairs' ratios. Both begin each epoch with new workers,
+unless these are persistent.
 """
 
 from __future__ import annotations

@@ -58,7 +58,8 @@ def fresh() -> None:
 
 
 def read(source: Any, position: dict[str, int] | None = None, **options: Any) -> list[list[list[float]]]:
-    """This rank's samples of two epochs, or of the rest of the epoch of `position`, in the order of training."""
+    """This rank's samples of two epochs, or of the rest of the epoch of `position`, in the order
+    of training."""
     fresh()
     acc = Accumulator(micro_batch_size=B, global_batch_size=B_EFF, cpu=True)
     model = torch.nn.Linear(4, 1)

@@ -1,4 +1,5 @@
-"""Streams given to two processes, run by test_sources under torchrun: python -m tests.streams OUT."""
+"""Streams given to two processes, run by test_sources under torchrun: python -m tests.streams
+OUT."""
 
 from __future__ import annotations
 

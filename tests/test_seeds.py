@@ -13,7 +13,8 @@ from tests.launching import torchrun
 
 
 def test_i42_low_32_bits_of_a_seed_tell_everything_apart():
-    """torch's CPU generator takes no more of a seed: each argument must reach these bits, and each of its own 64."""
+    """torch's CPU generator takes no more of a seed: each argument must reach these bits, and each
+    of its own 64."""
     values = (0, 1, 2, 1 << 32, 1 << 48)
     seeds = [seed_of("a", 0), seed_of("b", 0), seed_of("a", -1)]
     seeds += [seed_of("a", value) for value in values[1:]]
@@ -46,14 +47,16 @@ def test_i42_seed_rank_and_epoch_reach_order_dropout_and_augmentation(tmp_path):
                 orders.append([int(row[0]) for part in parts for row in part])
         assert all(a != b for a, b in combinations(orders, 2)), name  # other seed, other epoch: other order
         numbers = [n for one in runs for s in map(str, SEEDS) for e in one[s][0] for row in e for n in row[1:]]
-        # No two of all these draws are alike: other rank, seed, epoch or sample, other augmentation.
+        # No two of all these draws are alike: other rank, seed, epoch or sample, other
+        # augmentation.
         assert len(set(numbers)) == 2 * 3 * SIZE * 3, name
         for one in runs:
             first, again = one["0"]
             assert first == again, name
             assert one["resumed"] == [first[1][SIZE // 6 :]], name
             assert one["training draws as without reading"], name
-    # Who reads does not matter: the same bits without workers, with two, and with workers that stay.
+    # Who reads does not matter: the same bits without workers, with two, and with workers that
+    # stay.
     for rank in ranks:
         readings = rank["reading"]
         assert readings["loader"]["0"] == readings["loader, workers"]["0"]

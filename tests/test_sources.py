@@ -29,7 +29,8 @@ def test_i43_the_same_stream_on_every_rank_is_refused_and_equal_batches_are_not(
     assert run.returncode == 0, run.stderr[-4000:]
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert ranks[0] == ranks[1]
-    # Two different batches and eight different samples are the least that tells: the first window at K=4, the fourth at K=1.
+    # Two different batches and eight different samples are the least that tells: the first window
+    # at K=4, the fourth at K=1.
     refused = {"the same, K=4": 0, "the same, K=1": 3, "the same dictionaries": 0}
     # 12 batches, split or not, in windows of K on each rank.
     whole = {
@@ -281,7 +282,8 @@ class PidStream(IterableDataset):
 
 
 def run(loader, epochs=1):
-    """Batches taken before each micro-batch, the processes that read each epoch, and the updates made."""
+    """Batches taken before each micro-batch, the processes that read each epoch, and the updates
+    made."""
     acc, *_ = accumulator()
     model = torch.nn.Linear(2, 1)
     model, optimizer = acc.prepare(model, torch.optim.SGD(model.parameters(), lr=1e-6))
@@ -300,7 +302,8 @@ def run(loader, epochs=1):
     return taken, readers, acc.num_updates
 
 
-# K = 4 and 11 batches: the window's four are needed at once, and each micro-batch lets one more be taken.
+# K = 4 and 11 batches: the window's four are needed at once, and each micro-batch lets one more be
+# taken.
 EARLY = [4, 5, 6, 7, 8, 9, 10, 11, 11, 11, 11]
 AT_ONCE = [4, 4, 4, 4, 8, 8, 8, 8, 11, 11, 11]
 
@@ -339,7 +342,8 @@ def test_what_cannot_be_read_early_is_told_in_its_turn():
 
 
 class LoggedSampler(SequentialSampler):
-    """Its indices, noted as they are drawn: workers are given theirs two batches before these are taken."""
+    """Its indices, noted as they are drawn: workers are given theirs two batches before these are
+    taken."""
 
     def __iter__(self):
         self.drawn = []
@@ -350,7 +354,8 @@ class LoggedSampler(SequentialSampler):
 
 @pytest.mark.parametrize("together", [False, True])
 def test_a_loader_that_all_processes_read_together_is_not_read_while_one_of_them_trains(together):
-    """accelerate's dispatcher talks to the other processes for each batch: in the middle of a window they may be elsewhere."""
+    """accelerate's dispatcher talks to the other processes for each batch: in the middle of a
+    window they may be elsewhere."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=together))

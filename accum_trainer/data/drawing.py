@@ -1,8 +1,9 @@
-"""Random numbers that reading draws: each batch from seeds of its own, and training's stream is left alone.
+"""Random numbers that reading draws: each batch from seeds of its own, and training's stream is
+left alone.
 
-Data that augments draws from the global generators of Python, numpy and torch, in whatever process reads it. Here a batch
-carries its seed to that process, so that what it draws depends on the batch and not on the worker that reads it, on what
-this worker read before, or on where a run was resumed.
+Data that augments draws from the global generators of Python, numpy and torch, in whatever process
+reads it. Here a batch carries its seed to that process, so that what it draws depends on the batch
+and not on the worker that reads it, on what this worker read before, or on where a run was resumed.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import torch
 
 
 class SeededIndices(list[Any]):
-    """The sample indices of one batch: a process that begins to read them seeds its global generators.
+    """The sample indices of one batch: a process that begins to read them seeds its global
+    generators.
 
-    A list to everybody else. It must not seed the process that only passes it on: `__reduce__` pickles without iterating.
+    A list to everybody else. It must not seed the process that only passes it on: `__reduce__`
+    pickles without iterating.
     """
 
     def __init__(self, indices: Sequence[Any], seed: int) -> None:
@@ -36,7 +39,8 @@ class SeededIndices(list[Any]):
 
 @contextlib.contextmanager
 def drawing_from(seed: int) -> Iterator[None]:
-    """Let what runs inside draw from generators of `seed`; training's streams go on afterwards as if nothing was drawn."""
+    """Let what runs inside draw from generators of `seed`; training's streams go on afterwards as
+    if nothing was drawn."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     _seed_generators(seed)
     try:

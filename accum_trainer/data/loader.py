@@ -22,11 +22,13 @@ from accum_trainer.seeds import seed_of
 
 
 class LoaderSource:
-    """A user's DataLoader: K x W of its batches make a window, batch i goes to rank i % W, each sample once.
+    """A user's DataLoader: K x W of its batches make a window, batch i goes to rank i % W, each
+    sample once.
 
-    Where the loader has a batch sampler, a rank loads its own batches only; otherwise it reads all and keeps its own.
-    What its sampler and its data draw from the global generators comes from (seed, epoch, position), so that ranks and
-    restarts agree on the order; a generator of the loader's own is used as it is.
+    Where the loader has a batch sampler, a rank loads its own batches only; otherwise it reads all
+    and keeps its own. What its sampler and its data draw from the global generators comes from
+    (seed, epoch, position), so that ranks and restarts agree on the order; a generator of the
+    loader's own is used as it is.
     """
 
     unit = "batches"
@@ -84,7 +86,8 @@ class LoaderSource:
         return loader
 
     def _mine(self, epoch: int, consumed: int, announced: deque[Announced]) -> Iterator[Any]:
-        """This rank's batches of indices. Whoever reads batch i of an epoch draws from the same seeds."""
+        """This rank's batches of indices. Whoever reads batch i of an epoch draws from the same
+        seeds."""
         batches: Iterator[Any] = iter(())
         used = 0
         while True:
@@ -110,13 +113,15 @@ class LoaderSource:
                 yield indices
 
     def _begin_order(self, epoch: int) -> None:
-        """Have the sampler's own generators stand where they stood when this epoch began, and note where that is."""
+        """Have the sampler's own generators stand where they stood when this epoch began, and note
+        where that is."""
         progress, loader = self._progress, self._loader
         for generator, state in zip(self._generators(), progress.loaded_order or (), strict=False):
             generator.set_state(state)
         progress.order, progress.loaded_order = self.order(), None
         if loader.generator is not None and not (loader.persistent_workers and epoch):
-            # What a loader draws for its workers when they start: the order stays that of a plain loop over this loader.
+            # What a loader draws for its workers when they start: the order stays that of a plain
+            # loop over this loader.
             torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
 
     def order(self) -> list[torch.Tensor] | None:
@@ -165,17 +170,20 @@ class _Dealt:
 
 
 def is_stateful(loader: DataLoader) -> bool:
-    """Whether the loader can save where it stands; accelerate's always have the method and say themselves if it works."""
+    """Whether the loader can save where it stands; accelerate's always have the method and say
+    themselves if it works."""
     return getattr(loader, "use_stateful_dataloader", hasattr(loader, "state_dict"))
 
 
 def may_be_read_early(loader: Any) -> bool:
-    """Whether batches may be taken from `loader` before the update in hand: workers have begun them anyway, and know nothing of it."""
+    """Whether batches may be taken from `loader` before the update in hand: workers have begun
+    them anyway, and know nothing of it."""
     return isinstance(loader, DataLoader) and loader.num_workers > 0 and not is_stateful(loader)
 
 
 def tell_epoch(loader: Any, epoch: int) -> None:
-    """Tell whatever shuffles by epoch which one it is: accelerate's loaders, DistributedSampler, streams of `datasets`."""
+    """Tell whatever shuffles by epoch which one it is: accelerate's loaders, DistributedSampler,
+    streams of `datasets`."""
     batch_sampler = getattr(loader, "batch_sampler", None)
     sampler = getattr(batch_sampler, "sampler", getattr(loader, "sampler", None))
     for part in (loader, batch_sampler, sampler, getattr(loader, "dataset", None)):
@@ -185,7 +193,8 @@ def tell_epoch(loader: Any, epoch: int) -> None:
 
 @contextlib.contextmanager
 def workers_seeded(loader: DataLoader, seed: int) -> Iterator[None]:
-    """Let workers that are started inside be seeded by `seed`, where the loader has no generator of its own."""
+    """Let workers that are started inside be seeded by `seed`, where the loader has no generator
+    of its own."""
     lent = loader.generator is None
     if lent:
         loader.generator = torch.Generator().manual_seed(seed)

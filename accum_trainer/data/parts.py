@@ -23,12 +23,14 @@ class Part:
 
     Attributes:
         batches: this rank's micro-batches; may be none.
-        filler: a batch to run with weight 0 where an exchange needs this rank and it has none of its own.
+        filler: a batch to run with weight 0 where an exchange needs this rank and it has none of
+            its own.
         consumed: what of the epoch is used up once this window is done, in the source's unit.
-        fingerprint: equal on all ranks that cut the same window; where ranks read their own data it must not be equal, but 0
-            says nothing.
-        table: targets, micro-batches, samples, tokens and positions of each rank, shape (ranks, 5), where the source knows
-            them without asking; then nothing has to be exchanged before the window begins.
+        fingerprint: equal on all ranks that cut the same window; where ranks read their own data
+            it must not be equal, but 0 says nothing.
+        table: targets, micro-batches, samples, tokens and positions of each rank, shape (ranks,
+            5), where the source knows them without asking; then nothing has to be exchanged before
+            the window begins.
     """
 
     batches: list[Batch]
@@ -39,7 +41,8 @@ class Part:
 
 
 class Reading(Iterator[Batch]):
-    """The batches of `begin()`, which is called when the first is asked for; some may be read before they are due."""
+    """The batches of `begin()`, which is called when the first is asked for; some may be read
+    before they are due."""
 
     def __init__(self, begin: Callable[[], Iterator[Batch]]) -> None:
         self._begin = begin
@@ -57,7 +60,8 @@ class Reading(Iterator[Batch]):
         return next(self._batches)
 
     def read_early(self, most: int) -> None:
-        """Read one batch, unless `most` are there. What fails, or that nothing is left, is told in its turn."""
+        """Read one batch, unless `most` are there. What fails, or that nothing is left, is told in
+        its turn."""
         if self._batches is None or self._failure is not None or len(self._early) >= most:
             return
         try:
@@ -86,10 +90,11 @@ class Parts(Iterator[Part]):
         return next(self._parts)
 
     def read_early(self, most: int) -> None:
-        """Read what one micro-batch of the next window takes, unless `most` micro-batches of it are there.
+        """Read what one micro-batch of the next window takes, unless `most` micro-batches of it
+        are there.
 
-        Workers go on while this process trains only if somebody takes what they made: a window's batches asked for all at once
-        would be waited for.
+        Workers go on while this process trains only if somebody takes what they made: a window's
+        batches asked for all at once would be waited for.
         """
         if self._reading is not None:
             for _ in range(self._times):
@@ -107,8 +112,8 @@ class Source(Protocol):
     Attributes:
         unit: what `consumed` counts: "samples" or "batches".
         knows_counts: each part has a `table`, so that nothing has to be exchanged.
-        reads_ahead: the next part is made elsewhere and draws no random numbers here, so that it may be asked for before the
-            update of the one in hand.
+        reads_ahead: the next part is made elsewhere and draws no random numbers here, so that it
+            may be asked for before the update of the one in hand.
         alike: all ranks read the same and take their share of it; otherwise each reads its own.
         is_read_once: it cannot be begun anew.
     """
@@ -126,16 +131,18 @@ class Source(Protocol):
         """Windows in one epoch, or None where the source has no length."""
 
     def order(self) -> Any:
-        """What the order of an epoch that begins now would be drawn from besides (seed, epoch): for a saved position; or None."""
+        """What the order of an epoch that begins now would be drawn from besides (seed, epoch):
+        for a saved position; or None."""
 
     def micro_batches(self, epoch: int) -> tuple[int, list[int]] | None:
-        """This rank's micro-batches in the whole windows of `epoch`, and each rank's in the tail window, [] where there is
-        none; None where that is not known beforehand."""
+        """This rank's micro-batches in the whole windows of `epoch`, and each rank's in the tail
+        window, [] where there is none; None where that is not known beforehand."""
 
 
 @dataclass(frozen=True)
 class Announced:
-    """A window that a batch sampler has begun: workers load ahead of training, so it is noted when it is sampled."""
+    """A window that a batch sampler has begun: workers load ahead of training, so it is noted when
+    it is sampled."""
 
     num_batches: int
     consumed: int
@@ -150,7 +157,8 @@ def read_parts(
 
     Args:
         begin: what of the epoch is used up.
-        seed: of what is read once so much is used up, where it is read in this process; None where workers read.
+        seed: of what is read once so much is used up, where it is read in this process; None where
+            workers read.
     """
     while True:
         if seed is None:

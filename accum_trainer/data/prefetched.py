@@ -14,9 +14,10 @@ from accum_trainer.data.parts import Part, Parts, Source
 class Prefetched:
     """Another source's parts, each made in a thread while the one before it is trained on.
 
-    Reading, cutting, collating and pinning happen off the critical path. One part is ready and one is being made, beside
-    one that may have been asked for ahead; more would only hold memory. Draws from the global random generators in a data set's `__getitem__` would interleave with
-    the training's own: such data is read without this.
+    Reading, cutting, collating and pinning happen off the critical path. One part is ready and one
+    is being made, beside one that may have been asked for ahead; more would only hold memory.
+    Draws from the global random generators in a data set's `__getitem__` would interleave with the
+    training's own: such data is read without this.
     """
 
     def __init__(self, source: Source) -> None:
@@ -63,7 +64,8 @@ class Prefetched:
 
         maker = threading.Thread(target=make, name="windows", daemon=True)
         maker.start()
-        # A thread that is inside a library while the interpreter goes down takes the process with it.
+        # A thread that is inside a library while the interpreter goes down takes the process with
+        # it.
         atexit.register(stop)
         try:
             while (item := ready.get()) is not None:

@@ -13,10 +13,12 @@ from accum_trainer.data.batches import Batch, tensors_of
 from accum_trainer.data.loader import may_be_read_early, tell_epoch, workers_seeded
 from accum_trainer.data.parts import Part, Parts, Reading
 
-# Streams that hold so many different samples, in at least two different batches, and agree in all of them from their start
-# are one stream: by chance ranks that draw from N samples would agree with N ** -8, and N is at least 8.
+# Streams that hold so many different samples, in at least two different batches, and agree in all
+# of them from their start are one stream: by chance ranks that draw from N samples would agree
+# with N ** -8, and N is at least 8.
 ENOUGH_SAMPLES = 8
-# A stream that shows no more than that in so many batches is constant, or nearly: whether it is the same is no question.
+# A stream that shows no more than that in so many batches is constant, or nearly: whether it is
+# the same is no question.
 MOST_BATCHES = 128
 
 
@@ -33,7 +35,8 @@ class StreamSource:
         workers_seed: Callable[[int], int] | None = None,
         early: bool = True,
     ) -> None:
-        """`workers_seed` gives the seed of an epoch for the workers of a DataLoader, which are read early if `early`."""
+        """`workers_seed` gives the seed of an epoch for the workers of a DataLoader, which are
+        read early if `early`."""
         self._batches, self._plan, self._workers_seed = batches, plan, workers_seed
         self.is_read_once = hasattr(batches, "__next__")
         self.reads_ahead = early and may_be_read_early(batches)  # any other may make its batches as they are asked for
@@ -77,10 +80,11 @@ class StreamSource:
 
 
 class Content:
-    """What a stream has given since its start, as one number, once it is enough to tell streams apart.
+    """What a stream has given since its start, as one number, once it is enough to tell streams
+    apart.
 
-    One batch that is the same on several ranks says nothing (overfitting on one batch, constant data), nor do many with a
-    few samples between them.
+    One batch that is the same on several ranks says nothing (overfitting on one batch, constant
+    data), nor do many with a few samples between them.
     """
 
     def __init__(self) -> None:
