@@ -15,14 +15,9 @@ from __future__ import annotations
 
 
 class AccumTrainerError(Exception):
-    """Base of every error this package raises on purpose.
-
-    Attributes:
-        is_echo: it was raised by another process, which says it itself.
-    """
+    """Base of every error this package raises on purpose."""
 
     exit_status = 1
-    is_echo = False
 
 
 class ConfigError(AccumTrainerError):

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from accum_trainer import checkpoint
+from accum_trainer import assemble, checkpoint
 from accum_trainer.cli import main as command_line
 from accum_trainer.data import windows
 from accum_trainer.records import read_records
@@ -143,6 +143,47 @@ def other_windows() -> dict[str, Any]:
 
     with replaced(windows, "global_order", shuffled, on=1):
         return run(output_dir=BASE / "windows", steps=3)
+
+
+def raising(error: Exception, call: int = 1) -> Callable[[Any], Any]:
+    """Of a function, one that raises at its `call`-th call."""
+    calls: list[int] = []
+
+    def make(before: Any) -> Any:
+        def function(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            if len(calls) == call:
+                raise error
+            return before(*args, **kwargs)
+
+        return function
+
+    return make
+
+
+@case
+def data_file_missing_on_one() -> dict[str, Any]:
+    return run(
+        output_dir=BASE / "missing", steps=1, dataset_file=BASE / "0-rows.jsonl" if rank() == 0 else "/no/rows.jsonl"
+    )
+
+
+@case
+def tokenising_fails_on_one() -> dict[str, Any]:
+    with replaced(assemble, "tokenize", raising(OSError("the cache is read-only")), on=1):
+        return run(output_dir=BASE / "tokenising", steps=1)
+
+
+@case
+def loading_fails_on_one() -> dict[str, Any]:
+    with replaced(assemble, "load_model", raising(MemoryError("no memory for the model")), on=1):
+        return run(output_dir=BASE / "loading", steps=1)
+
+
+@case
+def disk_full_while_saving() -> dict[str, Any]:
+    with replaced(checkpoint, "save_file", raising(OSError(28, "No space left on device")), on=0):
+        return run(output_dir=BASE / "full", steps=2, checkpoint_every=1)
 
 
 def main(*names: str) -> None:

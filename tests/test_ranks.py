@@ -64,3 +64,31 @@ def test_i44_ranks_on_other_windows_end_at_the_first_update(ended, folder):
     said = refusal(ended["other_windows"])
     assert "process 1 trained on another window than process 0 (process 0: 0 updates, epoch 0, 8 consumed" in said
     assert not (folder / "windows" / "checkpoints").exists() and not (folder / "windows" / "model").exists()
+
+
+@pytest.mark.parametrize(
+    "name, status, says",
+    [
+        ("data_file_missing_on_one", 2, "process 1 on {host}: data file /no/rows.jsonl does not exist"),
+        ("tokenising_fails_on_one", 1, "process 1 on {host}: OSError: the cache is read-only"),
+        ("loading_fails_on_one", 1, "process 1 on {host}: MemoryError: no memory for the model"),
+        ("disk_full_while_saving", 1, "process 0 on {host}: OSError: [Errno 28] No space left on device"),
+    ],
+)
+def test_i47_what_one_process_raises_before_or_between_updates_ends_all_with_its_words(ended, name, status, says):
+    assert [found["status"] for found in ended[name]] == [status] * 2, ended[name]
+    for found in ended[name][: 1 if status == 2 else 2]:  # wrong input is said once
+        assert says.rpartition(": ")[2] in found["err"]
+    other = ended[name][1 if "process 0" in says else 0]
+    assert says.format(host=socket.gethostname()) in other["err"]
+
+
+@pytest.mark.parametrize("place", ["__getitem__", "collate", "forward"])
+def test_i47_what_one_process_raises_in_mid_training_ends_all_with_its_words(tmp_path, place):
+    """Long before gloo gives up (30 minutes): a limit for what would else be a hang, no measurement."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"{n} and {n + 1} " * (n % 5 + 1)}) + "\n" for n in range(40)))
+    train = ["--dataset-file", rows, "--batch-size", 2, "--gradient-accumulation-steps", 3, "--steps", 6]
+    launched = torchrun(2, "tests.failing", place, *train, "--output-dir", tmp_path / "run", timeout=120)
+    assert launched.returncode == 1
+    assert f"FloatingPointError: {place} of process 1" in launched.stderr

@@ -68,9 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             wrong.show()
         sys.exit(wrong.exit_code)
     except AccumTrainerError as wrong:
-        # A configuration is wrong on all processes alike, and an echo is said elsewhere: one of them says so. Anything else
-        # may be one process's own.
-        if _speaks() or not (isinstance(wrong, ConfigError) or wrong.is_echo):
+        # A configuration is wrong on all processes alike: one of them says so. Anything else may be one process's own.
+        if _speaks() or not isinstance(wrong, ConfigError):
             rank = "" if _speaks() else f" (process {os.environ['RANK']})"
             click.echo(f"error{rank}: {wrong}", err=True)
         sys.exit(wrong.exit_status)

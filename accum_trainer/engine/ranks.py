@@ -84,7 +84,7 @@ class Ranks:
     def agree(self, error: Exception | None) -> None:
         """Raise on all ranks if any has an error: its own where it has one, else that of the first rank that has.
 
-        A copy is of the same type if that is an AccumTrainerError, names the rank and its host, and has `is_echo` set.
+        A copy is of the same type if that is an AccumTrainerError, and names the rank and its host.
         """
         said = None
         if error is not None:
@@ -96,9 +96,7 @@ class Ranks:
             raise error
         for other in found:
             if other is not None:
-                echo = other[0](other[1])
-                echo.is_echo = True
-                raise echo
+                raise other[0](other[1])
 
     def together(self, function: Callable[..., T], *arguments: Any) -> T:
         """Call `function`, which talks to no other rank, on every rank; what one of them raises, all raise (`agree`)."""
