@@ -92,3 +92,10 @@ def test_i47_what_one_process_raises_in_mid_training_ends_all_with_its_words(tmp
     launched = torchrun(2, "tests.failing", place, *train, "--output-dir", tmp_path / "run", timeout=120)
     assert launched.returncode == 1
     assert f"FloatingPointError: {place} of process 1" in launched.stderr
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_slow_work_is_waited_for_and_done_once_per_machine(tmp_path, machines):
+    launched = torchrun(2, "tests.patience", tmp_path, machines, timeout=120)
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    assert {"done-0", "done-1"} <= {path.name for path in tmp_path.iterdir()}
