@@ -37,12 +37,12 @@ def check_same_options(engine: Any, config: TrainConfig) -> None:
     """Raise a ConfigError on all ranks unless they were given the same options."""
     options = {name: v for name, v in dataclasses.asdict(config).items() if name not in _MAY_DIFFER}
     everyones = engine.gather_objects((options, socket.gethostname()))
-    first, first_host = everyones[0]
+    first, first_host = everyones[0]  # another version of this package may know other options
     for rank, (others, host) in enumerate(everyones):
         for name, value in others.items():
-            if value != first[name]:
+            if value != first.get(name):
                 raise ConfigError(
-                    f"{name}={value} on process {rank} ({host}), {name}={first[name]} on process 0 ({first_host}): all "
+                    f"{name}={value} on process {rank} ({host}), {name}={first.get(name)} on process 0 ({first_host}): all "
                     "processes of a run take the same options; does a variable of the shell differ between them?"
                 )
 
