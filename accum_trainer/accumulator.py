@@ -29,7 +29,7 @@ from accum_trainer.engine.base import Settings
 from accum_trainer.engine.build import build_engine
 from accum_trainer.epochs import Progress, Remembered
 from accum_trainer.errors import AccumTrainerError, ConfigError, DataError, EngineError
-from accum_trainer.loss_contract import LossContract
+from accum_trainer.loss_contract import LossContract, Passed
 from accum_trainer.objective import MEAN, SUM
 from accum_trainer.prepared import PreparedOptimizer, PreparedScheduler
 from accum_trainer.targets import CountTargets
@@ -267,6 +267,8 @@ class Accumulator:
             raise AccumTrainerError("accumulate() needs the model, as in accumulate(model)")
         for optimizer in self._optimizers:
             optimizer.watch_schedule(microbatch.is_first)
+        if microbatch.is_first:
+            self.losses.check_batch_norm()  # `model.train()` may have come after the first look
         before = self._accumulated
         self._models.update(models)
         try:
@@ -319,8 +321,9 @@ class Accumulator:
                 f"reduction={reduction!r} is not known; say whether the loss is a `sum` or a `mean`"
             )
         microbatch, planned = self._microbatch, self._microbatch.planned
-        counts_given = self._windows is not None and self._windows.counts_given
-        reduction, loss, router = self.losses.split(loss, reduction, counts_given, planned.batch)
+        assert self._windows is not None
+        of = Passed(loss, reduction, microbatch, self._windows.objective, self._windows.counts_given)
+        reduction, loss, router = self.losses.split(of, auxiliary is not None)
         if auxiliary is None:
             auxiliary = router
         terms = planned.num_targets if reduction == MEAN else 1
@@ -372,9 +375,19 @@ class Accumulator:
 
     # --- the life of a window ---
 
+    def _check_schedulers(self) -> None:
+        """Refuse a scheduler that accelerate prepared and steps once per process."""
+        for scheduler in self.accelerator._schedulers:
+            if self.engine.world_size > 1 and scheduler.step_with_optimizer and not scheduler.split_batches:
+                raise ConfigError(
+                    f"accelerate steps the scheduler it prepared {self.engine.world_size} times per update, once per process; "
+                    "prepare the scheduler with acc.prepare(), or leave it unprepared and step it after each update"
+                )
+
     def _begin(self, window: Window, windows: Windows) -> None:
         if self._window is not None:
             raise AccumTrainerError("a new window began before the last was finished; finish each before the next")
+        self._check_schedulers()
         self._window, self._windows = window, windows
         self._microbatch, self._accumulated, self._loss_sum = None, 0, 0.0
 
@@ -469,12 +482,6 @@ class Accumulator:
                 f"max_grad_norm={self.max_grad_norm} is applied by acc.step() or an optimizer that acc.prepare() returned; "
                 "prepare the optimizer with acc.prepare(), or leave max_grad_norm out and clip yourself"
             )
-        for scheduler in self.accelerator._schedulers:
-            if self.engine.world_size > 1 and scheduler.step_with_optimizer and not scheduler.split_batches:
-                raise ConfigError(
-                    f"accelerate steps the scheduler it prepared {self.engine.world_size} times per update, once per process; "
-                    "prepare the scheduler with acc.prepare(), or leave it unprepared and step it after each update"
-                )
         assert self._window is not None
         self._close(self._window, self.engine.end_window(self._numbers(self._window)), math.nan, True, "")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,8 +21,24 @@ from accum_trainer.errors import DataError
 from accum_trainer.head import summed_loss
 from accum_trainer.packing import without_cache
 
-# The last losses made here, so that `is_summed_here` knows one again.
-_made: deque[weakref.ReferenceType[torch.Tensor]] = deque(maxlen=16)
+
+@dataclass(frozen=True)
+class SummedLoss:
+    """A loss that was made here: a sum over the shifted `labels`, as long as it is unchanged.
+
+    Attributes:
+        loss: weakly, so that no graph is kept alive.
+        version: of the loss; changed in place it is another number.
+        labels: as the loss was given them.
+    """
+
+    loss: weakref.ReferenceType[torch.Tensor]
+    version: int
+    labels: torch.Tensor
+
+
+# The last ones, so that `summed_here` knows one again.
+_made: deque[SummedLoss] = deque(maxlen=4)
 
 
 def causal_lm_loss(model: torch.nn.Module, batch: Mapping[str, Any], label_smoothing: float = 0.0) -> torch.Tensor:
@@ -47,7 +64,7 @@ def causal_lm_loss(model: torch.nn.Module, batch: Mapping[str, Any], label_smoot
     if is_packed(batch):
         inputs = without_cache(model, inputs)
     loss = summed_loss(model, inputs, targets, label_smoothing)
-    _made.append(weakref.ref(loss))
+    _made.append(SummedLoss(weakref.ref(loss), loss._version, batch["labels"]))
     return loss
 
 
@@ -68,6 +85,6 @@ def _check(model: Any, batch: Mapping[str, Any]) -> None:
         )
 
 
-def is_summed_here(loss: torch.Tensor) -> bool:
-    """Whether `causal_lm_loss` gave this very tensor, so that it is known to be a sum."""
-    return any(made() is loss for made in _made)
+def summed_here(loss: torch.Tensor) -> SummedLoss | None:
+    """What `causal_lm_loss` made this very tensor of, if it did and the tensor is unchanged."""
+    return next((m for m in _made if m.loss() is loss and m.version == loss._version), None)

@@ -14,8 +14,9 @@ float32 one. What satisfies neither cannot be cut, and is refused. Knows no engi
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from accum_trainer.data.tokenizing import IGNORE
 from accum_trainer.data.windows import Batch, num_samples
 from accum_trainer.errors import DataError
 from accum_trainer.head import cross_entropy, undisturbed
-from accum_trainer.objective_probe import Probe, ignored_label, probe_of
+from accum_trainer.objective_probe import Probe, ignored_label, length_of, probe_of
 from accum_trainer.outputs import own_loss, router_coefficient, router_loss
 from accum_trainer.targets import SHIFTED, Counting, CountTargets, countings_of
 
@@ -47,16 +48,18 @@ class Objective:
         reason: what the proof rests on, or why there is none.
         has_router_term: the model's own loss holds `router_coefficient * aux_loss` besides.
         one_length: padding changes the model's own loss, which is then the same in every cut only
-            if all batches have this many columns; 0 if padding changes nothing.
+            if all batches are as long as the first, (key, shape of a sample); None if it does not.
         is_only_way: no other way of counting is known for such labels.
+        is_disproven: the loss is none that can be cut by this count.
     """
 
     counting: Counting
     reduction: str = ""
     reason: str = ""
     has_router_term: bool = False
-    one_length: int = 0
+    one_length: tuple[str, tuple[int, ...]] | None = None
     is_only_way: bool = False
+    is_disproven: bool = False
 
     @property
     def verdict(self) -> str:
@@ -68,18 +71,37 @@ class Objective:
         if not self.reduction:
             return f"targets counted as {self.counting.name}; the model's own loss: {self.reason}"
         router = ", and a router's loss per micro-batch" if self.has_router_term else ""
-        length = f", all batches {self.one_length} columns wide" if self.one_length else ""
+        length = ", all batches of one length" if self.one_length else ""
         return f"{self.reduction} over {self.counting.name}{router}{length} ({self.reason})"
 
     def check_length(self, batch: Batch) -> None:
         """Raise a DataError if padding changes the loss and `batch` is padded to another length."""
-        if self.one_length and batch["input_ids"].shape[1] != self.one_length:
+        found = length_of(batch) if self.one_length is not None else None
+        if self.one_length is not None and found != self.one_length:
             raise DataError(
-                f"a batch is {batch['input_ids'].shape[1]} columns wide and the first was "
-                f"{self.one_length}: padding changes this model's own loss, so the update would "
-                "depend on which samples share a micro-batch; pad all batches to one length "
-                '(padding="max_length")'
+                f"a batch has {found}, and the first had {self.one_length}: padding changes this "
+                "model's own loss, so the update would depend on which samples share a micro-batch; "
+                'pad all batches to one length (padding="max_length"), on the right and with an '
+                "attention_mask if the model takes one"
             )
+        if self.counting == SHIFTED:
+            _check_left_padding(batch)
+
+
+def _check_left_padding(batch: Batch) -> None:
+    """Raise a DataError if padding on the left makes a target of a row's first token."""
+    mask, labels = (batch.get(key) if isinstance(batch, Mapping) else None for key in ("attention_mask", "labels"))
+    if not isinstance(mask, torch.Tensor) or not isinstance(labels, torch.Tensor):
+        return
+    if mask.ndim != 2 or mask.shape != labels.shape or mask.is_cuda:
+        return
+    begins = (mask[:, 1:] != 0) & (mask[:, :-1] == 0)
+    if bool((begins & (labels[:, 1:] != IGNORE)).any()):
+        raise DataError(
+            "a row is padded on the left and the label of its first token is no -100: shifted, it is a "
+            "target of the padding before it, and of nothing in a batch without that padding. Set it to "
+            "-100 in collate_fn, or pad on the right"
+        )
 
 
 def batch_statistics(model: torch.nn.Module) -> list[str]:
@@ -110,7 +132,7 @@ def find_objective(
     count_targets: CountTargets | None = None,
     is_16_bit: bool = False,
 ) -> Objective:
-    """Find and prove what the model's own loss sums over; at most seven forwards in eval mode.
+    """Find and prove what the model's own loss sums over; at most eight forwards in eval mode.
 
     The random state and the model's modes are left as they were. Which forwards run depends on the
     batch alone, so processes that gather weights in each stay together.
@@ -128,7 +150,10 @@ def find_objective(
     candidates = _ways(batch, count_targets, ignore)
     likeliest = unproven(batch, count_targets, "", ignore)
     sixteen_bit = (torch.float16, torch.bfloat16)
-    is_16_bit = is_16_bit or any(p.dtype in sixteen_bit for p in model.parameters())
+    has_16_bit_weights = any(p.dtype in sixteen_bit for p in model.parameters())
+    # accelerate's autocast lies in the forward that it put in the place of the model's own.
+    plain = model.__dict__.get("_original_forward") if not has_16_bit_weights else None
+    is_16_bit = has_16_bit_weights or (is_16_bit and plain is None)
     if _device_of(batch).type == "cuda" and torch.get_float32_matmul_precision() != "highest":
         is_16_bit = True  # products in TF32 round as coarsely as 16-bit ones
     try:
@@ -136,7 +161,8 @@ def find_objective(
     except DataError as error:
         return replace(likeliest, reason=f"cannot be proven: {error}")
     try:
-        seen = _run(model, probe)
+        with _own_forward(model, plain):
+            seen = _run(model, probe)
     except torch.OutOfMemoryError:
         return replace(likeliest, reason="cannot be proven: its forward ran out of memory")
     except Exception as error:  # of any type: it is the model's own code
@@ -160,7 +186,7 @@ def find_objective(
                 return Objective(counting, reduction, reason, coefficient > 0, one_length)
     over = " or ".join(c.name for c in candidates)
     reason = f"is neither a mean nor a sum over {over}: a batch does not have its halves' loss"
-    return replace(likeliest, reason=reason)
+    return replace(likeliest, reason=reason, is_disproven=True)
 
 
 # --- running it ---
@@ -175,18 +201,78 @@ class _Seen:
     is_16_bit: bool = False
     router_terms: tuple[str, ...] = field(default=())
     cross_entropy: float | None = None
+    logits: torch.Tensor | None = None
 
     def without_router(self, coefficient: float) -> _Seen:
         return replace(self, loss=self.loss - coefficient * self.router)
 
 
+@contextlib.contextmanager
+def _own_forward(model: torch.nn.Module, plain: Any) -> Iterator[None]:
+    """The model's own forward, if `plain` is one, without the autocast around it."""
+    if plain is None:
+        yield
+        return
+    wrapped = model.forward
+    model.forward = plain
+    try:
+        with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", enabled=False):
+            yield
+    finally:
+        model.forward = wrapped
+
+
+@contextlib.contextmanager
+def _noisy_head(model: torch.nn.Module, sizes: tuple[int, int], offset: int) -> Iterator[None]:
+    """Add noise to what the model's last linear layer gives: the same to the same sample, whatever it is batched with.
+
+    A head that is still all zero gives every target the same loss, and any weights would cancel out.
+
+    Args:
+        sizes: samples of the whole batch, and of this one.
+        offset: where this one begins in the whole.
+    """
+    head = None
+    with contextlib.suppress(AttributeError, NotImplementedError):
+        head = model.get_output_embeddings()  # type: ignore[operator]
+    if not isinstance(head, torch.nn.Module):
+        head = next((m for m in reversed(list(model.modules())) if isinstance(m, torch.nn.Linear)), None)
+    if head is None:
+        yield
+        return
+
+    def disturb(module: torch.nn.Module, args: Any, output: Any) -> Any:
+        if not isinstance(output, torch.Tensor) or not output.is_floating_point() or len(output) % sizes[1]:
+            return output
+        each = len(output) // sizes[1]
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn((sizes[0] * each, *output.shape[1:]), generator=generator)
+        noise = noise[offset * each : (offset + sizes[1]) * each]
+        return output + noise.to(output.device, output.dtype)
+
+    handle = head.register_forward_hook(disturb)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def _run(model: torch.nn.Module, probe: Probe) -> dict[str, _Seen] | None:
     """The losses of all probe batches; None if the model returns none."""
-    call: Callable[[Batch], Any] = (lambda b: model(**b)) if isinstance(probe.whole, Mapping) else model
     seen: dict[str, _Seen] = {}
+    size = num_samples(probe.whole)
     with undisturbed(model, _device_of(probe.whole)):
         for name, batch in probe.batches():
-            outputs = call(batch)
+            is_plain = probe.is_row or name in ("whole", "first_column", "wider")
+            offset = num_samples(probe.halves[0]) if name == "halves1" and probe.halves else 0
+            noise = _noisy_head(model, (size, num_samples(batch)), offset)
+            try:
+                with contextlib.nullcontext() if is_plain else noise:
+                    outputs = model(**batch) if isinstance(batch, Mapping) else model(batch)
+            except Exception:
+                if name != "wider":
+                    raise
+                continue  # a model of one length: then it is this batch's
             loss = own_loss(outputs)
             if loss is None:
                 return None
@@ -197,8 +283,17 @@ def _run(model: torch.nn.Module, probe: Probe) -> dict[str, _Seen] | None:
                 is_16_bit=loss.dtype in (torch.float16, torch.bfloat16),
                 router_terms=tuple(t for t in _ROUTER_TERMS if isinstance(getattr(outputs, t, None), torch.Tensor)),
                 cross_entropy=_shifted_cross_entropy(outputs, batch) if aux is not None else None,
+                logits=_some_logits(outputs) if name in ("whole", "wider") else None,
             )
     return seen
+
+
+def _some_logits(outputs: Any) -> torch.Tensor | None:
+    """Logits in float32, at most 64 of the classes; None if the model gives none."""
+    logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
+        return None
+    return logits[..., :: max(1, logits.shape[-1] // 64)].float()
 
 
 def _device_of(batch: Batch) -> torch.device:
@@ -246,14 +341,36 @@ def _router_part(model: torch.nn.Module, counting: Counting, probe: Probe, seen:
     return None
 
 
-def _length_that_matters(probe: Probe, seen: dict[str, _Seen], is_16_bit: bool) -> int:
-    """The batch's number of columns if more padding changes the loss, else 0."""
+def _length_that_matters(probe: Probe, seen: dict[str, _Seen], is_16_bit: bool) -> tuple[str, tuple[int, ...]] | None:
+    """The batch's length if more padding changes the loss, else None."""
     if probe.wider is None:
-        return 0
+        return None
     tolerance = _SIXTEEN_BIT if is_16_bit else _FLOAT32
-    if _near(seen["wider"].loss, seen["whole"].loss, tolerance):
-        return 0
-    return int(probe.whole["input_ids"].shape[1])
+    is_same = "wider" in seen and _near(seen["wider"].loss, seen["whole"].loss, tolerance)
+    if is_same and _same_logits(probe, seen["whole"].logits, seen["wider"].logits, 10 * tolerance):
+        return None
+    return length_of(probe.whole)
+
+
+def _same_logits(probe: Probe, whole: torch.Tensor | None, wider: torch.Tensor | None, tolerance: float) -> bool:
+    """Whether more padding leaves the logits of what is no padding alone; True if they cannot be compared.
+
+    Sharper than the loss, which an untrained head makes nearly the same for everything.
+    """
+    if whole is None or wider is None:
+        return True
+    if whole.shape != wider.shape:
+        more = wider.shape[1] - whole.shape[1] if whole.ndim > 2 and wider.ndim == whole.ndim else 0
+        if more <= 0:
+            return True
+        length = whole.shape[1]
+        mask = probe.whole.get("attention_mask")
+        on_left = isinstance(mask, torch.Tensor) and mask.ndim == 2 and not bool(mask[:, 0].all())
+        wider = wider[:, more:] if on_left and bool(mask[:, -1].all()) else wider[:, :length]
+    mask = probe.whole.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape == whole.shape[:2]:
+        whole, wider = whole[mask != 0], wider[mask != 0]
+    return bool((whole - wider).abs().max() <= tolerance * whole.abs().max())
 
 
 def _near(a: float, b: float, tolerance: float) -> bool:
@@ -278,11 +395,23 @@ def _holds(
     was_cut = False
     for name, is_coarse in rounds.items():
         parts: tuple[Batch, Batch] | None = getattr(probe, name)
-        if parts is None or (name == "hidden" and not counting.reads_labels):
+        if parts is None or (name == "hidden" and not _follows_labels(counting, probe)):
             continue
-        total = summed("whole", probe.whole)
+        total = summed("noisy", probe.whole)
         found = sum(summed(f"{name}{index}", part) for index, part in enumerate(parts))
         if not _near(found, total, _SIXTEEN_BIT if is_coarse else _FLOAT32):
             return False
         was_cut = was_cut or all(map(counting.count, parts))
     return was_cut
+
+
+def _follows_labels(counting: Counting, probe: Probe) -> bool:
+    """Whether a label that is hidden is not counted."""
+    if counting.reads_labels or probe.hidden is None:
+        return counting.reads_labels
+    try:
+        return sum(map(counting.count, probe.hidden)) == counting.count(probe.whole) and all(
+            map(counting.count, probe.hidden)
+        )
+    except Exception:  # the user's own function, on a batch that it may not know
+        return False

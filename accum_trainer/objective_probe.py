@@ -36,6 +36,7 @@ class Probe:
         hidden: `whole` with all labels but those of one half hidden, twice; None if none can be.
         first_column: `whole` with the first label of each row alone, which a shift drops.
         wider: `whole` with more columns of padding.
+        is_row: the samples lie end to end in one row.
     """
 
     whole: Batch
@@ -43,51 +44,59 @@ class Probe:
     hidden: tuple[Batch, Batch] | None = None
     first_column: Batch | None = None
     wider: Batch | None = None
+    is_row: bool = False
 
     def batches(self) -> Iterator[tuple[str, Batch]]:
         yield "whole", self.whole
         for name in ("halves", "hidden"):
             for index, batch in enumerate(getattr(self, name) or ()):
                 yield f"{name}{index}", batch
+        yield "noisy", self.whole  # what halves and hidden ones are compared with
         for name in ("first_column", "wider"):
             if getattr(self, name) is not None:
                 yield name, getattr(self, name)
 
 
 def probe_of(model: Any, batch: Batch, ignore: int) -> Probe:
-    """Raises DataError if there is nothing to cut and nothing to hide."""
+    """Make the probe of a batch; raises DataError if there is nothing to cut and nothing to hide."""
     is_row = isinstance(batch, Mapping) and is_packed(batch)
     if not is_row and num_samples(batch) == 1:
-        batch = _twice(batch)
+        batch = _twice(batch, ignore)
     if not isinstance(batch, Mapping):
         return Probe(batch, halve(batch))
     labels = batch.get("labels")
-    if _can_hide(model, labels, ignore):
-        labels = _filled_up(batch, ignore)
-        batch = _with_decoder_inputs(model, {**batch, "labels": labels})
-        first = _first_half(labels, ignore)
-        thinned = _thinned(labels, first, ignore)
-        whole = {**batch, "labels": thinned}
-        hidden = (
-            {**whole, "labels": thinned.masked_fill(~first, ignore)},
-            {**whole, "labels": thinned.masked_fill(first, ignore)},
-        )
+    if not _can_hide(model, labels, ignore):
+        if isinstance(labels, torch.Tensor) and labels.ndim == 1 and _is_whole(labels):
+            batch = {**batch, "labels": _varied(labels, ignore)}
+        return Probe(batch, halve(batch), wider=_wider(model, batch, ignore), is_row=is_row)
+    labels = _varied(_filled_up(batch, ignore), ignore)
+    batch = _with_decoder_inputs(model, {**batch, "labels": labels})
+    first = _first_half(labels, ignore)
+    thinned = _thinned(labels, first, ignore)
+    whole = {**batch, "labels": thinned}
+    hidden = (
+        {**whole, "labels": thinned.masked_fill(~first, ignore)},
+        {**whole, "labels": thinned.masked_fill(first, ignore)},
+    )
+    alone = None
+    if labels.ndim > 1 and labels.shape[-1] > 1:
         only_first = torch.full_like(labels, ignore)
-        some_label = labels[labels != ignore][0]
-        column = labels[..., 0]
+        column, real = labels[..., 0], labels[labels != ignore]
+        some_label = real[0] if len(real) else torch.zeros_like(column).flatten()[0]
         only_first[..., 0] = torch.where(column == ignore, some_label, column)
         alone = {**batch, "labels": only_first}
-        return Probe(whole, _halves_or_none(whole), hidden, alone, _wider(model, whole, ignore))
-    return Probe(batch, halve(batch), wider=_wider(model, batch, ignore))
+    return Probe(whole, _halves_or_none(whole), hidden, alone, _wider(model, whole, ignore), is_row)
 
 
 def _can_hide(model: Any, labels: Any, ignore: int) -> bool:
     """Whether `ignore` is sure to mean "no target": on a GPU a wrong label ends the process."""
-    if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.ndim < 2:
-        return False
-    if labels.shape[-1] < 2:
+    if not isinstance(labels, torch.Tensor) or not _is_whole(labels) or labels.numel() < 2:
         return False
     return hasattr(model, "loss_function") or bool((labels == ignore).any())
+
+
+def _is_whole(labels: torch.Tensor) -> bool:
+    return not labels.is_floating_point() and labels.dtype != torch.bool
 
 
 def _filled_up(batch: Mapping[str, Any], ignore: int) -> torch.Tensor:
@@ -96,36 +105,77 @@ def _filled_up(batch: Mapping[str, Any], ignore: int) -> torch.Tensor:
     if int((labels != ignore).sum()) >= _FEWEST_TARGETS:
         return labels
     filled = labels.masked_fill(labels == ignore, 0)
-    if isinstance(mask, torch.Tensor) and mask.shape == labels.shape:
+    if isinstance(mask, torch.Tensor) and mask.shape == labels.shape and bool(mask.any()):
         return filled.masked_fill(mask == 0, ignore)
     return filled
 
 
+def _varied(labels: torch.Tensor, ignore: int) -> torch.Tensor:
+    """The labels, not all of one class: else a weight per class would cancel out."""
+    real = labels[labels != ignore]
+    if len(real) < 2 or bool((real != real[0]).any()):
+        return labels
+    varied = labels.flatten().clone()
+    last = (varied != ignore).nonzero().flatten()[-1]
+    varied[last] = 0 if int(real[0]) != 0 else 1
+    return varied.view_as(labels)
+
+
+# The keys that say how long a batch's samples are, and the padding of each; more than 3 positions
+# of a sound, of which a model makes one frame from several.
+_LENGTHS = {"input_ids": 0, "inputs_embeds": 0, "input_values": 0.0, "input_features": 0.0}
+
+
+def length_of(batch: Batch) -> tuple[str, tuple[int, ...]] | None:
+    """What says how far a batch is padded: a key and its shape without the samples; None if nothing does."""
+    if not isinstance(batch, Mapping):
+        return None
+    for key in _LENGTHS:
+        value = batch.get(key)
+        if isinstance(value, torch.Tensor) and value.ndim > 1:
+            return key, tuple(value.shape[1:])
+    return None
+
+
 def _wider(model: Any, batch: Mapping[str, Any], ignore: int) -> Batch | None:
-    """The batch with more padding on the right; None if it has no mask that would hide it."""
-    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
-    if not isinstance(ids, torch.Tensor) or not isinstance(mask, torch.Tensor):
+    """The batch with more padding, on the side where it has some; None if its length says nothing."""
+    found = length_of(batch)
+    if found is None or "position_ids" in batch:
         return None
-    if ids.ndim != 2 or mask.shape != ids.shape or "position_ids" in batch:
-        return None
+    key, mask = found[0], batch.get("attention_mask")
+    values = batch[key]
+    mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+    along = (
+        1
+        if values.ndim == 2 or key != "input_features" or (mask is not None and mask.shape[1] == values.shape[1])
+        else -1
+    )
+    length = values.shape[along]
+    more = _MORE_PADDING if key in ("input_ids", "inputs_embeds") else max(_MORE_PADDING, length // 4)
+    on_left = mask is not None and bool(mask[:, -1].all()) and not bool(mask[:, 0].all())
     pad_token = getattr(getattr(model, "config", None), "pad_token_id", None)
-    fillings = {"input_ids": pad_token if isinstance(pad_token, int) else 0, "labels": ignore}
+    fillings = {**_LENGTHS, "labels": ignore}
+    if isinstance(pad_token, int):
+        fillings["input_ids"] = pad_token
 
-    def widened(key: str, value: Any) -> Any:
-        along = isinstance(value, torch.Tensor) and value.shape == ids.shape
-        of_decoder = key.startswith("decoder_") or (key == "labels" and "decoder_input_ids" in batch)
-        if not along or of_decoder:
+    def widened(name: str, value: Any) -> Any:
+        of_decoder = name.startswith("decoder_") or (name == "labels" and "decoder_input_ids" in batch)
+        if not isinstance(value, torch.Tensor) or value.ndim < 2 or of_decoder:
             return value
-        return torch.nn.functional.pad(value, (0, _MORE_PADDING), value=fillings.get(key, 0))
+        if value.shape[0] != values.shape[0] or value.shape[along] != length:
+            return value
+        behind = 2 * (value.ndim - 2) if along == 1 else 0
+        edges = (more, 0) if on_left else (0, more)
+        return torch.nn.functional.pad(value, (0,) * behind + edges, value=fillings.get(name, 0))
 
-    return {key: widened(key, value) for key, value in batch.items()}
+    return {name: widened(name, value) for name, value in batch.items()}
 
 
 def _first_half(labels: torch.Tensor, ignore: int) -> torch.Tensor:
     """True on the first rows, up to half of the targets; inside a row if only one has any."""
     first = torch.zeros_like(labels, dtype=torch.bool)
     is_target = labels != ignore
-    by_row = is_target.flatten(1).sum(1).cumsum(0)
+    by_row = is_target.reshape(len(labels), -1).sum(1).cumsum(0)
     rows = int((by_row <= by_row[-1] // 2).sum())
     if 0 < rows < len(labels) and by_row[rows - 1] > 0:
         first[:rows] = True
@@ -153,19 +203,32 @@ def _halves_or_none(batch: Batch) -> tuple[Batch, Batch] | None:
         return None
 
 
-def _twice(batch: Batch) -> Batch:
-    """A batch of one sample as a batch of two, both the same."""
+def _twice(batch: Batch, ignore: int) -> Batch:
+    """A batch of one sample as a batch of two; a single label is another class in the second.
 
-    def twice(value: Any) -> Any:
+    With equal samples a weight per sample, whatever it is, would cancel out.
+    """
+
+    def twice(value: Any, name: str = "") -> Any:
         if isinstance(value, torch.Tensor):
-            return torch.cat([value, value]) if value.ndim else value
+            if value.ndim == 0:
+                return value
+            sample = 0 if value.shape[0] == 1 else 1
+            if value.ndim <= sample or value.shape[sample] != 1:
+                return value
+            second = value.clone()
+            if "label" in name and value.numel() == 1 and _is_whole(value):
+                second[...] = 0 if int(value) != 0 else 1
+            elif name == "labels" and _is_whole(value) and int(value.max()) > 0:
+                # A loss that leaves out class 0, which is padding to some, counts more in the second.
+                second[second == 0] = value.max()
+            return torch.cat([value, second], sample)
         if isinstance(value, Mapping):
-            return {key: twice(entry) for key, entry in value.items()}
-        if isinstance(value, list):
-            return value * 2
-        if isinstance(value, tuple):
-            return tuple(twice(entry) for entry in value)
-        raise DataError(f"a batch of one sample holds a {type(value).__name__}, which has no half")
+            return {key: twice(entry, str(key)) for key, entry in value.items()}
+        if isinstance(value, (list, tuple)):
+            holds_tensors = any(isinstance(entry, torch.Tensor) for entry in value)
+            return type(value)(map(twice, value)) if holds_tensors else value * 2
+        return value
 
     return twice(batch)
 

@@ -6,8 +6,10 @@ for what it is: the model's own, or one that the user made.
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,6 +34,23 @@ def router_loss(outputs: Any) -> torch.Tensor | None:
     return found if isinstance(found, torch.Tensor) else None
 
 
+def _named(model: torch.nn.Module, args: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name; of a wrapper's, by the names of what it wraps."""
+    if not args:
+        return inputs
+    plain: Any = model
+    while isinstance(getattr(plain, "module", None), torch.nn.Module):
+        plain = plain.module
+    try:
+        return dict(inspect.signature(plain.forward).bind(*args, **inputs).arguments)
+    except (TypeError, ValueError):
+        return inputs
+
+
+# What models call it: most of transformers', JetMoe and its kind.
+_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
+
+
 def router_coefficient(model: torch.nn.Module) -> float:
     """What the model multiplies its router's loss by; 0 if it names none."""
     plain: Any = model
@@ -39,44 +58,60 @@ def router_coefficient(model: torch.nn.Module) -> float:
         plain = plain.module
     config = getattr(plain, "config", None)
     for holder in (plain, getattr(config, "text_config", None), config):
-        found = getattr(holder, "router_aux_loss_coef", None)
-        if isinstance(found, (int, float)):
-            return float(found)
+        for name in _COEFFICIENTS:
+            found = getattr(holder, name, None)
+            if isinstance(found, (int, float)):
+                return float(found)
     return 0.0
 
 
-class OutputWatch:
-    """The last outputs of the models it is hooked to.
+@dataclass(frozen=True)
+class Call:
+    """One call of a model by the loop.
 
     Attributes:
-        router_term: the router's loss times its coefficient, with its graph; None if the last
-            forward gave none. Held until `clear`.
+        inputs: its arguments by name.
+        router_term: the router's loss times its coefficient, with its graph; None if there is none.
+        has_unknown_router: there is a router's loss, and no coefficient that is known.
+    """
+
+    inputs: dict[str, Any]
+    router_term: torch.Tensor | None = None
+    has_unknown_router: bool = False
+
+
+class OutputWatch:
+    """The last calls of the models it is hooked to.
+
+    Attributes:
+        call: the last one; None before the first, and after `clear`.
     """
 
     def __init__(self) -> None:
-        self.router_term: torch.Tensor | None = None
-        self._own: weakref.ReferenceType[torch.Tensor] | None = None
+        self.call: Call | None = None
+        self._own: tuple[weakref.ReferenceType[torch.Tensor], int] | None = None
         self._watched: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
     def watch(self, model: torch.nn.Module) -> None:
-        """Note what `model` returns from now on, as the loop calls it."""
+        """Note what `model` is given and returns from now on, as the loop calls it."""
         if model not in self._watched:
             self._watched.add(model)
-            model.register_forward_hook(self._note)
+            model.register_forward_hook(self._note, with_kwargs=True)
 
-    def _note(self, model: torch.nn.Module, args: Any, outputs: Any) -> None:
+    def _note(self, model: torch.nn.Module, args: Any, inputs: dict[str, Any], outputs: Any) -> None:
         loss, router = own_loss(outputs), router_loss(outputs)
-        self._own = None if loss is None else weakref.ref(loss)
+        self._own = None if loss is None else (weakref.ref(loss), loss._version)
         coefficient = 0.0 if router is None else router_coefficient(model)
-        self.router_term = router * coefficient if router is not None and coefficient else None
+        term = router * coefficient if router is not None and coefficient else None
+        self.call = Call(_named(model, args, inputs), term, router is not None and not coefficient)
 
     def is_own(self, loss: torch.Tensor) -> bool:
-        """Whether `loss` is the very number that a watched model returned last."""
-        found = None if self._own is None else self._own()
-        if found is None:
+        """Whether `loss` is the very number that a watched model returned last, unchanged."""
+        found = None if self._own is None else self._own[0]()
+        if found is None or self._own is None or found._version != self._own[1]:
             return False
         return found is loss or (loss.numel() == 1 and found.data_ptr() == loss.data_ptr())
 
     def clear(self) -> None:
-        """Let go of the last outputs."""
-        self._own = self.router_term = None
+        """Let go of the last call."""
+        self._own = self.call = None

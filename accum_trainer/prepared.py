@@ -130,7 +130,8 @@ class ScheduleWatch:
         schedulers = [found() for found in self._schedulers or []]
         steps = [scheduler.last_epoch for scheduler in schedulers if scheduler is not None]
         rates = [group["lr"] for group in self._optimizer.param_groups if "lr" in group]
-        return [*steps, *(rate for rate in rates if not isinstance(rate, torch.Tensor))]
+        # A tensor's value waits for the device; its version tells that it was written to.
+        return [*steps, *(r._version if isinstance(r, torch.Tensor) else r for r in rates)]
 
 
 def _schedulers_of(optimizer: torch.optim.Optimizer) -> list[Any]:

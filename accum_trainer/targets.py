@@ -72,9 +72,21 @@ def countings_of(batch: Batch, ignore: int = IGNORE) -> Iterator[Counting]:
     labels = _integer_labels(batch)
     if labels.ndim > 1 and labels.shape[-1] > 1:
         yield SHIFTED
-    yield Counting("labels", lambda batch: int((batch["labels"] != ignore).sum()), labels.ndim > 1, ignore)
+    yield Counting("labels", lambda batch: int((batch["labels"] != ignore).sum()), True, ignore)
     if labels.ndim > 1:  # one term per sample, whatever its labels (a CTC loss)
         yield Counting("samples", lambda batch: num_samples(batch))
+
+
+# What a loss counts in a batch, by the names that transformers gives it.
+_COUNTED = ("labels", "start_positions", "end_positions")
+
+
+def targets_in(batch: Batch) -> dict[str, tuple[torch.Tensor, int]]:
+    """The tensors that hold a batch's targets, each with its version: changed in place it has another."""
+    if not isinstance(batch, Mapping):
+        return {}
+    found = {key: batch.get(key) for key in _COUNTED}
+    return {key: (t, t._version) for key, t in found.items() if isinstance(t, torch.Tensor)}
 
 
 def _answers(batch: Batch) -> int:
@@ -84,7 +96,7 @@ def _answers(batch: Batch) -> int:
         DataError: starts and ends are left out in unequal number, so that one count cannot
             weigh both terms.
     """
-    length = batch["input_ids"].shape[1]
+    length = next(batch[key].shape[1] for key in ("input_ids", "inputs_embeds") if key in batch)
     starts, ends = (int((batch[f"{end}_positions"] < length).sum()) for end in ("start", "end"))
     if starts != ends:
         raise DataError(

@@ -18,7 +18,8 @@ from accum_trainer.data.halving import halve, num_positions
 from accum_trainer.data.windows import Batch, Part, Source, num_samples, num_tokens
 from accum_trainer.epochs import Progress
 from accum_trainer.errors import AccumTrainerError, DataError
-from accum_trainer.targets import CountTargets
+from accum_trainer.objective import Objective
+from accum_trainer.targets import CountTargets, targets_in
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class MicroBatch:
     planned: Planned
     is_first: bool
     is_last: bool
+    targets: dict[str, tuple[Any, int]]  # as the loop was given them
 
 
 class Window:
@@ -110,11 +112,6 @@ class Window:
         run = [Planned(part.batches[i], counts[i], weight, auxiliary) for i in order]
         wanted = int(table[:, 1].max()) if accumulator.engine.equal_micro_batches else 1
         while len(run) < wanted:
-            if part.filler is None:
-                raise DataError(
-                    f"process {accumulator.engine.rank} has no batch at all while others have; "
-                    "give every process at least one batch, or a DataLoader that is dealt to them"
-                )
             run.insert(0, Planned(part.filler, 0, 0.0, 0.0))
         self._run = self._cut_to_fit(run)
 
@@ -134,7 +131,8 @@ class Window:
             is_first, self._was_begun = not self._was_begun, True
             self._started += 1
             moved = accumulator.engine.to_device(planned.batch)
-            accumulator._microbatch = MicroBatch(planned, is_first, self._started == len(self._run))
+            is_last = self._started == len(self._run)
+            accumulator._microbatch = MicroBatch(planned, is_first, is_last, targets_in(moved))
             yield moved
             accumulator._check_accumulated(self._started)
             self._read_early(self._num_own)
@@ -206,6 +204,11 @@ class Windows:
     def counts_given(self) -> bool:
         """Whether the user said how targets are counted."""
         return self._counter.given is not None
+
+    @property
+    def objective(self) -> Objective | None:
+        """What the model's own loss sums over; None before the first window was read."""
+        return self._counter.objective
 
     @property
     def epoch(self) -> int:
@@ -322,26 +325,25 @@ class _Counter:
 
     Attributes:
         given: the user's own function, or None.
+        objective: what the model's own loss sums over; None until it is decided.
     """
 
     def __init__(self, accumulator: Any, given: CountTargets | None) -> None:
         self._accumulator = accumulator
         self.given = given
-        self.is_decided = False
+        self.objective: Objective | None = None
 
     def decide(self, batches: Sequence[Batch]) -> None:
         """Have the objective found, on the micro-batch with most to prove it on. Collective."""
-        losses = self._accumulator.losses
-        if losses.objective is None or self.given is not None:
-            losses.decide(batches, self.given)
-        self.is_decided = losses.objective is not None  # no rank had a batch: at the end of an epoch that was resumed
+        # None if no rank had a batch: at the end of an epoch that was resumed.
+        self.objective = self._accumulator.losses.decide(batches, self.given)
 
     def __call__(self, batch: Batch) -> float:
         if self.given is not None:
             return self.given(batch)
-        objective = self._accumulator.losses.objective
-        objective.check_length(batch)
-        return objective.counting.count(batch)
+        assert self.objective is not None
+        self.objective.check_length(batch)
+        return self.objective.counting.count(batch)
 
 
 class _Reader:
@@ -385,6 +387,12 @@ class _Reader:
             raise DataError(f"process {failed[0]} could not read its next window; its own message says why")
         if not table[:, 1].any():
             return None
+        idle = np.flatnonzero((table[:, 7] > 0) & (table[:, 1] == 0))
+        if len(idle):
+            raise DataError(
+                f"process {idle[0]} has no batch at all while others have; "
+                "give every process at least one batch, or a DataLoader that is dealt to them"
+            )
         if not self._alike:
             _check_own_data(table[:, 5])
         elif (table[:, 5] != table[0, 5]).any() or read.part is None:
@@ -407,16 +415,18 @@ class _Reader:
         except Exception as error:
             failure = error
         try:
-            if not self._counter.is_decided:  # by all ranks together, also by one that could not read
+            if self._counter.objective is None:  # by all ranks together, also by one that could not read
                 self._counter.decide(part.batches if part is not None else [])
             if failure is not None:
                 raise failure
             if part is None:
-                return _Read(None, [], [0.0] * 6 + [float(self._wants_ahead)])
+                return _Read(None, [], [0.0] * 6 + [float(self._wants_ahead), 0.0])
             targets = [self._counter(batch) for batch in part.batches]
-            return _Read(part, targets, [*_numbers(part, targets), float(self._wants_ahead)])
+            return _Read(
+                part, targets, [*_numbers(part, targets), float(self._wants_ahead), float(part.filler is None)]
+            )
         except Exception as error:
-            return _Read(None, [], [0.0, -1.0, 0.0, 0.0, 0.0, 0.0, 0.0], error)
+            return _Read(None, [], [0.0, -1.0, *[0.0] * 6], error)
 
     def read_early(self, most: int) -> None:
         """Have the source read what it may of the next window, up to `most` micro-batches."""
@@ -451,7 +461,7 @@ class _Read:
     """What came of reading: a part, or None at the end of the epoch, or an error to be raised when its turn comes.
 
     `numbers` are what all ranks learn of it: targets, micro-batches (-1 for an error), samples, tokens, positions, fingerprint,
-    and whether this rank can read ahead.
+    whether this rank can read ahead, and whether it has nothing to run at all.
     """
 
     part: Part | None

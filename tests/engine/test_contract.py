@@ -134,12 +134,12 @@ def test_i16_counts_of_the_next_window_travel_with_the_end_of_this(case, world_s
                 assert found["gathers"].pop(0) == 1
             first, *others = found["gathers"]
             assert (
-                first == 7
-            )  # targets, micro-batches, samples, tokens, positions, fingerprint, whether it can be read ahead
+                first == 8
+            )  # targets, micro-batches, samples, tokens, positions, fingerprint, whether it can be read ahead, whether there is none
             if name == "as asked for" or world_size == 1:
-                assert others[1::2] == [7] * 6 and len(others) == 12  # the last finds the end of the data
+                assert others[1::2] == [8] * 6 and len(others) == 12  # the last finds the end of the data
             else:
-                assert min(others) > 7 and len(others) == 6, name
+                assert min(others) > 8 and len(others) == 6, name
 
 
 def test_reading_ahead_survives_breaks_epochs_and_resuming(case):
