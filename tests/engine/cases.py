@@ -50,11 +50,17 @@ def rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
-ENGINE: dict[str, Any] = {}  # what the worker was told of the engine: zero_stage, fsdp, grad_sync
+ENGINE: dict[str, Any] = {}  # what the worker was told of the engine: zero_stage, fsdp, grad_sync; cpu; backend
 
 
 def accumulator(micro_batch_size: int | None, **options: Any) -> Accumulator:
     engine = {} if "accelerator" in options else {"cpu": True} | ENGINE
+    backend = engine.pop("backend", None)  # on a GPU; accelerate's choice there is NCCL
+    if backend is not None:
+        from accelerate import InitProcessGroupKwargs
+
+        handlers = [*options.get("kwargs_handlers", ()), InitProcessGroupKwargs(backend=backend)]
+        options = options | {"kwargs_handlers": handlers}
     if "zero_stage" in engine:  # accelerate takes one DeepSpeed plugin per process; a case may build several
         AcceleratorState._reset_state()
     return Accumulator(micro_batch_size=micro_batch_size, **(engine | options))
@@ -77,7 +83,7 @@ class Probe:
         return self.acc.step(self.optimizer, scheduler)
 
     def gradient(self) -> dict[str, torch.Tensor]:
-        return {n: g.clone() for n, g in self.acc.engine.full_gradients(self.model).items()}
+        return {n: g.clone().cpu() for n, g in self.acc.engine.full_gradients(self.model).items()}
 
     def left(self) -> int:
         """Gradients that this rank still holds, in parameters or in ZeRO's shards."""

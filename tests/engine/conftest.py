@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -18,6 +19,11 @@ ENGINES = {
     "zero3": (2, {"zero_stage": 3}),
     "fsdp2": (2, {"fsdp": True}),
 }
+# One engine instead, some of its cases, on another device (benchmarks/gpu/contract.py):
+# {"engine": name, "processes": how many, "options": as above, "cases": names, "torchrun": for one process too}.
+ONLY = json.loads(os.environ.get("ACCUM_TRAINER_CONTRACT", "null"))
+if ONLY:
+    ENGINES = {ONLY["engine"]: (ONLY["processes"], ONLY["options"])}
 
 
 # Tests of cases that pass an Accelerator of their own, which runs single or DDP: not collected for the other engines.
@@ -47,8 +53,9 @@ def engine_results(request, tmp_path_factory):
     """case name -> one result per rank, for one engine."""
     out = tmp_path_factory.mktemp(request.param)
     processes, options = ENGINES[request.param]
-    arguments = ("tests.engine.worker", out, json.dumps(options))
-    run = python("-m", *arguments) if processes == 1 else torchrun(processes, *arguments)
+    arguments = ("tests.engine.worker", out, json.dumps(options), *(ONLY["cases"] if ONLY else ()))
+    alone = processes == 1 and not (ONLY and ONLY["torchrun"])
+    run = python("-m", *arguments) if alone else torchrun(processes, *arguments)
     assert run.returncode == 0, run.stderr[-4000:]
     ranks = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(processes)]
     return {name: [results[name] for results in ranks] for name in ranks[0]}
@@ -69,6 +76,8 @@ def case(engine_results):
     """Look up a case: its result on every rank; fails with the case's own traceback where it raised."""
 
     def results(name):
+        if ONLY and name not in engine_results:
+            pytest.skip("not among the cases that were asked for")
         found = engine_results[name]
         for rank, result in enumerate(found):
             assert "traceback" not in result, f"rank {rank}: {result['traceback']}"

@@ -21,9 +21,11 @@ def main(out: str, engine: str, *names: str) -> None:
     from tests.engine import cases
 
     cases.ENGINE.update(json.loads(engine))
+    if not cases.ENGINE.get("cpu", True) and cases.ENGINE.get("backend") == "gloo":
+        os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"  # all on one GPU: DDP must not want one per local rank
     # A case that fails on one rank must fail the launch, not hang it.
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=300))
+        torch.distributed.init_process_group(cases.ENGINE.get("backend", "gloo"), timeout=timedelta(seconds=300))
     if set(cases.ENGINE) & {"zero_stage", "fsdp"}:
         names = names or tuple(set(cases.CASES) - cases.OF_ACCELERATE)
     CASES, rank = {name: run for name, run in cases.CASES.items() if name in names or not names}, cases.rank
