@@ -2,13 +2,14 @@
 # make test    run all tests
 # make check   ruff and mypy
 # make bench   benchmarks against peers (installs them)
+# make gpu     what only a GPU can show, in 20 minutes at most: benchmarks/results/gpu-<name>.md
 # make clean   remove what was built
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -25,6 +26,10 @@ bench: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/exactness.py
+
+# Parts that have a result are not run again: ARGS=--again runs all, ARGS="--parts waits --again" one.
+gpu: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache

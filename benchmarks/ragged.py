@@ -101,9 +101,21 @@ class Chosen:
 
 
 def trainer(
-    which: str, model: torch.nn.Module, tokenizer: Any, rows: TokenizedRows, k: int, order: list[int]
+    which: str,
+    model: torch.nn.Module,
+    tokenizer: Any,
+    rows: TokenizedRows,
+    k: int,
+    order: list[int],
+    logged: list[dict[str, float]] | None = None,
+    **arguments: Any,
 ) -> Iterator[int]:
-    """A Trainer that makes one update per `next`: it runs in a thread and waits in a callback between updates."""
+    """A Trainer that makes one update per `next`: it runs in a thread and waits in a callback between updates.
+
+    Args:
+        logged: takes what it logs, one update late.
+        arguments: of TrainingArguments, instead of those here.
+    """
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     go, done = threading.Semaphore(0), threading.Semaphore(0)
@@ -125,6 +137,10 @@ def trainer(
             done.release()
             go.acquire()
 
+        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+            if logged is not None:
+                logged.append(dict(logs))
+
     folder = tempfile.mkdtemp()
     common: dict[str, Any] = {
         "output_dir": folder,
@@ -141,6 +157,7 @@ def trainer(
         "disable_tqdm": True,
         "train_sampling_strategy": "group_by_length" if which == "grouped" else "sequential",
     }
+    common |= arguments
     data = [{**rows[i], "length": int(rows.lengths[i])} for i in order]
     if which == "trl":
         from datasets import Dataset

@@ -19,6 +19,7 @@ LONG = (
     "test_docs",
     "end_to_end/test_engines",
     "test_verify",
+    "test_gpu",
     "test_compile",
     "end_to_end/test_launch_files",
     "test_footprint",
