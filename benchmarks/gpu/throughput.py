@@ -127,7 +127,8 @@ def measure(name: str, setting: Setting) -> dict[str, float]:
     device = torch.device(setting.device)
     model = llama(size)
     rows = Ragged((WARM_UP + updates + 1) * batch * k, _median(setting), 8 * _median(setting), SIZES[size][-1])
-    reset_peak(device)
+    if setting.cpu:  # a GPU's allocator counts from the process's start, and has not started yet
+        reset_peak(device)
     loop = (
         _trainer(setting, model, rows, batch, k) if name == "trainer" else _ours(setting, name, model, rows, batch, k)
     )
