@@ -151,6 +151,8 @@ def assemble(config: TrainConfig, accumulator: Accumulator | None = None) -> Par
     model, optimizer, scheduler = accumulator.prepare(plain_model, plain_optimizer, schedule)
     some_tokens = torch.tensor([rows[0]["input_ids"]], device=engine.device)
     loss_path = decide_loss_path(model, some_tokens, config.loss_on_targets)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    objective = _prove_objective(accumulator, rows, pad)  # before compiling, which it would have done for its sizes
     layout = decide_layout(config, accumulator, model, rows)
     compiled = _compile(config, engine, model) if config.compile else 0
     cutting = decide_cut(config, accumulator, model, optimizer, rows, layout)
@@ -158,7 +160,6 @@ def assemble(config: TrainConfig, accumulator: Accumulator | None = None) -> Par
     # From here on chance means dropout, which must differ between processes, and between runs on shares of the data.
     torch.manual_seed(seed_of("dropout", config.seed, rank=engine.rank, shard=shard[0]))
 
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     collate = PackingCollator(layout.boundaries) if cut.packed else PaddingCollator(pad, cut.multiple)
     return Parts(
         config=config,
@@ -168,7 +169,7 @@ def assemble(config: TrainConfig, accumulator: Accumulator | None = None) -> Par
         collate=collate,
         cutting=cutting,
         loss_path=loss_path,
-        objective=_prove_objective(accumulator, rows, pad),
+        objective=objective,
         compiled_blocks=compiled,
         optimizer=optimizer,
         scheduler=scheduler,

@@ -172,7 +172,7 @@ def _remember(inner: torch.nn.Module, head: torch.nn.Module, path: LossPath) -> 
 def inside_wrapper(model: torch.nn.Module) -> torch.nn.Module:
     """The model inside the engine's wrapper."""
     inner = model
-    while not _is_compiled(inner) and type(inner).__module__.startswith(_WRAPPERS):
+    while not is_compiled(inner) and type(inner).__module__.startswith(_WRAPPERS):
         inner = inner.module  # type: ignore[assignment]
     return inner
 
@@ -180,7 +180,7 @@ def inside_wrapper(model: torch.nn.Module) -> torch.nn.Module:
 def _find_head(model: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module | None, str]:
     """(the model inside the engine's wrapper, its output head or None, why there is none)."""
     inner = inside_wrapper(model)
-    if _is_compiled(inner):
+    if is_compiled(inner):
         return inner, None, "the model is compiled, with its head as it was"
     try:
         head = inner.get_output_embeddings()  # type: ignore[operator]
@@ -188,12 +188,13 @@ def _find_head(model: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module
         head = None
     if not isinstance(head, torch.nn.Module):
         return inner, None, f"{type(inner).__name__} names no output head (get_output_embeddings)"
-    if _is_compiled(head):
+    if is_compiled(head):
         return inner, None, "the output head is compiled"
     return inner, head, ""
 
 
-def _is_compiled(module: Any) -> bool:
+def is_compiled(module: Any) -> bool:
+    """Whether torch compiled this module, or its call: hooks that are put on it later may not run."""
     return "_orig_mod" in getattr(module, "_modules", ()) or getattr(module, "_compiled_call_impl", None) is not None
 
 

@@ -108,7 +108,7 @@ class ScheduleWatch:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
         self._schedulers: list[weakref.ReferenceType[Any]] | None = None
-        self._before: list[Any] = []
+        self._before: dict[Any, Any] = {}
 
     def note(self) -> None:
         """Remember the learning rates and the schedulers' steps, as a window's first micro-batch begins."""
@@ -118,7 +118,9 @@ class ScheduleWatch:
 
     def check(self) -> None:
         """Raise an AccumTrainerError if they are not as they were noted."""
-        if self._before and self._state() != self._before:
+        now = self._state()
+        # One that is gone by now has not stepped.
+        if any(now.get(key, value) != value for key, value in self._before.items()):
             raise AccumTrainerError(
                 "the learning rate was stepped between two micro-batches of one window: a scheduler "
                 "that acc.prepare() did not return steps per micro-batch, K times per update. "
@@ -126,12 +128,14 @@ class ScheduleWatch:
                 "each window"
             )
 
-    def _state(self) -> list[Any]:
+    def _state(self) -> dict[Any, Any]:
+        """Each scheduler's steps, and each group's learning rate."""
         schedulers = [found() for found in self._schedulers or []]
-        steps = [scheduler.last_epoch for scheduler in schedulers if scheduler is not None]
-        rates = [group["lr"] for group in self._optimizer.param_groups if "lr" in group]
+        steps = {id(scheduler): scheduler.last_epoch for scheduler in schedulers if scheduler is not None}
+        rates = [group.get("lr") for group in self._optimizer.param_groups]
         # A tensor's value waits for the device; its version tells that it was written to.
-        return [*steps, *(r._version if isinstance(r, torch.Tensor) else r for r in rates)]
+        written = [r._version if isinstance(r, torch.Tensor) else r for r in rates]
+        return steps | {("lr", index): rate for index, rate in enumerate(written)}
 
 
 def _schedulers_of(optimizer: torch.optim.Optimizer) -> list[Any]:
