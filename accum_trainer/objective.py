@@ -26,7 +26,7 @@ from accum_trainer.data.tokenizing import IGNORE
 from accum_trainer.data.windows import Batch, num_samples
 from accum_trainer.errors import DataError
 from accum_trainer.head import cross_entropy, is_compiled, undisturbed
-from accum_trainer.objective_probe import Probe, ignored_label, length_of, probe_of
+from accum_trainer.objective_probe import Probe, ignored_label, is_padded_left, length_of, probe_of
 from accum_trainer.outputs import own_loss, router_coefficient, router_loss
 from accum_trainer.targets import SHIFTED, Counting, CountTargets, countings_of
 
@@ -332,7 +332,7 @@ def _router_part(model: torch.nn.Module, counting: Counting, probe: Probe, seen:
     whole = seen["whole"]
     if not whole.router_terms:
         return 0.0
-    coefficient = router_coefficient(model)
+    coefficient = router_coefficient(model) or 0.0
     if whole.router_terms != ("aux_loss",) or whole.cross_entropy is None or counting != SHIFTED:
         return None
     tolerance = _SIXTEEN_BIT if whole.is_16_bit else _FLOAT32
@@ -365,9 +365,8 @@ def _same_logits(probe: Probe, whole: torch.Tensor | None, wider: torch.Tensor |
         if more <= 0:
             return True
         length = whole.shape[1]
-        mask = probe.whole.get("attention_mask")
-        on_left = isinstance(mask, torch.Tensor) and mask.ndim == 2 and not bool(mask[:, 0].all())
-        wider = wider[:, more:] if on_left and bool(mask[:, -1].all()) else wider[:, :length]
+        on_left = is_padded_left(probe.whole.get("attention_mask"))
+        wider = wider[:, more:] if on_left else wider[:, :length]
     mask = probe.whole.get("attention_mask")
     if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape == whole.shape[:2]:
         whole, wider = whole[mask != 0], wider[mask != 0]

@@ -70,6 +70,8 @@ def probe_of(model: Any, batch: Batch, ignore: int) -> Probe:
             batch = {**batch, "labels": _varied(labels, ignore)}
         return Probe(batch, halve(batch), wider=_wider(model, batch, ignore), is_row=is_row)
     labels = _varied(_filled_up(batch, ignore), ignore)
+    if not is_padded_left(batch.get("attention_mask")):
+        labels = _with_first(labels, ignore)
     batch = _with_decoder_inputs(model, {**batch, "labels": labels})
     first = _first_half(labels, ignore)
     thinned = _thinned(labels, first, ignore)
@@ -108,6 +110,23 @@ def _filled_up(batch: Mapping[str, Any], ignore: int) -> torch.Tensor:
     if isinstance(mask, torch.Tensor) and mask.shape == labels.shape and bool(mask.any()):
         return filled.masked_fill(mask == 0, ignore)
     return filled
+
+
+def is_padded_left(mask: Any) -> bool:
+    """Whether a mask of shape (samples, tokens) hides tokens at the begin of rows, and none at their end."""
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        return False
+    return bool(mask[:, -1].all()) and not bool(mask[:, 0].all())
+
+
+def _with_first(labels: torch.Tensor, ignore: int) -> torch.Tensor:
+    """The labels, the very first a target: what counts it and what does not shall differ."""
+    real = labels[labels != ignore]
+    if labels.ndim < 2 or labels.shape[-1] < 2 or len(real) == 0:
+        return labels
+    filled = labels.flatten().clone()
+    filled[0] = torch.where(filled[0] == ignore, real[0], filled[0])
+    return filled.view_as(labels)
 
 
 def _varied(labels: torch.Tensor, ignore: int) -> torch.Tensor:
@@ -152,7 +171,7 @@ def _wider(model: Any, batch: Mapping[str, Any], ignore: int) -> Batch | None:
     )
     length = values.shape[along]
     more = _MORE_PADDING if key in ("input_ids", "inputs_embeds") else max(_MORE_PADDING, length // 4)
-    on_left = mask is not None and bool(mask[:, -1].all()) and not bool(mask[:, 0].all())
+    on_left = is_padded_left(mask)
     pad_token = getattr(getattr(model, "config", None), "pad_token_id", None)
     fillings = {**_LENGTHS, "labels": ignore}
     if isinstance(pad_token, int):
@@ -189,7 +208,7 @@ def _thinned(labels: torch.Tensor, first: torch.Tensor, ignore: int) -> torch.Te
     """The labels with two of three targets of the first half hidden: the halves are unequal."""
     flat = labels.flatten().clone()
     targets = ((flat != ignore) & first.flatten()).nonzero().flatten()
-    kept = targets[2::3] if len(targets) > 2 else targets
+    kept = targets[0::3] if len(targets) > 2 else targets  # the very first label among them
     hidden = torch.ones_like(targets, dtype=torch.bool)
     hidden[torch.isin(targets, kept)] = False
     flat[targets[hidden]] = ignore

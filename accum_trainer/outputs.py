@@ -51,8 +51,8 @@ def _named(model: torch.nn.Module, args: Any, inputs: dict[str, Any]) -> dict[st
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 
 
-def router_coefficient(model: torch.nn.Module) -> float:
-    """What the model multiplies its router's loss by; 0 if it names none."""
+def router_coefficient(model: torch.nn.Module) -> float | None:
+    """What the model multiplies its router's loss by; None if it names nothing."""
     plain: Any = model
     while not hasattr(plain, "config") and isinstance(getattr(plain, "module", None), torch.nn.Module):
         plain = plain.module
@@ -62,7 +62,7 @@ def router_coefficient(model: torch.nn.Module) -> float:
             found = getattr(holder, name, None)
             if isinstance(found, (int, float)):
                 return float(found)
-    return 0.0
+    return None
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class OutputWatch:
         self._own = None if loss is None else (weakref.ref(loss), loss._version)
         coefficient = 0.0 if router is None else router_coefficient(model)
         term = router * coefficient if router is not None and coefficient else None
-        self.call = Call(_named(model, args, inputs), term, router is not None and not coefficient)
+        self.call = Call(_named(model, args, inputs), term, coefficient is None)
 
     def is_own(self, loss: torch.Tensor) -> bool:
         """Whether `loss` is the very number that a watched model returned last, unchanged."""

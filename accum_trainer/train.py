@@ -238,9 +238,9 @@ class Run:
 
     def _finish(self) -> None:
         self.save()
-        # An adapter needs no more than what was trained: the base model stays where it is.
-        adapter = self.config.use_peft
-        weights = self.engine.full_weights(self.parts.model, trained_only=adapter)
+        # An adapter needs no more than what was trained: the base model stays where it is, unless it is merged.
+        only_adapter = self.config.use_peft and not self.config.merge_adapter
+        weights = self.engine.full_weights(self.parts.model, trained_only=only_adapter)
         self.engine.on_main(self._write_results, weights)
 
     def _write_results(self, weights: dict[str, torch.Tensor]) -> None:

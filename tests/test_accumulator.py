@@ -268,3 +268,22 @@ def test_torch_that_is_too_old_is_refused(monkeypatch):
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.10.1+cpu"))
     with pytest.raises(EngineError, match=r"torch 2.10.1\+cpu is too old"):
         Accumulator(micro_batch_size=1, cpu=True)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_that_keeps_its_state_otherwise_is_refused(stage):
+    from accum_trainer.engine.deepspeed import check_names
+
+    class DeepSpeedZeroOptimizerOfTomorrow:
+        pass
+
+    class DeepSpeedZeroOptimizer:
+        averaged_gradients = all_grad_tensors = micro_step_id = None
+        single_partition_of_fp32_groups = fp32_partitioned_groups_flat = None
+
+    check_names(DeepSpeedZeroOptimizer(), stage)
+    with pytest.raises(
+        EngineError,
+        match=r"keeps ZeRO-. state in another way.*averaged_gradients.*<0.21".replace("-. ", f"-{stage}'s "),
+    ):
+        check_names(DeepSpeedZeroOptimizerOfTomorrow(), stage)

@@ -13,6 +13,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,7 @@ class DeepSpeedEngine(Engine):
             raise EngineError(
                 f"ZeRO stage {self.stage} was asked for, stage {model.zero_optimization_stage()} is in force"
             )
+        check_names(model.optimizer, self.stage)
         trained = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
         self._usage = Usage(trained, are_whole=self.stage < 3)
         self._decide_grad_sync(model)
@@ -363,6 +365,30 @@ class DeepSpeedEngine(Engine):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if "loss_scale" in state:
             self._engine.optimizer.loss_scaler.cur_scale = state["loss_scale"]
+
+
+# What `drop` and the checkpoints read and write of DeepSpeed's own objects, by stage: names that may change.
+_NAMES = {
+    1: ("averaged_gradients", "all_grad_tensors", "micro_step_id", "single_partition_of_fp32_groups"),
+    2: ("averaged_gradients", "all_grad_tensors", "micro_step_id", "single_partition_of_fp32_groups"),
+    3: ("averaged_gradients", "micro_step_id", "fp32_partitioned_groups_flat"),
+}
+
+
+def check_names(sharded: Any, stage: int) -> None:
+    """Raise an EngineError on all ranks if this DeepSpeed's optimizer lacks a name that is relied on.
+
+    Found later, in a window that one rank drops, the others would wait for it.
+    """
+    is_zero = type(sharded).__name__.startswith(
+        "DeepSpeedZeroOptimizer"
+    )  # bf16 at stage 1 has another, which keeps none
+    missing = [name for name in _NAMES.get(stage, ()) if not hasattr(sharded, name)]
+    if is_zero and missing:
+        raise EngineError(
+            f"deepspeed {version('deepspeed')} keeps ZeRO-{stage}'s state in another way than is known here (no "
+            f"{', '.join(missing)}); use deepspeed >=0.16,<0.21, or another engine"
+        )
 
 
 def forget_forwards_alone() -> None:
