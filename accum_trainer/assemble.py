@@ -152,8 +152,8 @@ def assemble(config: TrainConfig, accumulator: Accumulator | None = None) -> Par
     some_tokens = torch.tensor([rows[0]["input_ids"]], device=engine.device)
     loss_path = decide_loss_path(model, some_tokens, config.loss_on_targets)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    objective = _prove_objective(accumulator, rows, pad)  # before compiling, which it would have done for its sizes
     layout = decide_layout(config, accumulator, model, rows)
+    objective = _prove_objective(accumulator, rows, pad)  # before compiling, which it would have done for its sizes
     compiled = _compile(config, engine, model) if config.compile else 0
     cutting = decide_cut(config, accumulator, model, optimizer, rows, layout)
     cut = cutting.cut
