@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import shutil
@@ -158,7 +157,7 @@ def initial_weights_of(config: TrainConfig) -> str:
 def lora_run(folder, config: TrainConfig, num_samples: int, seed: int, dtype=torch.float32, **options):
     """A run that ended with random adapters, and modules to save, of its own."""
     torch.manual_seed(config.seed)
-    model = load_model(dataclasses.replace(config, use_peft=False), corpus_tokenizer())
+    model = load_model(config.without_peft(), corpus_tokenizer())
     lora = dict(r=4, lora_alpha=6.0, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM") | options
     adapted = get_peft_model(model, LoraConfig(**lora))
     torch.manual_seed(seed)
