@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from accum_trainer.data.batches import version_of
 from accum_trainer.data.tokenizing import IGNORE
 from accum_trainer.data.windows import is_packed
 from accum_trainer.errors import DataError
@@ -64,7 +65,7 @@ def causal_lm_loss(model: torch.nn.Module, batch: Mapping[str, Any], label_smoot
     if is_packed(batch):
         inputs = without_cache(model, inputs)
     loss = summed_loss(model, inputs, targets, label_smoothing)
-    _made.append(SummedLoss(weakref.ref(loss), loss._version, batch["labels"]))
+    _made.append(SummedLoss(weakref.ref(loss), version_of(loss), batch["labels"]))
     return loss
 
 
@@ -87,4 +88,4 @@ def _check(model: Any, batch: Mapping[str, Any]) -> None:
 
 def summed_here(loss: torch.Tensor) -> SummedLoss | None:
     """What `causal_lm_loss` made this very tensor of, if it did and the tensor is unchanged."""
-    return next((m for m in _made if m.loss() is loss and m.version == loss._version), None)
+    return next((m for m in _made if m.loss() is loss and m.version == version_of(loss)), None)

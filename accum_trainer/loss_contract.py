@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from accum_trainer.data.batches import version_of
 from accum_trainer.data.halving import halve, num_positions
 from accum_trainer.data.windows import Batch, num_samples
 from accum_trainer.errors import AccumTrainerError, DataError, EngineError
@@ -312,7 +313,7 @@ def _check_targets(objective: Objective, passed: Passed, call: Call) -> None:
 
 
 def _is_as_handed(found: Any, handed: tuple[torch.Tensor, int]) -> bool:
-    return found is handed[0] and handed[0]._version == handed[1]
+    return found is handed[0] and version_of(handed[0]) == handed[1]
 
 
 def _check_count(found: float, planned: float, what: str) -> None:

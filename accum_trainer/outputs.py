@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from accum_trainer.data.batches import version_of
+
 
 def own_loss(outputs: Any) -> torch.Tensor | None:
     """The scalar loss that a model returned: `.loss`, the first of a tuple, or its whole output."""
@@ -100,7 +102,7 @@ class OutputWatch:
 
     def _note(self, model: torch.nn.Module, args: Any, inputs: dict[str, Any], outputs: Any) -> None:
         loss, router = own_loss(outputs), router_loss(outputs)
-        self._own = None if loss is None else (weakref.ref(loss), loss._version)
+        self._own = None if loss is None else (weakref.ref(loss), version_of(loss))
         coefficient = 0.0 if router is None else router_coefficient(model)
         term = router * coefficient if router is not None and coefficient else None
         self.call = Call(_named(model, args, inputs), term, coefficient is None)
@@ -108,7 +110,7 @@ class OutputWatch:
     def is_own(self, loss: torch.Tensor) -> bool:
         """Whether `loss` is the very number that a watched model returned last, unchanged."""
         found = None if self._own is None else self._own[0]()
-        if found is None or self._own is None or found._version != self._own[1]:
+        if found is None or self._own is None or version_of(found) != self._own[1]:
             return False
         return found is loss or (loss.numel() == 1 and found.data_ptr() == loss.data_ptr())
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from accum_trainer.data.batches import version_of
 from accum_trainer.data.tokenizing import IGNORE
 from accum_trainer.data.windows import Batch, num_samples
 from accum_trainer.errors import DataError
@@ -86,7 +87,7 @@ def targets_in(batch: Batch) -> dict[str, tuple[torch.Tensor, int]]:
     if not isinstance(batch, Mapping):
         return {}
     found = {key: batch.get(key) for key in _COUNTED}
-    return {key: (t, t._version) for key, t in found.items() if isinstance(t, torch.Tensor)}
+    return {key: (t, version_of(t)) for key, t in found.items() if isinstance(t, torch.Tensor)}
 
 
 def _answers(batch: Batch) -> int:

@@ -386,3 +386,20 @@ def test_i47_what_one_rank_finds_before_the_first_window_ends_all(tmp_path):
     for found in ranks:
         assert "KeyError: 'nothing of this name'" in found["a count that raises"]
         assert "process 1 has no batch at all while others have" in found["a rank without data"]
+
+
+def test_evaluation_in_inference_mode_between_windows():
+    kind, batches = family("Llama"), llama_batches()
+    acc = Accumulator(micro_batch_size=2, gradient_accumulation_steps=1, cpu=True)
+    plain = kind.build()
+    model, optimizer = acc.prepare(plain, torch.optim.SGD(plain.parameters(), lr=0.0))
+    losses = []
+    for window in acc.windows(iter(batches)):
+        for batch in window:
+            with acc.accumulate(model):
+                acc.backward(model(**batch).loss)
+        losses.append(acc.step(optimizer).loss)
+        with torch.inference_mode():
+            assert model(**batches[len(losses) - 1]).loss.item() == pytest.approx(losses[-1], rel=1e-6)
+            causal_lm_loss(model, batches[0])
+    assert len(losses) == 2

@@ -53,3 +53,8 @@ def num_tokens(batch: Batch) -> tuple[int, int]:
         return 0, 0
     mask = batch.get("attention_mask")
     return int(mask.sum()) if isinstance(mask, torch.Tensor) else ids.numel(), ids.numel()
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often a tensor was changed in place; 0 of one made in inference mode, which keeps no count."""
+    return 0 if tensor.is_inference() else tensor._version
