@@ -131,6 +131,7 @@ def test_i40_rows_packed_in_another_way_are_refused(fresh_accelerate):
     # Padding on the left, whose positions begin behind it, is no packed row.
     padded = {name: value.flip(1) for name, value in pad(ROWS).items()}
     padded["position_ids"] = (padded["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    padded["labels"] = padded["labels"].masked_fill(padded["position_ids"] == 0, -100)  # no target of padding
     run_loop(make("Llama"), causal_lm_loss, [padded])
 
 
