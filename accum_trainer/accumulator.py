@@ -267,8 +267,7 @@ class Accumulator:
             raise AccumTrainerError("accumulate() needs the model, as in accumulate(model)")
         for optimizer in self._optimizers:
             optimizer.watch_schedule(microbatch.is_first)
-        if microbatch.is_first:
-            self.losses.check_batch_norm()  # `model.train()` may have come after the first look
+        self.losses.begin_micro_batch(microbatch.is_first)
         before = self._accumulated
         self._models.update(models)
         try:

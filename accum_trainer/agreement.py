@@ -14,11 +14,8 @@ import os
 import socket
 import time
 import uuid
-import zlib
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from accum_trainer.checkpoint import MANIFEST, find_checkpoint
 from accum_trainer.config import TrainConfig
@@ -137,14 +134,3 @@ def check_same_start(engine: Any, start: dict[str, Any]) -> None:
                 f"process {rank} ({host}) would start from another state than process 0: {', '.join(differing)}; are all "
                 "processes given the same model, data and checkpoint?"
             )
-
-
-def checksum(tensors: dict[str, torch.Tensor]) -> str:
-    """Eight hex digits of named tensors: a checksum over at most 4,096 evenly spaced numbers of each."""
-    found = 0
-    for name, tensor in tensors.items():
-        flat = tensor.detach().flatten()
-        spaced = flat[:: max(1, flat.numel() // 4096)].double().cpu().contiguous()
-        found = zlib.crc32(f"{name} {tuple(tensor.shape)}".encode(), found)
-        found = zlib.crc32(spaced.numpy().tobytes(), found)
-    return f"{found:08x}"

@@ -32,6 +32,8 @@ from accum_trainer.outputs import Call, OutputWatch
 from accum_trainer.packing_guard import PackingGuard
 from accum_trainer.targets import SHIFTED, CountTargets
 
+# Ways of counting that are remembered, the oldest forgotten first.
+_MOST_FOUND = 8
 # A proof needs no more samples, and the logits of few take little memory.
 _MOST_SAMPLES = 4
 
@@ -102,6 +104,12 @@ class LossContract:
         for model in models:
             self._outputs.watch(model)
 
+    def begin_micro_batch(self, is_first: bool) -> None:
+        """Look at what a loop may have changed since the last one: the modes of BatchNorm, before a window."""
+        self._outputs.begin()
+        if is_first:
+            self.check_batch_norm()
+
     def forget_outputs(self) -> None:
         """Let go of what the models returned."""
         self._outputs.clear()
@@ -126,6 +134,8 @@ class LossContract:
         self._packing.decide(self._models, batches)
         self.check_batch_norm()
         if given not in self._found:
+            if len(self._found) >= _MOST_FOUND:  # a function made anew in each epoch
+                del self._found[next(iter(self._found))]
             batch = self._engine.first_of(max(batches, key=num_positions, default=None))
             if batch is None:
                 return None
@@ -276,7 +286,14 @@ class LossContract:
                 "coefficient for it; pass auxiliary=coefficient * outputs.aux_loss, or switch "
                 "output_router_logits off"
             )
-        return None if call is None else call.router_term
+        if call is None or call.router_term is None or has_auxiliary:
+            return None
+        if call.num_routed > 1:
+            raise AccumTrainerError(
+                f"the model ran {call.num_routed} times in this micro-batch, and each time with a router's loss: which "
+                "of them belongs to this loss is not known; pass auxiliary=coefficient * outputs.aux_loss"
+            )
+        return call.router_term
 
 
 def _why(objective: Objective | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -200,20 +201,24 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
 
 
 def fingerprint(model: torch.nn.Module) -> str | None:
-    """Eight hex digits of the weights: a checksum over at most 4,096 evenly spaced numbers of each parameter.
+    """`checksum` of the weights: another seed, another model or further training gives another one.
 
-    Other weights of the same shapes (another seed, another model, further training) give another one; the cost does not
-    grow with the model. None where the weights were sharded while they were loaded, and no process has them whole.
+    None where the weights were sharded while they were loaded, and no process has them whole.
     """
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return None
-    checksum = 0
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        spaced = flat[:: max(1, flat.numel() // 4096)].float().cpu().contiguous()
-        checksum = zlib.crc32(f"{name} {tuple(parameter.shape)}".encode(), checksum)
-        checksum = zlib.crc32(spaced.numpy().tobytes(), checksum)
-    return f"{checksum:08x}"
+    return checksum(dict(model.named_parameters()))
+
+
+def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Eight hex digits of named tensors: of at most 4,096 evenly spaced numbers of each, so that it costs little."""
+    found = 0
+    for name, tensor in tensors.items():
+        flat = tensor.detach().flatten()
+        spaced = flat[:: max(1, flat.numel() // 4096)].double().cpu().contiguous()
+        found = zlib.crc32(f"{name} {tuple(tensor.shape)}".encode(), found)
+        found = zlib.crc32(spaced.numpy().tobytes(), found)
+    return f"{found:08x}"
 
 
 def _tiny(tokenizer: Any) -> Any:

@@ -75,15 +75,17 @@ class Call:
         inputs: its arguments by name.
         router_term: the router's loss times its coefficient, with its graph; None if there is none.
         has_unknown_router: there is a router's loss, and no coefficient that is known.
+        num_routed: calls since `begin` that gave a router's loss, this one counted.
     """
 
     inputs: dict[str, Any]
     router_term: torch.Tensor | None = None
     has_unknown_router: bool = False
+    num_routed: int = 0
 
 
 class OutputWatch:
-    """The last calls of the models it is hooked to.
+    """The last call, with a gradient, of the models it is hooked to.
 
     Attributes:
         call: the last one; None before the first, and after `clear`.
@@ -91,6 +93,7 @@ class OutputWatch:
 
     def __init__(self) -> None:
         self.call: Call | None = None
+        self._num_routed = 0
         self._own: tuple[weakref.ReferenceType[torch.Tensor], int] | None = None
         self._watched: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
@@ -101,11 +104,18 @@ class OutputWatch:
             model.register_forward_hook(self._note, with_kwargs=True)
 
     def _note(self, model: torch.nn.Module, args: Any, inputs: dict[str, Any], outputs: Any) -> None:
+        if not torch.is_grad_enabled():
+            return  # a proof, or an evaluation: no loss to go back from
         loss, router = own_loss(outputs), router_loss(outputs)
         self._own = None if loss is None else (weakref.ref(loss), version_of(loss))
         coefficient = 0.0 if router is None else router_coefficient(model)
         term = router * coefficient if router is not None and coefficient else None
-        self.call = Call(_named(model, args, inputs), term, coefficient is None)
+        self._num_routed += term is not None
+        self.call = Call(_named(model, args, inputs), term, coefficient is None, self._num_routed)
+
+    def begin(self) -> None:
+        """Count calls anew: those before a micro-batch, as in an evaluation, are not its own."""
+        self._num_routed = 0
 
     def is_own(self, loss: torch.Tensor) -> bool:
         """Whether `loss` is the very number that a watched model returned last, unchanged."""

@@ -29,7 +29,7 @@ from accum_trainer.assemble import assemble, make_accumulator
 from accum_trainer.config import TrainConfig
 from accum_trainer.errors import AccumTrainerError
 from accum_trainer.loss import causal_lm_loss
-from accum_trainer.model import load_model, stored_dtype
+from accum_trainer.model import checksum, load_model, stored_dtype
 from accum_trainer.plan_record import describe, plan_record
 from accum_trainer.records import Record, RecordWriter
 from accum_trainer.window import Update
@@ -359,8 +359,8 @@ class Run:
                 **parts.windows.state_dict(),
                 "lr": parts.scheduler.get_last_lr()[0],
                 "records": self.num_records,
-                "weights": agreement.checksum(engine.full_weights(parts.model, trained_only=True)),
-                "optimizer state": agreement.checksum(moments),
+                "weights": checksum(engine.full_weights(parts.model, trained_only=True)),
+                "optimizer state": checksum(moments),
             },
         )
 

@@ -403,3 +403,27 @@ def test_evaluation_in_inference_mode_between_windows():
             assert model(**batches[len(losses) - 1]).loss.item() == pytest.approx(losses[-1], rel=1e-6)
             causal_lm_loss(model, batches[0])
     assert len(losses) == 2
+
+
+def test_router_of_another_call_is_not_taken_for_this_loss():
+    """A forward for metrics is none of the loss; of two with a gradient nobody knows which belongs to it."""
+    kind = family("Mixtral, router")
+    rows = kind.rows(4)
+    batches = [kind.collate(rows[:2]), kind.collate(rows[2:])]
+
+    def measured_after(model, batch):
+        loss = causal_lm_loss(model, batch)
+        with torch.no_grad():
+            model(**batches[0])
+        return (loss,)
+
+    def twice(model, batch):
+        loss = causal_lm_loss(model, batch)
+        return (loss, "sum") if model(**batch).loss is not None else ()
+
+    plain, expected = run(kind.build(), batches, ours)
+    measured, found = run(kind.build(), batches, measured_after)
+    assert measured.loss == plain.loss
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    with pytest.raises(AccumTrainerError, match="the model ran 2 times in this micro-batch"):
+        run(kind.build(), batches, twice)
