@@ -21,13 +21,14 @@ if TYPE_CHECKING:
         EngineError,
     )
     from accum_trainer.loss import causal_lm_loss
-    from accum_trainer.window import Update, Window, Windows
+    from accum_trainer.window import Update, Window
+    from accum_trainer.windows import Windows
 
 _HOME = {
     "Accumulator": "accumulator",
     "Update": "window",
     "Window": "window",
-    "Windows": "window",
+    "Windows": "windows",
     "BatchPlan": "batch_plan",
     "TrainConfig": "config",
     "causal_lm_loss": "loss",

@@ -33,8 +33,9 @@ from accum_trainer.loss_contract import LossContract, Passed
 from accum_trainer.objective import MEAN, SUM
 from accum_trainer.prepared import PreparedOptimizer, PreparedScheduler
 from accum_trainer.targets import CountTargets
-from accum_trainer.window import Batches, MicroBatch, Update, Window, Windows
+from accum_trainer.window import MicroBatch, Update, Window
 from accum_trainer.window_plan import Cut
+from accum_trainer.windows import Batches, Windows
 
 ACCUMULATION_DTYPES = ("float32", "bfloat16")
 OOM_RECOVERIES = ("auto", "always", "never")

@@ -15,12 +15,30 @@ import numpy as np
 import torch
 import transformers as hf
 
-IGNORE, VOCABULARY, CLASSES = -100, 97, 5
-IMAGE, IMAGE_TOKEN = 16, 3  # pixels of a side; the token of a picture's place
-_SECOND_OF_SOUND = 400  # numbers of a waveform
-
-Sample = dict[str, Any]
-Collate = Callable[[list[Sample]], dict[str, torch.Tensor]]
+from benchmarks.families_rows import (
+    CLASSES,
+    IGNORE,
+    IMAGE,
+    IMAGE_TOKEN,
+    VOCABULARY,
+    Collate,
+    Rows,
+    answer_rows,
+    causal_rows,
+    choice_rows,
+    labelled_rows,
+    map_of_classes,
+    masked_rows,
+    pad,
+    pad_with_types,
+    patches,
+    picture_chats,
+    pictures,
+    seq2seq_rows,
+    sounds,
+    spoken_rows,
+    tagged_rows,
+)
 
 
 @dataclass(frozen=True)
@@ -39,193 +57,9 @@ class Family:
     name: str
     kind: str
     build: Callable[[], torch.nn.Module]
-    rows: Callable[[int], list[Sample]]
+    rows: Rows
     collate: Collate
     shifts: bool = False
-
-
-# --- rows ---
-
-
-def _ragged(count: int, make: Callable[[np.random.RandomState, int], Sample]) -> list[Sample]:
-    rng = np.random.RandomState(0)
-    return [make(rng, int(rng.randint(4, 25))) for _ in range(count)]
-
-
-def _ids(rng: np.random.RandomState, length: int) -> torch.Tensor:
-    return torch.from_numpy(rng.randint(5, VOCABULARY, length))
-
-
-def _causal_rows(count: int) -> list[Sample]:
-    """Prompts masked in two of three rows, so that the first label is a target in the third."""
-
-    def make(rng: np.random.RandomState, length: int) -> Sample:
-        ids = _ids(rng, length)
-        labels = ids.clone()
-        labels[: int(rng.choice([0, 2, length // 2]))] = IGNORE
-        return {"input_ids": ids, "labels": labels}
-
-    return _ragged(count, make)
-
-
-def _seq2seq_rows(count: int) -> list[Sample]:
-    return _ragged(
-        count,
-        lambda rng, length: {"input_ids": _ids(rng, length), "labels": _ids(rng, int(rng.randint(1, 12)))},
-    )
-
-
-def _masked_rows(count: int) -> list[Sample]:
-    """Some tokens are to be guessed; the first is one of them in about every third row."""
-
-    def make(rng: np.random.RandomState, length: int) -> Sample:
-        ids = _ids(rng, length)
-        is_target = torch.from_numpy(rng.rand(length) < 0.35)
-        is_target[-1] = True
-        return {"input_ids": ids, "labels": torch.where(is_target, ids, IGNORE)}
-
-    return _ragged(count, make)
-
-
-def _tagged_rows(count: int) -> list[Sample]:
-    def make(rng: np.random.RandomState, length: int) -> Sample:
-        tags = torch.from_numpy(rng.randint(0, CLASSES, length))
-        tags[torch.from_numpy(rng.rand(length) < 0.3)] = IGNORE
-        tags[0] = 1
-        return {"input_ids": _ids(rng, length), "labels": tags}
-
-    return _ragged(count, make)
-
-
-def _labelled_rows(label: Callable[[np.random.RandomState], Any]) -> Callable[[int], list[Sample]]:
-    return lambda count: _ragged(
-        count,
-        lambda rng, length: {"input_ids": _ids(rng, length), "labels": torch.as_tensor(label(rng))},
-    )
-
-
-def _answer_rows(count: int) -> list[Sample]:
-    def make(rng: np.random.RandomState, length: int) -> Sample:
-        start = int(rng.randint(0, length))
-        end = int(rng.randint(start, length))
-        return {
-            "input_ids": _ids(rng, length),
-            "start_positions": torch.tensor(start),
-            "end_positions": torch.tensor(end),
-        }
-
-    return _ragged(count, make)
-
-
-def _choice_rows(count: int) -> list[Sample]:
-    rng = np.random.RandomState(0)
-    return [
-        {"input_ids": torch.stack([_ids(rng, 9) for _ in range(3)]), "labels": torch.tensor(rng.randint(3))}
-        for _ in range(count)
-    ]
-
-
-def _pictures(label: Callable[[np.random.RandomState], Any]) -> Callable[[int], list[Sample]]:
-    def rows(count: int) -> list[Sample]:
-        rng = np.random.RandomState(0)
-        return [
-            {
-                "pixel_values": torch.from_numpy(rng.randn(3, IMAGE, IMAGE).astype("float32")),
-                "labels": torch.as_tensor(label(rng)),
-            }
-            for _ in range(count)
-        ]
-
-    return rows
-
-
-def _map_of_classes(rng: np.random.RandomState) -> np.ndarray:
-    """A class per pixel; a share that differs from picture to picture is left out (255)."""
-    classes = rng.randint(0, CLASSES, (IMAGE, IMAGE))
-    return np.where(rng.rand(IMAGE, IMAGE) < rng.rand() * 0.9, 255, classes)
-
-
-def _sounds(label: Callable[[np.random.RandomState], Any]) -> Callable[[int], list[Sample]]:
-    def rows(count: int) -> list[Sample]:
-        rng = np.random.RandomState(0)
-        return [
-            {
-                "input_values": torch.from_numpy(rng.randn(_SECOND_OF_SOUND).astype("float32")),
-                "labels": torch.as_tensor(label(rng)),
-            }
-            for _ in range(count)
-        ]
-
-    return rows
-
-
-def _spoken_rows(count: int) -> list[Sample]:
-    """Log-mel features, 8 x 40, with a transcript."""
-    rng = np.random.RandomState(0)
-    return [
-        {
-            "input_features": torch.from_numpy(rng.randn(8, 40).astype("float32")),
-            "labels": _ids(rng, int(rng.randint(2, 9))),
-        }
-        for _ in range(count)
-    ]
-
-
-def _picture_chats(places: int) -> Callable[[int], list[Sample]]:
-    """A picture's places, then text; the labels of the places are left out."""
-
-    def rows(count: int) -> list[Sample]:
-        rng = np.random.RandomState(0)
-
-        def make(rng: np.random.RandomState, length: int) -> Sample:
-            text = _ids(rng, length)
-            places_of = torch.full((places,), IMAGE_TOKEN)
-            return {
-                "input_ids": torch.cat([text[:2], places_of, text[2:]]),
-                "labels": torch.cat([text[:2], torch.full_like(places_of, IGNORE), text[2:]]),
-                "pixel_values": torch.from_numpy(rng.randn(3, IMAGE, IMAGE).astype("float32")),
-            }
-
-        return [make(rng, int(rng.randint(4, 20))) for _ in range(count)]
-
-    return rows
-
-
-# --- batches ---
-
-_PADDING = {"input_ids": 0, "labels": IGNORE}
-
-
-def pad(samples: list[Sample]) -> dict[str, torch.Tensor]:
-    """Stack what is equal, pad tokens and labels on the right, and mask the padding."""
-    batch = {}
-    for key in samples[0]:
-        values = [sample[key] for sample in samples]
-        if key in _PADDING and values[0].ndim == 1:
-            filling = _PADDING[key]
-            batch[key] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=filling)
-        else:
-            batch[key] = torch.stack(values)
-    if "input_ids" in batch and batch["input_ids"].ndim == 2:
-        lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
-        batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
-    return batch
-
-
-def pad_with_types(samples: list[Sample]) -> dict[str, torch.Tensor]:
-    """Token types too: which positions are a picture's (PaliGemma, Gemma-3)."""
-    batch = pad(samples)
-    return {**batch, "token_type_ids": (batch["input_ids"] == IMAGE_TOKEN).long()}
-
-
-def patches(samples: list[Sample]) -> dict[str, torch.Tensor]:
-    """Pictures as rows of patches, as Qwen2-VL takes them: (all patches, numbers of one)."""
-    batch = pad(samples)
-    pictures = batch.pop("pixel_values")
-    batch["pixel_values"] = pictures.reshape(len(samples) * 16, -1).repeat(1, 2)
-    batch["image_grid_thw"] = torch.tensor([[1, 4, 4]] * len(samples))
-    batch["mm_token_type_ids"] = (batch["input_ids"] == IMAGE_TOKEN).long()
-    return batch
 
 
 # --- models ---
@@ -304,7 +138,7 @@ def _built(model: str, config: str, **options: Any) -> Callable[[], torch.nn.Mod
 def _causal(name: str, prefix: str, **options: Any) -> Family:
     model = "GPT2LMHeadModel" if prefix == "GPT2" else f"{prefix}ForCausalLM"
     config = f"{prefix}TextConfig" if hasattr(hf, f"{prefix}TextConfig") else f"{prefix}Config"
-    return Family(name, "causal", _built(model, config, **options), _causal_rows, pad, True)
+    return Family(name, "causal", _built(model, config, **options), causal_rows, pad, True)
 
 
 def _of(name: str, kind: str, rows: Any, model: str, config: str, collate: Collate = pad, **options: Any) -> Family:
@@ -376,15 +210,15 @@ def _qwen2_vl() -> torch.nn.Module:
 
 
 def _families() -> list[Family]:
-    multiple = _labelled_rows(lambda rng: rng.randint(0, CLASSES))
-    regression = _labelled_rows(lambda rng: np.float32(rng.randn()))
-    columns = _labelled_rows(lambda rng: rng.randint(0, CLASSES, 1))
-    several = _labelled_rows(lambda rng: (rng.rand(CLASSES) < 0.4).astype("float32"))
-    transcripts = _sounds(lambda rng: np.pad(rng.randint(1, VOCABULARY, 6), (0, 2), constant_values=IGNORE))
+    multiple = labelled_rows(lambda rng: rng.randint(0, CLASSES))
+    regression = labelled_rows(lambda rng: np.float32(rng.randn()))
+    columns = labelled_rows(lambda rng: rng.randint(0, CLASSES, 1))
+    several = labelled_rows(lambda rng: (rng.rand(CLASSES) < 0.4).astype("float32"))
+    transcripts = sounds(lambda rng: np.pad(rng.randint(1, VOCABULARY, 6), (0, 2), constant_values=IGNORE))
     experts = {**_LLAMA, **_EXPERTS}
     return [
         _causal("Llama", "Llama", **_LLAMA),
-        Family("Llama, LoRA", "causal", _lora, _causal_rows, pad, True),
+        Family("Llama, LoRA", "causal", _lora, causal_rows, pad, True),
         _causal("GPT-2", "GPT2", **_GPT),
         _causal("GPT-J", "GPTJ", rotary_dim=4, **_GPT),
         _causal(
@@ -448,16 +282,16 @@ def _families() -> list[Family]:
         ),
         _causal("OLMoE, router", "Olmoe", **experts),
         _causal("gpt-oss, router", "GptOss", head_dim=8, sliding_window=4, **experts),
-        _of("T5", "encoder-decoder", _seq2seq_rows, "T5ForConditionalGeneration", "T5Config", **_T5),
-        Family("T5, LoRA", "encoder-decoder", _lora_t5, _seq2seq_rows, pad),
-        _of("BART", "encoder-decoder", _seq2seq_rows, "BartForConditionalGeneration", "BartConfig", **_BART),
-        _of("mBART", "encoder-decoder", _seq2seq_rows, "MBartForConditionalGeneration", "MBartConfig", **_BART),
-        _of("Pegasus", "encoder-decoder", _seq2seq_rows, "PegasusForConditionalGeneration", "PegasusConfig", **_BART),
-        _of("Marian", "encoder-decoder", _seq2seq_rows, "MarianMTModel", "MarianConfig", **_BART),
+        _of("T5", "encoder-decoder", seq2seq_rows, "T5ForConditionalGeneration", "T5Config", **_T5),
+        Family("T5, LoRA", "encoder-decoder", _lora_t5, seq2seq_rows, pad),
+        _of("BART", "encoder-decoder", seq2seq_rows, "BartForConditionalGeneration", "BartConfig", **_BART),
+        _of("mBART", "encoder-decoder", seq2seq_rows, "MBartForConditionalGeneration", "MBartConfig", **_BART),
+        _of("Pegasus", "encoder-decoder", seq2seq_rows, "PegasusForConditionalGeneration", "PegasusConfig", **_BART),
+        _of("Marian", "encoder-decoder", seq2seq_rows, "MarianMTModel", "MarianConfig", **_BART),
         _of(
             "Switch, router",
             "encoder-decoder",
-            _seq2seq_rows,
+            seq2seq_rows,
             "SwitchTransformersForConditionalGeneration",
             "SwitchTransformersConfig",
             **{
@@ -470,14 +304,14 @@ def _families() -> list[Family]:
                 "output_router_logits": True,
             },
         ),
-        _of("BERT", "masked", _masked_rows, "BertForMaskedLM", "BertConfig", **_BERT),
-        _of("RoBERTa", "masked", _masked_rows, "RobertaForMaskedLM", "RobertaConfig", **_BERT),
-        _of("ALBERT", "masked", _masked_rows, "AlbertForMaskedLM", "AlbertConfig", embedding_size=16, **_BERT),
-        _of("ELECTRA", "masked", _masked_rows, "ElectraForMaskedLM", "ElectraConfig", embedding_size=16, **_BERT),
+        _of("BERT", "masked", masked_rows, "BertForMaskedLM", "BertConfig", **_BERT),
+        _of("RoBERTa", "masked", masked_rows, "RobertaForMaskedLM", "RobertaConfig", **_BERT),
+        _of("ALBERT", "masked", masked_rows, "AlbertForMaskedLM", "AlbertConfig", embedding_size=16, **_BERT),
+        _of("ELECTRA", "masked", masked_rows, "ElectraForMaskedLM", "ElectraConfig", embedding_size=16, **_BERT),
         _of(
             "DistilBERT",
             "masked",
-            _masked_rows,
+            masked_rows,
             "DistilBertForMaskedLM",
             "DistilBertConfig",
             dim=32,
@@ -489,16 +323,16 @@ def _families() -> list[Family]:
         _of(
             "ModernBERT",
             "masked",
-            _masked_rows,
+            masked_rows,
             "ModernBertForMaskedLM",
             "ModernBertConfig",
             **{**_BERT, "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2},
         ),
-        _of("DeBERTa-v2", "masked", _masked_rows, "DebertaV2ForMaskedLM", "DebertaV2Config", **_BERT),
+        _of("DeBERTa-v2", "masked", masked_rows, "DebertaV2ForMaskedLM", "DebertaV2Config", **_BERT),
         _of(
             "BERT",
             "token classes",
-            _tagged_rows,
+            tagged_rows,
             "BertForTokenClassification",
             "BertConfig",
             num_labels=CLASSES,
@@ -507,7 +341,7 @@ def _families() -> list[Family]:
         _of(
             "RoBERTa",
             "token classes",
-            _tagged_rows,
+            tagged_rows,
             "RobertaForTokenClassification",
             "RobertaConfig",
             num_labels=CLASSES,
@@ -516,7 +350,7 @@ def _families() -> list[Family]:
         _of(
             "Llama",
             "token classes",
-            _tagged_rows,
+            tagged_rows,
             "LlamaForTokenClassification",
             "LlamaConfig",
             num_labels=CLASSES,
@@ -554,12 +388,12 @@ def _families() -> list[Family]:
             problem_type="multi_label_classification",
             **_BERT,
         ),
-        _of("BERT", "choice", _choice_rows, "BertForMultipleChoice", "BertConfig", **_BERT),
-        _of("BERT", "answers", _answer_rows, "BertForQuestionAnswering", "BertConfig", **_BERT),
+        _of("BERT", "choice", choice_rows, "BertForMultipleChoice", "BertConfig", **_BERT),
+        _of("BERT", "answers", answer_rows, "BertForQuestionAnswering", "BertConfig", **_BERT),
         _of(
             "ModernBERT",
             "answers",
-            _answer_rows,
+            answer_rows,
             "ModernBertForQuestionAnswering",
             "ModernBertConfig",
             **{**_BERT, "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2},
@@ -567,7 +401,7 @@ def _families() -> list[Family]:
         _of(
             "ViT",
             "pictures",
-            _pictures(lambda rng: rng.randint(0, CLASSES)),
+            pictures(lambda rng: rng.randint(0, CLASSES)),
             "ViTForImageClassification",
             "ViTConfig",
             num_labels=CLASSES,
@@ -576,7 +410,7 @@ def _families() -> list[Family]:
         _of(
             "DeiT",
             "pictures",
-            _pictures(lambda rng: rng.randint(0, CLASSES)),
+            pictures(lambda rng: rng.randint(0, CLASSES)),
             "DeiTForImageClassification",
             "DeiTConfig",
             num_labels=CLASSES,
@@ -585,7 +419,7 @@ def _families() -> list[Family]:
         _of(
             "ConvNeXt",
             "pictures",
-            _pictures(lambda rng: rng.randint(0, CLASSES)),
+            pictures(lambda rng: rng.randint(0, CLASSES)),
             "ConvNextForImageClassification",
             "ConvNextConfig",
             num_labels=CLASSES,
@@ -597,7 +431,7 @@ def _families() -> list[Family]:
         _of(
             "ResNet",
             "pictures",
-            _pictures(lambda rng: rng.randint(0, CLASSES)),
+            pictures(lambda rng: rng.randint(0, CLASSES)),
             "ResNetForImageClassification",
             "ResNetConfig",
             num_labels=CLASSES,
@@ -609,7 +443,7 @@ def _families() -> list[Family]:
         _of(
             "Segformer",
             "segmentation",
-            _pictures(_map_of_classes),
+            pictures(map_of_classes),
             "SegformerForSemanticSegmentation",
             "SegformerConfig",
             num_labels=CLASSES,
@@ -626,7 +460,7 @@ def _families() -> list[Family]:
         _of(
             "Segformer, frozen norm",
             "segmentation",
-            _pictures(_map_of_classes),
+            pictures(map_of_classes),
             "SegformerForSemanticSegmentation",
             "SegformerConfig",
             num_labels=CLASSES,
@@ -662,7 +496,7 @@ def _families() -> list[Family]:
         _of(
             "wav2vec2",
             "sounds",
-            _sounds(lambda rng: rng.randint(0, CLASSES)),
+            sounds(lambda rng: rng.randint(0, CLASSES)),
             "Wav2Vec2ForSequenceClassification",
             "Wav2Vec2Config",
             num_labels=CLASSES,
@@ -672,7 +506,7 @@ def _families() -> list[Family]:
         _of(
             "Whisper",
             "speech",
-            _spoken_rows,
+            spoken_rows,
             "WhisperForConditionalGeneration",
             "WhisperConfig",
             num_mel_bins=8,
@@ -682,9 +516,9 @@ def _families() -> list[Family]:
             begin_suppress_tokens=None,
             **_BART,
         ),
-        Family("LLaVA", "pictures and text", _llava, _picture_chats(16), pad, True),
-        Family("PaliGemma", "pictures and text", _paligemma, _picture_chats(16), pad_with_types, True),
-        Family("Qwen2-VL", "pictures and text", _qwen2_vl, _picture_chats(4), patches, True),
+        Family("LLaVA", "pictures and text", _llava, picture_chats(16), pad, True),
+        Family("PaliGemma", "pictures and text", _paligemma, picture_chats(16), pad_with_types, True),
+        Family("Qwen2-VL", "pictures and text", _qwen2_vl, picture_chats(4), patches, True),
     ]
 
 

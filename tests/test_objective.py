@@ -17,7 +17,8 @@ from accum_trainer import AccumTrainerError, Accumulator, DataError, EngineError
 from accum_trainer.objective import find_objective
 from accum_trainer.train import updates
 from benchmarks.families import LOOPS, cells_of, measure
-from benchmarks.families_models import FAMILIES, VOCABULARY
+from benchmarks.families_models import FAMILIES
+from benchmarks.families_rows import VOCABULARY
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

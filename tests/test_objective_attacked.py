@@ -18,7 +18,8 @@ from torch import nn
 from accum_trainer import AccumTrainerError, Accumulator, DataError, EngineError, causal_lm_loss
 from accum_trainer.objective import find_objective
 from accum_trainer.objective_probe import length_of
-from benchmarks.families_models import FAMILIES, IGNORE
+from benchmarks.families_models import FAMILIES
+from benchmarks.families_rows import IGNORE
 from tests.launching import torchrun
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")

@@ -1,0 +1,142 @@
+"""Epochs of windows: `Windows`, which a loop iterates, and `Batches`, for a loop that has no windows.
+
+Here is where training stands in a source: the position is what finished windows used up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from accum_trainer.data.windows import Batch, Source
+from accum_trainer.epochs import Progress
+from accum_trainer.errors import DataError
+from accum_trainer.objective import Objective
+from accum_trainer.targets import CountTargets
+from accum_trainer.window import Window
+from accum_trainer.window_reader import Counter, WindowReader
+
+
+class Windows:
+    """The windows of a source, epoch after epoch: each `for` loop over them is one epoch, the one after the last begun.
+
+    An epoch that was left early is not taken up again, but by `load_state_dict(state_dict())`. What can be read only once, as
+    a generator, is read on. All windows of one source share its position, which counts what finished windows used up: it
+    can be saved after any update and loaded into a run with another number of processes.
+    """
+
+    def __init__(
+        self, accumulator: Any, source: Source, count_targets: CountTargets | None, progress: Progress | None = None
+    ) -> None:
+        self._accumulator = accumulator
+        self._source = source
+        self._counter = Counter(accumulator, count_targets)
+        self._progress = progress or Progress()
+        self._epoch = 0  # of the loop that runs
+        self._reader: WindowReader | None = None
+
+    @property
+    def counts_given(self) -> bool:
+        """Whether the user said how targets are counted."""
+        return self._counter.given is not None
+
+    @property
+    def objective(self) -> Objective | None:
+        """What the model's own loss sums over; None before the first window was read."""
+        return self._counter.objective
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the position: epochs that are finished, or were left for a later one."""
+        return self._progress.epoch
+
+    def __len__(self) -> int:
+        """Windows in one epoch; TypeError where the source has no length."""
+        length = self._source.num_windows()
+        if length is None:
+            raise TypeError("this source of windows has no length")
+        return length
+
+    def num_micro_batches(self) -> int | None:
+        """Micro-batches that this process runs in the epoch of the position, if none is split; None where it is not known."""
+        found = self._source.micro_batches(self.epoch)
+        if found is None:
+            return None
+        whole, tail = found
+        engine = self._accumulator.engine
+        of_tail = max(tail, default=0) if engine.equal_micro_batches else max(1, tail[engine.rank]) if tail else 0
+        return whole + of_tail
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position: the epoch, and the samples (or batches, of a loader or stream) that its updates consumed; also `order`,
+        the states of a loader's own generators where its epoch began."""
+        progress = self._progress
+        order = self._source.order() if progress.order is None else progress.order
+        position = {"epoch": self.epoch, f"{self._source.unit}_consumed": progress.consumed}
+        return position if order is None else position | {"order": order}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved position; the next loop over this source starts there."""
+        key = f"{self._source.unit}_consumed"
+        if key not in state:
+            raise DataError(
+                f"the saved position {state} does not count {self._source.unit}, as this source does; "
+                "resume with the kind of source that was saved"
+            )
+        self._progress.load(int(state["epoch"]), int(state[key]), state.get("order"))
+
+    def __iter__(self) -> Iterator[Window]:
+        accumulator = self._accumulator
+        epoch, consumed = self._progress.begin(self._source.is_read_once)
+        found_any = consumed > 0
+        reader = WindowReader(accumulator.engine, self._source, self._counter, epoch, consumed)
+        self._reader, self._epoch = reader, epoch
+        with contextlib.closing(reader):
+            while (counted := reader.next()) is not None:
+                found_any = True
+                window = Window(accumulator, counted, self._counter, reader.read_early)
+                accumulator._begin(window, self)
+                yield window
+                accumulator._check_finished()
+        if not found_any:
+            raise DataError("the source gave no batch in this epoch; is it a generator that is already used up?")
+        self._progress.reach(epoch + 1, 0)
+
+    def _finished(self, window: Window) -> None:
+        self._progress.reach(self._epoch, window._consumed)
+
+
+class Batches:
+    """This process's micro-batches, one after another: each `for` loop over them is one epoch, as of `Windows`.
+
+    Attributes:
+        windows: the windows that they belong to.
+    """
+
+    def __init__(self, windows: Windows) -> None:
+        self.windows = windows
+
+    def __iter__(self) -> Iterator[Batch]:
+        for window in self.windows:
+            yield from window
+
+    def __len__(self) -> int:
+        """Micro-batches of this process in an epoch, if none is split; TypeError where that is not known beforehand."""
+        length = self.windows.num_micro_batches()
+        if length is None:
+            raise TypeError("how many micro-batches this source gives is not known beforehand")
+        return length
+
+    @property
+    def epoch(self) -> int:
+        """As of `Windows`."""
+        return self.windows.epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of `Windows`."""
+        return self.windows.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As of `Windows`."""
+        self.windows.load_state_dict(state)
