@@ -126,12 +126,7 @@ def assemble(config: TrainConfig, accumulator: Accumulator | None = None) -> Par
     _check_same_rows(engine, "training", rows)
     _check_same_rows(engine, "evaluation", eval_rows)
     shard = parse_shard(config.shard)
-    plan = BatchPlan(
-        accumulator.plan.micro_batch_size,
-        accumulator.plan.gradient_accumulation_steps,
-        engine.world_size,
-        num_samples=_share(len(rows), shard),
-    )
+    plan = accumulator.plan.for_samples(_share(len(rows), shard))
     per_epoch = plan.updates_per_epoch
     assert per_epoch is not None
     total = config.steps if config.steps is not None else per_epoch * (config.epochs or 1)

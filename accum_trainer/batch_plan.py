@@ -5,11 +5,12 @@ Pure functions of integers and floats; standard library only, so that `accum-tra
     B      micro_batch_size               samples in one forward/backward on one process
     K      gradient_accumulation_steps    micro-batches per update on one process
     W      world_size                     processes that share the gradient
-    B_eff  global_batch_size              samples per optimizer update = B x K x W
+    B_eff  global_batch_size              samples per optimizer update = B x K x W, or a little less
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,7 +39,8 @@ class BatchPlan:
     """How one effective batch is cut: `global_batch_size = micro_batch_size * gradient_accumulation_steps * world_size`.
 
     Give any arguments that determine the four numbers; the rest is solved for. Where several answers remain,
-    `world_size` is taken as 1 first and then `gradient_accumulation_steps` as 1.
+    `world_size` is taken as 1 first and then `gradient_accumulation_steps` as 1. A global batch that the others do not
+    divide keeps its size: K is rounded up, and some micro-batches of each window are smaller (`is_whole` is False).
 
     Args:
         micro_batch_size: B, most samples in one forward/backward on one process.
@@ -83,6 +85,12 @@ class BatchPlan:
         object.__setattr__(self, "global_batch_size", b_eff)
         object.__setattr__(self, "num_samples", num_samples)
 
+    def for_samples(self, num_samples: int) -> BatchPlan:
+        """The same plan, for an epoch of `num_samples`."""
+        found = copy.copy(self)
+        object.__setattr__(found, "num_samples", positive_int("num_samples", num_samples))
+        return found
+
     @property
     def updates_per_epoch(self) -> int | None:
         """Updates in one pass over `num_samples`, the short last window counted; None where the length is unknown."""
@@ -93,12 +101,21 @@ class BatchPlan:
         """Samples in the short last window of an epoch; 0 where all windows are whole, None where unknown."""
         return None if self.num_samples is None else self.num_samples % self.global_batch_size
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether B x K x W is the global batch; else it is more, by less than B x W."""
+        return self._product == self.global_batch_size
+
+    @property
+    def _product(self) -> int:
+        return self.micro_batch_size * self.gradient_accumulation_steps * self.world_size
+
     def describe(self) -> str:
         """One line for people: `B 4 x K 8 x W 2 = effective batch 64`."""
-        return (
-            f"B {self.micro_batch_size} x K {self.gradient_accumulation_steps} x W {self.world_size}"
-            f" = effective batch {self.global_batch_size}"
-        )
+        product = f"B {self.micro_batch_size} x K {self.gradient_accumulation_steps} x W {self.world_size}"
+        if self.is_whole:
+            return f"{product} = effective batch {self.global_batch_size}"
+        return f"at most {product} = {self._product}, effective batch {self.global_batch_size}"
 
 
 def _solve(b: int | None, k: int | None, w: int | None, b_eff: int | None) -> tuple[int, int, int, int]:
@@ -114,18 +131,14 @@ def _solve(b: int | None, k: int | None, w: int | None, b_eff: int | None) -> tu
     if b is not None and k is not None and w is None:
         w = _quotient("world_size", b_eff, {"micro_batch_size": b, "gradient_accumulation_steps": k})
     w = w or 1
+    if k is None:  # rounded up: micro-batches hold at most B samples
+        b = b or -(-b_eff // w)
+        return b, -(-b_eff // (b * w)), w, b_eff
     if b is None:
-        k = k or 1
         b = _quotient("micro_batch_size", b_eff, {"gradient_accumulation_steps": k, "world_size": w})
-    elif k is None:
-        k = _quotient("gradient_accumulation_steps", b_eff, {"micro_batch_size": b, "world_size": w})
     if b * k * w != b_eff:
         per_step = b * w
-        remedy = (
-            f"leave gradient_accumulation_steps out (it would be {b_eff // per_step})"
-            if b_eff % per_step == 0
-            else f"set global_batch_size={b * k * w}, or leave one of the two out"
-        )
+        remedy = f"leave gradient_accumulation_steps out (it would be {-(-b_eff // per_step)})"
         raise ConfigError(
             f"global_batch_size={b_eff} contradicts micro_batch_size={b} x gradient_accumulation_steps={k} "
             f"x world_size={w} = {b * k * w}; {remedy}"
@@ -141,12 +154,10 @@ def _quotient(solving_for: str, b_eff: int, factors: dict[str, int]) -> int:
     stated = " x ".join(f"{name}={value}" for name, value in factors.items())
     below, above = b_eff // product * product, -(-b_eff // product) * product
     choices = f"{below} or {above}" if below else f"{above}"
-    smaller = factors.get("micro_batch_size")
-    fitting = max((d for d in range(1, (smaller or 1)) if b_eff % (product // (smaller or 1) * d) == 0), default=None)
-    also = f", or micro_batch_size={fitting}" if fitting else ""
     raise ConfigError(
         f"global_batch_size={b_eff} is not a multiple of {stated} = {product}, "
-        f"so {solving_for} would not be whole; use global_batch_size={choices}{also}"
+        f"so {solving_for} would not be whole; use global_batch_size={choices}, or give micro_batch_size and leave "
+        "gradient_accumulation_steps out"
     )
 
 

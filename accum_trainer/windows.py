@@ -63,10 +63,15 @@ class Windows:
         found = self._source.micro_batches(self.epoch)
         if found is None:
             return None
-        whole, tail = found
+        windows, of_one, of_tail = found
+        return windows * self._mine(of_one) + self._mine(of_tail)
+
+    def _mine(self, counts: list[int]) -> int:
+        """Micro-batches that this process runs of a window of which the ranks have `counts`; 0 of none."""
         engine = self._accumulator.engine
-        of_tail = max(tail, default=0) if engine.equal_micro_batches else max(1, tail[engine.rank]) if tail else 0
-        return whole + of_tail
+        if not counts or engine.equal_micro_batches:
+            return max(counts, default=0)
+        return max(1, counts[engine.rank])
 
     def state_dict(self) -> dict[str, Any]:
         """The position: the epoch, and the samples (or batches, of a loader or stream) that its updates consumed; also `order`,

@@ -58,18 +58,35 @@ def test_r1_values_below_one_or_not_whole_are_named(name, value):
         BatchPlan(**given)
 
 
+@pytest.mark.parametrize(
+    ("given", "solved"),
+    [
+        (dict(global_batch_size=10, micro_batch_size=4), (4, 3, 1)),
+        (dict(global_batch_size=10, micro_batch_size=4, world_size=2), (4, 2, 2)),
+        (dict(global_batch_size=2, micro_batch_size=4, world_size=2), (4, 1, 2)),
+        (dict(global_batch_size=63, world_size=4), (16, 1, 4)),
+    ],
+)
+def test_a_batch_that_does_not_divide_keeps_its_size(given, solved):
+    plan = BatchPlan(**given)
+    assert (plan.micro_batch_size, plan.gradient_accumulation_steps, plan.world_size) == solved
+    assert plan.global_batch_size == given["global_batch_size"] and not plan.is_whole
+    product = solved[0] * solved[1] * solved[2]
+    assert plan.describe().endswith(f"= {product}, effective batch {given['global_batch_size']}")
+    assert plan.for_samples(given["global_batch_size"] + 1).updates_per_epoch == 2
+
+
 def test_unreachable_batch_names_neighbours():
     with pytest.raises(ConfigError) as error:
-        BatchPlan(global_batch_size=10, micro_batch_size=4, world_size=2)
+        BatchPlan(global_batch_size=10, gradient_accumulation_steps=4, world_size=2)
     message = str(error.value)
-    assert "global_batch_size=10 is not a multiple of micro_batch_size=4 x world_size=2 = 8" in message
+    assert "global_batch_size=10 is not a multiple of gradient_accumulation_steps=4 x world_size=2 = 8" in message
     assert "use global_batch_size=8 or 16" in message
-    assert "or micro_batch_size=1" in message  # the largest B below 4 with 10 = B x K x 2
 
 
 def test_unreachable_batch_never_suggests_zero():
-    with pytest.raises(ConfigError, match="use global_batch_size=8, or micro_batch_size=1"):
-        BatchPlan(global_batch_size=2, micro_batch_size=4, world_size=2)
+    with pytest.raises(ConfigError, match="use global_batch_size=8, or give micro_batch_size"):
+        BatchPlan(global_batch_size=2, gradient_accumulation_steps=4, world_size=2)
 
 
 def test_contradiction_shows_the_numbers():

@@ -373,3 +373,14 @@ def test_a_loader_that_all_processes_read_together_is_not_read_while_one_of_them
         acc.step(optimizer)
     assert acc.num_updates == 3
     assert (len(set(drawn[0])) == 1) == together
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_ready_batches_cannot_make_a_window_that_does_not_divide():
+    acc = Accumulator(micro_batch_size=4, global_batch_size=10, cpu=True)
+    rows = TensorDataset(torch.arange(30.0))
+    for source in (DataLoader(rows, batch_size=4), iter([torch.ones(4)])):
+        with pytest.raises(DataError, match="global_batch_size=10 is not a multiple of B 4 x W 1 = 4.*use 8 or 12"):
+            acc.windows(source)
+    batches = acc.batches(rows, count_targets=lambda batch: len(batch[0]))
+    assert len(batches.windows) == 3 and len(batches) == 9  # 4, 4 and 2, three times

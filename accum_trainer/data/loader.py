@@ -51,14 +51,14 @@ class LoaderSource:
         except TypeError:
             return None
 
-    def micro_batches(self, epoch: int) -> tuple[int, list[int]] | None:
+    def micro_batches(self, epoch: int) -> tuple[int, list[int], list[int]] | None:
         try:
             whole, rest = divmod(len(self._loader), self._per_window)
         except TypeError:
             return None
         w = self._plan.world_size
         tail = [len(range(rank, rest, w)) for rank in range(w)] if rest else []
-        return whole * self._plan.gradient_accumulation_steps, tail
+        return whole, [self._plan.gradient_accumulation_steps] * w, tail
 
     def parts(self, epoch: int, consumed: int) -> Parts:
         if self._by_index:

@@ -134,9 +134,9 @@ class Source(Protocol):
         """What the order of an epoch that begins now would be drawn from besides (seed, epoch):
         for a saved position; or None."""
 
-    def micro_batches(self, epoch: int) -> tuple[int, list[int]] | None:
-        """This rank's micro-batches in the whole windows of `epoch`, and each rank's in the tail
-        window, [] where there is none; None where that is not known beforehand."""
+    def micro_batches(self, epoch: int) -> tuple[int, list[int], list[int]] | None:
+        """(whole windows of `epoch`, each rank's micro-batches in one, each rank's in the tail window);
+        [] where there is none; None where that is not known beforehand."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class Prefetched:
     def order(self) -> None:
         """As of the source: none."""
 
-    def micro_batches(self, epoch: int) -> tuple[int, list[int]] | None:
+    def micro_batches(self, epoch: int) -> tuple[int, list[int], list[int]] | None:
         return self._source.micro_batches(epoch)
 
     def parts(self, epoch: int, consumed: int) -> Parts:

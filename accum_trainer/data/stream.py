@@ -50,10 +50,10 @@ class StreamSource:
     def order(self) -> None:
         """A stream's order is its own affair."""
 
-    def micro_batches(self, epoch: int) -> tuple[int, list[int]] | None:
+    def micro_batches(self, epoch: int) -> tuple[int, list[int], list[int]] | None:
         if self._plan.world_size > 1 or not isinstance(self._batches, Sized):
             return None
-        return len(self._batches), []
+        return 0, [], [len(self._batches)]
 
     def parts(self, epoch: int, consumed: int) -> Parts:
         reading = Reading(lambda: self._begin(epoch))

@@ -69,6 +69,7 @@ def as_source(
     if isinstance(data, DataLoader):
         if collate_fn is not None:
             raise DataError("collate_fn is given, but a DataLoader collates by its own; set it there")
+        _check_whole(plan)
         if already_sharded:
             return StreamSource(data, plan, early=not read_together)
         _check_batch_size(data, plan)
@@ -88,9 +89,22 @@ def as_source(
     if isinstance(data, Iterable):
         if collate_fn is not None:
             raise DataError("collate_fn is given, but a stream yields batches, not samples; collate before")
+        _check_whole(plan)
         return StreamSource(data, plan)
     raise DataError(
         f"{type(data).__name__} is no source of windows; give a map-style data set, a DataLoader or an iterable of batches"
+    )
+
+
+def _check_whole(plan: BatchPlan) -> None:
+    """Ready batches are the micro-batches; a window that needs a smaller one can be cut from samples only."""
+    if plan.is_whole:
+        return
+    step = plan.micro_batch_size * plan.world_size
+    below, above = plan.global_batch_size // step * step, plan.gradient_accumulation_steps * step
+    raise DataError(
+        f"global_batch_size={plan.global_batch_size} is not a multiple of B {plan.micro_batch_size} x W {plan.world_size} = "
+        f"{step}, and ready batches cannot be cut; use {f'{below} or ' if below else ''}{above}, or pass the data set itself"
     )
 
 
@@ -195,14 +209,21 @@ class PlannedSource:
     def order(self) -> None:
         """(seed, epoch) says it all."""
 
-    def micro_batches(self, epoch: int) -> tuple[int, list[int]] | None:
+    def micro_batches(self, epoch: int) -> tuple[int, list[int], list[int]] | None:
+        plan = self._plan
         if self._cut.max_tokens is not None or self._cut.rank_weights is not None:
             return None
-        plan = self._plan
+        if not (plan.is_whole or plan.world_size == 1 or self._cut.equal_counts):
+            return None  # which rank runs one more, the lengths decide
         order = self._order(epoch)
         whole, rest = divmod(len(order), plan.global_batch_size)
-        tail = self._cut.deal(self._lengths[order[len(order) - rest :]], plan.world_size) if rest else []
-        return whole * plan.gradient_accumulation_steps, [len(own) for own in tail]
+        first, last = order[: plan.global_batch_size if whole else 0], order[len(order) - rest :]
+        return whole, self._counts_of(first), self._counts_of(last)
+
+    def _counts_of(self, window: np.ndarray) -> list[int]:
+        """How many micro-batches each rank runs of a window; [] of none."""
+        dealt = self._cut.deal(self._lengths[window], self._plan.world_size) if len(window) else []
+        return [len(own) for own in dealt]
 
     def _order(self, epoch: int) -> np.ndarray:
         size = len(self._dataset)

@@ -477,7 +477,9 @@ def _complete(config: dict[str, Any], plan: BatchPlan, settings: Settings, mixed
     """Fill in what is missing or "auto"; what is there and decides the update must agree."""
     _agree(config, "train_micro_batch_size_per_gpu", plan.micro_batch_size, "micro_batch_size")
     _agree(config, "gradient_accumulation_steps", plan.gradient_accumulation_steps, "gradient_accumulation_steps")
-    _agree(config, "train_batch_size", plan.global_batch_size, "global_batch_size")
+    # DeepSpeed asks that it be the product; what an update sees is ours to say.
+    product = plan.micro_batch_size * plan.gradient_accumulation_steps * plan.world_size
+    _agree(config, "train_batch_size", product, "global_batch_size, rounded up to micro-batches,")
     _agree(config, "gradient_clipping", settings.max_grad_norm or 0.0, "max_grad_norm")
     for dtype in ("bf16", "fp16"):
         _agree(config.setdefault(dtype, {}), "enabled", mixed_precision == dtype, f"mixed_precision={dtype}")

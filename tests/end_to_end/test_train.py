@@ -334,3 +334,24 @@ def test_step_time_counts_waiting_for_data_and_not_evaluation(tmp_path, fresh_ac
         assert record["tokens_per_sec"] == pytest.approx(record["num_tokens"] / record["step_time_sec"])
         assert record["samples_per_sec"] == pytest.approx(4 / record["step_time_sec"])
     assert sum(record["step_time_sec"] for record in records) <= elapsed - 3 * 12 * slow
+
+
+def test_r52_any_effective_batch(train, tmp_path, tiny_rows):
+    """B_eff 10 at B 4: every update but the last sees 10 samples, each once."""
+    argv = [
+        "--dataset-file",
+        tiny_rows,
+        "--batch-size",
+        "4",
+        "--global-batch-size",
+        "10",
+        "--epochs",
+        "1",
+        "--output-dir",
+        "run",
+    ]
+    assert train(*argv, cwd=tmp_path).status == 0
+    seen = [record["effective_batch_size"] for record in records_of(tmp_path / "run")]
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    whole, rest = divmod(plan["num_samples"], 10)
+    assert whole and seen == [10] * whole + [rest] * bool(rest)

@@ -46,10 +46,6 @@ CREATE = {
         ["single-gpu", "--gradient-accumulation-steps", "4", "--", "--gradient-accumulation-steps", "8"],
         "gradient_accumulation_steps stands after --",
     ),
-    "B_eff that does not divide": (
-        ["multi-gpu", "--gpus-per-node", "8", "--batch-size", "4", "--global-batch-size", "100"],
-        ("global_batch_size=100 is not a multiple", "96 or 128"),
-    ),
     "engine in two places": (
         ["multi-gpu", "--gpus-per-node", "2", "--engine", "zero2", "--", "--zero-stage", "zero3"],
         "zero_stage stands after --, but --engine decides it here",

@@ -1220,6 +1220,16 @@ def every_cut_gives_the_same_gradient() -> dict[str, Any]:
 
 
 @case
+def r52_global_batch_that_does_not_divide() -> dict[str, Any]:
+    """B_eff 10 in micro-batches of at most 4: windows of 10, 10, 10 and 7."""
+    rows = make_rows(37, all_masked=(3, 4, 8))
+    acc = accumulator(4, global_batch_size=10)
+    probe = Probe(acc, make_model("llama"))
+    windows = acc.windows(rows, collate_fn=pad, lengths=lengths(rows))
+    return compare(probe, windows, planned(rows, 10))
+
+
+@case
 def combinations() -> dict[str, Any]:
     """{full, LoRA} x {float32, bf16} x checkpointing x policy: each gradient's error, and that of one big batch of its kind."""
     rows = make_rows(14)  # a tail window of 14 at B_eff 16: ranks hold unequal shares

@@ -215,6 +215,12 @@ def test_i18_i24_each_gradient_is_exchanged_once_per_window(case, engine, world_
             assert result[f"every-microbatch K={k}"] == pytest.approx([every] * 3, rel=0.01)
 
 
+def test_r52_a_global_batch_that_does_not_divide_is_exact(case):
+    for result in case("r52_global_batch_that_does_not_divide"):
+        assert [seen for seen, *_ in result["sizes"]] == [10, 10, 10, 7]
+        assert max(result["errors"]) < 2e-6 and max(result["loss_errors"]) < 1e-5
+
+
 def test_i20_i25_i29_every_combination(case, engine):
     """{full, LoRA} x {float32, bf16} x checkpointing x policy; the first of each list is one big batch of its kind."""
     for result in case("combinations"):
