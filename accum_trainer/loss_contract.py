@@ -101,7 +101,7 @@ class LossContract:
         self._models += new
         if new:
             self._found.clear()  # what was found, was found on another set of models
-        for model in models:
+        for model in new:  # not also what a wrapper wraps: one call would be noted twice
             self._outputs.watch(model)
 
     def begin_micro_batch(self, is_first: bool) -> None:

@@ -47,9 +47,12 @@ OPTIONS = {
     "its name in a setting": (["--set", "learning_rate=1"], ("unknown option 'learning_rate'", "did you mean lr?")),
     "a slip": (["--batch-sise", "4"], "Did you mean '--batch-size'?"),
     "unknown option": (["--grad-acum-steps", "4"], "No such option '--grad-acum-steps'"),
-    "B_eff unreachable": (
-        ["--batch-size", "4", "--global-batch-size", "10"],
-        ("global_batch_size=10", "use global_batch_size=8 or 12"),
+    "K and B_eff beside the default B": (
+        ["--gradient-accumulation-steps", "3", "--global-batch-size", "10"],
+        (
+            "global_batch_size=10 contradicts micro_batch_size=4",
+            "leave gradient_accumulation_steps out (it would be 3)",
+        ),
     ),
     "K against B_eff": (
         ["--batch-size", "4", "--gradient-accumulation-steps", "8", "--global-batch-size", "64"],
