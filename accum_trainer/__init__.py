@@ -1,6 +1,7 @@
 """Gradient accumulation that is exactly right: the effective batch is the unit of training.
 
-The names below are loaded on first use, so that `import accum_trainer` costs nothing and never imports torch.
+The names below are loaded on first use, so that `import accum_trainer` costs nothing and never
+imports torch.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
         DataError,
         EngineError,
     )
-    from accum_trainer.loss import causal_lm_loss
+    from accum_trainer.losses.causal_lm import causal_lm_loss
     from accum_trainer.window import Update, Window
     from accum_trainer.windows import Windows
 
@@ -31,7 +32,7 @@ _HOME = {
     "Windows": "windows",
     "BatchPlan": "batch_plan",
     "TrainConfig": "config",
-    "causal_lm_loss": "loss",
+    "causal_lm_loss": "losses.causal_lm",
     "AccumTrainerError": "errors",
     "ConfigError": "errors",
     "DataError": "errors",

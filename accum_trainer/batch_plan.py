@@ -1,6 +1,7 @@
 """The arithmetic of gradient accumulation: batch sizes, updates, warm-up, learning rates.
 
-Pure functions of integers and floats; standard library only, so that `accum-trainer plan` answers at once.
+Pure functions of integers and floats; standard library only, so that `accum-trainer plan` answers
+at once.
 
     B      micro_batch_size               samples in one forward/backward on one process
     K      gradient_accumulation_steps    micro-batches per update on one process
@@ -25,7 +26,8 @@ SCHEDULES = ("constant", "linear", "cosine")
 def positive_int(name: str, value: Any) -> int:
     """Return `value` as an int of at least 1, or raise a ConfigError that names it.
 
-    Booleans, floats and text are refused rather than converted: `K = True` or `K = 2.5` is a mistake.
+    Booleans, floats and text are refused rather than converted: `K = True` or `K = 2.5` is a
+    mistake.
     """
     if isinstance(value, bool) or not isinstance(value, int):
         raise ConfigError(f"{name}={value!r} is not an integer; give a whole number of at least 1")
@@ -36,21 +38,25 @@ def positive_int(name: str, value: Any) -> int:
 
 @dataclass(frozen=True, init=False)
 class BatchPlan:
-    """How one effective batch is cut: `global_batch_size = micro_batch_size * gradient_accumulation_steps * world_size`.
+    """How one effective batch is cut: `global_batch_size = micro_batch_size *
+    gradient_accumulation_steps * world_size`.
 
-    Give any arguments that determine the four numbers; the rest is solved for. Where several answers remain,
-    `world_size` is taken as 1 first and then `gradient_accumulation_steps` as 1. A global batch that the others do not
-    divide keeps its size: K is rounded up, and some micro-batches of each window are smaller (`is_whole` is False).
+    Give any arguments that determine the four numbers; the rest is solved for. Where several
+    answers remain, `world_size` is taken as 1 first and then `gradient_accumulation_steps` as 1. A
+    global batch that the others do not divide keeps its size: K is rounded up, and some
+    micro-batches of each window are smaller (`is_whole` is False).
 
     Args:
         micro_batch_size: B, most samples in one forward/backward on one process.
         gradient_accumulation_steps: K, micro-batches per update on one process.
         world_size: W, processes that share the gradient.
         global_batch_size: B_eff, samples per optimizer update.
-        num_samples: samples in one epoch, where known; gives `updates_per_epoch` and `tail_samples`.
+        num_samples: samples in one epoch, where known; gives `updates_per_epoch` and
+            `tail_samples`.
 
     Raises:
-        ConfigError: a value below 1 or not an integer; values that contradict each other; too few values.
+        ConfigError: a value below 1 or not an integer; values that contradict each other; too few
+            values.
     """
 
     micro_batch_size: int
@@ -78,7 +84,9 @@ class BatchPlan:
                 positive_int(name, value)
         if num_samples is not None:
             positive_int("num_samples", num_samples)
-        b, k, w, b_eff = _solve(micro_batch_size, gradient_accumulation_steps, world_size, global_batch_size)
+        b, k, w, b_eff = _solve(
+            micro_batch_size, gradient_accumulation_steps, world_size, global_batch_size
+        )
         object.__setattr__(self, "micro_batch_size", b)
         object.__setattr__(self, "gradient_accumulation_steps", k)
         object.__setattr__(self, "world_size", w)
@@ -93,12 +101,18 @@ class BatchPlan:
 
     @property
     def updates_per_epoch(self) -> int | None:
-        """Updates in one pass over `num_samples`, the short last window counted; None where the length is unknown."""
-        return None if self.num_samples is None else math.ceil(self.num_samples / self.global_batch_size)
+        """Updates in one pass over `num_samples`, the short last window counted; None where the
+        length is unknown."""
+        return (
+            None
+            if self.num_samples is None
+            else math.ceil(self.num_samples / self.global_batch_size)
+        )
 
     @property
     def tail_samples(self) -> int | None:
-        """Samples in the short last window of an epoch; 0 where all windows are whole, None where unknown."""
+        """Samples in the short last window of an epoch; 0 where all windows are whole, None where
+        unknown."""
         return None if self.num_samples is None else self.num_samples % self.global_batch_size
 
     @property
@@ -112,35 +126,46 @@ class BatchPlan:
 
     def describe(self) -> str:
         """One line for people: `B 4 x K 8 x W 2 = effective batch 64`."""
-        product = f"B {self.micro_batch_size} x K {self.gradient_accumulation_steps} x W {self.world_size}"
+        product = (
+            f"B {self.micro_batch_size} x K {self.gradient_accumulation_steps} x W "
+            f"{self.world_size}"
+        )
         if self.is_whole:
             return f"{product} = effective batch {self.global_batch_size}"
         return f"at most {product} = {self._product}, effective batch {self.global_batch_size}"
 
 
-def _solve(b: int | None, k: int | None, w: int | None, b_eff: int | None) -> tuple[int, int, int, int]:
+def _solve(
+    b: int | None, k: int | None, w: int | None, b_eff: int | None
+) -> tuple[int, int, int, int]:
     """Solve B * K * W = B_eff for what is None."""
     if b_eff is None:
         if b is None:
             raise ConfigError(
                 "neither micro_batch_size nor global_batch_size is given; "
-                "give one of them (and gradient_accumulation_steps or world_size where they are not 1)"
+                "give one of them (and gradient_accumulation_steps or world_size where they are "
+                "not 1)"
             )
         k, w = k or 1, w or 1
         return b, k, w, b * k * w
     if b is not None and k is not None and w is None:
-        w = _quotient("world_size", b_eff, {"micro_batch_size": b, "gradient_accumulation_steps": k})
+        w = _quotient(
+            "world_size", b_eff, {"micro_batch_size": b, "gradient_accumulation_steps": k}
+        )
     w = w or 1
     if k is None:  # rounded up: micro-batches hold at most B samples
         b = b or -(-b_eff // w)
         return b, -(-b_eff // (b * w)), w, b_eff
     if b is None:
-        b = _quotient("micro_batch_size", b_eff, {"gradient_accumulation_steps": k, "world_size": w})
+        b = _quotient(
+            "micro_batch_size", b_eff, {"gradient_accumulation_steps": k, "world_size": w}
+        )
     if b * k * w != b_eff:
         per_step = b * w
         remedy = f"leave gradient_accumulation_steps out (it would be {-(-b_eff // per_step)})"
         raise ConfigError(
-            f"global_batch_size={b_eff} contradicts micro_batch_size={b} x gradient_accumulation_steps={k} "
+            f"global_batch_size={b_eff} contradicts micro_batch_size={b} x "
+            f"gradient_accumulation_steps={k} "
             f"x world_size={w} = {b * k * w}; {remedy}"
         )
     return b, k, w, b_eff
@@ -156,28 +181,36 @@ def _quotient(solving_for: str, b_eff: int, factors: dict[str, int]) -> int:
     choices = f"{below} or {above}" if below else f"{above}"
     raise ConfigError(
         f"global_batch_size={b_eff} is not a multiple of {stated} = {product}, "
-        f"so {solving_for} would not be whole; use global_batch_size={choices}, or give micro_batch_size and leave "
+        f"so {solving_for} would not be whole; use global_batch_size={choices}, or give "
+        "micro_batch_size and leave "
         "gradient_accumulation_steps out"
     )
 
 
-def scale_lr(lr: float, scaling: str, global_batch_size: int, lr_base_batch_size: int | None) -> float:
-    """Scale a learning rate found at `lr_base_batch_size` to `global_batch_size` samples per update.
+def scale_lr(
+    lr: float, scaling: str, global_batch_size: int, lr_base_batch_size: int | None
+) -> float:
+    """Scale a learning rate found at `lr_base_batch_size` to `global_batch_size` samples per
+    update.
 
     linear: lr * B_eff / base (Goyal et al. 2017, arXiv:1706.02677, section 2.1, for SGD);
     sqrt: lr * sqrt(B_eff / base) (Krizhevsky 2014, arXiv:1404.5997, section 5; Malladi et al. 2022,
     arXiv:2205.10287, for Adam). Both are starting points, to be checked by a sweep.
 
     Raises:
-        ConfigError: an unknown scaling, or a scaling without the batch size that the rate was found at.
+        ConfigError: an unknown scaling, or a scaling without the batch size that the rate was found
+            at.
     """
     if scaling not in LR_SCALINGS:
-        raise ConfigError(f"lr_scaling={scaling!r} is not known; use one of {', '.join(LR_SCALINGS)}")
+        raise ConfigError(
+            f"lr_scaling={scaling!r} is not known; use one of {', '.join(LR_SCALINGS)}"
+        )
     if scaling == "none":
         return lr
     if lr_base_batch_size is None:
         raise ConfigError(
-            f"lr_scaling={scaling} needs lr_base_batch_size, the batch size at which lr={lr:g} was found; "
+            f"lr_scaling={scaling} needs lr_base_batch_size, the batch size at which lr={lr:g} was "
+            "found; "
             f"give lr_base_batch_size, or lr_scaling=none"
         )
     ratio = global_batch_size / positive_int("lr_base_batch_size", lr_base_batch_size)
@@ -185,13 +218,15 @@ def scale_lr(lr: float, scaling: str, global_batch_size: int, lr_base_batch_size
 
 
 def warmup_updates(warmup: str | int, total_updates: int, updates_per_epoch: int | None) -> int:
-    """Warm-up in optimizer updates, from `100` (updates), `5%` (of all updates) or `0.5ep` (epochs).
+    """Warm-up in optimizer updates, from `100` (updates), `5%` (of all updates) or `0.5ep`
+    (epochs).
 
-    Given as a share or in epochs, warm-up covers the same samples whatever the batch: it is recomputed for K.
-    Fractions are rounded up, so that a wanted warm-up never becomes none.
+    Given as a share or in epochs, warm-up covers the same samples whatever the batch: it is
+    recomputed for K. Fractions are rounded up, so that a wanted warm-up never becomes none.
 
     Raises:
-        ConfigError: unreadable text, a negative number, more warm-up than training, or epochs of unknown length.
+        ConfigError: unreadable text, a negative number, more warm-up than training, or epochs of
+            unknown length.
     """
     kind, amount = parse_warmup(warmup)
     if kind == "updates":
@@ -199,7 +234,10 @@ def warmup_updates(warmup: str | int, total_updates: int, updates_per_epoch: int
     elif kind == "ratio":
         updates = math.ceil(total_updates * amount - 1e-9)
     elif updates_per_epoch is None:
-        raise ConfigError(f"warmup={warmup} counts epochs, but the data has no length; give updates or a percentage")
+        raise ConfigError(
+            f"warmup={warmup} counts epochs, but the data has no length; give updates or a "
+            "percentage"
+        )
     else:
         updates = math.ceil(updates_per_epoch * amount - 1e-9)
     if updates > total_updates:
@@ -226,12 +264,14 @@ def parse_warmup(warmup: str | int) -> tuple[str, float]:
             break
         return kind, amount
     raise ConfigError(
-        f"warmup={warmup!r} is not a warm-up; give updates (100), a share of the run (5%) or epochs (0.5ep)"
+        f"warmup={warmup!r} is not a warm-up; give updates (100), a share of the run (5%) or "
+        "epochs (0.5ep)"
     )
 
 
 def parse_shard(shard: str | None) -> tuple[int, int]:
-    """Read a shard: `1/4` is (1, 4), every fourth sample of the global order from the second on; None is (0, 1), all.
+    """Read a shard: `1/4` is (1, 4), every fourth sample of the global order from the second on;
+    None is (0, 1), all.
 
     Raises:
         ConfigError: not two integers with 0 <= first < second.
@@ -239,13 +279,21 @@ def parse_shard(shard: str | None) -> tuple[int, int]:
     if shard is None:
         return 0, 1
     first, slash, every = shard.partition("/")
-    if not slash or not first.strip().isdecimal() or not every.strip().isdecimal() or int(first) >= int(every):
-        raise ConfigError(f"shard={shard} is not a shard; give I/N with I from 0 to N - 1, such as 0/4")
+    if (
+        not slash
+        or not first.strip().isdecimal()
+        or not every.strip().isdecimal()
+        or int(first) >= int(every)
+    ):
+        raise ConfigError(
+            f"shard={shard} is not a shard; give I/N with I from 0 to N - 1, such as 0/4"
+        )
     return int(first), int(every)
 
 
 def parse_rank_weights(weights: str | None) -> tuple[float, ...] | None:
-    """Read shares per process: `2,1` is (2.0, 1.0); None where they are equal, or to be measured (`auto`).
+    """Read shares per process: `2,1` is (2.0, 1.0); None where they are equal, or to be measured
+    (`auto`).
 
     Raises:
         ConfigError: not numbers above 0.
@@ -258,7 +306,8 @@ def parse_rank_weights(weights: str | None) -> tuple[float, ...] | None:
         shares = ()
     if not shares or not all(0 < share < math.inf for share in shares):
         raise ConfigError(
-            f"rank_weights={weights} are not shares; give a number above 0 for each process (2,1), or auto"
+            f"rank_weights={weights} are not shares; give a number above 0 for each process (2,1), "
+            "or auto"
         )
     return shares
 
@@ -266,8 +315,9 @@ def parse_rank_weights(weights: str | None) -> tuple[float, ...] | None:
 def lr_factor(schedule: str, warmup: int, total_updates: int) -> Callable[[int], float]:
     """Return the factor on the learning rate as a function of updates done (0, 1, 2, ...).
 
-    Linear from 1/(warmup+1) over the first `warmup` updates to 1, then constant, linear to 0, or half a cosine to 0
-    at `total_updates`. A function of updates alone, so the rate after u updates knows nothing of K or W.
+    Linear from 1/(warmup+1) over the first `warmup` updates to 1, then constant, linear to 0, or
+    half a cosine to 0 at `total_updates`. A function of updates alone, so the rate after u updates
+    knows nothing of K or W.
     """
     if schedule not in SCHEDULES:
         raise ConfigError(f"scheduler={schedule!r} is not known; use one of {', '.join(SCHEDULES)}")
@@ -278,6 +328,8 @@ def lr_factor(schedule: str, warmup: int, total_updates: int) -> Callable[[int],
         if schedule == "constant":
             return 1.0
         progress = min(1.0, (update - warmup) / max(1, total_updates - warmup))
-        return 1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+        return (
+            1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+        )
 
     return factor

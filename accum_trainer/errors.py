@@ -7,8 +7,8 @@
       CheckpointError        2   a checkpoint is missing, damaged, or belongs to another run
       LoopError              2   a training step that was given to `verify --loop` raised
 
-Every message gives the values, the rule they break, and the remedy, in that order. The command line prints the
-message alone; nobody should need the traceback of a mistake in an option.
+Every message gives the values, the rule they break, and the remedy, in that order. The command line
+prints the message alone; nobody should need the traceback of a mistake in an option.
 """
 
 from __future__ import annotations

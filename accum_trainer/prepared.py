@@ -15,11 +15,14 @@ from accum_trainer.errors import AccumTrainerError, EngineError
 class PreparedOptimizer(torch.optim.Optimizer):
     """An optimizer that acts once per window: what `Accumulator.prepare` returns.
 
-    `step()` after each micro-batch, as in an Accelerate loop, does nothing until the window's last one; then it clips,
-    checks, steps and zeroes. It holds the user's optimizer and shares its state and parameter groups.
+    `step()` after each micro-batch, as in an Accelerate loop, does nothing until the window's last
+    one; then it clips, checks, steps and zeroes. It holds the user's optimizer and shares its state
+    and parameter groups.
     """
 
-    def __init__(self, accumulator: Any, accelerated: Any) -> None:  # the base class must not run: it owns nothing
+    def __init__(
+        self, accumulator: Any, accelerated: Any
+    ) -> None:  # the base class must not run: it owns nothing
         self._accumulator = accumulator
         self.accelerated = accelerated
         self._schedule = ScheduleWatch(self.optimizer)
@@ -53,7 +56,8 @@ class PreparedOptimizer(torch.optim.Optimizer):
         """Finish the window if its last micro-batch is done; else nothing."""
         if closure is not None:
             raise EngineError(
-                "a closure would run the micro-batches again inside step(); optimizers that need one cannot accumulate"
+                "a closure would run the micro-batches again inside step(); optimizers that need "
+                "one cannot accumulate"
             )
         if self._accumulator._at_window_end():
             self._accumulator.step(self)
@@ -77,7 +81,8 @@ class PreparedOptimizer(torch.optim.Optimizer):
 
 
 class PreparedScheduler:
-    """A scheduler that steps once per update that happened, wherever `step()` is called: what `prepare` returns."""
+    """A scheduler that steps once per update that happened, wherever `step()` is called: what
+    `prepare` returns."""
 
     def __init__(self, accumulator: Any, scheduler: Any) -> None:
         self._accumulator = accumulator
@@ -111,7 +116,8 @@ class ScheduleWatch:
         self._before: dict[Any, Any] = {}
 
     def note(self) -> None:
-        """Remember the learning rates and the schedulers' steps, as a window's first micro-batch begins."""
+        """Remember the learning rates and the schedulers' steps, as a window's first micro-batch
+        begins."""
         if self._schedulers is None:
             self._schedulers = [weakref.ref(found) for found in _schedulers_of(self._optimizer)]
         self._before = self._state()
@@ -122,16 +128,20 @@ class ScheduleWatch:
         # One that is gone by now has not stepped.
         if any(now.get(key, value) != value for key, value in self._before.items()):
             raise AccumTrainerError(
-                "the learning rate was stepped between two micro-batches of one window: a scheduler "
+                "the learning rate was stepped between two micro-batches of one window: a "
+                "scheduler "
                 "that acc.prepare() did not return steps per micro-batch, K times per update. "
-                "Prepare it (model, optimizer, scheduler = acc.prepare(...)), or step it once after "
+                "Prepare it (model, optimizer, scheduler = acc.prepare(...)), or step it once "
+                "after "
                 "each window"
             )
 
     def _state(self) -> dict[Any, Any]:
         """Each scheduler's steps, and each group's learning rate."""
         schedulers = [found() for found in self._schedulers or []]
-        steps = {id(scheduler): scheduler.last_epoch for scheduler in schedulers if scheduler is not None}
+        steps = {
+            id(scheduler): scheduler.last_epoch for scheduler in schedulers if scheduler is not None
+        }
         rates = [group.get("lr") for group in self._optimizer.param_groups]
         # A tensor's value waits for the device; its version tells that it was written to.
         written = [r._version if isinstance(r, torch.Tensor) else r for r in rates]

@@ -14,7 +14,9 @@ import zlib
 import numpy as np
 
 
-def seed_of(purpose: str, seed: int, *, epoch: int = 0, rank: int = 0, shard: int = 0, position: int = 0) -> int:
+def seed_of(
+    purpose: str, seed: int, *, epoch: int = 0, rank: int = 0, shard: int = 0, position: int = 0
+) -> int:
     """A seed for one use: 64 bits, of which the low 32 alone tell all arguments apart (but for
     chance, 2**-32).
 

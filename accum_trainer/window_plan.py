@@ -1,8 +1,8 @@
 """The global order of samples, and the cut of one window into micro-batches.
 
-A window is the set of samples of one optimizer update. Which samples those are depends on (seed, epoch, B_eff) alone;
-how they are cut and dealt to processes is free, because the gradient is a sum over the window. This module decides
-both and knows nothing of tensors, devices or engines.
+A window is the set of samples of one optimizer update. Which samples those are depends on (seed,
+epoch, B_eff) alone; how they are cut and dealt to processes is free, because the gradient is a sum
+over the window. This module decides both and knows nothing of tensors, devices or engines.
 """
 
 from __future__ import annotations
@@ -21,27 +21,31 @@ Dealt = list[list[np.ndarray]]
 def global_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation of `range(num_samples)`, shape (num_samples,), int64, from (seed, epoch) alone.
 
-    RandomState, not Generator: its stream is frozen by numpy's NEP 19, so that a run continued years later under
-    another numpy still sees the same windows.
+    RandomState, not Generator: its stream is frozen by numpy's NEP 19, so that a run continued
+    years later under another numpy still sees the same windows.
     """
-    # Four words of 32 bits, the high ones last: as (seed, epoch) where both are small, and no two pairs alike where not.
+    # Four words of 32 bits, the high ones last: as (seed, epoch) where both are small, and no two
+    # pairs alike where not.
     words = [part >> shift & 0xFFFFFFFF for shift in (0, 32) for part in (seed, epoch)]
     bits = np.random.MT19937(np.random.SeedSequence(words))
     return np.random.RandomState(bits).permutation(num_samples).astype(np.int64)
 
 
 def windows_of(order: np.ndarray, global_batch_size: int, start: int = 0) -> Iterator[np.ndarray]:
-    """Yield the windows of an epoch from sample `start` on: slices of `global_batch_size`, the last may be short."""
+    """Yield the windows of an epoch from sample `start` on: slices of `global_batch_size`, the last
+    may be short."""
     for begin in range(start, len(order), global_batch_size):
         yield order[begin : begin + global_batch_size]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a micro-batch costs, in the cost of one token: `fixed + tokens + square * sum over samples of length ** 2`.
+    """What a micro-batch costs, in the cost of one token: `fixed + tokens + square * sum over
+    samples of length ** 2`.
 
-    Tokens count padding. `fixed` is what every forward and backward costs whatever its size (kernel launches, Python),
-    `square` is attention. The defaults are a GPU's: so much `fixed` that a micro-batch is worth filling.
+    Tokens count padding. `fixed` is what every forward and backward costs whatever its size (kernel
+    launches, Python), `square` is attention. The defaults are a GPU's: so much `fixed` that a
+    micro-batch is worth filling.
     """
 
     fixed: float = 2000.0
@@ -53,9 +57,11 @@ class Cut:
     """How windows are cut into micro-batches and dealt to ranks. Any cut gives the same gradient.
 
     Attributes:
-        micro_batch_size: B, most samples of a micro-batch; None for no limit. Without `max_tokens` a window becomes the
-            fewest micro-batches that B allows, cut where they need the least padding.
-        max_tokens: most tokens of a micro-batch, padding counted. A window becomes the micro-batches of least cost.
+        micro_batch_size: B, most samples of a micro-batch; None for no limit. Without `max_tokens`
+            a window becomes the fewest micro-batches that B allows, cut where they need the least
+            padding.
+        max_tokens: most tokens of a micro-batch, padding counted. A window becomes the
+            micro-batches of least cost.
         multiple: lengths are padded up to a multiple of this.
         packed: samples lie end to end, so that a micro-batch has no padding.
         cost: what a micro-batch costs.
@@ -74,12 +80,13 @@ class Cut:
     def deal(self, lengths: np.ndarray, world_size: int) -> Dealt:
         """Cut a window and deal it to `world_size` ranks.
 
-        Sorted by length, so that neighbours need little padding; longest micro-batch first, so that a process that runs
-        out of memory does so at once; each to the rank with the least cost for its share so far. A rank may come away
-        with none.
+        Sorted by length, so that neighbours need little padding; longest micro-batch first, so that
+        a process that runs out of memory does so at once; each to the rank with the least cost for
+        its share so far. A rank may come away with none.
 
         Args:
-            lengths: tokens of each sample of the window, shape (samples,). All equal keeps the samples in their order.
+            lengths: tokens of each sample of the window, shape (samples,). All equal keeps the
+                samples in their order.
 
         Returns:
             `dealt[rank][step]`: positions within the window, each position exactly once.
@@ -91,25 +98,39 @@ class Cut:
             return self._deal_in_steps(order, padded, weights)
         ends = self._ends(padded)
         if self.equal_counts:
-            return self._dealt(order, padded, self._split_to_multiple(padded, ends, world_size), weights)[1]
+            return self._dealt(
+                order, padded, self._split_to_multiple(padded, ends, world_size), weights
+            )[1]
         if self.max_tokens is None:  # K micro-batches of B are what was asked for
             return self._dealt(order, padded, ends, weights)[1]
         # A few micro-batches more may be what lets the ranks end together.
         cuts = [ends]
         for more in range(3 if world_size > 1 else 0):
-            cuts.append(self._split_to_multiple(padded, cuts[-1], world_size, at_least=len(ends) + more * world_size))
-        return min((self._dealt(order, padded, cut, weights) for cut in cuts), key=lambda found: found[0])[1]
+            cuts.append(
+                self._split_to_multiple(
+                    padded, cuts[-1], world_size, at_least=len(ends) + more * world_size
+                )
+            )
+        return min(
+            (self._dealt(order, padded, cut, weights) for cut in cuts), key=lambda found: found[0]
+        )[1]
 
     def _dealt(
         self, order: np.ndarray, padded: np.ndarray, ends: list[int], weights: Sequence[float]
     ) -> tuple[float, Dealt]:
-        """Each micro-batch to the rank that would be done with it first; the time of the last rank, and the deal.
+        """Each micro-batch to the rank that would be done with it first; the time of the last rank,
+        and the deal.
 
-        Longest processing time first (Graham 1969). Where B decides the count, no rank takes more than its part of it.
+        Longest processing time first (Graham 1969). Where B decides the count, no rank takes more
+        than its part of it.
         """
         shares = np.array(weights, dtype=float)
         counted = self.max_tokens is None or self.equal_counts
-        room = np.ceil(len(ends) * shares / shares.sum() - 1e-9) if counted else np.full(len(shares), np.inf)
+        room = (
+            np.ceil(len(ends) * shares / shares.sum() - 1e-9)
+            if counted
+            else np.full(len(shares), np.inf)
+        )
         loads, taken = np.zeros(len(shares)), np.zeros(len(shares))
         dealt: Dealt = [[] for _ in weights]
         for begin, end in zip([0, *ends[:-1]], ends, strict=True):
@@ -121,7 +142,8 @@ class Cut:
         return float((loads / shares).max()), dealt
 
     def padded(self, lengths: np.ndarray) -> np.ndarray:
-        """Lengths as they count in a micro-batch: up to the multiple, or as they are where samples are packed."""
+        """Lengths as they count in a micro-batch: up to the multiple, or as they are where samples
+        are packed."""
         return lengths if self.packed else -(-lengths // self.multiple) * self.multiple
 
     def positions(self, lengths: np.ndarray) -> int:
@@ -134,17 +156,23 @@ class Cut:
     def _cost(self, padded: np.ndarray) -> float:
         """Of one micro-batch; `padded` longest first."""
         if self.packed:
-            return self.cost.fixed + float(padded.sum()) + self.cost.square * float((padded.astype(float) ** 2).sum())
+            return (
+                self.cost.fixed
+                + float(padded.sum())
+                + self.cost.square * float((padded.astype(float) ** 2).sum())
+            )
         longest = float(padded[0])
         return self.cost.fixed + len(padded) * longest * (1.0 + self.cost.square * longest)
 
     def _ends(self, padded: np.ndarray) -> list[int]:
-        """Where micro-batches of the sorted samples end: of all contiguous cuts within the limits, the cheapest.
+        """Where micro-batches of the sorted samples end: of all contiguous cuts within the limits,
+        the cheapest.
 
-        best[j] = min over i of best[i] + cost(i, j), where samples i to j - 1 form the last micro-batch. With samples
-        longest first its cost is fixed + (j - i) * w_i: the Monge condition cost(i, j) + cost(i', j') <= cost(i, j') +
-        cost(i', j) holds for i < i' < j < j', so the best i never moves back as j grows (Yao 1980), which is what makes
-        this fast: each j looks only from the last one's best on.
+        best[j] = min over i of best[i] + cost(i, j), where samples i to j - 1 form the last
+        micro-batch. With samples longest first its cost is fixed + (j - i) * w_i: the Monge
+        condition cost(i, j) + cost(i', j') <= cost(i, j') + cost(i', j) holds for i < i' < j < j',
+        so the best i never moves back as j grows (Yao 1980), which is what makes this fast: each j
+        looks only from the last one's best on.
         """
         size = len(padded)
         limit = min(self.micro_batch_size or size, size)
@@ -153,8 +181,13 @@ class Cut:
         if self.packed:
             return _first_fit(padded, limit, self.max_tokens)
         tokens = padded.astype(float)
-        # Without a token budget the number of micro-batches is what B makes it: one more costs more than any padding.
-        fixed = self.cost.fixed if self.max_tokens is not None else 1.0 + float(tokens.sum() * tokens[0] * size)
+        # Without a token budget the number of micro-batches is what B makes it: one more costs more
+        # than any padding.
+        fixed = (
+            self.cost.fixed
+            if self.max_tokens is not None
+            else 1.0 + float(tokens.sum() * tokens[0] * size)
+        )
         of_sample = tokens * (1.0 + self.cost.square * tokens)
         most = [limit] * size
         if self.max_tokens is not None:
@@ -165,7 +198,8 @@ class Cut:
         for j in range(1, size + 1):
             while first + most[first] < j:
                 first += 1
-            # down[size - n :] is n, n - 1, ...: the samples of the last micro-batch, for each place it may begin.
+            # down[size - n :] is n, n - 1, ...: the samples of the last micro-batch, for each place
+            # it may begin.
             totals = best[first:j] + of_sample[first:j] * down[size - (j - first) : size]
             least = int(totals.argmin())
             best[j], first = totals[least] + fixed, first + least
@@ -175,10 +209,14 @@ class Cut:
             ends.append(came_from[ends[-1]])
         return ends[::-1]
 
-    def _split_to_multiple(self, padded: np.ndarray, ends: list[int], world_size: int, at_least: int = 0) -> list[int]:
-        """Split the costliest micro-batches in two until their number is a multiple, where there are samples for it.
+    def _split_to_multiple(
+        self, padded: np.ndarray, ends: list[int], world_size: int, at_least: int = 0
+    ) -> list[int]:
+        """Split the costliest micro-batches in two until their number is a multiple, where there
+        are samples for it.
 
-        With equal counts a rank that is short would run an empty micro-batch, which costs as much as a full one.
+        With equal counts a rank that is short would run an empty micro-batch, which costs as much
+        as a full one.
         """
         wanted = -(-max(len(ends), at_least) // world_size) * world_size
         if wanted == len(ends):
@@ -195,8 +233,11 @@ class Cut:
                     heapq.heappush(divisible, (-self._cost(padded[begin:end]), begin, end))
         return sorted(found)
 
-    def _deal_in_steps(self, order: np.ndarray, padded: np.ndarray, weights: Sequence[float]) -> Dealt:
-        """Equal counts with unequal shares: in each step every rank takes samples in proportion to its weight."""
+    def _deal_in_steps(
+        self, order: np.ndarray, padded: np.ndarray, weights: Sequence[float]
+    ) -> Dealt:
+        """Equal counts with unequal shares: in each step every rank takes samples in proportion to
+        its weight."""
         dealt: Dealt = [[] for _ in weights]
         at, ranks = 0, list(range(len(weights)))
         while at < len(order):
@@ -213,15 +254,19 @@ class Cut:
 
 
 def cut_window(lengths: np.ndarray, micro_batch_size: int, world_size: int) -> Dealt:
-    """`Cut(micro_batch_size).deal(lengths, world_size)`: the fewest micro-batches of at most B samples, dealt evenly."""
+    """`Cut(micro_batch_size).deal(lengths, world_size)`: the fewest micro-batches of at most B
+    samples, dealt evenly."""
     return Cut(micro_batch_size).deal(lengths, world_size)
 
 
 def _first_fit(lengths: np.ndarray, limit: int, max_tokens: int | None) -> list[int]:
-    """Ends of contiguous groups filled up to the limits: without padding the fewest micro-batches are the cheapest."""
+    """Ends of contiguous groups filled up to the limits: without padding the fewest micro-batches
+    are the cheapest."""
     ends, samples, tokens = [], 0, 0
     for position, length in enumerate(lengths.tolist()):
-        if samples and (samples == limit or (max_tokens is not None and tokens + length > max_tokens)):
+        if samples and (
+            samples == limit or (max_tokens is not None and tokens + length > max_tokens)
+        ):
             ends.append(position)
             samples = tokens = 0
         samples, tokens = samples + 1, tokens + length

@@ -1,6 +1,7 @@
 """This rank's part of each window, counted over all ranks before the window begins.
 
-Knows a source, the engine's exchange of a few numbers, and how targets are counted; it trains nothing.
+Knows a source, the engine's exchange of a few numbers, and how targets are counted; it trains
+nothing.
 """
 
 from __future__ import annotations
@@ -11,18 +12,21 @@ from typing import Any, cast
 
 import numpy as np
 
-from accum_trainer.data.windows import Batch, Part, Source, num_samples, num_tokens
+from accum_trainer.batch import Batch, num_samples, num_tokens
 from accum_trainer.errors import DataError
-from accum_trainer.objective import Objective
-from accum_trainer.targets import CountTargets
+from accum_trainer.losses.objective import Objective
+from accum_trainer.losses.targets import CountTargets
+from accum_trainer.sources.parts import Part, Source
 
 
 @dataclass(frozen=True)
 class CountedWindow:
-    """This rank's part of a window, the targets of each of its micro-batches, and what all ranks have of the window.
+    """This rank's part of a window, the targets of each of its micro-batches, and what all ranks
+    have of the window.
 
-    `table[rank]` holds a rank's targets, micro-batches, samples, tokens, positions and, where it was exchanged, fingerprint.
-    `fingerprint` is equal on all ranks that are in the same window; 0 if each reads its own data.
+    `table[rank]` holds a rank's targets, micro-batches, samples, tokens, positions and, where it
+    was exchanged, fingerprint. `fingerprint` is equal on all ranks that are in the same window; 0
+    if each reads its own data.
     """
 
     part: Part
@@ -32,7 +36,8 @@ class CountedWindow:
 
 
 class Counter:
-    """How a batch's targets are counted: as the user said, or as the model's own loss was proven to.
+    """How a batch's targets are counted: as the user said, or as the model's own loss was proven
+    to.
 
     Attributes:
         given: the user's own function, or None.
@@ -60,11 +65,14 @@ class Counter:
 class WindowReader:
     """This rank's parts of an epoch's windows, counted over all ranks before each begins.
 
-    The counts cost no exchange where the source knows them. Else they travel with the end of the window before, where every
-    rank's source reads ahead; else in an exchange of their own. What one rank finds wrong, all learn in that exchange.
+    The counts cost no exchange where the source knows them. Else they travel with the end of the
+    window before, where every rank's source reads ahead; else in an exchange of their own. What one
+    rank finds wrong, all learn in that exchange.
     """
 
-    def __init__(self, engine: Any, source: Source, counter: Counter, epoch: int, consumed: int) -> None:
+    def __init__(
+        self, engine: Any, source: Source, counter: Counter, epoch: int, consumed: int
+    ) -> None:
         self._engine = engine
         self._counter = counter
         self._knows_counts, self._alike = source.knows_counts, source.alike
@@ -88,14 +96,20 @@ class WindowReader:
         if self._knows_counts:
             if read.error is not None:
                 raise read.error
-            return None if read.part is None else self._counted(read, cast(np.ndarray, read.part.table))
+            return (
+                None
+                if read.part is None
+                else self._counted(read, cast(np.ndarray, read.part.table))
+            )
         if table is None:
             table = self._engine.gather(read.numbers)
         if read.error is not None:
             raise read.error
         failed = np.flatnonzero(table[:, 1] < 0)
         if len(failed):
-            raise DataError(f"process {failed[0]} could not read its next window; its own message says why")
+            raise DataError(
+                f"process {failed[0]} could not read its next window; its own message says why"
+            )
         if not table[:, 1].any():
             return None
         idle = np.flatnonzero((table[:, 7] > 0) & (table[:, 1] == 0))
@@ -108,8 +122,10 @@ class WindowReader:
             _check_own_data(table[:, 5])
         elif (table[:, 5] != table[0, 5]).any() or read.part is None:
             raise DataError(
-                "the processes read different data: each would train on batches the others also take or skip. "
-                "Seed the sampler's generator alike on all processes; a loader that is already split by rank is passed as "
+                "the processes read different data: each would train on batches the others also "
+                "take or skip. "
+                "Seed the sampler's generator alike on all processes; a loader that is already "
+                "split by rank is passed as "
                 "an iterable of this rank's batches"
             )
         self._reads_ahead = bool(table[:, 6].all())
@@ -126,7 +142,9 @@ class WindowReader:
         except Exception as error:
             failure = error
         try:
-            if self._counter.objective is None:  # by all ranks together, also by one that could not read
+            if (
+                self._counter.objective is None
+            ):  # by all ranks together, also by one that could not read
                 self._counter.decide(part.batches if part is not None else [])
             if failure is not None:
                 raise failure
@@ -134,7 +152,9 @@ class WindowReader:
                 return _Read(None, [], [0.0] * 6 + [float(self._wants_ahead), 0.0])
             targets = [self._counter(batch) for batch in part.batches]
             return _Read(
-                part, targets, [*_numbers(part, targets), float(self._wants_ahead), float(part.filler is None)]
+                part,
+                targets,
+                [*_numbers(part, targets), float(self._wants_ahead), float(part.filler is None)],
             )
         except Exception as error:
             return _Read(None, [], [0.0, -1.0, *[0.0] * 6], error)
@@ -144,7 +164,8 @@ class WindowReader:
         self._parts.read_early(most)
 
     def numbers_ahead(self) -> list[float]:
-        """The next window's numbers, for the exchange that ends the one in hand; [] where they are not read ahead."""
+        """The next window's numbers, for the exchange that ends the one in hand; [] where they are
+        not read ahead."""
         if not self._reads_ahead:
             return []
         self._read = self._read or self._next_part()
@@ -156,23 +177,29 @@ class WindowReader:
 
 
 def _check_own_data(fingerprints: np.ndarray) -> None:
-    """No two ranks were given the same stream; `fingerprints` of what each has read, 0 where that says nothing yet."""
+    """No two ranks were given the same stream; `fingerprints` of what each has read, 0 where that
+    says nothing yet."""
     for number in fingerprints[fingerprints != 0]:
         ranks = np.flatnonzero(fingerprints == number).tolist()
         if len(ranks) > 1:
             raise DataError(
-                f"processes {', '.join(map(str, ranks[:-1]))} and {ranks[-1]} read the same batches, which would count as "
-                f"{len(ranks)} times as much data. Give each process its own, as in itertools.islice(stream, rank, None, "
-                f"{len(fingerprints)}), or pass a DataLoader, whose batches are dealt to the processes"
+                f"processes {', '.join(map(str, ranks[:-1]))} and {ranks[-1]} read the same "
+                "batches, which would count as "
+                f"{len(ranks)} times as much data. Give each process its own, as in "
+                "itertools.islice(stream, rank, None, "
+                f"{len(fingerprints)}), or pass a DataLoader, whose batches are dealt to the "
+                "processes"
             )
 
 
 @dataclass(frozen=True)
 class _Read:
-    """What came of reading: a part, or None at the end of the epoch, or an error to be raised when its turn comes.
+    """What came of reading: a part, or None at the end of the epoch, or an error to be raised when
+    its turn comes.
 
-    `numbers` are what all ranks learn of it: targets, micro-batches (-1 for an error), samples, tokens, positions, fingerprint,
-    whether this rank can read ahead, and whether it has nothing to run at all.
+    `numbers` are what all ranks learn of it: targets, micro-batches (-1 for an error), samples,
+    tokens, positions, fingerprint, whether this rank can read ahead, and whether it has nothing to
+    run at all.
     """
 
     part: Part | None

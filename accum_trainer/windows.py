@@ -1,4 +1,5 @@
-"""Epochs of windows: `Windows`, which a loop iterates, and `Batches`, for a loop that has no windows.
+"""Epochs of windows: `Windows`, which a loop iterates, and `Batches`, for a loop that has no
+windows.
 
 Here is where training stands in a source: the position is what finished windows used up.
 """
@@ -9,25 +10,32 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from accum_trainer.data.windows import Batch, Source
-from accum_trainer.epochs import Progress
+from accum_trainer.batch import Batch
 from accum_trainer.errors import DataError
-from accum_trainer.objective import Objective
-from accum_trainer.targets import CountTargets
+from accum_trainer.losses.objective import Objective
+from accum_trainer.losses.targets import CountTargets
+from accum_trainer.sources.parts import Source
+from accum_trainer.sources.progress import Progress
 from accum_trainer.window import Window
 from accum_trainer.window_reader import Counter, WindowReader
 
 
 class Windows:
-    """The windows of a source, epoch after epoch: each `for` loop over them is one epoch, the one after the last begun.
+    """The windows of a source, epoch after epoch: each `for` loop over them is one epoch, the one
+    after the last begun.
 
-    An epoch that was left early is not taken up again, but by `load_state_dict(state_dict())`. What can be read only once, as
-    a generator, is read on. All windows of one source share its position, which counts what finished windows used up: it
-    can be saved after any update and loaded into a run with another number of processes.
+    An epoch that was left early is not taken up again, but by `load_state_dict(state_dict())`. What
+    can be read only once, as a generator, is read on. All windows of one source share its position,
+    which counts what finished windows used up: it can be saved after any update and loaded into a
+    run with another number of processes.
     """
 
     def __init__(
-        self, accumulator: Any, source: Source, count_targets: CountTargets | None, progress: Progress | None = None
+        self,
+        accumulator: Any,
+        source: Source,
+        count_targets: CountTargets | None,
+        progress: Progress | None = None,
     ) -> None:
         self._accumulator = accumulator
         self._source = source
@@ -59,7 +67,8 @@ class Windows:
         return length
 
     def num_micro_batches(self) -> int | None:
-        """Micro-batches that this process runs in the epoch of the position, if none is split; None where it is not known."""
+        """Micro-batches that this process runs in the epoch of the position, if none is split; None
+        where it is not known."""
         found = self._source.micro_batches(self.epoch)
         if found is None:
             return None
@@ -67,15 +76,17 @@ class Windows:
         return windows * self._mine(of_one) + self._mine(of_tail)
 
     def _mine(self, counts: list[int]) -> int:
-        """Micro-batches that this process runs of a window of which the ranks have `counts`; 0 of none."""
+        """Micro-batches that this process runs of a window of which the ranks have `counts`; 0 of
+        none."""
         engine = self._accumulator.engine
         if not counts or engine.equal_micro_batches:
             return max(counts, default=0)
         return max(1, counts[engine.rank])
 
     def state_dict(self) -> dict[str, Any]:
-        """The position: the epoch, and the samples (or batches, of a loader or stream) that its updates consumed; also `order`,
-        the states of a loader's own generators where its epoch began."""
+        """The position: the epoch, and the samples (or batches, of a loader or stream) that its
+        updates consumed; also `order`, the states of a loader's own generators where its epoch
+        began."""
         progress = self._progress
         order = self._source.order() if progress.order is None else progress.order
         position = {"epoch": self.epoch, f"{self._source.unit}_consumed": progress.consumed}
@@ -86,7 +97,8 @@ class Windows:
         key = f"{self._source.unit}_consumed"
         if key not in state:
             raise DataError(
-                f"the saved position {state} does not count {self._source.unit}, as this source does; "
+                f"the saved position {state} does not count {self._source.unit}, as this source "
+                "does; "
                 "resume with the kind of source that was saved"
             )
         self._progress.load(int(state["epoch"]), int(state[key]), state.get("order"))
@@ -105,7 +117,9 @@ class Windows:
                 yield window
                 accumulator._check_finished()
         if not found_any:
-            raise DataError("the source gave no batch in this epoch; is it a generator that is already used up?")
+            raise DataError(
+                "the source gave no batch in this epoch; is it a generator that is already used up?"
+            )
         self._progress.reach(epoch + 1, 0)
 
     def _finished(self, window: Window) -> None:
@@ -113,7 +127,8 @@ class Windows:
 
 
 class Batches:
-    """This process's micro-batches, one after another: each `for` loop over them is one epoch, as of `Windows`.
+    """This process's micro-batches, one after another: each `for` loop over them is one epoch, as
+    of `Windows`.
 
     Attributes:
         windows: the windows that they belong to.
@@ -127,7 +142,8 @@ class Batches:
             yield from window
 
     def __len__(self) -> int:
-        """Micro-batches of this process in an epoch, if none is split; TypeError where that is not known beforehand."""
+        """Micro-batches of this process in an epoch, if none is split; TypeError where that is not
+        known beforehand."""
         length = self.windows.num_micro_batches()
         if length is None:
             raise TypeError("how many micro-batches this source gives is not known beforehand")

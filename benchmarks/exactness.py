@@ -1,17 +1,21 @@
-"""How far each update is from one float64 big batch: ours and the peers as their own documentation uses them.
+"""How far each update is from one float64 big batch: ours and the peers as their own documentation
+uses them.
 
-    python benchmarks/exactness.py [--peers ours trainer ...] [--out FILE.md]     (about 3 minutes on 2 cores)
+    python benchmarks/exactness.py [--peers ours trainer ...] [--out FILE.md]
+    (about 3 minutes on 2 cores)
 
-Needs `pip install lightning trl` for those two rows; a peer that is not installed, or fails, says so in its own row. All
-loops (in `exactness_peers.py`) read the same ragged rows in the same order: three whole windows of B x K x W rows and an
-uneven last one, in one process and in two under DDP over gloo. Just before each step the gradient is compared with the
-one that a single float64 batch of that window's rows gives at the same weights; the figure is the norm of the difference
-over all parameters relative to the norm of the exact gradient, the worst of both processes. Rows that a peer repeats,
-leaves out or trains in another window are counted where they enter the model.
+Needs `pip install lightning trl` for those two rows; a peer that is not installed, or fails, says
+so in its own row. All loops (in `exactness_peers.py`) read the same ragged rows in the same order:
+three whole windows of B x K x W rows and an uneven last one, in one process and in two under DDP
+over gloo. Just before each step the gradient is compared with the one that a single float64 batch
+of that window's rows gives at the same weights; the figure is the norm of the difference over all
+parameters relative to the norm of the exact gradient, the worst of both processes. Rows that a peer
+repeats, leaves out or trains in another window are counted where they enter the model.
 
-The exact gradient averages over targets, so what a peer is off by depends on the rows: the more ragged, the further off
-is a mean of means; the more rows without a masked prompt, the further off is one who counts the first label; the fewer
-rows in the last window, the further off is one who fills it up.
+The exact gradient averages over targets, so what a peer is off by depends on the rows: the more
+ragged, the further off is a mean of means; the more rows without a masked prompt, the further off
+is one who counts the first label; the fewer rows in the last window, the further off is one who
+fills it up.
 """
 
 from __future__ import annotations
@@ -31,7 +35,17 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from exactness_peers import IGNORE, PEERS, WHOLE, B, K, big_batch, make_model, make_windows, relative_error
+from exactness_peers import (
+    IGNORE,
+    PEERS,
+    WHOLE,
+    B,
+    K,
+    big_batch,
+    make_model,
+    make_windows,
+    relative_error,
+)
 
 KINDS = {"llama": "Llama", "gpt2": "GPT-2"}
 WORLD_SIZES = (1, 2)
@@ -41,17 +55,27 @@ TIMEOUT_SEC = 120
 
 @dataclass
 class Outcome:
-    """One peer on one architecture in W processes: a cell of the table, and what there is to say of it."""
+    """One peer on one architecture in W processes: a cell of the table, and what there is to say of
+    it."""
 
     cell: str
     notes: list[str] = field(default_factory=list)
 
 
 def environment() -> dict[str, str]:
-    """This process's environment without what a launcher left in it, offline and on one thread per process."""
+    """This process's environment without what a launcher left in it, offline and on one thread per
+    process."""
     launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    kept = {k: v for k, v in os.environ.items() if k not in launchers and not k.startswith("ACCELERATE_")}
-    return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in launchers and not k.startswith("ACCELERATE_")
+    }
+    return kept | {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    }
 
 
 def run(peer: str, kind: str, world_size: int) -> Outcome:
@@ -79,7 +103,8 @@ def run(peer: str, kind: str, world_size: int) -> Outcome:
 
 
 def stop(process: subprocess.Popen[str]) -> None:
-    """End a process and what it launched: a launcher does that itself when terminated, but not when killed."""
+    """End a process and what it launched: a launcher does that itself when terminated, but not when
+    killed."""
     process.terminate()
     try:
         process.communicate(timeout=30)
@@ -90,18 +115,29 @@ def stop(process: subprocess.Popen[str]) -> None:
 
 def reason(complaint: str) -> str:
     """The first exception named in a process's complaint, short enough for a table."""
-    found = re.search(r"^(?:\[rank\d+\]:\s*)?((?:\w+\.)*\w*(?:Error|Exception)\b.*)$", complaint, re.MULTILINE)
-    return (found.group(1) if found else "failed without naming an exception")[:100].replace("|", "/")
+    found = re.search(
+        r"^(?:\[rank\d+\]:\s*)?((?:\w+\.)*\w*(?:Error|Exception)\b.*)$", complaint, re.MULTILINE
+    )
+    return (found.group(1) if found else "failed without naming an exception")[:100].replace(
+        "|", "/"
+    )
 
 
 def judge(ranks: list[dict], world_size: int) -> Outcome:
-    """Worst error of the whole windows, error of the last, and whether each row reached the update it belongs to."""
+    """Worst error of the whole windows, error of the last, and whether each row reached the update
+    it belongs to."""
     windows = make_windows(world_size)
     updates = {len(rank["errors"]) for rank in ranks}
     if len(ranks) != world_size or len(updates) != 1:
-        return Outcome("failed", [f"{len(ranks)} of {world_size} processes reported, updates {sorted(updates)}"])
+        return Outcome(
+            "failed",
+            [f"{len(ranks)} of {world_size} processes reported, updates {sorted(updates)}"],
+        )
     done = updates.pop()
-    errors = [max((rank["errors"][t] for rank in ranks), key=nan_is_worst) for t in range(min(done, len(windows)))]
+    errors = [
+        max((rank["errors"][t] for rank in ranks), key=nan_is_worst)
+        for t in range(min(done, len(windows)))
+    ]
     whole = max(errors[:WHOLE], key=nan_is_worst, default=None)
     tail = errors[WHOLE] if done > WHOLE else None
 
@@ -145,8 +181,13 @@ def row(peer: str) -> str:
     outcomes = {}
     for kind, world_size in CELLS:
         outcome = outcomes[kind, world_size] = run(peer, kind, world_size)
-        print(peer, kind, f"W={world_size}", outcome.cell, *outcome.notes, file=sys.stderr, sep="  ")
-    return f"| {label} | {' | '.join(outcome.cell for outcome in outcomes.values())} | {remarks(outcomes)} |"
+        print(
+            peer, kind, f"W={world_size}", outcome.cell, *outcome.notes, file=sys.stderr, sep="  "
+        )
+    return (
+        f"| {label} | {' | '.join(outcome.cell for outcome in outcomes.values())} | "
+        f"{remarks(outcomes)} |"
+    )
 
 
 def remarks(outcomes: dict[tuple[str, int], Outcome]) -> str:
@@ -163,12 +204,16 @@ def remarks(outcomes: dict[tuple[str, int], Outcome]) -> str:
         elif len(cells) == len(worlds) * len(KINDS):
             said.append(f"W={worlds[0]}: {note}")
         else:
-            said.append(f"{', '.join(f'{KINDS[kind]} W={world_size}' for kind, world_size in cells)}: {note}")
+            said.append(
+                f"{', '.join(f'{KINDS[kind]} W={world_size}' for kind, world_size in cells)}: "
+                f"{note}"
+            )
     return "; ".join(said) or "every row once"
 
 
 def float32_floor() -> float:
-    """What float32 itself costs: the worst error of one float32 big batch over all windows, at the first weights."""
+    """What float32 itself costs: the worst error of one float32 big batch over all windows, at the
+    first weights."""
     worst = 0.0
     for kind in KINDS:
         single, exact = make_model(kind), make_model(kind).double()
@@ -192,16 +237,21 @@ def heading() -> str:
     rows = [row for window in make_windows(WORLD_SIZES[-1]) for row in window]
     bare = sum(row["labels"][0] != IGNORE for row in rows) / len(rows)
     return (
-        f"Relative error of an update against one float64 big batch: worst of {WHOLE} whole windows / the uneven last "
-        f"one. {versions()}; CPU, {platform.machine()}. B={B}, K={K}; {counts[0]} rows at W=1, {counts[1]} at W=2 (DDP, "
-        f"gloo), 2 to 40 tokens, prompts masked ({bare:.0%} have none); SGD, no clipping. One float32 big batch is "
+        f"Relative error of an update against one float64 big batch: worst of {WHOLE} whole "
+        "windows / the uneven last "
+        f"one. {versions()}; CPU, {platform.machine()}. B={B}, K={K}; {counts[0]} rows at W=1, "
+        f"{counts[1]} at W=2 (DDP, "
+        f"gloo), 2 to 40 tokens, prompts masked ({bare:.0%} have none); SGD, no clipping. One "
+        "float32 big batch is "
         f"itself up to {figure(float32_floor())} off."
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="rows of the table")
+    parser.add_argument(
+        "--peers", nargs="+", choices=PEERS, default=list(PEERS), help="rows of the table"
+    )
     parser.add_argument("--out", help="also write the table to this file")
     options = parser.parse_args()
     columns = [f"{KINDS[kind]} W={world_size} whole / tail" for kind, world_size in CELLS]

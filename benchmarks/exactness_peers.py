@@ -1,10 +1,13 @@
-"""The loops that `exactness.py` measures: ours and each peer as its own documentation writes it, one run per process.
+"""The loops that `exactness.py` measures: ours and each peer as its own documentation writes it,
+one run per process.
 
-    python benchmarks/exactness_peers.py PEER KIND RESULT     (started by exactness.py, under torchrun for 2 processes)
+    python benchmarks/exactness_peers.py PEER KIND RESULT
+    (started by exactness.py, under torchrun for 2 processes)
 
-Every loop gets the same rows in the same order, the same weights and plain SGD, and knows nothing of being measured: a
-`Probe` reads the gradient from a hook of the optimizer just before the step, and the rows from a hook of the model. What
-a loop sets beyond its documentation is only what the comparison needs: CPU, float32, no shuffling, no clipping.
+Every loop gets the same rows in the same order, the same weights and plain SGD, and knows nothing
+of being measured: a `Probe` reads the gradient from a hook of the optimizer just before the step,
+and the rows from a hook of the model. What a loop sets beyond its documentation is only what the
+comparison needs: CPU, float32, no shuffling, no clipping.
 """
 
 from __future__ import annotations
@@ -70,14 +73,23 @@ def make_model(kind: str) -> torch.nn.Module:
     if kind == "gpt2":
         no_dropout = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
         sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
-        return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0, **sizes, **no_dropout))
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        return GPT2LMHeadModel(
+            GPT2Config(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0, **sizes, **no_dropout)
+        )
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=64, **sizes))
 
 
 def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Sum of the next-token losses: position i predicts label i + 1."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum")
+    return F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum"
+    )
 
 
 def num_targets(labels: torch.Tensor) -> torch.Tensor:
@@ -85,9 +97,11 @@ def num_targets(labels: torch.Tensor) -> torch.Tensor:
 
 
 def big_batch(model: torch.nn.Module, rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Gradient, by parameter, of the mean loss over all targets of `rows` as one batch, in the dtype of `model`.
+    """Gradient, by parameter, of the mean loss over all targets of `rows` as one batch, in the
+    dtype of `model`.
 
-    Llama's own code rounds to float32 inside its norms, in float64 too: that much of the rounding is in the reference.
+    Llama's own code rounds to float32 inside its norms, in float64 too: that much of the rounding
+    is in the reference.
     """
     model.zero_grad()
     batch = pad(rows)
@@ -97,18 +111,22 @@ def big_batch(model: torch.nn.Module, rows: list[dict]) -> dict[str, torch.Tenso
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.grad.detach().double() for name, p in model.named_parameters() if p.grad is not None}
+    return {
+        name: p.grad.detach().double() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def relative_error(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
-    """Norm of the difference over all parameters together, relative to the norm of the exact gradient."""
+    """Norm of the difference over all parameters together, relative to the norm of the exact
+    gradient."""
     assert found.keys() == exact.keys(), found.keys() ^ exact.keys()
     difference = sum(((found[name] - exact[name]) ** 2).sum().item() for name in exact)
     return math.sqrt(difference / sum((g**2).sum().item() for g in exact.values()))
 
 
 class Probe:
-    """A model and its SGD, watched: `errors` of each update, `seen` row numbers of each update and of none (last)."""
+    """A model and its SGD, watched: `errors` of each update, `seen` row numbers of each update and
+    of none (last)."""
 
     def __init__(self, kind: str, world_size: int) -> None:
         self.windows = make_windows(world_size)
@@ -122,8 +140,12 @@ class Probe:
         self.optimizer.register_step_pre_hook(self._before_step)
 
     def _before_forward(self, model: torch.nn.Module, _: Any, inputs: dict[str, Any]) -> None:
-        for ids, mask in zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), strict=True):
-            self.seen[-1].append(self.number[tuple(i for i, real in zip(ids, mask, strict=True) if real)])
+        for ids, mask in zip(
+            inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), strict=True
+        ):
+            self.seen[-1].append(
+                self.number[tuple(i for i, real in zip(ids, mask, strict=True) if real)]
+            )
 
     def _before_step(self, *_: Any) -> None:
         update = len(self.errors)
@@ -131,7 +153,9 @@ class Probe:
         if update < len(self.windows):
             with torch.enable_grad():
                 self.exact.load_state_dict(self.model.state_dict())
-                error = relative_error(gradients(self.model), big_batch(self.exact, self.windows[update]))
+                error = relative_error(
+                    gradients(self.model), big_batch(self.exact, self.windows[update])
+                )
         self.errors.append(error)
         self.seen.append([])
 
@@ -165,7 +189,8 @@ def accelerate_accumulate(probe: Probe) -> None:
 
 
 def accelerate_token_count(probe: Probe) -> None:
-    """Accelerate, same guide, "training samples of variable size", counting the labels that a shifted loss uses."""
+    """Accelerate, same guide, "training samples of variable size", counting the labels that a
+    shifted loss uses."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=K)
@@ -180,7 +205,9 @@ def accelerate_token_count(probe: Probe) -> None:
         for index, batch in enumerate(window):
             local = index < len(window) - 1 and accelerator.num_processes > 1
             with model.no_sync() if local else contextlib.nullcontext():
-                outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+                outputs = model(
+                    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+                )
                 loss = summed_loss(outputs.logits, batch["labels"])
                 accelerator.backward(loss * K * accelerator.num_processes / items)
         optimizer.step()
@@ -188,10 +215,20 @@ def accelerate_token_count(probe: Probe) -> None:
 
 
 def trainer_options(folder: str) -> dict[str, Any]:
-    """Arguments of a Trainer that fix the comparison, and silence; everything else stays at its default."""
-    batch = {"per_device_train_batch_size": B, "gradient_accumulation_steps": K, "num_train_epochs": 1}
+    """Arguments of a Trainer that fix the comparison, and silence; everything else stays at its
+    default."""
+    batch = {
+        "per_device_train_batch_size": B,
+        "gradient_accumulation_steps": K,
+        "num_train_epochs": 1,
+    }
     fixed = {"use_cpu": True, "max_grad_norm": 0, "train_sampling_strategy": "sequential"}
-    quiet = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
+    quiet = {
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+    }
     return batch | fixed | quiet | {"output_dir": folder}
 
 
@@ -209,7 +246,8 @@ def transformers_trainer(probe: Probe) -> None:
 
 
 def trl_sft_trainer(probe: Probe) -> None:
-    """TRL on a pre-tokenised data set with a `labels` column; bf16, its default, is off as everywhere here."""
+    """TRL on a pre-tokenised data set with a `labels` column; bf16, its default, is off as
+    everywhere here."""
     from datasets import Dataset
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -217,7 +255,9 @@ def trl_sft_trainer(probe: Probe) -> None:
     from trl import SFTConfig, SFTTrainer
 
     words = Tokenizer(WordLevel({str(index): index for index in range(VOCABULARY)}, unk_token="0"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="0", unk_token="0")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="0", eos_token="0", unk_token="0"
+    )
     with tempfile.TemporaryDirectory() as folder:
         SFTTrainer(
             model=probe.model,
@@ -229,7 +269,8 @@ def trl_sft_trainer(probe: Probe) -> None:
 
 
 def lightning_fabric(probe: Probe) -> None:
-    """Lightning Fabric, "Efficient Gradient Accumulation", counting from 1 so that each K batches make an update."""
+    """Lightning Fabric, "Efficient Gradient Accumulation", counting from 1 so that each K batches
+    make an update."""
     from lightning.fabric import Fabric
 
     fabric = Fabric(accelerator="cpu", devices=world_size())

@@ -1,9 +1,10 @@
 """One update of many kinds of models against one big batch in float64: exact, or refused.
 
-    python -m benchmarks.families [--only NAME ...] [--out FILE.md]      (about 4 minutes on 2 cores)
+    python -m benchmarks.families [--only NAME ...] [--out FILE.md] (about 4 minutes on 2 cores)
 
 Each model of `families_models.py` goes through four loops, in one process and in two under DDP over
-gloo, with B = 2 and an effective batch of 8 over 11 ragged rows: a whole window and a tail of three.
+gloo, with B = 2 and an effective batch of 8 over 11 ragged rows: a whole window and a tail of
+three.
 
     own mean     `acc.batches(loader)` and `model(**batch).loss`, as in the README
     our loss     `acc.windows(rows)` and `causal_lm_loss`
@@ -38,8 +39,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from accum_trainer import AccumTrainerError, Accumulator, causal_lm_loss
-from accum_trainer.big_batch import dropout_off, relative_error
-from accum_trainer.data.collating import PackingCollator
+from accum_trainer.sources.collating import PackingCollator
+from accum_trainer.verify.big_batch import dropout_off, relative_error
 from benchmarks.families_models import FAMILIES, Family
 
 LOOPS = ("own mean", "our loss", "DataLoader", "packed")
@@ -131,7 +132,9 @@ class Trial:
     def _micro_batch(self, batch: Any, is_ours: bool) -> None:
         self.ran.append(batch)
         with self.acc.accumulate(self.model):
-            self.acc.backward(causal_lm_loss(self.model, batch) if is_ours else self.model(**batch).loss)
+            self.acc.backward(
+                causal_lm_loss(self.model, batch) if is_ours else self.model(**batch).loss
+            )
 
     def _error(self, index: int) -> tuple[float, float]:
         window = self.family.collate(self.rows[index * EFFECTIVE : (index + 1) * EFFECTIVE])
@@ -145,7 +148,8 @@ class Trial:
 def one_big_batch(
     model: torch.nn.Module, window: dict[str, torch.Tensor], ran: list[dict[str, torch.Tensor]]
 ) -> dict[str, torch.Tensor]:
-    """The gradient of the model's own loss, a router's part taken from the micro-batches that ran."""
+    """The gradient of the model's own loss, a router's part taken from the micro-batches that
+    ran."""
     model.zero_grad()
     outputs = model(**window)
     coefficient = _router_coefficient(model)
@@ -225,7 +229,14 @@ def measure(cells: list[tuple[str, str, str]], world_size: int) -> list[Cell]:
         asked = Path(folder) / "cells.json"
         asked.write_text(json.dumps(cells))
         run = subprocess.run(
-            [sys.executable, *(launcher if world_size > 1 else []), "-m", "benchmarks.families", "--work", folder],
+            [
+                sys.executable,
+                *(launcher if world_size > 1 else []),
+                "-m",
+                "benchmarks.families",
+                "--work",
+                folder,
+            ],
             cwd=Path(__file__).parents[1],
             env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
             capture_output=True,
@@ -247,13 +258,22 @@ def _worst(ranks: list[dict[str, Any]]) -> dict[str, Any]:
         found = [rank[key] for rank in ranks if key in rank]
         if found:
             all_alike = key == "failed" or len(found) == len(ranks)
-            return {key: found[0]} if all_alike else {"failed": f"refused on one rank only: {found[0]}"}
+            return (
+                {key: found[0]}
+                if all_alike
+                else {"failed": f"refused on one rank only: {found[0]}"}
+            )
     return max(ranks, key=lambda rank: rank["error"])
 
 
 def cells_of(families: list[Family]) -> list[tuple[str, str, str]]:
     """Every loop that makes sense for each; packing is for rows of tokens alone."""
-    return [(f.kind, f.name, loop) for f in families for loop in LOOPS if loop != "packed" or f.kind == "causal"]
+    return [
+        (f.kind, f.name, loop)
+        for f in families
+        for loop in LOOPS
+        if loop != "packed" or f.kind == "causal"
+    ]
 
 
 def table(cells: list[Cell]) -> str:
@@ -266,15 +286,21 @@ def table(cells: list[Cell]) -> str:
     ]
     for kind, family in dict.fromkeys((c.kind, c.family) for c in cells):
         row = [found.get((kind, family, loop, w)) for loop, w in columns]
-        lines.append(f"| {kind} | {family} | " + " | ".join(c.text() if c else "" for c in row) + " |")
+        lines.append(
+            f"| {kind} | {family} | " + " | ".join(c.text() if c else "" for c in row) + " |"
+        )
     refusals = Counter(
-        f"{c.kind}, {c.family}, {c.loop}: {c.refused or c.failed}" for c in cells if c.refused or c.failed
+        f"{c.kind}, {c.family}, {c.loop}: {c.refused or c.failed}"
+        for c in cells
+        if c.refused or c.failed
     )
     return "\n".join([*lines, "", *(f"- {text}" for text in refusals)])
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="*", default=[], help="names of models")
     parser.add_argument("--world-sizes", nargs="*", type=int, default=WORLD_SIZES)
     parser.add_argument("--out", type=Path)
@@ -290,8 +316,10 @@ def main() -> int:
     exact = [cell.error for cell in cells if cell.error is not None]
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     summary = (
-        f"{len(families)} models, {len(cells)} cells: {len(exact)} exact or measured (worst {max(exact):.1e}), "
-        f"{sum(bool(c.refused) for c in cells)} refused, {len(bad)} beyond {BOUND:g} or failed. {versions}"
+        f"{len(families)} models, {len(cells)} cells: {len(exact)} exact or measured (worst "
+        f"{max(exact):.1e}), "
+        f"{sum(bool(c.refused) for c in cells)} refused, {len(bad)} beyond {BOUND:g} or failed. "
+        f"{versions}"
     )
     text = f"{table(cells)}\n\n{summary}\n"
     print(text)

@@ -64,11 +64,34 @@ class Family:
 
 # --- models ---
 
-_SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 _TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-_LLAMA = {**_SIZES, **_TOKENS, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64}
-_GPT = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **_TOKENS}
-_EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
+_LLAMA = {
+    **_SIZES,
+    **_TOKENS,
+    "intermediate_size": 48,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+_GPT = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    **_TOKENS,
+}
+_EXPERTS = {
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "output_router_logits": True,
+}
 _BERT = {**_SIZES, "intermediate_size": 48, "max_position_embeddings": 64, "pad_token_id": 0}
 _BART = {
     **_TOKENS,
@@ -141,7 +164,9 @@ def _causal(name: str, prefix: str, **options: Any) -> Family:
     return Family(name, "causal", _built(model, config, **options), causal_rows, pad, True)
 
 
-def _of(name: str, kind: str, rows: Any, model: str, config: str, collate: Collate = pad, **options: Any) -> Family:
+def _of(
+    name: str, kind: str, rows: Any, model: str, config: str, collate: Collate = pad, **options: Any
+) -> Family:
     return Family(name, kind, _built(model, config, **options), rows, collate)
 
 
@@ -149,7 +174,9 @@ def _lora() -> torch.nn.Module:
     from peft import LoraConfig, get_peft_model
 
     base = _built("LlamaForCausalLM", "LlamaConfig", **_LLAMA)()
-    adapted = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    adapted = get_peft_model(
+        base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     with torch.no_grad():  # B starts at zero, which would make every gradient of A zero
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
@@ -161,7 +188,9 @@ def _lora_t5() -> torch.nn.Module:
     from peft import LoraConfig, get_peft_model
 
     base = _built("T5ForConditionalGeneration", "T5Config", **_T5)()
-    return get_peft_model(base, LoraConfig(r=4, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM"))
+    return get_peft_model(
+        base, LoraConfig(r=4, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM")
+    )
 
 
 def _llava() -> torch.nn.Module:
@@ -193,7 +222,10 @@ def _paligemma() -> torch.nn.Module:
 
 def _qwen2_vl() -> torch.nn.Module:
     torch.manual_seed(0)
-    text = {**_LLAMA, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
+    text = {
+        **_LLAMA,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
+    }
     vision = {
         "depth": 1,
         "embed_dim": 32,
@@ -214,7 +246,9 @@ def _families() -> list[Family]:
     regression = labelled_rows(lambda rng: np.float32(rng.randn()))
     columns = labelled_rows(lambda rng: rng.randint(0, CLASSES, 1))
     several = labelled_rows(lambda rng: (rng.rand(CLASSES) < 0.4).astype("float32"))
-    transcripts = sounds(lambda rng: np.pad(rng.randint(1, VOCABULARY, 6), (0, 2), constant_values=IGNORE))
+    transcripts = sounds(
+        lambda rng: np.pad(rng.randint(1, VOCABULARY, 6), (0, 2), constant_values=IGNORE)
+    )
     experts = {**_LLAMA, **_EXPERTS}
     return [
         _causal("Llama", "Llama", **_LLAMA),
@@ -236,19 +270,36 @@ def _families() -> list[Family]:
         _causal("OPT", "OPT", word_embed_proj_dim=32, ffn_dim=48, **_LLAMA),
         _causal("Bloom", "Bloom", n_layer=2, n_head=4, hidden_size=32, vocab_size=VOCABULARY),
         _causal("Falcon", "Falcon", **_LLAMA),
-        _causal("MPT", "Mpt", d_model=32, n_heads=4, n_layers=2, vocab_size=VOCABULARY, max_seq_len=64),
+        _causal(
+            "MPT", "Mpt", d_model=32, n_heads=4, n_layers=2, vocab_size=VOCABULARY, max_seq_len=64
+        ),
         _causal("Qwen2", "Qwen2", **_LLAMA),
         _causal("Qwen3", "Qwen3", head_dim=8, **_LLAMA),
         _causal("Mistral, window 4", "Mistral", sliding_window=4, **_LLAMA),
-        _causal("Gemma-2", "Gemma2", head_dim=8, sliding_window=30, query_pre_attn_scalar=8, **_LLAMA),
-        _causal("Gemma-3", "Gemma3", head_dim=8, sliding_window=4, query_pre_attn_scalar=8, **_LLAMA),
+        _causal(
+            "Gemma-2", "Gemma2", head_dim=8, sliding_window=30, query_pre_attn_scalar=8, **_LLAMA
+        ),
+        _causal(
+            "Gemma-3", "Gemma3", head_dim=8, sliding_window=4, query_pre_attn_scalar=8, **_LLAMA
+        ),
         _causal("Phi-3", "Phi3", **_LLAMA),
         _causal("OLMo-2", "Olmo2", **_LLAMA),
         _causal("Cohere", "Cohere", **_LLAMA),
         _causal("StableLM", "StableLm", **_LLAMA),
-        _causal("StarCoder-2", "Starcoder2", **{**_LLAMA, "residual_dropout": 0.0, "embedding_dropout": 0.0}),
+        _causal(
+            "StarCoder-2",
+            "Starcoder2",
+            **{**_LLAMA, "residual_dropout": 0.0, "embedding_dropout": 0.0},
+        ),
         _causal("Granite", "Granite", **_LLAMA),
-        _causal("Mamba", "Mamba", vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=8),
+        _causal(
+            "Mamba",
+            "Mamba",
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            num_hidden_layers=2,
+            state_size=8,
+        ),
         _causal(
             "Mamba-2",
             "Mamba2",
@@ -278,15 +329,40 @@ def _families() -> list[Family]:
         ),
         _causal("Mixtral, router", "Mixtral", **experts),
         _causal(
-            "Qwen2-MoE, router", "Qwen2Moe", moe_intermediate_size=24, shared_expert_intermediate_size=24, **experts
+            "Qwen2-MoE, router",
+            "Qwen2Moe",
+            moe_intermediate_size=24,
+            shared_expert_intermediate_size=24,
+            **experts,
         ),
         _causal("OLMoE, router", "Olmoe", **experts),
         _causal("gpt-oss, router", "GptOss", head_dim=8, sliding_window=4, **experts),
         _of("T5", "encoder-decoder", seq2seq_rows, "T5ForConditionalGeneration", "T5Config", **_T5),
         Family("T5, LoRA", "encoder-decoder", _lora_t5, seq2seq_rows, pad),
-        _of("BART", "encoder-decoder", seq2seq_rows, "BartForConditionalGeneration", "BartConfig", **_BART),
-        _of("mBART", "encoder-decoder", seq2seq_rows, "MBartForConditionalGeneration", "MBartConfig", **_BART),
-        _of("Pegasus", "encoder-decoder", seq2seq_rows, "PegasusForConditionalGeneration", "PegasusConfig", **_BART),
+        _of(
+            "BART",
+            "encoder-decoder",
+            seq2seq_rows,
+            "BartForConditionalGeneration",
+            "BartConfig",
+            **_BART,
+        ),
+        _of(
+            "mBART",
+            "encoder-decoder",
+            seq2seq_rows,
+            "MBartForConditionalGeneration",
+            "MBartConfig",
+            **_BART,
+        ),
+        _of(
+            "Pegasus",
+            "encoder-decoder",
+            seq2seq_rows,
+            "PegasusForConditionalGeneration",
+            "PegasusConfig",
+            **_BART,
+        ),
         _of("Marian", "encoder-decoder", seq2seq_rows, "MarianMTModel", "MarianConfig", **_BART),
         _of(
             "Switch, router",
@@ -306,8 +382,24 @@ def _families() -> list[Family]:
         ),
         _of("BERT", "masked", masked_rows, "BertForMaskedLM", "BertConfig", **_BERT),
         _of("RoBERTa", "masked", masked_rows, "RobertaForMaskedLM", "RobertaConfig", **_BERT),
-        _of("ALBERT", "masked", masked_rows, "AlbertForMaskedLM", "AlbertConfig", embedding_size=16, **_BERT),
-        _of("ELECTRA", "masked", masked_rows, "ElectraForMaskedLM", "ElectraConfig", embedding_size=16, **_BERT),
+        _of(
+            "ALBERT",
+            "masked",
+            masked_rows,
+            "AlbertForMaskedLM",
+            "AlbertConfig",
+            embedding_size=16,
+            **_BERT,
+        ),
+        _of(
+            "ELECTRA",
+            "masked",
+            masked_rows,
+            "ElectraForMaskedLM",
+            "ElectraConfig",
+            embedding_size=16,
+            **_BERT,
+        ),
         _of(
             "DistilBERT",
             "masked",
@@ -328,7 +420,9 @@ def _families() -> list[Family]:
             "ModernBertConfig",
             **{**_BERT, "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2},
         ),
-        _of("DeBERTa-v2", "masked", masked_rows, "DebertaV2ForMaskedLM", "DebertaV2Config", **_BERT),
+        _of(
+            "DeBERTa-v2", "masked", masked_rows, "DebertaV2ForMaskedLM", "DebertaV2Config", **_BERT
+        ),
         _of(
             "BERT",
             "token classes",
@@ -356,7 +450,15 @@ def _families() -> list[Family]:
             num_labels=CLASSES,
             **_LLAMA,
         ),
-        _of("BERT", "one class", multiple, "BertForSequenceClassification", "BertConfig", num_labels=CLASSES, **_BERT),
+        _of(
+            "BERT",
+            "one class",
+            multiple,
+            "BertForSequenceClassification",
+            "BertConfig",
+            num_labels=CLASSES,
+            **_BERT,
+        ),
         _of(
             "BERT, labels (B, 1)",
             "one class",
@@ -376,8 +478,24 @@ def _families() -> list[Family]:
             num_labels=CLASSES,
             **_LLAMA,
         ),
-        _of("GPT-2", "one class", multiple, "GPT2ForSequenceClassification", "GPT2Config", num_labels=CLASSES, **_GPT),
-        _of("BERT", "regression", regression, "BertForSequenceClassification", "BertConfig", num_labels=1, **_BERT),
+        _of(
+            "GPT-2",
+            "one class",
+            multiple,
+            "GPT2ForSequenceClassification",
+            "GPT2Config",
+            num_labels=CLASSES,
+            **_GPT,
+        ),
+        _of(
+            "BERT",
+            "regression",
+            regression,
+            "BertForSequenceClassification",
+            "BertConfig",
+            num_labels=1,
+            **_BERT,
+        ),
         _of(
             "BERT",
             "several classes",
@@ -474,7 +592,15 @@ def _families() -> list[Family]:
             mlp_ratios=[2, 2],
             decoder_hidden_size=16,
         ),
-        _of("wav2vec2", "speech", transcripts, "Wav2Vec2ForCTC", "Wav2Vec2Config", ctc_zero_infinity=False, **_SOUND),
+        _of(
+            "wav2vec2",
+            "speech",
+            transcripts,
+            "Wav2Vec2ForCTC",
+            "Wav2Vec2Config",
+            ctc_zero_infinity=False,
+            **_SOUND,
+        ),
         _of(
             "wav2vec2, CTC mean",
             "speech",
@@ -517,7 +643,9 @@ def _families() -> list[Family]:
             **_BART,
         ),
         Family("LLaVA", "pictures and text", _llava, picture_chats(16), pad, True),
-        Family("PaliGemma", "pictures and text", _paligemma, picture_chats(16), pad_with_types, True),
+        Family(
+            "PaliGemma", "pictures and text", _paligemma, picture_chats(16), pad_with_types, True
+        ),
         Family("Qwen2-VL", "pictures and text", _qwen2_vl, picture_chats(4), patches, True),
     ]
 

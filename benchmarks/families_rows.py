@@ -1,4 +1,5 @@
-"""Ragged rows for each kind of task that `families_models.py` has models for, and how they become batches.
+"""Ragged rows for each kind of task that `families_models.py` has models for, and how they become
+batches.
 
 The same rows each time. Nothing here knows how targets are counted.
 """
@@ -47,7 +48,10 @@ def causal_rows(count: int) -> list[Sample]:
 def seq2seq_rows(count: int) -> list[Sample]:
     return _ragged(
         count,
-        lambda rng, length: {"input_ids": _ids(rng, length), "labels": _ids(rng, int(rng.randint(1, 12)))},
+        lambda rng, length: {
+            "input_ids": _ids(rng, length),
+            "labels": _ids(rng, int(rng.randint(1, 12))),
+        },
     )
 
 
@@ -96,7 +100,10 @@ def answer_rows(count: int) -> list[Sample]:
 def choice_rows(count: int) -> list[Sample]:
     rng = np.random.RandomState(0)
     return [
-        {"input_ids": torch.stack([_ids(rng, 9) for _ in range(3)]), "labels": torch.tensor(rng.randint(3))}
+        {
+            "input_ids": torch.stack([_ids(rng, 9) for _ in range(3)]),
+            "labels": torch.tensor(rng.randint(3)),
+        }
         for _ in range(count)
     ]
 
@@ -179,12 +186,16 @@ def pad(samples: list[Sample]) -> dict[str, torch.Tensor]:
         values = [sample[key] for sample in samples]
         if key in _PADDING and values[0].ndim == 1:
             filling = _PADDING[key]
-            batch[key] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=filling)
+            batch[key] = torch.nn.utils.rnn.pad_sequence(
+                values, batch_first=True, padding_value=filling
+            )
         else:
             batch[key] = torch.stack(values)
     if "input_ids" in batch and batch["input_ids"].ndim == 2:
         lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
-        batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
+        batch["attention_mask"] = (
+            torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]
+        ).long()
     return batch
 
 

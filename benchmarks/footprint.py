@@ -1,12 +1,14 @@
-"""Estimated memory and traffic of each engine against real processes: what `accum-trainer plan` says, and what happens.
+"""Estimated memory and traffic of each engine against real processes: what `accum-trainer plan`
+says, and what happens.
 
     python benchmarks/footprint.py [--cases zero3 fsdp2]
 
-A 9M-parameter Llama is trained for a few updates on the CPU, on one process or two over gloo. Measured is what torch's
-allocator hands out and gets back (the profiler's memory events), the figure that `torch.cuda.max_memory_allocated` is on a
-GPU: memory that is held but never touched counts, what the C library and gloo copy for themselves does not. Traffic is the
-collectives' sizes as torch records them, as bytes that a ring sends: 2 (W-1)/W of an all-reduced buffer, (W-1)/W of one
-gathered or scattered.
+A 9M-parameter Llama is trained for a few updates on the CPU, on one process or two over gloo.
+Measured is what torch's allocator hands out and gets back (the profiler's memory events), the
+figure that `torch.cuda.max_memory_allocated` is on a GPU: memory that is held but never touched
+counts, what the C library and gloo copy for themselves does not. Traffic is the collectives' sizes
+as torch records them, as bytes that a ring sends: 2 (W-1)/W of an all-reduced buffer, (W-1)/W of
+one gathered or scattered.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from unittest import mock
 import torch
 
 BATCH, TOKENS, K = 4, 128, 2
-# DeepSpeed's buffers are made for models of billions; here they are in the proportion to the model that they have there.
+# DeepSpeed's buffers are made for models of billions; here they are in the proportion to the model
+# that they have there.
 LIMITS = {"reduce_bucket": 1_000_000, "prefetch": 500_000, "live": 4_000_000}
 
 
@@ -48,7 +51,11 @@ class Case:
 
 
 ONCE, EVERY = "once-per-window", "every-microbatch"
-BF16, LORA, CHECKPOINTED = {"mixed_precision": "bf16"}, {"use_peft": True}, {"gradient_checkpointing": True}
+BF16, LORA, CHECKPOINTED = (
+    {"mixed_precision": "bf16"},
+    {"use_peft": True},
+    {"gradient_checkpointing": True},
+)
 CASES = {
     "single": Case("single"),
     "single, K=1": Case("single", k=1),
@@ -94,7 +101,8 @@ class Measured:
 
 
 def make_files(folder: Path) -> None:
-    """A model with the embedded tokenizer, saved as a user's would be, rows to train on, and DeepSpeed's sizes."""
+    """A model with the embedded tokenizer, saved as a user's would be, rows to train on, and
+    DeepSpeed's sizes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from accum_trainer.data.embedded import corpus_tokenizer
@@ -143,15 +151,18 @@ def train_config(folder: Path, case: Case) -> Any:
 def estimate(folder: Path, case: Case) -> Any:
     """The `Footprint` that `plan` finds for this case."""
     from accum_trainer import BatchPlan
-    from accum_trainer.footprint import DeepSpeedSizes, footprints
+    from accum_trainer.plan.footprint import DeepSpeedSizes, footprints
 
     config = train_config(folder, case)
-    found = footprints(config, BatchPlan(BATCH, case.k, case.processes), DeepSpeedSizes(**LIMITS)).rows
+    found = footprints(
+        config, BatchPlan(BATCH, case.k, case.processes), DeepSpeedSizes(**LIMITS)
+    ).rows
     return next(f for f in found if f.engine == case.engine)
 
 
 def batches(count: int, seed: int, vocabulary: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Micro-batches of B rows as long as they get, but for one token of padding: what makes the attention take a mask."""
+    """Micro-batches of B rows as long as they get, but for one token of padding: what makes the
+    attention take a mask."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(count):
         ids = torch.randint(0, vocabulary, (BATCH, TOKENS), generator=generator)
@@ -161,9 +172,10 @@ def batches(count: int, seed: int, vocabulary: int) -> Iterator[dict[str, torch.
 
 
 def measure(folder: Path, case: Case) -> Measured:
-    """Train here and measure the last update, when every engine has settled (ZeRO-3 watches two micro-batches first)."""
-    from accum_trainer import assemble
-    from accum_trainer.loss import causal_lm_loss
+    """Train here and measure the last update, when every engine has settled (ZeRO-3 watches two
+    micro-batches first)."""
+    from accum_trainer.losses.causal_lm import causal_lm_loss
+    from accum_trainer.train import setup as assemble
 
     updates = 3 if case.k > 1 else 4
     settings = {"ACCELERATE_USE_FSDP": "true"} if case.engine == "fsdp2" else {}
@@ -175,7 +187,8 @@ def measure(folder: Path, case: Case) -> Measured:
     load = assemble.load_model
 
     def load_and_record(*args: Any) -> torch.nn.Module:
-        """Weights are read on threads of their own, unseen: their memory is taken once more, in sight."""
+        """Weights are read on threads of their own, unseen: their memory is taken once more, in
+        sight."""
         model = load(*args)
         recorded.start()
         for p in model.parameters():
@@ -183,7 +196,10 @@ def measure(folder: Path, case: Case) -> Measured:
             own.data = own.data.clone()
         return model
 
-    with mock.patch.dict(os.environ, settings), mock.patch.object(assemble, "load_model", load_and_record):
+    with (
+        mock.patch.dict(os.environ, settings),
+        mock.patch.object(assemble, "load_model", load_and_record),
+    ):
         parts = assemble.assemble(train_config(folder, case))
         acc = parts.accumulator
         assert acc.engine.name == case.engine, acc.engine.name
@@ -201,16 +217,20 @@ def measure(folder: Path, case: Case) -> Measured:
 def read(recorded: Any, mark: str, world_size: int) -> Measured:
     """Peak and traffic between the start and the end of `mark`."""
     results = recorded.profiler.kineto_results
-    begin, end = next((e.start_ns(), e.start_ns() + e.duration_ns()) for e in results.events() if e.name() == mark)
+    begin, end = next(
+        (e.start_ns(), e.start_ns() + e.duration_ns()) for e in results.events() if e.name() == mark
+    )
     return Measured(_peak(results, begin, end), _sent(results, begin, end, world_size))
 
 
 def _peak(results: Any, begin: int, end: int) -> float:
-    """Most bytes live between two times. A block that another thread freed unseen is gone when its address comes again;
-    what collectives allocate inside is gloo's."""
+    """Most bytes live between two times. A block that another thread freed unseen is gone when its
+    address comes again; what collectives allocate inside is gloo's."""
     live: dict[int, int] = {}
     total = peak = 0
-    for event in sorted(_allocations(results.experimental_event_tree(), False), key=lambda e: e.start_time_ns):
+    for event in sorted(
+        _allocations(results.experimental_event_tree(), False), key=lambda e: e.start_time_ns
+    ):
         size, address = event.extra_fields.alloc_size, event.extra_fields.ptr
         total -= live.pop(address, 0)
         if size > 0:
@@ -233,11 +253,20 @@ def _allocations(events: Any, in_collective: bool) -> Iterator[Any]:
         stack.extend((child, inside) for child in event.children)
 
 
-_SIZES = {"float": 4, "c10::BFloat16": 2, "c10::Half": 2, "double": 8, "long int": 8, "int": 4, "unsigned char": 1}
+_SIZES = {
+    "float": 4,
+    "c10::BFloat16": 2,
+    "c10::Half": 2,
+    "double": 8,
+    "long int": 8,
+    "int": 4,
+    "unsigned char": 1,
+}
 
 
 def _sent(results: Any, begin: int, end: int, world_size: int) -> float:
-    """Bytes that a ring would send from one process: gloo reduces-and-scatters by reducing to all, which is not counted twice."""
+    """Bytes that a ring would send from one process: gloo reduces-and-scatters by reducing to all,
+    which is not counted twice."""
     share, sent = (world_size - 1) / world_size, 0.0
     for event in results.events():
         if not begin <= event.start_ns() <= end or not event.shapes() or not event.dtypes():
@@ -264,7 +293,8 @@ _SCATTERS = ("reduce_scatter_single", "_reduce_scatter_base")
 
 
 def settle_collectives() -> None:
-    """Let gloo's threads drop their hold on a buffer before ours does, so that its memory is freed where it is recorded."""
+    """Let gloo's threads drop their hold on a buffer before ours does, so that its memory is freed
+    where it is recorded."""
     import torch.distributed as dist
     from torch.nn.parallel import distributed
 
@@ -285,7 +315,8 @@ def settle_collectives() -> None:
 
 
 def worker(folder: Path, out: Path, names: list[str]) -> None:
-    """Measure the named cases one after the other in this process; the first process writes them."""
+    """Measure the named cases one after the other in this process; the first process writes
+    them."""
     from accelerate.state import AcceleratorState, GradientState
 
     torch.set_num_threads(1)
@@ -301,7 +332,8 @@ def worker(folder: Path, out: Path, names: list[str]) -> None:
 
 
 def launch(folder: Path, names: list[str]) -> dict[str, Measured]:
-    """Measure the named cases in processes of their own, those of one number of processes together."""
+    """Measure the named cases in processes of their own, those of one number of processes
+    together."""
     results: dict[str, Measured] = {}
     for processes in (1, 2):
         chosen = [name for name in names if case_named(name).processes == processes]
@@ -310,9 +342,16 @@ def launch(folder: Path, names: list[str]) -> dict[str, Measured]:
         out = folder / f"measured-{processes}.json"
         command = [sys.executable, "-m"]
         if processes > 1:
-            command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+            command += [
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc_per_node={processes}",
+                "-m",
+            ]
         command += ["benchmarks.footprint", "--measure", str(folder), str(out), *chosen]
-        finished = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+        finished = subprocess.run(
+            command, cwd=Path(__file__).parents[1], capture_output=True, text=True
+        )
         if finished.returncode:
             raise RuntimeError(finished.stderr[-4000:])
         results |= {name: Measured(**found) for name, found in json.loads(out.read_text()).items()}
@@ -321,7 +360,9 @@ def launch(folder: Path, names: list[str]) -> dict[str, Measured]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES), metavar="CASE")
+    parser.add_argument(
+        "--cases", nargs="*", default=list(CASES), choices=list(CASES), metavar="CASE"
+    )
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -334,11 +375,14 @@ def main() -> None:
         make_files(folder)
         measured = launch(folder, options.cases)
         lines = [
-            f"Estimated by `accum-trainer plan` against measured, per process: Llama of 9M parameters, B={BATCH}, {TOKENS} tokens, K={K}, CPU, {os.cpu_count()} cores, "
-            f"2 processes over gloo, torch {torch.__version__}, {platform.machine()}. Peak: torch's allocator, in an update; sent: collectives, "
+            "Estimated by `accum-trainer plan` against measured, per process: Llama of 9M "
+            f"parameters, B={BATCH}, {TOKENS} tokens, K={K}, CPU, {os.cpu_count()} cores, "
+            f"2 processes over gloo, torch {torch.__version__}, {platform.machine()}. Peak: "
+            "torch's allocator, in an update; sent: collectives, "
             "as a ring's bytes per update",
             "",
-            "| case | peak, estimated MB | measured MB | ratio | sent, estimated MB | measured MB | ratio |",
+            "| case | peak, estimated MB | measured MB | ratio | sent, estimated MB | measured MB "
+            "| ratio |",
             "|---|---|---|---|---|---|---|",
         ]
         for name in options.cases:
@@ -347,7 +391,8 @@ def main() -> None:
             sent = expected.traffic[case.grad_sync]
             ratio = f"{sent / found.sent:.3f}" if found.sent else "-"
             lines.append(
-                f"| {name} | {expected.total / 1e6:.1f} | {found.peak / 1e6:.1f} | {expected.total / found.peak:.2f} "
+                f"| {name} | {expected.total / 1e6:.1f} | {found.peak / 1e6:.1f} | "
+                f"{expected.total / found.peak:.2f} "
                 f"| {sent / 1e6:.1f} | {found.sent / 1e6:.1f} | {ratio} |"
             )
     print("\n".join(lines))

@@ -1,9 +1,11 @@
-"""What `grad_sync` trades: reductions and bytes against memory, for ZeRO-2, ZeRO-3 and FSDP2 on two processes.
+"""What `grad_sync` trades: reductions and bytes against memory, for ZeRO-2, ZeRO-3 and FSDP2 on two
+processes.
 
     python benchmarks/grad_sync.py [--k 8] [--out FILE.md]
 
-Each row is one launch of its own: an update of K micro-batches of a 19M-parameter Llama, repeated; the numbers that the
-reductions hand in are counted, peak resident memory is that of the larger process above what it held before training.
+Each row is one launch of its own: an update of K micro-batches of a 19M-parameter Llama, repeated;
+the numbers that the reductions hand in are counted, peak resident memory is that of the larger
+process above what it held before training.
 """
 
 from __future__ import annotations
@@ -21,12 +23,19 @@ from typing import Any
 import torch
 
 from accum_trainer import Accumulator, causal_lm_loss
-from accum_trainer.records import memory_gb, peak_gb, reset_peak
+from accum_trainer.engine.memory import memory_gb, peak_gb, reset_peak
 
-ENGINES: dict[str, dict[str, Any]] = {"ZeRO-2": {"zero_stage": 2}, "ZeRO-3": {"zero_stage": 3}, "FSDP2": {"fsdp": True}}
+ENGINES: dict[str, dict[str, Any]] = {
+    "ZeRO-2": {"zero_stage": 2},
+    "ZeRO-3": {"zero_stage": 3},
+    "FSDP2": {"fsdp": True},
+}
 POLICIES = ("once-per-window", "every-microbatch")
 # Resident memory then follows what torch holds.
-RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 17), "MALLOC_TRIM_THRESHOLD_": str(1 << 17)}
+RETURN_FREED_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 17),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 17),
+}
 
 
 def make_model() -> torch.nn.Module:
@@ -47,7 +56,8 @@ def make_model() -> torch.nn.Module:
 
 @contextlib.contextmanager
 def counting() -> Iterator[list[int]]:
-    """Note the numbers that each reduction hands in; DeepSpeed keeps a function of its own for ZeRO-3."""
+    """Note the numbers that each reduction hands in; DeepSpeed keeps a function of its own for
+    ZeRO-3."""
     import torch.distributed as dist
 
     places: list[tuple[Any, str, int]] = [
@@ -65,7 +75,11 @@ def counting() -> Iterator[list[int]]:
 
     def spy(function: Any, position: int) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            given = args[position] if len(args) > position else kwargs.get("tensor", kwargs.get("input"))
+            given = (
+                args[position]
+                if len(args) > position
+                else kwargs.get("tensor", kwargs.get("input"))
+            )
             counted.append(given.numel())
             return function(*args, **kwargs)
 
@@ -81,12 +95,21 @@ def counting() -> Iterator[list[int]]:
 
 
 def measure(engine: str, policy: str, k: int) -> dict[str, float]:
-    """One process's part: three updates; reductions of the last as multiples of the gradient, and peak memory."""
-    acc = Accumulator(micro_batch_size=2, gradient_accumulation_steps=k, grad_sync=policy, cpu=True, **ENGINES[engine])
+    """One process's part: three updates; reductions of the last as multiples of the gradient, and
+    peak memory."""
+    acc = Accumulator(
+        micro_batch_size=2,
+        gradient_accumulation_steps=k,
+        grad_sync=policy,
+        cpu=True,
+        **ENGINES[engine],
+    )
     model = make_model()
     trained = sum(p.numel() for p in model.parameters())
     model, optimizer = acc.prepare(model, torch.optim.SGD(model.parameters(), lr=1e-3))
-    ids = torch.randint(0, 512, (6 * k * acc.plan.world_size, 64), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        0, 512, (6 * k * acc.plan.world_size, 64), generator=torch.Generator().manual_seed(0)
+    )
     rows = [{"input_ids": row, "labels": row} for row in ids]
     before = memory_gb(acc.device)
     reset_peak(acc.device)
@@ -106,9 +129,19 @@ def measure(engine: str, policy: str, k: int) -> dict[str, float]:
 
 
 def launch(engine: str, policy: str, k: int) -> dict[str, float]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        __file__,
+    ]
     command += ["--measure", engine, policy, "--k", str(k)]
-    finished = subprocess.run(command, env=os.environ | RETURN_FREED_MEMORY, capture_output=True, text=True)
+    finished = subprocess.run(
+        command, env=os.environ | RETURN_FREED_MEMORY, capture_output=True, text=True
+    )
     lines = [line for line in finished.stdout.splitlines() if line.startswith("{")]
     if finished.returncode or not lines:
         sys.exit(finished.stderr[-3000:])
@@ -129,12 +162,18 @@ def main() -> None:
     rows = {(e, p): launch(e, p, options.k) for e in ENGINES for p in POLICIES}
     size = rows["ZeRO-2", POLICIES[0]]["trained"] * 4 / 1e9
     lines = [
-        f"grad_sync at K = {options.k}: Llama of {rows['ZeRO-2', POLICIES[0]]['trained'] / 1e6:.0f}M parameters (a float32 gradient is "
-        f"{size:.3f} GB), 2 processes over gloo, CPU, torch {torch.__version__}, {platform.machine()}",
+        f"grad_sync at K = {options.k}: Llama of "
+        f"{rows['ZeRO-2', POLICIES[0]]['trained'] / 1e6:.0f}M parameters (a float32 gradient is "
+        f"{size:.3f} GB), 2 processes over gloo, CPU, torch {torch.__version__}, "
+        f"{platform.machine()}",
         "",
-        "| engine | policy | reductions of the gradient per window | peak memory of training, GB per process |",
+        "| engine | policy | reductions of the gradient per window | peak memory of training, GB "
+        "per process |",
         "|---|---|---|---|",
-        *(f"| {e} | {p} | {found['reductions']:.2f} | {found['gb']:.3f} |" for (e, p), found in rows.items()),
+        *(
+            f"| {e} | {p} | {found['reductions']:.2f} | {found['gb']:.3f} |"
+            for (e, p), found in rows.items()
+        ),
     ]
     print("\n".join(lines))
     if options.out:

@@ -58,7 +58,11 @@ class Waiting(torch.nn.Module):
         super().__init__()
         torch.manual_seed(0)
         config = LlamaConfig(
-            vocab_size=256, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+            vocab_size=256,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
         )
         self.inner, self.seconds = LlamaForCausalLM(config), seconds
 
@@ -99,7 +103,9 @@ def plain(model: torch.nn.Module, make: Callable[[], Iterable[Any]]) -> Callable
     from accelerate import Accelerator
 
     accelerator = Accelerator(gradient_accumulation_steps=K, cpu=True)
-    model, optimizer, loader = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-4), make())
+    model, optimizer, loader = accelerator.prepare(
+        model, torch.optim.AdamW(model.parameters(), lr=1e-4), make()
+    )
 
     def epoch() -> None:
         for batch in loader:
@@ -117,11 +123,15 @@ def timed(call: Callable[[], None]) -> float:
     return time.perf_counter() - begun
 
 
-def paired(first: Callable[[], None], second: Callable[[], None], pairs: int) -> tuple[float, float, float]:
+def paired(
+    first: Callable[[], None], second: Callable[[], None], pairs: int
+) -> tuple[float, float, float]:
     """Median, least and greatest of first/second over interleaved pairs."""
     ratios = []
     for pair in range(pairs + 1):
-        times = {which: timed(which) for which in ((first, second) if pair % 2 == 0 else (second, first))}
+        times = {
+            which: timed(which) for which in ((first, second) if pair % 2 == 0 else (second, first))
+        }
         if pair:  # the first allocates
             ratios.append(times[first] / times[second])
     return statistics.median(ratios), min(ratios), max(ratios)
@@ -132,15 +142,23 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--milliseconds", type=float, default=10.0, help="that a micro-batch waits")
     parser.add_argument("--windows", type=int, default=40)
-    parser.add_argument("--load", type=float, nargs="+", default=[0.9, 0.5], help="of workers, in micro-batches' time")
+    parser.add_argument(
+        "--load",
+        type=float,
+        nargs="+",
+        default=[0.9, 0.5],
+        help="of workers, in micro-batches' time",
+    )
     parser.add_argument("--kinds", nargs="+", default=["data set", "persistent workers", "stream"])
     parser.add_argument("--out")
     options = parser.parse_args()
     torch.set_num_threads(1)
     model = Waiting(options.milliseconds / 1e3)
     lines = [
-        f"Waiting for data: {WORKERS} workers, B={B}, K={K}, {options.windows} windows, a micro-batch of {options.milliseconds:g} ms, "
-        f"torch {torch.__version__}, {platform.machine()}, {options.pairs} interleaved pairs of epochs",
+        f"Waiting for data: {WORKERS} workers, B={B}, K={K}, {options.windows} windows, a "
+        f"micro-batch of {options.milliseconds:g} ms, "
+        f"torch {torch.__version__}, {platform.machine()}, {options.pairs} interleaved pairs of "
+        "epochs",
         "",
         "| time of an epoch, ours / accelerate's loop | median | least to greatest |",
         "|---|---|---|",
@@ -151,7 +169,11 @@ def main() -> None:
             rows = Slow(options.windows * K * B, load * model.seconds * WORKERS / B)
             data: Any = SlowStream(rows) if kind == "stream" else rows
             make = partial(
-                DataLoader, data, batch_size=B, num_workers=WORKERS, persistent_workers=kind == "persistent workers"
+                DataLoader,
+                data,
+                batch_size=B,
+                num_workers=WORKERS,
+                persistent_workers=kind == "persistent workers",
             )
             median, least, greatest = paired(
                 ours(copy.deepcopy(model), make), plain(copy.deepcopy(model), make), options.pairs

@@ -2,10 +2,11 @@
 
     python benchmarks/loss_path.py [--pairs 9] [--tokens 200] [--out FILE.md]
 
-One micro-batch's forward and backward of a two-layer Llama with SmolLM's width and vocabulary (576, 49,152), B=8, on the
-paths of `accum_trainer.head`. Time: in turn in one process, the median of each round's ratios to the plain path; freed memory
-stays with the process, as in `overhead.py`. Memory: each path alone in a process, the most that is resident less what is
-resident before the first micro-batch (weights); the gradients are in it.
+One micro-batch's forward and backward of a two-layer Llama with SmolLM's width and vocabulary (576,
+49,152), B=8, on the paths of `accum_trainer.losses.head`. Time: in turn in one process, the median
+of each round's ratios to the plain path; freed memory stays with the process, as in `overhead.py`.
+Memory: each path alone in a process, the most that is resident less what is resident before the
+first micro-batch (weights); the gradients are in it.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import time
 import torch
 
 from accum_trainer import causal_lm_loss
-from accum_trainer.head import CHUNKED, PLAIN, SELECTED, LossPath, _remember
-from accum_trainer.records import memory_gb, peak_gb, reset_peak
+from accum_trainer.engine.memory import memory_gb, peak_gb, reset_peak
+from accum_trainer.losses.head import CHUNKED, PLAIN, SELECTED, LossPath, _remember
 from benchmarks.overhead import KEEP_FREED_MEMORY, RETURN_FREED_MEMORY
 
 B, TARGETS = 8, 0.6
@@ -67,7 +68,11 @@ def peak(path: str, tokens: int) -> float:
     """Peak memory in GB above the model's, of one path alone in a process of its own."""
     command = [sys.executable, __file__, "--peak-of", path, "--tokens", str(tokens)]
     env = os.environ | RETURN_FREED_MEMORY
-    return float(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.split()[-1])
+    return float(
+        subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.split()[
+            -1
+        ]
+    )
 
 
 def measure_peak(path: str, tokens: int) -> None:
@@ -88,7 +93,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.peak_of:
         return measure_peak(options.peak_of, options.tokens)
-    if os.environ.get("MALLOC_TRIM_THRESHOLD_") is None:  # read when a process starts, so start again
+    if (
+        os.environ.get("MALLOC_TRIM_THRESHOLD_") is None
+    ):  # read when a process starts, so start again
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_FREED_MEMORY)
 
     model, batch = subject(options.tokens, tied=True)
@@ -100,10 +107,13 @@ def main() -> None:
             if round:  # the first allocates
                 times[path].append(seconds)
     lines = [
-        f"Loss paths: B={B}, {options.tokens} tokens, {TARGETS:.0%} targets, vocabulary {VOCABULARY:,}, two layers of {HIDDEN}, "
-        f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}, {options.pairs} rounds",
+        f"Loss paths: B={B}, {options.tokens} tokens, {TARGETS:.0%} targets, vocabulary "
+        f"{VOCABULARY:,}, two layers of {HIDDEN}, "
+        f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}, "
+        f"{options.pairs} rounds",
         "",
-        "| path | seconds | time / plain | peak GB above the weights | peak / plain | loss - plain (relative) |",
+        "| path | seconds | time / plain | peak GB above the weights | peak / plain | loss - plain "
+        "(relative) |",
         "|---|---|---|---|---|---|",
     ]
     memory = {path: peak(path, options.tokens) for path in PATHS}

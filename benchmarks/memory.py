@@ -1,11 +1,13 @@
-"""Peak memory: against K, for each engine; and against the trainers that people use, at the same B and K.
+"""Peak memory: against K, for each engine; and against the trainers that people use, at the same B
+and K.
 
     python -m benchmarks.memory [--engines single ddp zero2 fsdp2]
     python -m benchmarks.memory --peers trainer trl [--data FILE.jsonl] [--model DIR] [--k 8]
 
-Against K it is what torch's allocator hands out and gets back in one update, measured as `benchmarks/footprint.py` says: the
-figure of `torch.cuda.max_memory_allocated`. Against peers each loop of `benchmarks/ragged.py` runs two updates on the same
-samples, alone in a process of its own: peak resident memory above what the process held before, with the model's weights.
+Against K it is what torch's allocator hands out and gets back in one update, measured as
+`benchmarks/footprint.py` says: the figure of `torch.cuda.max_memory_allocated`. Against peers each
+loop of `benchmarks/ragged.py` runs two updates on the same samples, alone in a process of its own:
+peak resident memory above what the process held before, with the model's weights.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from accum_trainer.records import memory_gb, peak_gb, reset_peak
+from accum_trainer.engine.memory import memory_gb, peak_gb, reset_peak
 from benchmarks import footprint, ragged
 from benchmarks.overhead import RETURN_FREED_MEMORY
 
@@ -52,7 +54,13 @@ def against_peer(options: argparse.Namespace, which: str) -> float:
             command += [f"--{name}", getattr(options, name)]
     found = []
     for _ in range(RUNS):
-        done = subprocess.run(command, env=os.environ | RETURN_FREED_MEMORY, check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            command,
+            env=os.environ | RETURN_FREED_MEMORY,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
         found.append(float(done.stdout.split()[-1]))
     return statistics.median(found)
 
@@ -62,7 +70,9 @@ def peak_of(options: argparse.Namespace) -> None:
     model, tokenizer, rows = ragged.load(options)
     order = ragged.choose(rows, 4 * ragged.B * options.k, False)
     loop = ragged.make_loop(options.peak_of, model, tokenizer, rows, options.k, order)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9  # were there before; counted in
+    weights = (
+        sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
+    )  # were there before; counted in
     cpu = torch.device("cpu")
     before = memory_gb(cpu)
     reset_peak(cpu)
@@ -76,7 +86,9 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", default=["single", "ddp", "zero2", "fsdp2"])
     parser.add_argument("--peers", nargs="+", choices=ragged.LABELS)
     parser.add_argument("--data", help="rows for training; default: the embedded corpus")
-    parser.add_argument("--model", help="a folder that from_pretrained loads; default: a Llama of 5M parameters")
+    parser.add_argument(
+        "--model", help="a folder that from_pretrained loads; default: a Llama of 5M parameters"
+    )
     parser.add_argument("--k", type=int, default=8)
     parser.add_argument("--max-seq-len", type=int, default=512)
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
@@ -88,7 +100,8 @@ def main() -> None:
     if options.peers:
         mine = against_peer(options, "ours")
         print(
-            f"{options.data or 'embedded corpus'}, {options.model or 'Llama of 5M'}, B={ragged.B}, K={options.k}, {machine}"
+            f"{options.data or 'embedded corpus'}, {options.model or 'Llama of 5M'}, B={ragged.B}, "
+            f"K={options.k}, {machine}"
         )
         print("\n| peer | peak, ours over theirs | GB |\n|---|---|---|")
         for peer in options.peers:
@@ -98,7 +111,11 @@ def main() -> None:
     peaks = against_k(options.engines)
     print(f"Llama of 9M parameters, B={footprint.BATCH}, {footprint.TOKENS} tokens, {machine}")
     print(
-        "\n| engine | " + " | ".join(f"K={k}, MB" for k in KS) + " | K=16 over K=2 |\n" + "|---" * (len(KS) + 2) + "|"
+        "\n| engine | "
+        + " | ".join(f"K={k}, MB" for k in KS)
+        + " | K=16 over K=2 |\n"
+        + "|---" * (len(KS) + 2)
+        + "|"
     )
     for engine, by_k in peaks.items():
         figures = " | ".join(f"{by_k[k] / 1e6:.1f}" for k in KS)

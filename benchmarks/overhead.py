@@ -1,14 +1,17 @@
-"""What the exactness costs: our loop against the loops that people write, on the same micro-batches.
+"""What the exactness costs: our loop against the loops that people write, on the same
+micro-batches.
 
     python benchmarks/overhead.py [--pairs 40] [--peers hand accelerate fabric] [--out FILE.md]
 
-`hand` is torch alone, exact; `accelerate` the loop of accelerate's guide "Performing gradient accumulation", `fabric` that of
-Lightning Fabric's "Efficient Gradient Accumulation", each with clipping; both average micro-batches, so they do a little less.
+`hand` is torch alone, exact; `accelerate` the loop of accelerate's guide "Performing gradient
+accumulation", `fabric` that of Lightning Fabric's "Efficient Gradient Accumulation", each with
+clipping; both average micro-batches, so they do a little less.
 
-Time: two loops train equal models in one process, window by window in turn, the first of each pair alternating; the
-figure is the median of the pairs' ratios. Freed memory stays with the process: glibc would hand the logits back to the
-kernel after each micro-batch, and which of two loops pays for that is chance. Memory: each loop alone in a process of its own, peak resident memory, median
-of three. The hand-written loop knows the window's number of targets for nothing; ours counts them.
+Time: two loops train equal models in one process, window by window in turn, the first of each pair
+alternating; the figure is the median of the pairs' ratios. Freed memory stays with the process:
+glibc would hand the logits back to the kernel after each micro-batch, and which of two loops pays
+for that is chance. Memory: each loop alone in a process of its own, peak resident memory, median of
+three. The hand-written loop knows the window's number of targets for nothing; ours counts them.
 """
 
 from __future__ import annotations
@@ -30,20 +33,24 @@ import torch
 import torch.nn.functional as F
 
 from accum_trainer import Accumulator, TrainConfig, causal_lm_loss
-from accum_trainer.data.collating import PaddingCollator
 from accum_trainer.data.embedded import corpus_files
 from accum_trainer.data.files import digest, read_file
 from accum_trainer.data.tokenizing import tokenize
-from accum_trainer.model import load_model, load_tokenizer
-from accum_trainer.records import peak_gb, reset_peak
+from accum_trainer.engine.memory import peak_gb, reset_peak
+from accum_trainer.lm.model import load_model, load_tokenizer
+from accum_trainer.sources.collating import PaddingCollator
 
 B, MAX_NORM, LENGTH = 4, 1.0, 256
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
-RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 17), "MALLOC_TRIM_THRESHOLD_": str(1 << 17)}
+RETURN_FREED_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 17),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 17),
+}
 
 
 def micro_batches(number: int) -> tuple[torch.nn.Module, list[dict]]:
-    """The embedded model and `number` micro-batches of the embedded rows, all of one size so that pairs compare."""
+    """The embedded model and `number` micro-batches of the embedded rows, all of one size so that
+    pairs compare."""
     config = TrainConfig(max_seq_len=LENGTH)
     tokenizer = load_tokenizer(config)
     path = corpus_files()[0]
@@ -56,7 +63,9 @@ def micro_batches(number: int) -> tuple[torch.nn.Module, list[dict]]:
 
 def ours(model: torch.nn.Module, batches: list[dict], k: int) -> Iterator[float]:
     """One update per `next`."""
-    acc = Accumulator(micro_batch_size=B, gradient_accumulation_steps=k, max_grad_norm=MAX_NORM, cpu=True)
+    acc = Accumulator(
+        micro_batch_size=B, gradient_accumulation_steps=k, max_grad_norm=MAX_NORM, cpu=True
+    )
     model, optimizer = acc.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-4))
     windows = acc.windows(batches[i % len(batches)] for i in range(10**9))
     for window in windows:
@@ -78,9 +87,13 @@ def by_hand(model: torch.nn.Module, batches: list[dict], k: int) -> Iterator[flo
         total = torch.zeros(())
         for i in window:
             batch = batches[i]
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            logits = model(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+            ).logits
             labels = F.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
-            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / targets
+            loss = (
+                F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / targets
+            )
             loss.backward()
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
@@ -136,7 +149,9 @@ def timed(loop: Iterator[float]) -> float:
     return time.perf_counter() - begun
 
 
-def paired(first: Callable[[], float], second: Callable[[], float], pairs: int) -> tuple[float, float, float]:
+def paired(
+    first: Callable[[], float], second: Callable[[], float], pairs: int
+) -> tuple[float, float, float]:
     """Median, lower and upper quartile of first/second over interleaved pairs."""
     ratios = []
     for pair in range(pairs + 2):
@@ -154,7 +169,11 @@ def peak(which: str, k: int) -> float:
     command = [sys.executable, __file__, "--peak-of", which, "--k", str(k)]
     env = os.environ | RETURN_FREED_MEMORY  # resident memory then follows what torch holds
     found = [
-        float(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.split()[-1])
+        float(
+            subprocess.run(
+                command, env=env, check=True, capture_output=True, text=True
+            ).stdout.split()[-1]
+        )
         for _ in range(3)
     ]
     return statistics.median(found)
@@ -180,7 +199,9 @@ def main() -> None:
     if options.peak_of:
         return measure_peak(options.peak_of, options.k)
 
-    if os.environ.get("MALLOC_TRIM_THRESHOLD_") is None:  # read when a process starts, so start again
+    if (
+        os.environ.get("MALLOC_TRIM_THRESHOLD_") is None
+    ):  # read when a process starts, so start again
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_FREED_MEMORY)
 
     model, batches = micro_batches(16)
@@ -202,18 +223,27 @@ def main() -> None:
             *paired(partial(timed, sixteen), sixteen_updates, options.pairs),
         )
     )
-    losses = [next(ours(copy.deepcopy(model), batches, 16)), next(by_hand(copy.deepcopy(model), batches, 16))]
+    losses = [
+        next(ours(copy.deepcopy(model), batches, 16)),
+        next(by_hand(copy.deepcopy(model), batches, 16)),
+    ]
     memory = {(which, k): peak(which, k) for which, k in (("ours", 1), ("ours", 16), ("hand", 16))}
     lines = [
-        f"Loop overhead: embedded model (1.3M), B={B}, {LENGTH} tokens, CPU, {torch.get_num_threads()} threads, "
+        f"Loop overhead: embedded model (1.3M), B={B}, {LENGTH} tokens, CPU, "
+        f"{torch.get_num_threads()} threads, "
         f"torch {torch.__version__}, {platform.machine()}, {options.pairs} interleaved pairs",
         "",
         "| figure | median | quartiles |",
         "|---|---|---|",
-        *(f"| {name} | {median:.3f} | {low:.3f} to {high:.3f} |" for name, median, low, high in rows),
-        f"| peak memory, ours / hand-written, K=16 | {memory['ours', 16] / memory['hand', 16]:.3f} | |",
+        *(
+            f"| {name} | {median:.3f} | {low:.3f} to {high:.3f} |"
+            for name, median, low, high in rows
+        ),
+        f"| peak memory, ours / hand-written, K=16 | {memory['ours', 16] / memory['hand', 16]:.3f} "
+        "| |",
         f"| peak memory, ours K=16 / ours K=1 | {memory['ours', 16] / memory['ours', 1]:.3f} | |",
-        f"| first loss, ours - hand-written (relative) | {abs(losses[0] - losses[1]) / losses[1]:.1e} | |",
+        "| first loss, ours - hand-written (relative) | "
+        f"{abs(losses[0] - losses[1]) / losses[1]:.1e} | |",
     ]
     print("\n".join(lines))
     if options.out:

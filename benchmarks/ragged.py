@@ -1,13 +1,17 @@
-"""Real text of uneven length: our updates against those of the trainers that people use, on the same samples.
+"""Real text of uneven length: our updates against those of the trainers that people use, on the
+same samples.
 
-    python benchmarks/ragged.py [--data FILE.jsonl] [--model DIR] [--k 8 16] [--updates 12] [--peers trainer grouped trl]
+    python benchmarks/ragged.py [--data FILE.jsonl] [--model DIR] [--k 8 16] [--updates 12] [--peers
+    trainer grouped trl]
                                 [--max-tokens 4096] [--compile]
 
-Every loop trains an equal model with AdamW and clipping, B = 8. `trainer` is `transformers.Trainer` as documented, `grouped` the
-same with its length grouping, `trl` TRL's SFTTrainer, `eager` our own without `--compile`. All but `grouped`, whose order is its own, get the samples of each update
-in the same order, so that each pair of updates compares the same work. Updates are timed in turn in one process, the first of
-each pair alternating; the figure is the median of the pairs' ratios, in samples per second. Without --data the rows are the
-documentation strings that Python carries; without --model a Llama of 5M parameters. Their memory: `benchmarks/memory.py`.
+Every loop trains an equal model with AdamW and clipping, B = 8. `trainer` is `transformers.Trainer`
+as documented, `grouped` the same with its length grouping, `trl` TRL's SFTTrainer, `eager` our own
+without `--compile`. All but `grouped`, whose order is its own, get the samples of each update in
+the same order, so that each pair of updates compares the same work. Updates are timed in turn in
+one process, the first of each pair alternating; the figure is the median of the pairs' ratios, in
+samples per second. Without --data the rows are the documentation strings that Python carries;
+without --model a Llama of 5M parameters. Their memory: `benchmarks/memory.py`.
 """
 
 from __future__ import annotations
@@ -27,10 +31,10 @@ from typing import Any
 import torch
 
 from accum_trainer import Accumulator, TrainConfig, causal_lm_loss
-from accum_trainer.assemble import load_rows
-from accum_trainer.data.collating import PaddingCollator
 from accum_trainer.data.tokenizing import TokenizedRows
-from accum_trainer.model import compile_blocks, load_model, load_tokenizer
+from accum_trainer.lm.model import compile_blocks, load_model, load_tokenizer
+from accum_trainer.sources.collating import PaddingCollator
+from accum_trainer.train.setup import load_rows
 from accum_trainer.window_plan import Cost, Cut, global_order
 from benchmarks.overhead import KEEP_FREED_MEMORY
 
@@ -45,19 +49,36 @@ CPU_COST = Cost(fixed=32.0, square=1e-3)
 
 
 def load(options: argparse.Namespace) -> tuple[torch.nn.Module, Any, TokenizedRows]:
-    config = TrainConfig(model=options.model or "tiny", dataset_file=options.data, max_seq_len=options.max_seq_len)
+    config = TrainConfig(
+        model=options.model or "tiny", dataset_file=options.data, max_seq_len=options.max_seq_len
+    )
     tokenizer = load_tokenizer(config)
     rows = load_rows(config, tokenizer)[0]
     torch.manual_seed(0)
-    return (load_model(config, tokenizer) if options.model else five_million(tokenizer)), tokenizer, rows
+    return (
+        (load_model(config, tokenizer) if options.model else five_million(tokenizer)),
+        tokenizer,
+        rows,
+    )
 
 
 def five_million(tokenizer: Any) -> torch.nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 5, "num_attention_heads": 4}
-    special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=2048, use_cache=False, **sizes, **special)
+    sizes = {
+        "hidden_size": 256,
+        "intermediate_size": 688,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+    }
+    special = {
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=2048, use_cache=False, **sizes, **special
+    )
     return LlamaForCausalLM(config)
 
 
@@ -69,15 +90,21 @@ def ours(
     order: list[int],
     max_tokens: int | None = None,
 ) -> Iterator[int]:
-    """One update per `next`; how many tokens it had. Micro-batches of B samples, or of so many tokens."""
+    """One update per `next`; how many tokens it had. Micro-batches of B samples, or of so many
+    tokens."""
     acc = Accumulator(
-        micro_batch_size=None if max_tokens else B, global_batch_size=B * k, max_grad_norm=MAX_NORM, cpu=True
+        micro_batch_size=None if max_tokens else B,
+        global_batch_size=B * k,
+        max_grad_norm=MAX_NORM,
+        cpu=True,
     )
     model, optimizer = acc.prepare(model, torch.optim.AdamW(model.parameters(), lr=LR, fused=True))
     chosen = Chosen(rows, order)
     collate = PaddingCollator(tokenizer.pad_token_id or 0)
     cut = Cut(None if max_tokens else B, max_tokens, cost=CPU_COST)
-    windows = acc.windows(chosen, collate_fn=collate, lengths=chosen.lengths, shuffle=False, cut=cut, prefetch=True)
+    windows = acc.windows(
+        chosen, collate_fn=collate, lengths=chosen.lengths, shuffle=False, cut=cut, prefetch=True
+    )
     for window in windows:
         for batch in window:
             with acc.accumulate(model):
@@ -110,7 +137,8 @@ def trainer(
     logged: list[dict[str, float]] | None = None,
     **arguments: Any,
 ) -> Iterator[int]:
-    """A Trainer that makes one update per `next`: it runs in a thread and waits in a callback between updates.
+    """A Trainer that makes one update per `next`: it runs in a thread and waits in a callback
+    between updates.
 
     Args:
         logged: takes what it logs, one update late.
@@ -205,9 +233,13 @@ def timed(loop: Iterator[int]) -> tuple[float, int]:
 
 
 def compare(
-    first: Callable[[], Iterator[int]], second: Callable[[], Iterator[int]], updates: int, same_samples: bool
+    first: Callable[[], Iterator[int]],
+    second: Callable[[], Iterator[int]],
+    updates: int,
+    same_samples: bool,
 ) -> tuple[float, str]:
-    """Speed of the first over that of the second, and the quartiles where each pair of updates compares the same samples."""
+    """Speed of the first over that of the second, and the quartiles where each pair of updates
+    compares the same samples."""
     loops = first(), second()
     for loop in loops:
         next(loop)  # the first update allocates
@@ -218,7 +250,9 @@ def compare(
             pairs[-1][which] = timed(loops[which])
     if not same_samples:
         seconds, tokens = ([[one[i] for one in pair] for pair in pairs] for i in (0, 1))
-        speeds = [sum(t[which] for t in tokens) / sum(s[which] for s in seconds) for which in (0, 1)]
+        speeds = [
+            sum(t[which] for t in tokens) / sum(s[which] for s in seconds) for which in (0, 1)
+        ]
         return speeds[0] / speeds[1], "of all together"
     ratios = [theirs[0] / mine[0] for mine, theirs in pairs]
     low, median, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
@@ -244,20 +278,32 @@ def make_loop(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", help="rows for training; default: the embedded corpus")
-    parser.add_argument("--model", help="a folder that from_pretrained loads; default: a Llama of 5M parameters")
+    parser.add_argument(
+        "--model", help="a folder that from_pretrained loads; default: a Llama of 5M parameters"
+    )
     parser.add_argument("--k", type=int, nargs="+", default=[8, 16])
     parser.add_argument("--updates", type=int, default=12)
     parser.add_argument("--max-seq-len", type=int, default=512)
     parser.add_argument("--peers", nargs="+", choices=LABELS, default=["trainer", "grouped", "trl"])
-    parser.add_argument("--max-tokens", type=int, help="cut ours by tokens instead of B; B x 512 needs no more memory")
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        help="cut ours by tokens instead of B; B x 512 needs no more memory",
+    )
     parser.add_argument("--compile", action="store_true", help="compile our blocks")
-    parser.add_argument("--uniform", action="store_true", help="only rows of one length: what sorting cannot help")
+    parser.add_argument(
+        "--uniform", action="store_true", help="only rows of one length: what sorting cannot help"
+    )
     parser.add_argument("--out")
     options = parser.parse_args()
 
-    if os.environ.get("MALLOC_TRIM_THRESHOLD_") is None:  # read when a process starts, so start again
+    if (
+        os.environ.get("MALLOC_TRIM_THRESHOLD_") is None
+    ):  # read when a process starts, so start again
         os.execve(
-            sys.executable, [sys.executable, "-m", "benchmarks.ragged", *sys.argv[1:]], os.environ | KEEP_FREED_MEMORY
+            sys.executable,
+            [sys.executable, "-m", "benchmarks.ragged", *sys.argv[1:]],
+            os.environ | KEEP_FREED_MEMORY,
         )
 
     model, tokenizer, rows = load(options)
@@ -265,8 +311,10 @@ def main() -> None:
     what += f", at most {options.max_tokens} tokens at a time" if options.max_tokens else ""
     lines = [
         f"{options.data or 'embedded corpus'}, {options.model or 'Llama of 5M'} "
-        f"({sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters), B={B}, CPU, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, {platform.machine()}, {options.updates} interleaved pairs of updates",
+        f"({sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters), B={B}, CPU, "
+        f"{torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}, {platform.machine()}, {options.updates} interleaved pairs of "
+        "updates",
         "",
         f"| samples per second, {what}, over | K | median | quartiles |",
         "|---|---|---|---|",
@@ -277,10 +325,15 @@ def main() -> None:
         for peer in options.peers:
 
             def start(which: str, k: int = k, order: list[int] = order) -> Iterator[int]:
-                return make_loop(which, copy.deepcopy(model), tokenizer, rows, k, order, options.max_tokens)
+                return make_loop(
+                    which, copy.deepcopy(model), tokenizer, rows, k, order, options.max_tokens
+                )
 
             ratio, spread = compare(
-                lambda: start(first), lambda peer=peer: start(peer), options.updates, peer != "grouped"
+                lambda: start(first),
+                lambda peer=peer: start(peer),
+                options.updates,
+                peer != "grouped",
             )
             lines.append(f"| {LABELS[peer]} | {k} | {ratio:.2f} | {spread} |")
             print(lines[-1], file=sys.stderr)

@@ -1,17 +1,21 @@
-"""What a window costs before it is trained: planning it, and making one rank's micro-batches, by B_eff and W.
+"""What a window costs before it is trained: planning it, and making one rank's micro-batches, by
+B_eff and W.
 
-    python benchmarks/scaling.py [--sizes 64 4096] [--ranks 1 8] [--out FILE.md]     (about 5 minutes)
+    python benchmarks/scaling.py [--sizes 64 4096] [--ranks 1 8] [--out FILE.md] (about 5 minutes)
 
-No process is started: a plan needs the lengths and W, and rank 0's part is made here as it would be there. Lengths are skewed as
-instruction data are: log-normal, median 90 tokens, 99th percentile 1,700, at most 2,048.
+No process is started: a plan needs the lengths and W, and rank 0's part is made here as it would be
+there. Lengths are skewed as instruction data are: log-normal, median 90 tokens, 99th percentile
+1,700, at most 2,048.
 
-Planning is `Cut(...).deal`, which every rank does for the whole window. Milliseconds are the least of several runs, on whatever
-else the machine does; beside them stands how many times a stable argsort of the same lengths (numpy, timed between the runs) they
-are, which another machine can compare with. The exponent p says how the time grows, as B_eff**p or W**p: 1 is linear, 2 quadratic.
+Planning is `Cut(...).deal`, which every rank does for the whole window. Milliseconds are the least
+of several runs, on whatever else the machine does; beside them stands how many times a stable
+argsort of the same lengths (numpy, timed between the runs) they are, which another machine can
+compare with. The exponent p says how the time grows, as B_eff**p or W**p: 1 is linear, 2 quadratic.
 
-Making micro-batches is one window of `PlannedSource` with the padding collator, planning included, against K x B samples of a
-DataLoader with a plain sampler (`RandomSampler`, or `DistributedSampler` where W > 1), the same data set and collator: medians of
-pairs in turn. A data set in memory, whose rows cost almost nothing, is where planning weighs most.
+Making micro-batches is one window of `PlannedSource` with the padding collator, planning included,
+against K x B samples of a DataLoader with a plain sampler (`RandomSampler`, or `DistributedSampler`
+where W > 1), the same data set and collator: medians of pairs in turn. A data set in memory, whose
+rows cost almost nothing, is where planning weighs most.
 """
 
 from __future__ import annotations
@@ -33,8 +37,8 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
 from accum_trainer import BatchPlan
-from accum_trainer.data.collating import PaddingCollator
-from accum_trainer.data.windows import PlannedSource
+from accum_trainer.sources.collating import PaddingCollator
+from accum_trainer.sources.dataset import PlannedSource
 from accum_trainer.window_plan import Cut
 
 SIZES = (64, 256, 1024, 4096, 16384, 65536)
@@ -53,7 +57,8 @@ TOO_LONG_SEC = 2.0  # larger windows of a kind that took this long are left out
 
 
 def skewed_lengths(count: int, seed: int = 0) -> np.ndarray:
-    """Tokens of `count` samples; sigma from ln(1700 / 90) / 2.326, the normal distribution's 99th percentile."""
+    """Tokens of `count` samples; sigma from ln(1700 / 90) / 2.326, the normal distribution's 99th
+    percentile."""
     drawn = np.random.RandomState(seed).normal(math.log(90), math.log(1700 / 90) / 2.326, count)
     return np.clip(np.exp(drawn), 4, LONGEST).astype(np.int64)
 
@@ -100,7 +105,8 @@ def memory(cut: Cut, size: int, world_size: int) -> tuple[int, int]:
 
 def plan_tables(sizes: list[int], ranks: list[int]) -> list[str]:
     lines = [
-        f"| cut | B_eff | {' | '.join(f'W={w:,}, ms (x argsort)' for w in ranks)} | p in W, last two |",
+        f"| cut | B_eff | {' | '.join(f'W={w:,}, ms (x argsort)' for w in ranks)} | p in W, last "
+        "two |",
         f"|---|---|{'---|' * (len(ranks) + 1)}",
     ]
     verdicts = []
@@ -130,7 +136,10 @@ def plan_tables(sizes: list[int], ranks: list[int]) -> list[str]:
         lines.append(f"| {name} | p in B_eff, last two | {' | '.join(cells)} | |")
     if PROMISED in sizes:
         said = f"over it: {'; '.join(verdicts)}" if verdicts else "met by every cut and W above"
-        lines += ["", f"Promised: B_eff = {PROMISED:,} planned in under {PROMISED_MS:.0f} ms; {said}."]
+        lines += [
+            "",
+            f"Promised: B_eff = {PROMISED:,} planned in under {PROMISED_MS:.0f} ms; {said}.",
+        ]
     return lines
 
 
@@ -153,7 +162,10 @@ def memory_table(sizes: list[int], ranks: list[int]) -> list[str]:
         for size in sizes:
             cells = []
             for w in ends:
-                if seconds(lambda n=size, w=w, cut=CUTS[name]: cut.deal(skewed_lengths(n), w)) > TOO_LONG_SEC:  # type: ignore[misc]
+                if (
+                    seconds(lambda n=size, w=w, cut=CUTS[name]: cut.deal(skewed_lengths(n), w))
+                    > TOO_LONG_SEC
+                ):  # type: ignore[misc]
                     cells.append("not run")
                     continue
                 kept, peak = memory(CUTS[name], size, w)
@@ -182,8 +194,8 @@ class Rows:
 
 
 def loaded(cut: Cut, size: int, world_size: int, pairs: int) -> dict[str, float]:
-    """Medians over windows of `size` samples, in seconds: rank 0's part, its plan alone, and a plain loader's K x B samples;
-    and the bytes that the part holds."""
+    """Medians over windows of `size` samples, in seconds: rank 0's part, its plan alone, and a
+    plain loader's K x B samples; and the bytes that the part holds."""
     lengths = skewed_lengths((pairs + 1) * size)
     rows = Rows(lengths)
     k = size // (B * world_size)
@@ -225,30 +237,42 @@ def loaded(cut: Cut, size: int, world_size: int, pairs: int) -> dict[str, float]
             took.append((mine, seconds(lambda w=window: cut.deal(w, world_size)), other))  # type: ignore[misc]
     mine, plan, other = (statistics.median(column) for column in zip(*took, strict=True))
     ratio = statistics.median(mine / other for mine, _, other in took)
-    return {"ours": mine, "plan": plan, "plain": other, "ratio": ratio, "held": statistics.median(held)}
+    return {
+        "ours": mine,
+        "plan": plan,
+        "plain": other,
+        "ratio": ratio,
+        "held": statistics.median(held),
+    }
 
 
 def loader_table(sizes: list[int], ranks: list[int]) -> list[str]:
     lines = [
-        "| cut | B_eff | W | K | rank 0's window, ms | of it planning | plain DataLoader, ms | ratio | held for the window, MB |",
+        "| cut | B_eff | W | K | rank 0's window, ms | of it planning | plain DataLoader, ms | "
+        "ratio | held for the window, MB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, size, w in _loader_cells(sizes, ranks):
         found = loaded(CUTS[name], size, w, pairs=4 if size >= 16384 else 9)
         ours, plan, plain = (milliseconds(found[key]) for key in ("ours", "plan", "plain"))
         lines.append(
-            f"| {name} | {size:,} | {w:,} | {size // (B * w):,} | {ours} | {plan} | {plain} | {found['ratio']:.2f} "
+            f"| {name} | {size:,} | {w:,} | {size // (B * w):,} | {ours} | {plan} | {plain} | "
+            f"{found['ratio']:.2f} "
             f"| {found['held'] / 1e6:.2f} |"
         )
     return lines
 
 
 def _loader_cells(sizes: list[int], ranks: list[int]) -> Iterator[tuple[str, int, int]]:
-    """Windows that fill each rank with a micro-batch of B, and are planned in a time that can be waited for."""
+    """Windows that fill each rank with a micro-batch of B, and are planned in a time that can be
+    waited for."""
     for name in LOADED:
         for size in sizes:
             for w in ranks:
-                if size % (B * w) == 0 and seconds(lambda n=size, w=w, c=CUTS[name]: c.deal(skewed_lengths(n), w)) < 1:  # type: ignore[misc]
+                if (
+                    size % (B * w) == 0
+                    and seconds(lambda n=size, w=w, c=CUTS[name]: c.deal(skewed_lengths(n), w)) < 1
+                ):  # type: ignore[misc]
                     yield name, size, w
 
 
@@ -263,16 +287,23 @@ def main() -> None:
     tables = {
         "Time to plan a window, the same on every rank:": plan_tables(sizes, ranks),
         "Memory of a plan:": memory_table(sizes, ranks),
-        "Time to make rank 0's micro-batches of a window, planning included:": loader_table(sizes, ranks),
+        "Time to make rank 0's micro-batches of a window, planning included:": loader_table(
+            sizes, ranks
+        ),
     }
     loads.append(os.getloadavg()[0])
     quiet = (
-        "quiet" if max(loads) < 1.5 else "not quiet: milliseconds are of little worth, ratios and exponents hold better"
+        "quiet"
+        if max(loads) < 1.5
+        else "not quiet: milliseconds are of little worth, ratios and exponents hold better"
     )
     lines = [
-        f"Planning and making windows: skewed lengths (log-normal, median 90, p99 1,700, at most {LONGEST:,} tokens), one thread, CPU, "
-        f"{platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}, torch {torch.__version__}. Load of the machine "
-        f"{loads[0]:.1f} at the start and {loads[1]:.1f} at the end on {os.cpu_count()} cores ({quiet})",
+        "Planning and making windows: skewed lengths (log-normal, median 90, p99 1,700, at most "
+        f"{LONGEST:,} tokens), one thread, CPU, "
+        f"{platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}, torch "
+        f"{torch.__version__}. Load of the machine "
+        f"{loads[0]:.1f} at the start and {loads[1]:.1f} at the end on {os.cpu_count()} cores "
+        f"({quiet})",
     ]
     for title, table in tables.items():
         lines += ["", title, "", *table]

@@ -1,20 +1,23 @@
-"""Bytes and collectives of one update: every engine, policy and K, full and LoRA, beside the peers in the same run.
+"""Bytes and collectives of one update: every engine, policy and K, full and LoRA, beside the peers
+in the same run.
 
-    python benchmarks/traffic.py [--engines ddp zero2] [--out FILE.md]     (about 4 minutes on 2 cores)
+    python benchmarks/traffic.py [--engines ddp zero2] [--out FILE.md] (about 4 minutes on 2 cores)
 
-Two processes train a small Llama over gloo on the CPU; the fourth update is recorded. Each collective passes torch's dispatcher as a
-`c10d::` operator with its tensors, whoever asked for it and however: Python, the reducer in C++ that DDP runs inside the
-backward, DeepSpeed, asynchronous or not. The profiler notes them. Before anything is measured it is held against collectives of
-known sizes, and against what a communication hook of DDP is handed. Where the kernel lends a network namespace (Linux with
-`unshare`), the bytes that really pass the loopback interface are compared with what gloo's algorithms send for the collectives
-counted: one unseen would be too much there.
+Two processes train a small Llama over gloo on the CPU; the fourth update is recorded. Each
+collective passes torch's dispatcher as a `c10d::` operator with its tensors, whoever asked for it
+and however: Python, the reducer in C++ that DDP runs inside the backward, DeepSpeed, asynchronous
+or not. The profiler notes them. Before anything is measured it is held against collectives of known
+sizes, and against what a communication hook of DDP is handed. Where the kernel lends a network
+namespace (Linux with `unshare`), the bytes that really pass the loopback interface are compared
+with what gloo's algorithms send for the collectives counted: one unseen would be too much there.
 
-Counted are the bytes of the buffer that is reduced or gathered, as one process sees it (what a ring sends for it: 2 (W-1)/W of an
-all-reduced buffer, (W-1)/W of one that is gathered or reduced-and-scattered):
+Counted are the bytes of the buffer that is reduced or gathered, as one process sees it (what a ring
+sends for it: 2 (W-1)/W of an all-reduced buffer, (W-1)/W of one that is gathered or
+reduced-and-scattered):
 
     gradients   float32 buffers that are reduced
     weights     float32 buffers that are gathered
-    other       counts, losses and norms (float64, or one number), and the buffers (rotary frequencies) that DDP sends around
+    other       counts, losses and norms (float64, or one number), and the buffers that DDP sends
 
 What must hold is asserted: see `expected_gradient`.
 """
@@ -50,7 +53,8 @@ PEERS = {"accelerate": "accelerate `accumulate()`, DDP"} | {
 }
 PEER_OF = {"ddp": "accelerate", "zero1": "deepspeed1", "zero2": "deepspeed2", "zero3": "deepspeed3"}
 KS = (1, 2, 8)
-# Weights below it stay whole under ZeRO-3: DeepSpeed's default, 100,000 numbers, would keep this whole model.
+# Weights below it stay whole under ZeRO-3: DeepSpeed's default, 100,000 numbers, would keep this
+# whole model.
 PERSISTENT = 1000
 
 
@@ -73,7 +77,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Collective:
-    """One operator and its whole buffer: what is reduced, or what all ranks hold after gathering."""
+    """One operator and its whole buffer: what is reduced, or what all ranks hold after
+    gathering."""
 
     name: str
     dtype: str
@@ -91,7 +96,8 @@ class Collective:
 
     @property
     def on_the_wire(self) -> float:
-        """What gloo sends for it, all processes together: it reduces-and-scatters by reducing to all."""
+        """What gloo sends for it, all processes together: it reduces-and-scatters by reducing to
+        all."""
         if _OPERATORS[self.name].reduces:
             return 2 * (W - 1) * self.bytes
         return (W - 1) * self.bytes
@@ -106,8 +112,9 @@ class _Operator:
     reduces: bool = False
 
 
-# An operator that is not here stops the benchmark: nothing passes unseen. A list of tensors to gather into, or to scatter
-# from, is not recorded by the profiler; then the one tensor that is, is one of W.
+# An operator that is not here stops the benchmark: nothing passes unseen. A list of tensors to
+# gather into, or to scatter from, is not recorded by the profiler; then the one tensor that is, is
+# one of W.
 _OPERATORS = {
     "allreduce_": _Operator(0, reduces=True),
     "allreduce_coalesced_": _Operator(0, reduces=True),
@@ -124,17 +131,22 @@ _OPERATORS = {
 
 
 class Recorder:
-    """`with Recorder() as seen: ...`, then `seen.collectives`: all of this process, in the order they were asked for."""
+    """`with Recorder() as seen: ...`, then `seen.collectives`: all of this process, in the order
+    they were asked for."""
 
     def __enter__(self) -> Recorder:
-        self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True)
+        self._profile = torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True
+        )
         self._profile.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._profile.stop()
         events = _operators(self._profile.profiler.kineto_results.experimental_event_tree())
-        self.collectives = [_collective(event) for event in sorted(events, key=lambda event: event.start_time_ns)]
+        self.collectives = [
+            _collective(event) for event in sorted(events, key=lambda event: event.start_time_ns)
+        ]
 
 
 def _operators(events: list[Any]) -> Iterator[Any]:
@@ -151,7 +163,9 @@ def _operators(events: list[Any]) -> Iterator[Any]:
 def _collective(event: Any) -> Collective:
     name = event.name.removeprefix("c10d::")
     if name not in _OPERATORS:
-        raise RuntimeError(f"{event.name} is not among the operators that this benchmark counts; add it")
+        raise RuntimeError(
+            f"{event.name} is not among the operators that this benchmark counts; add it"
+        )
     operator = _OPERATORS[name]
     value = event.extra_fields.inputs[operator.argument]
     tensors = value if isinstance(value, list) else [value]
@@ -160,7 +174,8 @@ def _collective(event: Any) -> Collective:
 
 
 def check_counting() -> None:
-    """Collectives of known sizes are counted as they are, and DDP's as its communication hook is handed them."""
+    """Collectives of known sizes are counted as they are, and DDP's as its communication hook is
+    handed them."""
     import torch.distributed as dist
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
     from torch.nn.parallel import DistributedDataParallel
@@ -172,13 +187,21 @@ def check_counting() -> None:
         dist.reduce_scatter_tensor(zeros(4), zeros(4 * W))
         dist.reduce_scatter(zeros(3), [zeros(3) for _ in range(W)])
         dist.all_gather_into_tensor(zeros(6 * W), zeros(6))
-        dist.all_gather([zeros(5, dtype=torch.float64) for _ in range(W)], zeros(5, dtype=torch.float64))
+        dist.all_gather(
+            [zeros(5, dtype=torch.float64) for _ in range(W)], zeros(5, dtype=torch.float64)
+        )
         dist.broadcast(zeros(11), 0)
         with dist._coalescing_manager(async_ops=True) as together:
             dist.all_reduce(zeros(13))
             dist.all_reduce(zeros(14))
         together.wait()
-    sizes = [("float32", 7), ("bfloat16", 9), ("float32", 4 * W), ("float32", 3 * W), ("float32", 6 * W)]
+    sizes = [
+        ("float32", 7),
+        ("bfloat16", 9),
+        ("float32", 4 * W),
+        ("float32", 3 * W),
+        ("float32", 6 * W),
+    ]
     sizes += [("float64", 5 * W), ("float32", 11), ("float32", 27)]
     assert [(c.dtype, c.numbers) for c in seen.collectives] == sizes, seen.collectives
 
@@ -188,7 +211,8 @@ def check_counting() -> None:
         handed.append(bucket.buffer().numel())
         return allreduce_hook(state, bucket)
 
-    # 5 x 3 + 3 = 18 numbers, and 3 x 1000 + 1000; buckets of a few hundred bytes are two from the second exchange on.
+    # 5 x 3 + 3 = 18 numbers, and 3 x 1000 + 1000; buckets of a few hundred bytes are two from the
+    # second exchange on.
     layers = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Linear(3, 1000))
     model = DistributedDataParallel(layers, bucket_cap_mb=0.0002)
     model.register_comm_hook(None, hook)
@@ -223,16 +247,19 @@ def make_model(lora: bool) -> torch.nn.Module:
     if lora:
         from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(model, LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
+        model = get_peft_model(
+            model, LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+        )
     return model
 
 
 def expected_gradient(case: Case, shapes: list[torch.Size]) -> int:
     """Bytes of gradient that an update must exchange; `shapes` of the trained parameters.
 
-    Once, or K times where each micro-batch is reduced. A buffer that is scattered is padded so that each process has as much:
-    FSDP2 pads each parameter's rows to a multiple of W, ZeRO-3 each parameter's numbers. DDP, ZeRO-1 and ZeRO-2 pad nothing
-    there (ZeRO-1 and 2 pad the flat weights that they gather after the step to a multiple of 2 W).
+    Once, or K times where each micro-batch is reduced. A buffer that is scattered is padded so that
+    each process has as much: FSDP2 pads each parameter's rows to a multiple of W, ZeRO-3 each
+    parameter's numbers. DDP, ZeRO-1 and ZeRO-2 pad nothing there (ZeRO-1 and 2 pad the flat weights
+    that they gather after the step to a multiple of 2 W).
     """
     if case.engine == "fsdp2":
         numbers = sum(-(-s[0] // W) * W * math.prod(s[1:]) for s in shapes)
@@ -248,7 +275,9 @@ def expected_gradient(case: Case, shapes: list[torch.Size]) -> int:
 
 
 def _zero(stage: int) -> dict[str, Any]:
-    return {"stage": stage} | ({"stage3_param_persistence_threshold": PERSISTENT} if stage == 3 else {})
+    return {"stage": stage} | (
+        {"stage3_param_persistence_threshold": PERSISTENT} if stage == 3 else {}
+    )
 
 
 def _optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -303,7 +332,9 @@ def with_accelerate(case: Case, model: torch.nn.Module) -> Callable[[], None]:
 
     accelerator = Accelerator(gradient_accumulation_steps=case.k, cpu=True)
     assert accelerator.num_processes == W
-    model, optimizer, loader = accelerator.prepare(model, _optimizer(model), DataLoader(_rows(case), BATCH))
+    model, optimizer, loader = accelerator.prepare(
+        model, _optimizer(model), DataLoader(_rows(case), BATCH)
+    )
     batches = iter(loader)
 
     def update() -> None:
@@ -343,11 +374,18 @@ def with_deepspeed(case: Case, model: torch.nn.Module) -> Callable[[], None]:
 
 
 def measure(case: Case, wire: bool) -> dict[str, Any]:
-    """Train here and count the fourth update: every engine has settled (DDP orders its buckets, ZeRO-3 watches)."""
+    """Train here and count the fourth update: every engine has settled (DDP orders its buckets,
+    ZeRO-3 watches)."""
     model = make_model(case.lora)
     trained = [p.shape for p in model.parameters() if p.requires_grad]
     weights = 4 * sum(p.numel() for p in model.parameters())
-    loop = ours if not case.is_peer else with_accelerate if case.engine == "accelerate" else with_deepspeed
+    loop = (
+        ours
+        if not case.is_peer
+        else with_accelerate
+        if case.engine == "accelerate"
+        else with_deepspeed
+    )
     update = loop(case, model)
     for _ in range(3):
         update()
@@ -369,12 +407,17 @@ def measure(case: Case, wire: bool) -> dict[str, Any]:
 
 
 def _loopback(wire: bool) -> int:
-    """Bytes that have left over the loopback interface, all processes together, once none is on its way."""
+    """Bytes that have left over the loopback interface, all processes together, once none is on its
+    way."""
     if not wire:
         return 0
     torch.distributed.barrier()
     time.sleep(0.05)
-    line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
+    line = next(
+        line
+        for line in Path("/proc/net/dev").read_text().splitlines()
+        if line.strip().startswith("lo:")
+    )
     sent = int(line.split(":")[1].split()[8])
     time.sleep(0.05)
     return sent
@@ -404,8 +447,18 @@ def worker(out: str, wire: bool, cases: list[Case]) -> None:
 
 @functools.cache
 def own_network() -> tuple[str, ...]:
-    """Command to run something in a network of its own, where nobody else's bytes pass; empty where there is none."""
-    prefix = ("unshare", "--user", "--map-root-user", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
+    """Command to run something in a network of its own, where nobody else's bytes pass; empty where
+    there is none."""
+    prefix = (
+        "unshare",
+        "--user",
+        "--map-root-user",
+        "--net",
+        "sh",
+        "-c",
+        'ip link set lo up && exec "$@"',
+        "sh",
+    )
     try:
         usable = subprocess.run([*prefix, "true"], capture_output=True, timeout=20).returncode == 0
     except (OSError, subprocess.TimeoutExpired):
@@ -414,17 +467,29 @@ def own_network() -> tuple[str, ...]:
 
 
 def launch(cases: list[Case], wire: bool = False) -> dict[Case, dict[str, Any]]:
-    """Measure the cases in one launch of two processes; `wire` also counts the bytes on the network interface."""
-    # DeepSpeed puts a linear function of its own in torch's place when it first builds ZeRO-3: that goes last.
+    """Measure the cases in one launch of two processes; `wire` also counts the bytes on the network
+    interface."""
+    # DeepSpeed puts a linear function of its own in torch's place when it first builds ZeRO-3: that
+    # goes last.
     ordered = sorted(cases, key=lambda case: case.engine[-1] == "3")
     launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    env = {n: v for n, v in os.environ.items() if n not in launchers and not n.startswith("ACCELERATE_")}
+    env = {
+        n: v
+        for n, v in os.environ.items()
+        if n not in launchers and not n.startswith("ACCELERATE_")
+    }
     env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     if wire:
         env["GLOO_SOCKET_IFNAME"] = "lo"
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "measured.json"
-        command = [*(own_network() if wire else ()), sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command = [
+            *(own_network() if wire else ()),
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+        ]
         command += [f"--nproc_per_node={W}", __file__, "--measure", str(out), str(int(wire))]
         command += [json.dumps(vars(case)) for case in ordered]
         finished = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -437,7 +502,8 @@ def launch(cases: list[Case], wire: bool = False) -> dict[Case, dict[str, Any]]:
 
 
 def multiple(part: float, whole: float) -> str:
-    """`1` where it is exactly one, else four digits, or as many as tell it from a whole number: `14.59`, `1.00003`."""
+    """`1` where it is exactly one, else four digits, or as many as tell it from a whole number:
+    `14.59`, `1.00003`."""
     if part % whole == 0:
         return str(int(part // whole))
     return next(text for digits in range(4, 18) if "." in (text := f"{part / whole:.{digits}g}"))
@@ -450,7 +516,8 @@ def tables(results: dict[Case, dict[str, Any]]) -> list[str]:
     ks = " / ".join(map(str, KS))
     engines = [engine for engine in ENGINES if Case(engine) in results]
     lines = [
-        f"| engine | trains | policy | gradients, x trained bytes, K = {ks} | collectives | weights gathered, x the model's bytes | collectives | other, bytes | collectives |",
+        f"| engine | trains | policy | gradients, x trained bytes, K = {ks} | collectives | "
+        "weights gathered, x the model's bytes | collectives | other, bytes | collectives |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for engine in engines:
@@ -459,12 +526,19 @@ def tables(results: dict[Case, dict[str, Any]]) -> list[str]:
                 found = of(engine, lora, policy)
                 cells = [engine, "LoRA r=8" if lora else "all", policy]
                 for kind, unit in (("gradients", "trained"), ("weights", "all"), ("other", "")):
-                    sizes = [multiple(f[kind]["bytes"], f[unit]) if unit else str(f[kind]["bytes"]) for f in found]
-                    cells += [" / ".join(sizes), " / ".join(str(f[kind]["collectives"]) for f in found)]
+                    sizes = [
+                        multiple(f[kind]["bytes"], f[unit]) if unit else str(f[kind]["bytes"])
+                        for f in found
+                    ]
+                    cells += [
+                        " / ".join(sizes),
+                        " / ".join(str(f[kind]["collectives"]) for f in found),
+                    ]
                 lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        f"| peer, plain | trains | gradients, x trained bytes, K = {ks} | weights gathered, x the model's bytes | ours once-per-window / peer, gradients | ours / peer, all bytes |",
+        f"| peer, plain | trains | gradients, x trained bytes, K = {ks} | weights gathered, x the "
+        "model's bytes | ours once-per-window / peer, gradients | ours / peer, all bytes |",
         "|---|---|---|---|---|---|",
     ]
     for engine in (engine for engine in engines if engine in PEER_OF):
@@ -474,7 +548,11 @@ def tables(results: dict[Case, dict[str, Any]]) -> list[str]:
             cells.append(" / ".join(multiple(p["gradients"]["bytes"], p["trained"]) for p in peer))
             cells.append(" / ".join(multiple(p["weights"]["bytes"], p["all"]) for p in peer))
             pairs = list(zip(mine, peer, strict=True))
-            cells.append(" / ".join(f"{m['gradients']['bytes'] / p['gradients']['bytes']:.4g}" for m, p in pairs))
+            cells.append(
+                " / ".join(
+                    f"{m['gradients']['bytes'] / p['gradients']['bytes']:.4g}" for m, p in pairs
+                )
+            )
             cells.append(" / ".join(f"{_all_bytes(m) / _all_bytes(p):.4g}" for m, p in pairs))
             lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -494,9 +572,17 @@ def main() -> None:
         out, wire, *cases = options.measure
         worker(out, wire == "1", [Case(**json.loads(case)) for case in cases])
         return
-    kinds = [(engine, lora, policy) for engine in options.engines for lora in (False, True) for policy in (ONCE, EVERY)]
+    kinds = [
+        (engine, lora, policy)
+        for engine in options.engines
+        for lora in (False, True)
+        for policy in (ONCE, EVERY)
+    ]
     kinds += [
-        (PEER_OF[engine], lora, ONCE) for engine in options.engines if engine in PEER_OF for lora in (False, True)
+        (PEER_OF[engine], lora, ONCE)
+        for engine in options.engines
+        if engine in PEER_OF
+        for lora in (False, True)
     ]
     wire = bool(own_network())
     results = launch([Case(*kind, k) for kind in kinds for k in KS], wire)
@@ -504,22 +590,30 @@ def main() -> None:
     if wire:
         seen = [found["wire"] / 1e3 for found in results.values()]
         on_wire = (
-            "On the loopback interface of the run's own network passed what gloo sends for the collectives counted, and "
-            f"{statistics.median(seen):.1f} KB (median, at most {max(seen):.1f}) more for each: headers, acknowledgements, the launcher's heartbeat"
+            "On the loopback interface of the run's own network passed what gloo sends for the "
+            "collectives counted, and "
+            f"{statistics.median(seen):.1f} KB (median, at most {max(seen):.1f}) more for each: "
+            "headers, acknowledgements, the launcher's heartbeat"
         )
     else:
         on_wire = "No network namespace here: bytes on the interface were not compared"
     lines = [
-        f"Traffic of one update: buffers that one process hands to collectives. Llama, trained whole {sizes[False]:,} bytes of gradient, LoRA r={RANK} "
-        f"{sizes[True]:,}; float32, W={W} over gloo, CPU, {platform.machine()}, torch {version('torch')}, accelerate {version('accelerate')}, "
-        f"deepspeed {version('deepspeed')}, peft {version('peft')}. ZeRO-3 keeps weights below {PERSISTENT:,} numbers whole. {on_wire}. "
+        "Traffic of one update: buffers that one process hands to collectives. Llama, trained "
+        f"whole {sizes[False]:,} bytes of gradient, LoRA r={RANK} "
+        f"{sizes[True]:,}; float32, W={W} over gloo, CPU, {platform.machine()}, torch "
+        f"{version('torch')}, accelerate {version('accelerate')}, "
+        f"deepspeed {version('deepspeed')}, peft {version('peft')}. ZeRO-3 keeps weights below "
+        f"{PERSISTENT:,} numbers whole. {on_wire}. "
         f"{len(results)} cases, each asserted against what it must be.",
         "",
         *tables(results),
         "",
-        "Above 1 at once-per-window is padding to equal shards: FSDP2 pads each parameter's rows to a multiple of W, ZeRO-3 its numbers; "
-        "ZeRO-1 and ZeRO-2 reduce unpadded, and pad the flat weights that they gather to a multiple of 2 W. ZeRO-1 reduces at a window's end "
-        "whatever the policy. DeepSpeed has `coalesce_grad_reduction()` too, which is what once-per-window uses; the plain loop does not call it. "
+        "Above 1 at once-per-window is padding to equal shards: FSDP2 pads each parameter's rows "
+        "to a multiple of W, ZeRO-3 its numbers; "
+        "ZeRO-1 and ZeRO-2 reduce unpadded, and pad the flat weights that they gather to a "
+        "multiple of 2 W. ZeRO-1 reduces at a window's end "
+        "whatever the policy. DeepSpeed has `coalesce_grad_reduction()` too, which is what "
+        "once-per-window uses; the plain loop does not call it. "
         "accelerate has no FSDP2 on the CPU to compare with.",
     ]
     print("\n".join(lines))

@@ -1,9 +1,10 @@
-"""Two real processes that differ in one thing each time, one case after the other: what does each of them end with?
+"""Two real processes that differ in one thing each time, one case after the other: what does each
+of them end with?
 
 torchrun -m tests.apart FOLDER [CASE ...]
 
-Writes FOLDER/rankN.json: case -> {"status", "err"} and what the case adds. A case that ends a process for good is no case
-of this file: here all processes must come out of each case together.
+Writes FOLDER/rankN.json: case -> {"status", "err"} and what the case adds. A case that ends a
+process for good is no case of this file: here all processes must come out of each case together.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from typing import Any
 
 import torch
 
-from accum_trainer import assemble, checkpoint
 from accum_trainer.cli import main as command_line
-from accum_trainer.data import windows
-from accum_trainer.records import read_records
+from accum_trainer.sources import dataset as windows
+from accum_trainer.train import checkpoint
+from accum_trainer.train import setup as assemble
+from accum_trainer.train.records import read_records
 
 CASES: dict[str, Callable[[], dict[str, Any]]] = {}
 BASE = Path(sys.argv[1]) if __name__ == "__main__" else Path()
@@ -48,18 +50,32 @@ def own(name: str) -> Path:
 
 def rows(name: str = "rows.jsonl", num_rows: int = 24) -> Path:
     path = BASE / f"{rank()}-{name}"
-    path.write_text("".join(json.dumps({"text": f"{n} and {n + 1} " * (n % 5 + 1)}) + "\n" for n in range(num_rows)))
+    path.write_text(
+        "".join(
+            json.dumps({"text": f"{n} and {n + 1} " * (n % 5 + 1)}) + "\n" for n in range(num_rows)
+        )
+    )
     return path
 
 
 def run(*argv: object, **options: object) -> dict[str, Any]:
-    """`accum-trainer train` here, in this process among the others: its status and what it wrote to stderr."""
+    """`accum-trainer train` here, in this process among the others: its status and what it wrote to
+    stderr."""
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    given = {"dataset_file": rows(), "batch_size": 2, "gradient_accumulation_steps": 2, "lr": 0.01} | options
-    named = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    given = {
+        "dataset_file": rows(),
+        "batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "lr": 0.01,
+    } | options
+    named = [
+        word
+        for name, value in given.items()
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
     err, status = io.StringIO(), 0
     with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
         try:
@@ -104,9 +120,13 @@ def first_half() -> dict[str, Any]:
 @case
 def stale_listing() -> dict[str, Any]:
     """Rank 1 is not shown the newest checkpoint yet."""
-    with replaced(checkpoint, "list_checkpoints", lambda before: lambda folder: before(folder)[:1], on=1):
+    with replaced(
+        checkpoint, "list_checkpoints", lambda before: lambda folder: before(folder)[:1], on=1
+    ):
         found = run(output_dir=BASE / "run", steps=4, checkpoint_every=1, scheduler="constant")
-    return found | {"steps": [record["step"] for record in read_records(BASE / "run" / "metrics.jsonl")]}
+    return found | {
+        "steps": [record["step"] for record in read_records(BASE / "run" / "metrics.jsonl")]
+    }
 
 
 @case
@@ -164,7 +184,9 @@ def raising(error: Exception, call: int = 1) -> Callable[[Any], Any]:
 @case
 def data_file_missing_on_one() -> dict[str, Any]:
     return run(
-        output_dir=BASE / "missing", steps=1, dataset_file=BASE / "0-rows.jsonl" if rank() == 0 else "/no/rows.jsonl"
+        output_dir=BASE / "missing",
+        steps=1,
+        dataset_file=BASE / "0-rows.jsonl" if rank() == 0 else "/no/rows.jsonl",
     )
 
 
@@ -191,7 +213,9 @@ def main(*names: str) -> None:
     results = {}
     for name, function in CASES.items():
         if not names or name in names:
-            print(f"case {name}", file=sys.stderr, flush=True)  # one that hangs is the last one named
+            print(
+                f"case {name}", file=sys.stderr, flush=True
+            )  # one that hangs is the last one named
             results[name] = function()
             os.chdir(BASE)
     (BASE / f"rank{rank()}.json").write_text(json.dumps(results))

@@ -7,7 +7,8 @@ import os
 
 import pytest
 
-# Several processes share few cores: threads that wait for each other by spinning would slow down all. Before torch is imported.
+# Several processes share few cores: threads that wait for each other by spinning would slow down
+# all. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing here may reach a hub, and tokenizers must not warn about forks.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -42,7 +43,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def fresh_accelerate():
-    """accelerate keeps its state in the class: a test that builds an Accelerator must not inherit another's."""
+    """accelerate keeps its state in the class: a test that builds an Accelerator must not inherit
+    another's."""
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -54,7 +56,8 @@ def fresh_accelerate():
 
 @pytest.fixture
 def quick_collections():
-    """Memory that ran out is freed with a collection, which would go through all that was imported each time."""
+    """Memory that ran out is freed with a collection, which would go through all that was imported
+    each time."""
     gc.freeze()
     yield
     gc.unfreeze()

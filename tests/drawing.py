@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 from torch.utils.data import DataLoader, IterableDataset, Sampler, get_worker_info
 
 from accum_trainer import Accumulator, TrainConfig
-from accum_trainer.assemble import assemble
+from accum_trainer.train.setup import assemble
 
 SEEDS = (0, 1, 1 << 32)
 SIZE, B, B_EFF = 24, 2, 8
@@ -30,7 +30,9 @@ class Augmented:
         return SIZE
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.tensor([float(index), torch.rand(()).item(), np.random.rand(), random.random()])
+        return torch.tensor(
+            [float(index), torch.rand(()).item(), np.random.rand(), random.random()]
+        )
 
 
 class Shuffled(Sampler):
@@ -57,7 +59,9 @@ def fresh() -> None:
     GradientState._reset_state()
 
 
-def read(source: Any, position: dict[str, int] | None = None, **options: Any) -> list[list[list[float]]]:
+def read(
+    source: Any, position: dict[str, int] | None = None, **options: Any
+) -> list[list[list[float]]]:
     """This rank's samples of two epochs, or of the rest of the epoch of `position`, in the order
     of training."""
     fresh()

@@ -1,4 +1,5 @@
-"""Train where memory really runs out: the address space is limited, and a micro-batch of 16 does not fit into it.
+"""Train where memory really runs out: the address space is limited, and a micro-batch of 16 does
+not fit into it.
 
 python -m tests.exhausting
 """
@@ -27,11 +28,18 @@ class Wide(torch.nn.Module):
 
 
 def train(model: Wide, x: torch.Tensor) -> dict[str, float]:
-    """Gradient of mean over samples of sum(relu(x w)^2): 2 relu(x w) x, by hand; one update per 16 samples."""
-    exact = sum(2 * (s.double() * model.weight.detach().double()).relu() * s.double() for s in x) / len(x)
+    """Gradient of mean over samples of sum(relu(x w)^2): 2 relu(x w) x, by hand; one update per 16
+    samples."""
+    exact = sum(
+        2 * (s.double() * model.weight.detach().double()).relu() * s.double() for s in x
+    ) / len(x)
     acc = Accumulator(micro_batch_size=16, global_batch_size=16, cpu=True)
     model, optimizer = acc.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
-    window = next(iter(acc.windows(TensorDataset(x), shuffle=False, count_targets=lambda batch: len(batch[0]))))
+    window = next(
+        iter(
+            acc.windows(TensorDataset(x), shuffle=False, count_targets=lambda batch: len(batch[0]))
+        )
+    )
     given = []
     for (part,) in window:
         given.append(len(part))

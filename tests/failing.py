@@ -1,4 +1,5 @@
-"""A training of which process 1 fails in one place: torchrun -m tests.failing PLACE TRAIN-ARGUMENTS."""
+"""A training of which process 1 fails in one place: torchrun -m tests.failing PLACE
+TRAIN-ARGUMENTS."""
 
 from __future__ import annotations
 
@@ -6,10 +7,10 @@ import os
 import sys
 from typing import Any
 
-from accum_trainer import train
 from accum_trainer.cli import main
-from accum_trainer.data.collating import PaddingCollator
 from accum_trainer.data.tokenizing import TokenizedRows
+from accum_trainer.sources.collating import PaddingCollator
+from accum_trainer.train import loop as train
 
 PLACES: dict[str, tuple[Any, str]] = {
     "__getitem__": (TokenizedRows, "__getitem__"),

@@ -1,4 +1,5 @@
-"""Faults of one rank before the first window, run under torchrun: python -m tests.first_window OUT."""
+"""Faults of one rank before the first window, run under torchrun: python -m tests.first_window
+OUT."""
 
 from __future__ import annotations
 

@@ -22,7 +22,9 @@ def environment(**more: object) -> dict[str, str]:
     return kept | {name: str(value) for name, value in more.items()}
 
 
-def run(command: list[object], timeout: float = 600, **more: object) -> subprocess.CompletedProcess[str]:
+def run(
+    command: list[object], timeout: float = 600, **more: object
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(part) for part in command],
         cwd=ROOT,
@@ -42,7 +44,16 @@ def cli(*arguments: object, **more: object) -> subprocess.CompletedProcess[str]:
     return python("-m", "accum_trainer", *arguments, **more)
 
 
-def torchrun(processes: int, module: str, *arguments: object, **more: object) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    processes: int, module: str, *arguments: object, **more: object
+) -> subprocess.CompletedProcess[str]:
     """`torchrun -m module` on one machine, on a port of its own."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m", module]
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+        "-m",
+        module,
+    ]
     return python(*launcher, *arguments, **more)

@@ -1,4 +1,5 @@
-"""Run directories as training leaves them, made by hand: any weights, any number of samples, any end."""
+"""Run directories as training leaves them, made by hand: any weights, any number of samples, any
+end."""
 
 from __future__ import annotations
 
@@ -42,5 +43,7 @@ def make_run(
 def list_runs(folder: Path, *names: str) -> Path:
     """Write the independent.json of a parallel-independent run."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "independent.json").write_text(json.dumps({"runs": [{"name": name, "settings": {}} for name in names]}))
+    (folder / "independent.json").write_text(
+        json.dumps({"runs": [{"name": name, "settings": {}} for name in names]})
+    )
     return folder

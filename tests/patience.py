@@ -1,4 +1,5 @@
-"""Slow work of one process, under a process group that gives up early: torchrun -m tests.patience FOLDER MACHINES."""
+"""Slow work of one process, under a process group that gives up early: torchrun -m tests.patience
+FOLDER MACHINES."""
 
 from __future__ import annotations
 

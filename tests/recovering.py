@@ -1,4 +1,5 @@
-"""Windows in which memory runs out at a chosen point, on one process or several, and what a test judges of them.
+"""Windows in which memory runs out at a chosen point, on one process or several, and what a test
+judges of them.
 
 python -m tests.recovering OUT CASE ...        (under torchrun; one JSON per rank)
 """
@@ -19,9 +20,9 @@ from typing import Any
 import torch
 
 from accum_trainer import Accumulator, EngineError, causal_lm_loss
-from accum_trainer.data.collating import PaddingCollator
-from accum_trainer.fit import Memory, find_fit
-from accum_trainer.head import decide_loss_path
+from accum_trainer.losses.head import decide_loss_path
+from accum_trainer.sources.collating import PaddingCollator
+from accum_trainer.speed.fit import Memory, find_fit
 from tests.engine import cases
 from tests.engine.cases import Probe, accumulator, lengths, planned, rank, world_size
 from tests.reference import big_batch, make_model, make_rows, pad, relative_error
@@ -30,7 +31,8 @@ from tests.reference import big_batch, make_model, make_rows, pad, relative_erro
 POINTS = ("forward", "loss", "backward begins", "in backward", "backward ends", "after backward")
 B, K, LR = 4, 3, 0.1
 LAST = -1
-# (window, number of the micro-batch that the loop is given, those given again counted too, or LAST) -> point
+# (window, number of the micro-batch that the loop is given, those given again counted too, or LAST)
+# -> point
 Failures = dict[tuple[int, int], str]
 
 
@@ -38,21 +40,27 @@ def out_of_memory(*_: Any) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB (injected)")
 
 
-def run_micro_batch(acc: Accumulator, model: torch.nn.Module, batch: Any, point: str | None) -> None:
+def run_micro_batch(
+    acc: Accumulator, model: torch.nn.Module, batch: Any, point: str | None
+) -> None:
     """One forward and backward, which runs out of memory at `point`."""
     layers = next(module.layers for module in model.modules() if hasattr(module, "layers"))
     decide_loss_path(model, batch["input_ids"])  # its forwards are not the ones that shall fail
     with contextlib.ExitStack() as stack:
         if point == "forward":
             stack.callback(layers[1].register_forward_pre_hook(out_of_memory).remove)
-        if point == "in backward":  # head and second layer have their gradients, the first layer has not
+        if (
+            point == "in backward"
+        ):  # head and second layer have their gradients, the first layer has not
 
             def fail_on_the_way_back(module: Any, inputs: Any, output: torch.Tensor) -> None:
                 output.register_hook(out_of_memory)
 
             stack.callback(layers[0].register_forward_hook(fail_on_the_way_back).remove)
         if point == "backward ends":
-            first = next(module for module in model.modules() if isinstance(module, torch.nn.Embedding))
+            first = next(
+                module for module in model.modules() if isinstance(module, torch.nn.Embedding)
+            )
             stack.callback(first.weight.register_post_accumulate_grad_hook(out_of_memory).remove)
         loss = causal_lm_loss(model, batch)
         if point == "loss":
@@ -66,7 +74,8 @@ def run_micro_batch(acc: Accumulator, model: torch.nn.Module, batch: Any, point:
 
 @cache
 def exact_run(batch: int, whole_windows: int) -> list[tuple[float, dict[str, torch.Tensor]]]:
-    """Loss and gradient of each window as one float64 big batch, of a float64 run of plain gradient descent."""
+    """Loss and gradient of each window as one float64 big batch, of a float64 run of plain gradient
+    descent."""
     model = make_model("llama").double()
     found = []
     for rows in planned(_rows(batch, whole_windows), batch):
@@ -81,7 +90,9 @@ def _rows(batch: int, whole_windows: int) -> list[dict]:
     return make_rows(batch * whole_windows + 5)
 
 
-def train(failures: Failures, ranks: tuple[int, ...] = (0,), whole_windows: int = 1, **options: Any) -> dict[str, Any]:
+def train(
+    failures: Failures, ranks: tuple[int, ...] = (0,), whole_windows: int = 1, **options: Any
+) -> dict[str, Any]:
     """Whole windows of K micro-batches on each rank, then a tail, with failures on `ranks`."""
     batch = B * K * world_size()
     rows = _rows(batch, whole_windows)
@@ -90,19 +101,33 @@ def train(failures: Failures, ranks: tuple[int, ...] = (0,), whole_windows: int 
     due = dict(failures) if rank() in ranks else {}
     result: dict[str, Any] = {"errors": [], "updates": [], "given": [], "left": 0}
     windows = acc.windows(rows, collate_fn=pad, lengths=lengths(rows))
-    for index, (window, (loss, gradient)) in enumerate(zip(windows, exact_run(batch, whole_windows), strict=True)):
+    for index, (window, (loss, gradient)) in enumerate(
+        zip(windows, exact_run(batch, whole_windows), strict=True)
+    ):
         given = []
         for number, part in enumerate(window):
             given.append(len(part["input_ids"]))
             with acc.accumulate(probe.model):
                 last = LAST if acc._microbatch.is_last else number  # type: ignore[union-attr]
-                run_micro_batch(acc, probe.model, part, due.pop((index, number), due.pop((index, last), None)))
+                run_micro_batch(
+                    acc, probe.model, part, due.pop((index, number), due.pop((index, last), None))
+                )
         update = probe.step()
-        result["errors"] += [relative_error(probe.stepped[-1], gradient), abs(update.loss - loss) / loss]
+        result["errors"] += [
+            relative_error(probe.stepped[-1], gradient),
+            abs(update.loss - loss) / loss,
+        ]
         result["given"].append(given)
         # Also a backward that DeepSpeed believes to be under way.
-        result["left"] += probe.left() + getattr(getattr(probe.model, "optimizer", None), "_backward_active_depth", 0)
-        counted = [update.num_samples, update.num_splits, update.num_micro_batches, update.gradient_accumulation_steps]
+        result["left"] += probe.left() + getattr(
+            getattr(probe.model, "optimizer", None), "_backward_active_depth", 0
+        )
+        counted = [
+            update.num_samples,
+            update.num_splits,
+            update.num_micro_batches,
+            update.gradient_accumulation_steps,
+        ]
         result["updates"].append([*counted, len(window)])
     assert not due, f"never came to {due}"
     return result | {"run": acc.num_micro_batches}
@@ -116,7 +141,9 @@ def refusal(failures: Failures, **options: Any) -> str:
     return ""
 
 
-def everywhere(ranks_of: tuple[tuple[int, ...], ...], numbers: range, **options: Any) -> dict[str, Any]:
+def everywhere(
+    ranks_of: tuple[tuple[int, ...], ...], numbers: range, **options: Any
+) -> dict[str, Any]:
     return {
         f"{point} of {number} on {ranks}": train({(0, number): point}, ranks, **options)
         for point in POINTS
@@ -185,7 +212,9 @@ def ddp_with_unused_parameters() -> Any:
 def zero1() -> Any:
     with engine(zero_stage=1):
         found = everywhere(((1,),), range(1, K - 1)) | {"next": _learned()}
-        return found | {f"last, {p}": train({(0, LAST): p}, (0,), recover_from_oom="always") for p in POINTS}
+        return found | {
+            f"last, {p}": train({(0, LAST): p}, (0,), recover_from_oom="always") for p in POINTS
+        }
 
 
 @case
@@ -216,7 +245,8 @@ def refusals() -> Any:
 
 
 class MadeUpMemory(Memory):
-    """100 kB and `per_sample` for each sample of the last batch that was collated; memory runs out above `most`."""
+    """100 kB and `per_sample` for each sample of the last batch that was collated; memory runs out
+    above `most`."""
 
     def __init__(self, room: float, per_sample: float = 10e3, most: float = float("inf")) -> None:
         self.room, self.per_sample, self.most = room, per_sample, most
@@ -242,11 +272,14 @@ class MadeUpMemory(Memory):
 
 
 def fitted(fits: int, out_of_memory_on: int | None = None) -> dict[str, Any]:
-    """Search where rank 1 alone has room for `fits` samples only, or a rank's memory runs out above; then a window."""
+    """Search where rank 1 alone has room for `fits` samples only, or a rank's memory runs out
+    above; then a window."""
     batch = B * K * world_size()
     acc = accumulator(B, global_batch_size=batch)
     probe = Probe(acc, make_model("llama"), lr=LR)
-    reserve = float(acc.engine.gather([acc.engine.optimizer_bytes(probe.optimizer.accelerated)]).max())
+    reserve = float(
+        acc.engine.gather([acc.engine.optimizer_bytes(probe.optimizer.accelerated)]).max()
+    )
     memory = MadeUpMemory(105e3 + 10e3 * fits + reserve)
     if out_of_memory_on is not None:
         memory.room = 1e9
@@ -303,7 +336,9 @@ def main(out: str, *names: str) -> None:
     for name in names:
         _fresh()
         gc.freeze()  # each failure collects garbage, which would go through all that was imported
-        print(f"case {name}", file=sys.stderr, flush=True)  # a case that hangs is the last one named
+        print(
+            f"case {name}", file=sys.stderr, flush=True
+        )  # a case that hangs is the last one named
         results[name] = CASES[name]()
     Path(out).mkdir(parents=True, exist_ok=True)
     (Path(out) / f"rank{rank()}.json").write_text(json.dumps(results))

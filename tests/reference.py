@@ -1,4 +1,5 @@
-"""What the truth is: small models, ragged rows, and one float64 big batch computed without any code of the package."""
+"""What the truth is: small models, ragged rows, and one float64 big batch computed without any code
+of the package."""
 
 from __future__ import annotations
 
@@ -11,8 +12,11 @@ VOCABULARY = 97
 IGNORE = -100
 
 
-def make_rows(count: int, seed: int = 0, longest: int = 40, all_masked: tuple[int, ...] = ()) -> list[dict]:
-    """`count` samples of 2 to `longest` tokens, a random prompt masked; those in `all_masked` have no target at all."""
+def make_rows(
+    count: int, seed: int = 0, longest: int = 40, all_masked: tuple[int, ...] = ()
+) -> list[dict]:
+    """`count` samples of 2 to `longest` tokens, a random prompt masked; those in `all_masked` have
+    no target at all."""
     rng = np.random.RandomState(seed)
     rows = []
     for index in range(count):
@@ -30,8 +34,14 @@ def pad(rows: list[dict]) -> dict[str, torch.Tensor]:
     def filled(key, value):
         return torch.tensor([row[key] + [value] * (longest - len(row[key])) for row in rows])
 
-    mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows])
-    return {"input_ids": filled("input_ids", 0), "attention_mask": mask, "labels": filled("labels", IGNORE)}
+    mask = torch.tensor(
+        [[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows]
+    )
+    return {
+        "input_ids": filled("input_ids", 0),
+        "attention_mask": mask,
+        "labels": filled("labels", IGNORE),
+    }
 
 
 def num_targets(rows: list[dict]) -> int:
@@ -39,7 +49,8 @@ def num_targets(rows: list[dict]) -> int:
 
 
 def make_model(kind: str, seed: int = 0) -> torch.nn.Module:
-    """A small model in float32: `llama`, `gpt2`, or `lora` (a Llama whose adapters alone are trained)."""
+    """A small model in float32: `llama`, `gpt2`, or `lora` (a Llama whose adapters alone are
+    trained)."""
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -70,7 +81,9 @@ def make_model(kind: str, seed: int = 0) -> torch.nn.Module:
         return llama
     from peft import LoraConfig, get_peft_model
 
-    adapted = get_peft_model(llama, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    adapted = get_peft_model(
+        llama, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     with torch.no_grad():  # B starts at zero, which would make every gradient of A zero
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
@@ -79,7 +92,8 @@ def make_model(kind: str, seed: int = 0) -> torch.nn.Module:
 
 
 def big_batch(model: torch.nn.Module, rows: list[dict]) -> tuple[float, dict[str, torch.Tensor]]:
-    """Mean loss over the targets of `rows` and its gradient, as one batch in float64: (loss, name -> gradient)."""
+    """Mean loss over the targets of `rows` and its gradient, as one batch in float64: (loss, name
+    -> gradient)."""
     exact = copy.deepcopy(model).double()
     exact.zero_grad()
     batch = pad(rows)
@@ -89,7 +103,9 @@ def big_batch(model: torch.nn.Module, rows: list[dict]) -> tuple[float, dict[str
     picked = log_probability.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     loss = -(picked * (labels != IGNORE)).sum() / num_targets(rows)
     loss.backward()
-    return loss.item(), {n: p.grad.clone() for n, p in exact.named_parameters() if p.grad is not None}
+    return loss.item(), {
+        n: p.grad.clone() for n, p in exact.named_parameters() if p.grad is not None
+    }
 
 
 def relative_error(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:

@@ -38,7 +38,10 @@ def masked() -> Iterator[dict[str, torch.Tensor]]:
 STREAMS: dict[str, tuple[Callable[[], Any], int]] = {
     "the same, K=4": (rows, 4),
     "the same, K=1": (rows, 1),
-    "the same dictionaries": (lambda: ({"mask": torch.ones(2, 1), "x": batch} for batch in rows()), 4),
+    "the same dictionaries": (
+        lambda: ({"mask": torch.ones(2, 1), "x": batch} for batch in rows()),
+        4,
+    ),
     "split": (lambda: islice(rows(), RANK, None, W), 2),
     "split, equal masks": (masked, 2),
     "one batch again and again": (lambda: repeat(torch.arange(16.0).reshape(16, 1), 6), 2),
@@ -57,10 +60,15 @@ def train(stream: Any, k: int) -> dict[str, Any]:
     model, optimizer = acc.prepare(model, torch.optim.SGD(model.parameters(), lr=1e-6))
     raised = ""
     try:
-        for window in acc.windows(stream, count_targets=lambda b: len(b["x"] if isinstance(b, dict) else b)):
+        for window in acc.windows(
+            stream, count_targets=lambda b: len(b["x"] if isinstance(b, dict) else b)
+        ):
             for batch in window:
                 with acc.accumulate(model):
-                    acc.backward(model(batch["x"] if isinstance(batch, dict) else batch).sum(), reduction="sum")
+                    acc.backward(
+                        model(batch["x"] if isinstance(batch, dict) else batch).sum(),
+                        reduction="sum",
+                    )
             acc.step(optimizer)
     except DataError as error:
         raised = str(error)

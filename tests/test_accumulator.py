@@ -1,4 +1,5 @@
-"""What would lose gradient in silence is an error, and everything the docstrings refuse is refused."""
+"""What would lose gradient in silence is an error, and everything the docstrings refuse is
+refused."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def make(**options):
-    acc = Accumulator(micro_batch_size=1, **({"gradient_accumulation_steps": 2, "cpu": True} | options))
+    acc = Accumulator(
+        micro_batch_size=1, **({"gradient_accumulation_steps": 2, "cpu": True} | options)
+    )
     model = torch.nn.Linear(1, 1, bias=False)
     model, optimizer = acc.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     return acc, model, optimizer
@@ -29,7 +32,9 @@ def windows(acc, count=4):
 
 def test_micro_batch_that_skipped_backward():
     acc, model, optimizer = make()
-    with pytest.raises(AccumTrainerError, match=r"no backward\(\) of the Accumulator ran inside accumulate"):
+    with pytest.raises(
+        AccumTrainerError, match=r"no backward\(\) of the Accumulator ran inside accumulate"
+    ):
         for window in windows(acc):
             for batch in window:
                 with acc.accumulate(model):
@@ -38,7 +43,9 @@ def test_micro_batch_that_skipped_backward():
 
 def test_micro_batch_that_skipped_accumulate():
     acc, model, _ = make()
-    with pytest.raises(AccumTrainerError, match="1 of this window's micro-batches are due, but 0 went through"):
+    with pytest.raises(
+        AccumTrainerError, match="1 of this window's micro-batches are due, but 0 went through"
+    ):
         for window in windows(acc):
             for _ in window:
                 pass
@@ -51,13 +58,17 @@ def test_window_that_was_left_early():
         with acc.accumulate(model):
             acc.backward(model(batch).sum(), reduction="sum")
         break
-    with pytest.raises(AccumTrainerError, match="2 of this window's micro-batches are due, but 1 went through"):
+    with pytest.raises(
+        AccumTrainerError, match="2 of this window's micro-batches are due, but 1 went through"
+    ):
         acc.step(optimizer)
 
 
 def test_window_that_was_never_stepped():
     acc, model, _ = make()
-    with pytest.raises(AccumTrainerError, match="the window's gradient was not used: call acc.step"):
+    with pytest.raises(
+        AccumTrainerError, match="the window's gradient was not used: call acc.step"
+    ):
         for batch in acc.batches(ones(4).__iter__(), count_targets=len):
             with acc.accumulate(model):
                 acc.backward(model(batch).sum(), reduction="sum")
@@ -123,7 +134,10 @@ def test_a_loader_is_left_as_it_is():
     ("options", "says"),
     [
         (dict(gradient_accumulation_steps=0), "gradient_accumulation_steps=0 is below 1"),
-        (dict(gradient_accumulation_steps=None, global_batch_size=0), "global_batch_size=0 is below 1"),
+        (
+            dict(gradient_accumulation_steps=None, global_batch_size=0),
+            "global_batch_size=0 is below 1",
+        ),
         (dict(global_batch_size=3), "global_batch_size=3 contradicts"),
         (dict(max_grad_norm=0), "max_grad_norm=0 must be above 0"),
         (dict(grad_sync="sometimes"), "grad_sync='sometimes' is not known"),
@@ -145,7 +159,9 @@ def test_accelerator_and_arguments_for_one():
 def test_i23_accelerators_k_must_agree():
     from accelerate import Accelerator
 
-    with pytest.raises(ConfigError, match=r"gradient_accumulation_steps=2, but the Accelerator passed in has .*=4"):
+    with pytest.raises(
+        ConfigError, match=r"gradient_accumulation_steps=2, but the Accelerator passed in has .*=4"
+    ):
         Accumulator(
             micro_batch_size=1,
             gradient_accumulation_steps=2,
@@ -155,7 +171,9 @@ def test_i23_accelerators_k_must_agree():
 
 def test_i23_accelerates_environment_must_agree(monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
-    with pytest.raises(ConfigError, match="gradient_accumulation_steps=2, but the environment says"):
+    with pytest.raises(
+        ConfigError, match="gradient_accumulation_steps=2, but the environment says"
+    ):
         make()
 
 
@@ -167,7 +185,8 @@ def test_max_grad_norm_with_an_optimizer_that_accelerate_prepared():
     model = torch.nn.Linear(1, 1)
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(
-        ConfigError, match=r"max_grad_norm=1.0 is applied by acc.step\(\) or an optimizer that acc.prepare"
+        ConfigError,
+        match=r"max_grad_norm=1.0 is applied by acc.step\(\) or an optimizer that acc.prepare",
     ):
         for batch in acc.batches(ones(2).__iter__(), count_targets=len):
             with acc.accumulate(model):
@@ -207,7 +226,9 @@ def test_used_up_stream_is_told():
 
 def test_batches_whose_targets_cannot_be_counted():
     acc, _, _ = make()
-    with pytest.raises(DataError, match="cannot count the targets of a batch with type Tensor.*count_targets"):
+    with pytest.raises(
+        DataError, match="cannot count the targets of a batch with type Tensor.*count_targets"
+    ):
         next(iter(acc.windows(iter(ones(2)))))
 
 
@@ -221,7 +242,10 @@ def test_lengths_of_sources():
 
 def test_a_loader_of_another_batch_size_is_refused():
     acc, _, _ = make()  # B 1, K 2
-    with pytest.raises(DataError, match="batch_size=2, and B is 1, so that an update would see 4 samples instead of 2"):
+    with pytest.raises(
+        DataError,
+        match="batch_size=2, and B is 1, so that an update would see 4 samples instead of 2",
+    ):
         acc.windows(DataLoader(ones(7), batch_size=2))
 
 
@@ -252,7 +276,9 @@ def test_position_of_another_kind_is_refused():
 
 def test_scheduler_steps_with_updates_only():
     acc, model, optimizer = make()
-    scheduler = acc.prepare(torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: 1 / (1 + update)))
+    scheduler = acc.prepare(
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: 1 / (1 + update))
+    )
     scheduler.step()
     assert scheduler.get_last_lr() == [0.1]
     for batch in acc.batches(ones(4).__iter__(), count_targets=len):
@@ -284,6 +310,8 @@ def test_deepspeed_that_keeps_its_state_otherwise_is_refused(stage):
     check_names(DeepSpeedZeroOptimizer(), stage)
     with pytest.raises(
         EngineError,
-        match=r"keeps ZeRO-. state in another way.*averaged_gradients.*<0.21".replace("-. ", f"-{stage}'s "),
+        match=r"keeps ZeRO-. state in another way.*averaged_gradients.*<0.21".replace(
+            "-. ", f"-{stage}'s "
+        ),
     ):
         check_names(DeepSpeedZeroOptimizerOfTomorrow(), stage)

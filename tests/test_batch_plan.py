@@ -19,11 +19,19 @@ from accum_trainer.errors import ConfigError
         (dict(global_batch_size=64, micro_batch_size=4), (4, 16, 1, 64)),
         (dict(global_batch_size=64, micro_batch_size=4, world_size=2), (4, 8, 2, 64)),
         (dict(global_batch_size=64, gradient_accumulation_steps=8, world_size=2), (4, 8, 2, 64)),
-        (dict(global_batch_size=64, micro_batch_size=4, gradient_accumulation_steps=8), (4, 8, 2, 64)),
+        (
+            dict(global_batch_size=64, micro_batch_size=4, gradient_accumulation_steps=8),
+            (4, 8, 2, 64),
+        ),
         (dict(global_batch_size=64), (64, 1, 1, 64)),
         (dict(global_batch_size=64, world_size=4), (16, 1, 4, 64)),
         (
-            dict(global_batch_size=64, micro_batch_size=4, gradient_accumulation_steps=8, world_size=2),
+            dict(
+                global_batch_size=64,
+                micro_batch_size=4,
+                gradient_accumulation_steps=8,
+                world_size=2,
+            ),
             (4, 8, 2, 64),
         ),
     ],
@@ -42,14 +50,23 @@ def test_r11_description_shows_all_four_numbers():
     assert BatchPlan(4, 8, 2).describe() == "B 4 x K 8 x W 2 = effective batch 64"
 
 
-@pytest.mark.parametrize(("samples", "updates", "tail"), [(64, 2, 0), (65, 3, 1), (95, 3, 31), (5, 1, 5)])
+@pytest.mark.parametrize(
+    ("samples", "updates", "tail"), [(64, 2, 0), (65, 3, 1), (95, 3, 31), (5, 1, 5)]
+)
 def test_updates_and_tail_of_an_epoch(samples, updates, tail):
     plan = BatchPlan(4, 8, num_samples=samples)
     assert (plan.updates_per_epoch, plan.tail_samples) == (updates, tail)
 
 
 @pytest.mark.parametrize(
-    "name", ["micro_batch_size", "gradient_accumulation_steps", "world_size", "global_batch_size", "num_samples"]
+    "name",
+    [
+        "micro_batch_size",
+        "gradient_accumulation_steps",
+        "world_size",
+        "global_batch_size",
+        "num_samples",
+    ],
 )
 @pytest.mark.parametrize("value", [0, -1, 2.5, "two", True])
 def test_r1_values_below_one_or_not_whole_are_named(name, value):
@@ -80,7 +97,10 @@ def test_unreachable_batch_names_neighbours():
     with pytest.raises(ConfigError) as error:
         BatchPlan(global_batch_size=10, gradient_accumulation_steps=4, world_size=2)
     message = str(error.value)
-    assert "global_batch_size=10 is not a multiple of gradient_accumulation_steps=4 x world_size=2 = 8" in message
+    assert (
+        "global_batch_size=10 is not a multiple of gradient_accumulation_steps=4 x world_size=2 = 8"
+        in message
+    )
     assert "use global_batch_size=8 or 16" in message
 
 
@@ -90,7 +110,9 @@ def test_unreachable_batch_never_suggests_zero():
 
 
 def test_contradiction_shows_the_numbers():
-    with pytest.raises(ConfigError, match=r"global_batch_size=64 contradicts .*=4 x .*=8 x world_size=1 = 32"):
+    with pytest.raises(
+        ConfigError, match=r"global_batch_size=64 contradicts .*=4 x .*=8 x world_size=1 = 32"
+    ):
         BatchPlan(4, 8, 1, 64)
 
 
@@ -100,7 +122,8 @@ def test_nothing_given_is_too_little():
 
 
 @pytest.mark.parametrize(
-    ("warmup", "updates"), [("100", 100), (7, 7), ("0", 0), ("5%", 50), ("0.5ep", 20), ("0.01%", 1), ("2ep", 80)]
+    ("warmup", "updates"),
+    [("100", 100), (7, 7), ("0", 0), ("5%", 50), ("0.5ep", 20), ("0.01%", 1), ("2ep", 80)],
 )
 def test_r10_warmup_in_updates_ratio_and_epochs(warmup, updates):
     assert warmup_updates(warmup, total_updates=1000, updates_per_epoch=40) == updates
@@ -110,7 +133,9 @@ def test_r10_warmup_in_epochs_follows_k():
     """Half an epoch of 640 samples is 320 samples of warm-up, whatever K."""
     for k in (1, 2, 4, 8):
         plan = BatchPlan(4, k, num_samples=640)
-        assert warmup_updates("0.5ep", 10_000, plan.updates_per_epoch) * plan.global_batch_size == 320
+        assert (
+            warmup_updates("0.5ep", 10_000, plan.updates_per_epoch) * plan.global_batch_size == 320
+        )
 
 
 @pytest.mark.parametrize("warmup", ["-1", "ten", "120%", "1.5", "5 %%", "nan", "", "ep"])

@@ -1,4 +1,5 @@
-"""The benchmarks' claims that do not depend on a machine: what is exchanged, counted on real processes."""
+"""The benchmarks' claims that do not depend on a machine: what is exchanged, counted on real
+processes."""
 
 from __future__ import annotations
 
@@ -6,13 +7,16 @@ import pytest
 
 from benchmarks.traffic import ONCE, Case, launch
 
-# A Llama with untied embeddings and biases in its MLP, by hand; an adapter of rank 8 beside each of its seven matrices.
+# A Llama with untied embeddings and biases in its MLP, by hand; an adapter of rank 8 beside each of
+# its seven matrices.
 V, H, INNER, L, W = 257, 64, 171, 3, 2
 ALL = 4 * (2 * V * H + L * (4 * H * H + 3 * H * INNER + 2 * INNER + H + 2 * H) + H)
 ADAPTER = 4 * L * 8 * (4 * (H + H) + 3 * (H + INNER))
 KS = (1, 2, 8)
 
-OURS = [Case(engine, lora, ONCE, k) for engine in ("ddp", "zero2") for lora in (False, True) for k in KS]
+OURS = [
+    Case(engine, lora, ONCE, k) for engine in ("ddp", "zero2") for lora in (False, True) for k in KS
+]
 PEERS = [Case("accelerate", False, ONCE, 8), Case("deepspeed2", False, ONCE, 8)]
 
 
@@ -31,7 +35,10 @@ def test_traffic_of_ddp_is_the_gradient_once(traffic, k):
 @pytest.mark.parametrize("k", KS)
 def test_traffic_of_lora_is_the_adapter_once(traffic, k):
     assert traffic[Case("ddp", lora=True, k=k)]["gradients"] == {"bytes": ADAPTER, "collectives": 1}
-    assert traffic[Case("zero2", lora=True, k=k)]["gradients"] == {"bytes": ADAPTER, "collectives": 1}
+    assert traffic[Case("zero2", lora=True, k=k)]["gradients"] == {
+        "bytes": ADAPTER,
+        "collectives": 1,
+    }
 
 
 @pytest.mark.parametrize("k", KS)
@@ -44,8 +51,8 @@ def test_traffic_of_zero2_once_per_window_is_that_of_ddp(traffic, k):
 
 
 def test_traffic_beside_the_gradient_is_a_few_numbers_at_any_k(traffic):
-    """One exchange for what all ranks share after a window and the counts of the next, and DeepSpeed's norm or DDP's buffers (16
-    rotary frequencies)."""
+    """One exchange for what all ranks share after a window and the counts of the next, and
+    DeepSpeed's norm or DDP's buffers (16 rotary frequencies)."""
     for engine in ("ddp", "zero2"):
         for lora in (False, True):
             beside = [traffic[Case(engine, lora, k=k)]["other"] for k in KS]

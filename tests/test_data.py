@@ -8,14 +8,17 @@ import pytest
 import torch
 
 from accum_trainer.data import embedded
-from accum_trainer.data.collating import PaddingCollator
 from accum_trainer.data.counting import count_rows
 from accum_trainer.data.files import digest, read_file
 from accum_trainer.data.rows import spans_of
 from accum_trainer.data.tokenizing import take_columns, tokenize
 from accum_trainer.errors import DataError
+from accum_trainer.sources.collating import PaddingCollator
 
-CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if "
+    "add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
 @pytest.fixture
@@ -56,17 +59,31 @@ def test_formats_and_what_is_trained_on(row, spans):
 
 def test_messages_train_on_what_the_assistant_says(tmp_path, tokenizer):
     tokenizer.chat_template = CHAT
-    talk = [("system", "be brief"), ("user", "hi"), ("assistant", "hello"), ("user", "bye"), ("assistant", "so long")]
+    talk = [
+        ("system", "be brief"),
+        ("user", "hi"),
+        ("assistant", "hello"),
+        ("user", "bye"),
+        ("assistant", "so long"),
+    ]
     rows = [{"messages": [{"role": role, "content": content} for role, content in talk]}]
     sample = tokenized(tmp_path, tokenizer, rows)[0]
-    assert tokenizer.decode(sample["input_ids"]) == "".join(f"<{role}>{content}</s>" for role, content in talk)
+    assert tokenizer.decode(sample["input_ids"]) == "".join(
+        f"<{role}>{content}</s>" for role, content in talk
+    )
     assert trained_text(tokenizer, sample) == "hello</s>so long</s>"
 
 
 def test_a_template_that_rewrites_the_past_is_refused(tmp_path, tokenizer):
-    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    rows = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}]
-    with pytest.raises(DataError, match=r"rows.jsonl row 1: the chat template rewrites earlier turns"):
+    tokenizer.chat_template = (
+        "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    rows = [
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
+    ]
+    with pytest.raises(
+        DataError, match=r"rows.jsonl row 1: the chat template rewrites earlier turns"
+    ):
         tokenized(tmp_path, tokenizer, rows)
 
 
@@ -116,10 +133,15 @@ def test_second_tokenising_comes_from_the_cache(tmp_path, tokenizer):
     first = tokenized(tmp_path, tokenizer, rows)
     calls = []
     spy = type("Spy", (), {"__getattr__": lambda self, name: getattr(tokenizer, name)})()
-    type(spy).__call__ = lambda self, texts, **options: calls.append(texts) or tokenizer(texts, **options)
+    type(spy).__call__ = lambda self, texts, **options: (
+        calls.append(texts) or tokenizer(texts, **options)
+    )
     again = tokenized(tmp_path, spy, rows)
     assert [again[i] for i in range(5)] == [first[i] for i in range(5)]
-    assert calls in ([], ["a"])  # no row was tokenised again; "a" asks how the tokenizer opens a text
+    assert calls in (
+        [],
+        ["a"],
+    )  # no row was tokenised again; "a" asks how the tokenizer opens a text
 
 
 def test_opening_token_of_a_tokenizer_is_kept(tmp_path, tokenizer):
@@ -136,7 +158,9 @@ def test_opening_token_of_a_tokenizer_is_kept(tmp_path, tokenizer):
 
 
 def test_padding_by_hand():
-    batch = PaddingCollator(9)([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4], "labels": [4]}])
+    batch = PaddingCollator(9)(
+        [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4], "labels": [4]}]
+    )
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[-100, 2, 3], [4, -100, -100]]
@@ -168,13 +192,25 @@ def test_rows_are_counted_as_they_are_read(tmp_path, name, content, count):
     assert count_rows(path) == len(read_file(path)) == count
 
 
-ANSWERS = ["007", "1.50", "1e3", "-0", "12345678901234567890123", "NA", "null", "True", "2020-01-01"]
+ANSWERS = [
+    "007",
+    "1.50",
+    "1e3",
+    "-0",
+    "12345678901234567890123",
+    "NA",
+    "null",
+    "True",
+    "2020-01-01",
+]
 
 
 def test_values_of_a_csv_are_text_as_written(tmp_path):
     """pandas would read 7, 1.5, 1000.0, nothing for NA; only an empty cell is absent."""
     path = tmp_path / "rows.csv"
-    path.write_text("question,answer,text\n" + "".join(f"q{i},{answer},\n" for i, answer in enumerate(ANSWERS)))
+    path.write_text(
+        "question,answer,text\n" + "".join(f"q{i},{answer},\n" for i, answer in enumerate(ANSWERS))
+    )
     rows = read_file(path)
     assert rows["answer"][:] == ANSWERS
     assert rows["text"][:] == [None] * len(ANSWERS)
@@ -183,8 +219,21 @@ def test_values_of_a_csv_are_text_as_written(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
 def test_numbers_of_json_are_text_as_written(tmp_path, suffix):
-    literals = ["7", "1.50", "1e3", "-0", "12345678901234567890123", "true", '"007"', '"2020-01-01"', '"NA"']
-    rows = [f'{{"prompt": "p", "completion": {literal}, "id": {i}}}' for i, literal in enumerate(literals)]
+    literals = [
+        "7",
+        "1.50",
+        "1e3",
+        "-0",
+        "12345678901234567890123",
+        "true",
+        '"007"',
+        '"2020-01-01"',
+        '"NA"',
+    ]
+    rows = [
+        f'{{"prompt": "p", "completion": {literal}, "id": {i}}}'
+        for i, literal in enumerate(literals)
+    ]
     path = tmp_path / f"rows{suffix}"
     path.write_text("\n".join(rows) if suffix == ".jsonl" else f"[{', '.join(rows)}]")
     assert read_file(path)["completion"][:] == [literal.strip('"') for literal in literals]
@@ -197,13 +246,22 @@ def test_numbers_of_json_are_text_as_written(tmp_path, suffix):
 
 def test_numbers_inside_messages_keep_their_type(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": 1, "messages": [{"role": "user", "content": "a", "weight": 2, "f": 1.5, "b": true}]}\n')
+    path.write_text(
+        '{"prompt": 1, "messages": [{"role": "user", "content": "a", "weight": 2, "f": 1.5, "b": '
+        "true}]}\n"
+    )
     [row] = read_file(path)
-    assert row == {"prompt": "1", "messages": [{"role": "user", "content": "a", "weight": 2, "f": 1.5, "b": True}]}
+    assert row == {
+        "prompt": "1",
+        "messages": [{"role": "user", "content": "a", "weight": 2, "f": 1.5, "b": True}],
+    }
 
 
 def test_nested_values_are_refused(tmp_path, tokenizer):
-    rows = [{"prompt": "a", "completion": None, "text": "b"}, {"prompt": "a", "completion": [4], "text": "b"}]
+    rows = [
+        {"prompt": "a", "completion": None, "text": "b"},
+        {"prompt": "a", "completion": [4], "text": "b"},
+    ]
     with pytest.raises(DataError, match=r"rows.jsonl row 2: completion=\[4\] is a list, not text"):
         tokenized(tmp_path, tokenizer, rows)
 
@@ -214,10 +272,14 @@ def test_conversations_are_messages(tmp_path, tokenizer):
     roles = {"human": "user", "gpt": "assistant", "system": "system"}
     rows = [{"conversations": [{"from": who, "value": text} for who, text in talk]}]
     sample = tokenized(tmp_path, tokenizer, rows)[0]
-    assert tokenizer.decode(sample["input_ids"]) == "".join(f"<{roles[who]}>{text}</s>" for who, text in talk)
+    assert tokenizer.decode(sample["input_ids"]) == "".join(
+        f"<{roles[who]}>{text}</s>" for who, text in talk
+    )
     assert trained_text(tokenizer, sample) == "hello</s>"
     rows[0]["conversations"][1]["from"] = "observer"
-    with pytest.raises(DataError, match="rows.jsonl row 1: conversations are from observer, and known are human"):
+    with pytest.raises(
+        DataError, match="rows.jsonl row 1: conversations are from observer, and known are human"
+    ):
         tokenized(tmp_path, tokenizer, rows)
 
 
@@ -225,13 +287,19 @@ def test_named_columns(tmp_path, tokenizer):
     """Other columns, `text` among them, count for nothing; other columns are other samples."""
     path = tmp_path / "rows.jsonl"
     path.write_text('{"frage": "two?", "antwort": 2, "text": "no"}\n')
-    rows = take_columns(read_file(path, ["frage", "antwort"]), "rows.jsonl", "frage", "antwort", None)
+    rows = take_columns(
+        read_file(path, ["frage", "antwort"]), "rows.jsonl", "frage", "antwort", None
+    )
     assert rows[:] == {"prompt": ["two?"], "completion": ["2"]}
     rows = take_columns(read_file(path), "rows.jsonl", None, None, "frage")
     assert rows[:] == {"text": ["two?"]}
-    with pytest.raises(DataError, match="has no column body .text_column=body.; it has frage, antwort, text"):
+    with pytest.raises(
+        DataError, match="has no column body .text_column=body.; it has frage, antwort, text"
+    ):
         take_columns(
-            rows.rename_column("text", "frage").add_column("antwort", ["2"]).add_column("text", ["no"]),
+            rows.rename_column("text", "frage")
+            .add_column("antwort", ["2"])
+            .add_column("text", ["no"]),
             "rows.jsonl",
             None,
             None,
@@ -240,6 +308,12 @@ def test_named_columns(tmp_path, tokenizer):
 
 
 def test_first_rows_are_looked_at_before_any_is_tokenised(tmp_path, tokenizer, capsys):
-    with pytest.raises(DataError, match="rows.jsonl row 3 has the columns .'title'., none of which"):
-        tokenized(tmp_path, tokenizer, [{"text": "a"}, {"text": "b"}, {"title": "c"}] + [{"text": "d"}] * 50)
+    with pytest.raises(
+        DataError, match="rows.jsonl row 3 has the columns .'title'., none of which"
+    ):
+        tokenized(
+            tmp_path,
+            tokenizer,
+            [{"text": "a"}, {"text": "b"}, {"title": "c"}] + [{"text": "d"}] * 50,
+        )
     assert "Tokenising" not in capsys.readouterr().err

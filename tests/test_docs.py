@@ -20,20 +20,38 @@ def examples():
     for page in PAGES:
         blocks = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
         for number, (language, code) in enumerate(blocks):
-            # `sh` blocks are the two make commands: the tests are one of them, test_demo runs the other.
-            assert language in ("python", "bash", "sh", "text", ""), f"{page.name}: a block in {language}"
+            # `sh` blocks are the two make commands: the tests are one of them, test_demo runs the
+            # other.
+            assert language in ("python", "bash", "sh", "text", ""), (
+                f"{page.name}: a block in {language}"
+            )
             if language in ("python", "bash"):
                 yield pytest.param(language, code, id=f"{page.stem}-{number}-{language}")
 
 
 @pytest.mark.parametrize(("language", "code"), list(examples()))
 def test_example_runs(language, code, tmp_path):
-    program = [sys.executable, "-c", code] if language == "python" else ["bash", "-euo", "pipefail", "-c", code]
-    shutil.copytree(ROOT / "launch_configs", tmp_path / "launch_configs")  # as in the clone that a reader stands in
+    program = (
+        [sys.executable, "-c", code]
+        if language == "python"
+        else ["bash", "-euo", "pipefail", "-c", code]
+    )
+    shutil.copytree(
+        ROOT / "launch_configs", tmp_path / "launch_configs"
+    )  # as in the clone that a reader stands in
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    run = subprocess.run(program, cwd=tmp_path, env=environment(PATH=path), capture_output=True, text=True, timeout=300)
+    run = subprocess.run(
+        program,
+        cwd=tmp_path,
+        env=environment(PATH=path),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert run.returncode == 0, run.stderr[-3000:]
-    writes = language == "bash" and "accum_trainer.train" in code.replace("accum-trainer train", "accum_trainer.train")
+    writes = language == "bash" and "accum_trainer.train" in code.replace(
+        "accum-trainer train", "accum_trainer.train"
+    )
     assert len(list(tmp_path.iterdir())) > 1 or not writes
 
 
@@ -46,11 +64,16 @@ def test_links_between_pages_lead_somewhere():
 def test_readme_shows_what_plan_prints():
     readme = (ROOT / "README.md").read_text()
     shown = next(
-        block for block in re.findall(r"```text\n(.*?)```", readme, re.DOTALL) if block.startswith("B   micro")
+        block
+        for block in re.findall(r"```text\n(.*?)```", readme, re.DOTALL)
+        if block.startswith("B   micro")
     )
     command = next(line for line in readme.splitlines() if line.startswith("accum-trainer plan"))
     run = subprocess.run(
-        [sys.executable, "-m", "accum_trainer", *command.split()[1:]], env=environment(), capture_output=True, text=True
+        [sys.executable, "-m", "accum_trainer", *command.split()[1:]],
+        env=environment(),
+        capture_output=True,
+        text=True,
     )
     assert run.stdout == shown
 
@@ -62,6 +85,9 @@ def test_every_record_key_is_documented(tmp_path):
     config = TrainConfig(steps=1, eval_every=1, cpu=True, output_dir=str(tmp_path / "run"))
     keys = set(next(iter(updates(config))))
     documented = set(
-        re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", (ROOT / "docs/records.md").read_text(), re.M)))
+        re.findall(
+            r"`(\w+)`",
+            "".join(re.findall(r"^\| (`.*?) \|", (ROOT / "docs/records.md").read_text(), re.M)),
+        )
     )
     assert keys == documented

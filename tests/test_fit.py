@@ -1,4 +1,5 @@
-"""The micro-batch that fits is found by trying, and the search leaves nothing behind. Two processes: test_recovery.py."""
+"""The micro-batch that fits is found by trying, and the search leaves nothing behind. Two
+processes: test_recovery.py."""
 
 from __future__ import annotations
 
@@ -9,9 +10,9 @@ import pytest
 import torch
 
 from accum_trainer import Accumulator, ConfigError, EngineError, TrainConfig
-from accum_trainer.data.collating import PaddingCollator
 from accum_trainer.engine import base
-from accum_trainer.fit import Memory, find_fit
+from accum_trainer.sources.collating import PaddingCollator
+from accum_trainer.speed.fit import Memory, find_fit
 from accum_trainer.train import updates
 from tests.recovering import MadeUpMemory
 from tests.reference import make_model
@@ -47,7 +48,9 @@ def test_sizes_double_up_to_where_the_line_ends(fits, tried):
     assert found.micro_batch_size == min(fits, 12)
     assert found.max_tokens == 16 * found.micro_batch_size
     assert list(found.tried) == tried
-    assert found.needed_gb == pytest.approx((RESERVE + 100e3 + found.micro_batch_size * 10e3) / 1e9, abs=1e-3)
+    assert found.needed_gb == pytest.approx(
+        (RESERVE + 100e3 + found.micro_batch_size * 10e3) / 1e9, abs=1e-3
+    )
 
 
 def test_where_the_line_bends_the_middle_is_tried():
@@ -60,9 +63,13 @@ def test_where_the_line_bends_the_middle_is_tried():
 
 
 def test_not_even_one_sample():
-    with pytest.raises(ConfigError, match="one sample of 16 tokens needs 0.00 GB, and 0.00 GB are free"):
+    with pytest.raises(
+        ConfigError, match="one sample of 16 tokens needs 0.00 GB, and 0.00 GB are free"
+    ):
         search(MadeUpMemory(RESERVE))
-    with pytest.raises(ConfigError, match="one sample of 16 tokens needs more memory than there is"):
+    with pytest.raises(
+        ConfigError, match="one sample of 16 tokens needs more memory than there is"
+    ):
         search(MadeUpMemory(1e9, most=0))
 
 
@@ -70,14 +77,18 @@ def test_an_engine_whose_processes_cannot_go_on_alone_says_so():
     parts = made()
     parts[0].equal_micro_batches = True
     with pytest.raises(
-        EngineError, match="8 samples ran out of memory, and single cannot go on .* give batch_size as a"
+        EngineError,
+        match="8 samples ran out of memory, and single cannot go on .* give batch_size as a",
     ):
         search(MadeUpMemory(1e9, most=5), parts=parts)
 
 
 def test_other_errors_pass():
     memory = MadeUpMemory(1e9)
-    memory.collate = lambda samples: {"input_ids": torch.full((1, 4), 999), "labels": torch.zeros(1, 4).long()}
+    memory.collate = lambda samples: {
+        "input_ids": torch.full((1, 4), 999),
+        "labels": torch.zeros(1, 4).long(),
+    }
     with pytest.raises(IndexError):
         search(memory)
 
@@ -109,7 +120,8 @@ def test_state_that_is_there_is_not_counted_again():
 
 
 def test_resident_memory_of_real_forwards():
-    """What 1 to 8 samples take grows; with room for half of the way from 4 to 8 the answer is between them."""
+    """What 1 to 8 samples take grows; with room for half of the way from 4 to 8 the answer is
+    between them."""
     parts = made()
 
     class Room(Memory):
@@ -140,7 +152,14 @@ def test_a_cpu_is_shared_by_the_processes_on_it():
 @pytest.mark.parametrize(
     ("files", "free"),
     [
-        ({"memory.max": "1000\n", "memory.current": "700\n", "memory.stat": "anon 5\ninactive_file 50\n"}, 350.0),
+        (
+            {
+                "memory.max": "1000\n",
+                "memory.current": "700\n",
+                "memory.stat": "anon 5\ninactive_file 50\n",
+            },
+            350.0,
+        ),
         ({"memory.max": "max\n", "memory.current": "700\n", "memory.stat": ""}, math.inf),
         (
             {
@@ -162,7 +181,12 @@ def test_what_a_container_may_still_take(tmp_path, files, free):
 
 def test_the_trainer_finds_it_keeps_the_effective_batch_and_writes_it_down(tmp_path):
     config = TrainConfig(
-        batch_size="auto", global_batch_size=6, steps=1, max_seq_len=64, cpu=True, output_dir=str(tmp_path / "run")
+        batch_size="auto",
+        global_batch_size=6,
+        steps=1,
+        max_seq_len=64,
+        cpu=True,
+        output_dir=str(tmp_path / "run"),
     )
     (record,) = updates(config)
     assert record["effective_batch_size"] == 6

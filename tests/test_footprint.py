@@ -10,8 +10,8 @@ import torch
 from accum_trainer import BatchPlan, ConfigError, TrainConfig
 from accum_trainer.cli import main
 from accum_trainer.cli.plan import footprint_lines
-from accum_trainer.footprint import RESERVED, DeepSpeedSizes, Footprint, footprints, recommend
-from accum_trainer.shapes import model_shapes, trace
+from accum_trainer.plan.footprint import RESERVED, DeepSpeedSizes, Footprint, footprints, recommend
+from accum_trainer.plan.shapes import model_shapes, trace
 from benchmarks.footprint import CASES, estimate, launch, make_files, read
 
 ONCE, EVERY = "once-per-window", "every-microbatch"
@@ -38,20 +38,24 @@ def test_parameters_by_hand():
 
 
 def test_adapters_by_hand():
-    shapes = model_shapes(TrainConfig(use_peft=True, lora_r=8, lora_target_modules="q_proj,down_proj"))
+    shapes = model_shapes(
+        TrainConfig(use_peft=True, lora_r=8, lora_target_modules="q_proj,down_proj")
+    )
     assert shapes.trained == L * 8 * ((H + H) + (INNER + H))
     assert shapes.parameters == TINY + shapes.trained
 
 
 def by_hand(kept_by_layers: int, t: int) -> int:
-    """Numbers: what the layers keep, the last norm's three of t x h, and at the head, for t - 1 targets: hidden states and
-    their gradient, the gradient of the head's weight, logits and their logarithms."""
+    """Numbers: what the layers keep, the last norm's three of t x h, and at the head, for t - 1
+    targets: hidden states and their gradient, the gradient of the head's weight, logits and their
+    logarithms."""
     return kept_by_layers + 3 * t * H + 2 * (t - 1) * H + V * H + 2 * (t - 1) * V
 
 
 def test_activations_by_hand():
-    """One sample of t tokens in float32 keeps, per layer, ten of t x h (two norms' input, normed and scaled, q, k, v and the
-    attention's output), four of t x i (gate, its activation, up, their product), and a few numbers per token."""
+    """One sample of t tokens in float32 keeps, per layer, ten of t x h (two norms' input, normed
+    and scaled, q, k, v and the attention's output), four of t x i (gate, its activation, up, their
+    product), and a few numbers per token."""
     t = 256
     per_layer = 10 * t * H + 4 * t * INNER + t * HEADS + 2 * t
     found = trace(TrainConfig(max_seq_len=t), 1, "float32").peak()
@@ -60,7 +64,9 @@ def test_activations_by_hand():
 
 def test_a_tied_embedding_has_two_gradients_and_their_sum():
     """With few tokens that is the peak: the output head's part waits for the embedding's."""
-    assert trace(TrainConfig(max_seq_len=16), 1, "float32").peak() == pytest.approx(3 * 4 * V * H, rel=0.001)
+    assert trace(TrainConfig(max_seq_len=16), 1, "float32").peak() == pytest.approx(
+        3 * 4 * V * H, rel=0.001
+    )
 
 
 def test_a_mask_is_kept_by_every_layer_and_one_sample_needs_none():
@@ -86,9 +92,12 @@ def test_a_token_budget_is_a_micro_batch_of_the_longest_samples():
 def test_dropout_in_attention_costs_its_matrix_on_a_cpu_only(tmp_path):
     from transformers import GPT2Config
 
-    GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=256).save_pretrained(tmp_path)
+    GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=256).save_pretrained(
+        tmp_path
+    )
     on_gpu, on_cpu = (
-        trace(TrainConfig(model=str(tmp_path), max_seq_len=256, cpu=cpu), 1, "float32").peak() for cpu in (False, True)
+        trace(TrainConfig(model=str(tmp_path), max_seq_len=256, cpu=cpu), 1, "float32").peak()
+        for cpu in (False, True)
     )
     matrix = 2 * 2 * 256 * 256 * 4
     assert on_cpu - on_gpu > matrix
@@ -102,15 +111,26 @@ def test_states_by_hand():
     quarter = TINY // 4
     assert found["ddp", ONCE].other == 4 * TINY
     zero1 = found["zero1", ONCE]
-    assert (zero1.weights, zero1.gradients, zero1.optimizer) == (2 * TINY, (4 + 2) * TINY, 12 * quarter)
+    assert (zero1.weights, zero1.gradients, zero1.optimizer) == (
+        2 * TINY,
+        (4 + 2) * TINY,
+        12 * quarter,
+    )
     assert found["zero2", ONCE].gradients == 4 * TINY
-    assert (found["zero2", EVERY].weights, found["zero2", EVERY].gradients) == (2 * TINY, 4 * quarter)
+    assert (found["zero2", EVERY].weights, found["zero2", EVERY].gradients) == (
+        2 * TINY,
+        4 * quarter,
+    )
     persistent = model_shapes(TrainConfig()).persistent
     assert persistent == TINY - V * H
     zero3 = found["zero3", EVERY]
     assert (zero3.weights, zero3.optimizer) == (2 * quarter + 2 * persistent, 12 * quarter)
     fsdp2 = found["fsdp2", EVERY]
-    assert (fsdp2.weights, fsdp2.gradients, fsdp2.optimizer) == (4 * quarter, 4 * quarter, 8 * quarter)
+    assert (fsdp2.weights, fsdp2.gradients, fsdp2.optimizer) == (
+        4 * quarter,
+        4 * quarter,
+        8 * quarter,
+    )
     assert found["fsdp2", ONCE].gradients == 4 * TINY
     assert fsdp2.start == 4 * (quarter + V * H + H)  # shards, and the largest that is moved whole
 
@@ -130,12 +150,16 @@ def test_traffic_by_hand():
     }
     for engine, policies in expected.items():
         row = found[engine, ONCE]
-        assert (row.traffic[ONCE], row.traffic[EVERY]) == pytest.approx([share * sent for sent in policies]), engine
+        assert (row.traffic[ONCE], row.traffic[EVERY]) == pytest.approx(
+            [share * sent for sent in policies]
+        ), engine
 
 
 def test_gradients_and_activations_are_not_largest_together_at_k_1():
     one, many = (rows(TrainConfig(max_seq_len=32), k)["single", ONCE] for k in (1, 2))
-    assert many.total == many.weights + many.gradients + many.optimizer + many.activations + many.other
+    assert (
+        many.total == many.weights + many.gradients + many.optimizer + many.activations + many.other
+    )
     assert one.total < one.weights + one.gradients + one.optimizer + one.activations + one.other
     assert one.activations == many.activations
 
@@ -192,15 +216,24 @@ def test_a_large_model_is_sized_without_its_memory(tmp_path):
 
 def engine(name: str, total: float | None, sent: float) -> Footprint:
     total = None if total is None else int(total * 1e9)
-    return Footprint(name, ONCE, 0, 0, 0, total, 0, total, 0, {ONCE: int(sent), EVERY: int(9 * sent)})
+    return Footprint(
+        name, ONCE, 0, 0, 0, total, 0, total, 0, {ONCE: int(sent), EVERY: int(9 * sent)}
+    )
 
 
 def test_the_least_traffic_that_fits_is_recommended():
-    found = [engine("ddp", 90, 8), engine("zero2", 40, 12), engine("zero3", 20, 30), engine("fsdp2", 19, 12)]
+    found = [
+        engine("ddp", 90, 8),
+        engine("zero2", 40, 12),
+        engine("zero3", 20, 30),
+        engine("fsdp2", 19, 12),
+    ]
     assert recommend(found, 100e9) is found[0]
     assert recommend(found, 80e9) is found[1]  # the first of equals
     assert recommend(found, 30e9) is found[3]
-    assert recommend([engine("ddp", 20, 12), engine("zero3", 10, 8)], 100e9).engine == "ddp"  # gathers no weights
+    assert (
+        recommend([engine("ddp", 20, 12), engine("zero3", 10, 8)], 100e9).engine == "ddp"
+    )  # gathers no weights
     assert recommend(found, 10e9) is None
     assert recommend([engine("ddp", None, 8)], 100e9) is None
     assert not engine("ddp", 80 * (1 - RESERVED) + 0.1, 0).fits(80e9)
@@ -227,7 +260,10 @@ def test_lines_say_what_fits_and_what_to_change():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--gpu-memory", "80"], "gpu_memory=80 is compared with what a model needs; give --model too"),
+        (
+            ["--gpu-memory", "80"],
+            "gpu_memory=80 is compared with what a model needs; give --model too",
+        ),
         (
             ["--model", "tiny", "--gpu-memory", "much"],
             "gpu_memory=much is not a size; give the memory of one GPU in GB",
@@ -239,7 +275,10 @@ def test_lines_say_what_fits_and_what_to_change():
             ["--model", "tiny", "--max-seq-len", "4096"],
             "max_seq_len=4096 is more than the 2048 positions of model=tiny",
         ),
-        (["--model", "tiny", "--use-peft", "--lora-target-modules", "x"], "lora_target_modules=x cannot be adapted"),
+        (
+            ["--model", "tiny", "--use-peft", "--lora-target-modules", "x"],
+            "lora_target_modules=x cannot be adapted",
+        ),
     ],
 )
 def test_wrong_input_is_one_message_and_status_2(arguments, message, capsys):
@@ -247,11 +286,17 @@ def test_wrong_input_is_one_message_and_status_2(arguments, message, capsys):
         main(["plan", *arguments])
     assert stopped.value.code == 2
     shown = capsys.readouterr()
-    assert shown.err.startswith(f"error: {message}") and len(shown.err.splitlines()) == 1 and not shown.out
+    assert (
+        shown.err.startswith(f"error: {message}")
+        and len(shown.err.splitlines()) == 1
+        and not shown.out
+    )
 
 
 def test_a_folder_without_a_model_is_one_message(tmp_path):
-    with pytest.raises(ConfigError, match="cannot be found: .*give a folder that save_pretrained wrote"):
+    with pytest.raises(
+        ConfigError, match="cannot be found: .*give a folder that save_pretrained wrote"
+    ):
         footprint_lines(TrainConfig(model=str(tmp_path)), BatchPlan(4), None)
 
 
@@ -288,7 +333,9 @@ def test_estimate_is_what_happens(measured, name):
     folder, found = measured
     case, expected = CASES[name], estimate(folder, CASES[name])
     assert expected.total == pytest.approx(found[name].peak, rel=0.05)
-    assert expected.traffic[case.grad_sync] == pytest.approx(found[name].sent, rel=SENT.get(case.engine, 0.001))
+    assert expected.traffic[case.grad_sync] == pytest.approx(
+        found[name].sent, rel=SENT.get(case.engine, 0.001)
+    )
 
 
 KS = (1, 2, 16)
@@ -311,7 +358,9 @@ def test_r22_k_1_needs_one_gradient_less(measured, peaks):
 
 
 def test_the_measure_is_of_live_bytes():
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as recorded:
         kept = torch.empty(1_000_000, dtype=torch.uint8)
         with torch.profiler.record_function("here"):
             passing = torch.empty(3_000_000, dtype=torch.uint8)

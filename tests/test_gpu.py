@@ -1,7 +1,7 @@
 """`make gpu`: the same parts, small, on the CPU, so that on a GPU only the device is new.
 
-Left out of the one go is `compile`, which takes half of the time (tests/test_compile.py compiles the same model); it is the
-part that fails here.
+Left out of the one go is `compile`, which takes half of the time (tests/test_compile.py compiles
+the same model); it is the part that fails here.
 """
 
 from __future__ import annotations
@@ -31,7 +31,15 @@ def made(tmp_path_factory):
     """The folder of all small parts, after one run."""
     folder = tmp_path_factory.mktemp("gpu")
     run = python(
-        *COMMAND, "--small", "--folder", folder, "--report", folder / "gpu.md", "--parts", *SMALL, timeout=1500
+        *COMMAND,
+        "--small",
+        "--folder",
+        folder,
+        "--report",
+        folder / "gpu.md",
+        "--parts",
+        *SMALL,
+        timeout=1500,
     )
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     return folder
@@ -65,7 +73,10 @@ def test_contract_is_held_on_one_process_and_on_two(made):
 
 def test_sharded_engines_hold_it_and_fsdp2_refuses_one_process(made):
     rows, _, notes = result_of(made, "sharded")
-    assert [(row["engine"], row["processes"], row["cases"]) for row in rows] == [("zero2", 1, 3), ("fsdp2", 2, 3)]
+    assert [(row["engine"], row["processes"], row["cases"]) for row in rows] == [
+        ("zero2", 1, 3),
+        ("fsdp2", 2, 3),
+    ]
     assert all(0 < row["worst error against float64"] < 2e-6 for row in rows)
     assert any("FSDP2 shards over processes, and there is one" in note for note in notes)
 
@@ -103,7 +114,7 @@ def test_waits_are_counted_and_their_callers_named(made):
     assert found["padded", "aten::nonzero"]["in 8 micro-batches"] == 8
     assert found["padded", "aten::nonzero"]["per micro-batch"] == 1
     assert found["packed, sdpa", "aten::_local_scalar_dense"]["in the step"] > 0
-    assert any("accum_trainer/head.py" in note for note in notes)
+    assert any("accum_trainer/losses/head.py" in note for note in notes)
 
 
 def test_footprint_is_estimated_and_said_not_to_be_measured(made):
@@ -113,7 +124,8 @@ def test_footprint_is_estimated_and_said_not_to_be_measured(made):
     ]  # fmt: skip
     assert {row["measured MB"] for row in rows} == {"not measured"}
     small, small_lora, large, large_lora = (float(row["estimated MB"]) for row in rows)
-    # Weights, gradient and two moments in float32 are 16 bytes per parameter; a LoRA has the weights only.
+    # Weights, gradient and two moments in float32 are 16 bytes per parameter; a LoRA has the
+    # weights only.
     for total, lora, row in ((small, small_lora, rows[0]), (large, large_lora, rows[2])):
         millions = float(row["parameters"].rstrip("M"))
         assert 16 * millions < total and 4 * millions < lora < total
@@ -125,7 +137,9 @@ def test_throughput_against_the_trainer(made):
         "`transformers.Trainer`, padded", "accum_trainer, padded", "accum_trainer, packed, sdpa"
     ]  # fmt: skip
     speeds = [float(row["useful tokens/s"].replace(",", "")) for row in rows]
-    assert all(speed > 0 and float(row["peak GB"]) > 0 for speed, row in zip(speeds, rows, strict=True))
+    assert all(
+        speed > 0 and float(row["peak GB"]) > 0 for speed, row in zip(speeds, rows, strict=True)
+    )
     assert float(rows[1]["over Trainer"]) == pytest.approx(speeds[1] / speeds[0], abs=0.01)
 
 
@@ -141,7 +155,9 @@ def test_report_has_versions_a_table_per_part_and_the_verdict(made):
 def test_a_second_run_runs_no_part_again(made):
     before = {part: (made / f"{part}.log").stat().st_mtime_ns for part in SMALL}
     report = (made / "gpu.md").read_text()
-    run = python(*COMMAND, "--small", "--folder", made, "--report", made / "gpu.md", "--parts", *SMALL)
+    run = python(
+        *COMMAND, "--small", "--folder", made, "--report", made / "gpu.md", "--parts", *SMALL
+    )
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("has a result") == len(SMALL)
     assert {part: (made / f"{part}.log").stat().st_mtime_ns for part in SMALL} == before
@@ -154,11 +170,18 @@ def test_a_part_that_fails_is_shown_in_its_own_words_and_run_again(tmp_path):
     assert run.returncode == 1
     report = (tmp_path / "report.md").read_text()
     assert "**Not passed: compile.**" in report
-    assert "failed:" in report and "ConfigError: compile=true does not work here: InvalidCxxCompiler" in report
+    assert (
+        "failed:" in report
+        and "ConfigError: compile=true does not work here: InvalidCxxCompiler" in report
+    )
     run = python(*COMMAND, *asked, "--limit", 0.5)  # it has no result: it is run, and ended
     assert run.returncode == 1 and "has a result" not in run.stdout
     report = (tmp_path / "report.md").read_text()
-    assert "out of time:" in report and "ended after 0 s" in report and "InvalidCxxCompiler" not in report
+    assert (
+        "out of time:" in report
+        and "ended after 0 s" in report
+        and "InvalidCxxCompiler" not in report
+    )
 
 
 def test_a_part_that_is_killed_is_shown_and_what_it_started_is_ended(tmp_path):
@@ -168,9 +191,16 @@ def test_a_part_that_is_killed_is_shown_and_what_it_started_is_ended(tmp_path):
     assert outcome.state == "failed" and not outcome.passed
     assert outcome.words == "it ended with signal 9; its last words:\nbefore the end"
     text = markdown([outcome], "a device", "versions", True)
-    assert "Not passed: memory" in text and "it ended with signal 9" in text and "before the end" in text
+    assert (
+        "Not passed: memory" in text
+        and "it ended with signal 9" in text
+        and "before the end" in text
+    )
 
-    child = "import subprocess, sys; p = subprocess.Popen(['sleep', '99']); print(p.pid, flush=True); p.wait()"
+    child = (
+        "import subprocess, sys; p = subprocess.Popen(['sleep', '99']); print(p.pid, "
+        "flush=True); p.wait()"
+    )
     begun = time.monotonic()
     outcome = run_part("memory", setting, 2, [sys.executable, "-c", child])
     assert outcome.state == "out of time" and time.monotonic() - begun < 30
@@ -180,11 +210,19 @@ def test_a_part_that_is_killed_is_shown_and_what_it_started_is_ended(tmp_path):
 def test_a_check_that_fails_is_shown_and_not_passed(tmp_path):
     result = {"table": {"header": ["a"], "rows": [[1.0]]}, "notes": [], "checks": []}
     result["checks"] = [{"name": "errors", "passed": False, "words": "0.5, at most 0.1"}]
-    write = f"import pathlib; pathlib.Path({str(tmp_path / 'waits.result')!r}).write_text({json.dumps(result)!r})"
-    outcome = run_part("waits", Setting("cpu", True, str(tmp_path)), 60, [sys.executable, "-c", write])
+    write = (
+        "import pathlib; "
+        f"pathlib.Path({str(tmp_path / 'waits.result')!r}).write_text({json.dumps(result)!r})"
+    )
+    outcome = run_part(
+        "waits", Setting("cpu", True, str(tmp_path)), 60, [sys.executable, "-c", write]
+    )
     assert outcome.state == "done" and not outcome.passed
     text = markdown([outcome], "a device", "versions", False)
-    assert "| waits | 1 of 1 checks failed |" in text and "| errors | **FAILED** | 0.5, at most 0.1 |" in text
+    assert (
+        "| waits | 1 of 1 checks failed |" in text
+        and "| errors | **FAILED** | 0.5, at most 0.1 |" in text
+    )
 
 
 def test_without_a_gpu_one_message(tmp_path):

@@ -1,6 +1,8 @@
-"""Logits only where there are targets: the loss and gradient of the whole logits, on real architectures, in less memory.
+"""Logits only where there are targets: the loss and gradient of the whole logits, on real
+architectures, in less memory.
 
-Tolerance: relative 2e-6 against one float64 big batch, as everywhere; LOW is what the plain path has in bf16."""
+Tolerance: relative 2e-6 against one float64 big batch, as everywhere; LOW is what the plain path
+has in bf16."""
 
 from __future__ import annotations
 
@@ -15,9 +17,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import accum_trainer
-from accum_trainer import causal_lm_loss, head
-from accum_trainer.head import CHUNKED, PLAIN, SELECTED, LossPath, decide_loss_path
-from tests.reference import IGNORE, VOCABULARY, big_batch, make_model, make_rows, num_targets, pad, relative_error
+from accum_trainer import causal_lm_loss
+from accum_trainer.losses import head
+from accum_trainer.losses.head import CHUNKED, PLAIN, SELECTED, LossPath, decide_loss_path
+from tests.reference import (
+    IGNORE,
+    VOCABULARY,
+    big_batch,
+    make_model,
+    make_rows,
+    num_targets,
+    pad,
+    relative_error,
+)
 from tests.test_structure import imports_of
 
 EXACT = 2e-6
@@ -39,7 +51,9 @@ OWN_SIZES = {
     "OPT": dict(ffn_dim=64, word_embed_proj_dim=32, dropout=0),
     "Bloom": dict(n_layer=2, n_head=2),
     "Gemma2": dict(head_dim=16, query_pre_attn_scalar=16, final_logit_softcapping=2.0),
-    "Mixtral": dict(num_local_experts=4, experts_implementation="eager"),  # the fused experts take no float64
+    "Mixtral": dict(
+        num_local_experts=4, experts_implementation="eager"
+    ),  # the fused experts take no float64
     "Granite": dict(logits_scaling=8.0),
 }
 PATHS = {
@@ -62,19 +76,25 @@ def make(name: str) -> torch.nn.Module:
 
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**(SIZES | OWN_SIZES.get(name, {})))
-    model = getattr(transformers, f"{name}{'LMHeadModel' if name == 'GPT2' else 'ForCausalLM'}")(config)
+    model = getattr(transformers, f"{name}{'LMHeadModel' if name == 'GPT2' else 'ForCausalLM'}")(
+        config
+    )
     with torch.no_grad():  # larger weights, so that logits and soft caps are not nearly linear
         for p in model.parameters():
             p.mul_(3) if p.ndim > 1 else p.add_(0.1 * torch.randn_like(p))
     return model.train()
 
 
-def gradient(model: torch.nn.Module, rows: list[dict] = ROWS, **options: float) -> tuple[float, dict]:
+def gradient(
+    model: torch.nn.Module, rows: list[dict] = ROWS, **options: float
+) -> tuple[float, dict]:
     """Summed loss of `rows` and its gradient by name."""
     model.zero_grad()
     loss = causal_lm_loss(model, pad(rows), **options)
     loss.backward()
-    return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def forced(model: torch.nn.Module, path: str) -> torch.nn.Module:
@@ -103,7 +123,9 @@ def test_loss_and_gradient_are_the_big_batchs_on_every_path(name, small_chunks):
     for path in {PLAIN, SELECTED, PATHS[name]}:
         loss, found = gradient(forced(model, path))
         assert loss / num_targets(ROWS) == pytest.approx(exact_loss, rel=EXACT), path
-        assert relative_error({n: g / num_targets(ROWS) for n, g in found.items()}, exact) <= EXACT, path
+        assert (
+            relative_error({n: g / num_targets(ROWS) for n, g in found.items()}, exact) <= EXACT
+        ), path
 
 
 @pytest.mark.parametrize("path", [PLAIN, SELECTED, CHUNKED])
@@ -111,7 +133,9 @@ def test_label_smoothing_by_its_definition(path, small_chunks):
     model, smoothing = forced(make("Llama"), path), 0.1
     batch = pad(ROWS)
     exact_model = copy.deepcopy(model).double()
-    logits = exact_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    logits = exact_model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+    ).logits
     log_p, labels = logits[:, :-1].log_softmax(-1), batch["labels"][:, 1:]
     nll = -log_p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     exact = (((1 - smoothing) * nll - smoothing * log_p.mean(-1)) * (labels != IGNORE)).sum()
@@ -122,7 +146,8 @@ def test_label_smoothing_by_its_definition(path, small_chunks):
 
 
 def test_two_targets_by_hand():
-    """Logits (0, 0) and (log 3, 0) for targets 0 and 1: losses log 2 and log 4, slopes (-1/2, 1/2) and (3/4, -3/4)."""
+    """Logits (0, 0) and (log 3, 0) for targets 0 and 1: losses log 2 and log 4, slopes (-1/2, 1/2)
+    and (3/4, -3/4)."""
     linear = torch.nn.Linear(2, 2, bias=False)
     with torch.no_grad():
         linear.weight.copy_(torch.eye(2))
@@ -168,7 +193,8 @@ def test_packed_samples_and_padding_on_the_left():
         "labels": [label for row in ROWS[:2] for label in [IGNORE, *row["labels"][1:]]],
     }
     left = {
-        key: value.flip(1) for key, value in pad([{k: v[::-1] for k, v in row.items()} for row in ROWS[:2]]).items()
+        key: value.flip(1)
+        for key, value in pad([{k: v[::-1] for k, v in row.items()} for row in ROWS[:2]]).items()
     }
     forced(model, CHUNKED)
     for batch in ({key: torch.tensor([value]) for key, value in joined.items()}, left):
@@ -223,7 +249,10 @@ def test_bf16_is_as_near_as_the_plain_path(name, how, small_chunks):
         with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
             assert path_of(model) == PATHS[name]
             _, found = gradient(forced(model, path), rows)
-        assert all(g.dtype == (torch.float32 if how == "autocast" else torch.bfloat16) for g in found.values())
+        assert all(
+            g.dtype == (torch.float32 if how == "autocast" else torch.bfloat16)
+            for g in found.values()
+        )
         errors[path] = relative_error({n: g / num_targets(rows) for n, g in found.items()}, exact)
     assert errors[PLAIN] > 1e-4
     assert errors[PATHS[name]] <= 1.1 * errors[PLAIN]
@@ -234,9 +263,13 @@ def test_heads_gradient_is_added_up_in_float32(monkeypatch):
     monkeypatch.setattr(head, "CHUNK", 1)
     linear = torch.nn.Linear(1, 2, bias=False, dtype=torch.bfloat16)
     linear.weight.grad_dtype = torch.float32
-    torch.nn.init.zeros_(linear.weight)  # softmax is 1/2: the gradient of each target is half of its hidden state
+    torch.nn.init.zeros_(
+        linear.weight
+    )  # softmax is 1/2: the gradient of each target is half of its hidden state
     hidden = torch.tensor([256.0] + [2.0] * 100, dtype=torch.bfloat16).unsqueeze(1)
-    head._chunked_loss(hidden, linear, torch.zeros(101, dtype=torch.int64), 0.0, torch.bfloat16).backward()
+    head._chunked_loss(
+        hidden, linear, torch.zeros(101, dtype=torch.int64), 0.0, torch.bfloat16
+    ).backward()
     assert linear.weight.grad.flatten().tolist() == [-228.0, 228.0]
 
 
@@ -246,7 +279,9 @@ def test_float16_leaves_the_loss_to_the_loss_scale(monkeypatch):
     assert found.path == SELECTED
     assert "float16" in found.reason
     monkeypatch.setattr(head, "_chunked_loss", None)
-    assert gradient(forced(model, CHUNKED))[0] == gradient(forced(model, SELECTED))[0]  # decided in another precision
+    assert (
+        gradient(forced(model, CHUNKED))[0] == gradient(forced(model, SELECTED))[0]
+    )  # decided in another precision
 
 
 # --- which path ---
@@ -263,15 +298,23 @@ class Wrapped(torch.nn.Module):
             self.get_output_embeddings = self.inner.get_output_embeddings
 
     def forward(self, input_ids, attention_mask=None):
-        return self.work(self, self.inner(input_ids=input_ids, attention_mask=attention_mask).logits)
+        return self.work(
+            self, self.inner(input_ids=input_ids, attention_mask=attention_mask).logits
+        )
 
 
 WORK = {
     "nothing": (lambda model, logits: logits, CHUNKED),
-    "a factor that is 1 until it is trained": (lambda model, logits: logits * model.scale, SELECTED),
+    "a factor that is 1 until it is trained": (
+        lambda model, logits: logits * model.scale,
+        SELECTED,
+    ),
     "the same in place": (lambda model, logits: logits.mul_(model.scale), SELECTED),
     "padded classes cut off": (lambda model, logits: logits[..., :90], SELECTED),
-    "a bias by position": (lambda model, logits: logits + torch.eye(200)[: logits.shape[1], :VOCABULARY], PLAIN),
+    "a bias by position": (
+        lambda model, logits: logits + torch.eye(200)[: logits.shape[1], :VOCABULARY],
+        PLAIN,
+    ),
     "another order": (lambda model, logits: logits.flip(1), PLAIN),
 }
 
@@ -290,7 +333,10 @@ def test_what_a_model_does_with_its_logits_decides_the_path(work):
 def test_a_model_that_names_no_head_takes_the_plain_path_and_says_so():
     model = Wrapped(lambda model, logits: logits, own_head=False)
     found = decide_loss_path(model, torch.tensor([[5]]))
-    assert (found.path, found.reason) == (PLAIN, "Wrapped names no output head (get_output_embeddings)")
+    assert (found.path, found.reason) == (
+        PLAIN,
+        "Wrapped names no output head (get_output_embeddings)",
+    )
     assert found.note == f"loss path plain: {found.reason}"
     assert gradient(model)[0] == pytest.approx(gradient(model.inner)[0], rel=EXACT)
 
@@ -315,7 +361,9 @@ def test_a_head_that_is_not_run_and_a_model_that_cannot_be_probed():
     assert "forward" not in vars(model.embedding)
     assert gradient(model)[0] > 0
     tolerant = Functional()
-    tolerant.forward = lambda input_ids, attention_mask=None: Functional.forward(tolerant, input_ids, None)
+    tolerant.forward = lambda input_ids, attention_mask=None: Functional.forward(
+        tolerant, input_ids, None
+    )
     found = decide_loss_path(tolerant, torch.tensor([[5]]))
     assert (found.path, "not run on hidden states" in found.reason) == (PLAIN, True)
 
@@ -323,7 +371,9 @@ def test_a_head_that_is_not_run_and_a_model_that_cannot_be_probed():
 def test_compiled_models_keep_their_head():
     model = make("Llama")
     compiled = torch.compile(model, backend="eager")
-    assert decide_loss_path(compiled, None) == LossPath(PLAIN, "the model is compiled, with its head as it was")
+    assert decide_loss_path(compiled, None) == LossPath(
+        PLAIN, "the model is compiled, with its head as it was"
+    )
     model.lm_head.compile(backend="eager")
     assert decide_loss_path(model, None) == LossPath(PLAIN, "the output head is compiled")
 
@@ -336,11 +386,15 @@ def test_turned_off():
 
 
 def test_hidden_states_of_another_shape_go_through_as_they_are(small_chunks):
-    """Decided on one shape, run on another: the model comes to drop its last position, which predicts nothing."""
+    """Decided on one shape, run on another: the model comes to drop its last position, which
+    predicts nothing."""
     model = Wrapped(lambda model, logits: logits)
     assert path_of(model) == CHUNKED
     exact = causal_lm_loss(model, pad(ROWS)).item()
-    whole, model.inner.forward = model.inner.forward, lambda **inputs: whole(**inputs, logits_to_keep=slice(0, -1))
+    whole, model.inner.forward = (
+        model.inner.forward,
+        lambda **inputs: whole(**inputs, logits_to_keep=slice(0, -1)),
+    )
     model.work = lambda model, logits: torch.nn.functional.pad(logits, (0, 0, 0, 1))
     assert causal_lm_loss(model, pad(ROWS)).item() == pytest.approx(exact, rel=EXACT)
 
@@ -354,8 +408,8 @@ def test_a_model_around_a_proven_one_and_a_new_head_are_proven_themselves():
 
 
 def test_the_reference_of_verify_does_not_come_through_here():
-    path = Path(accum_trainer.__file__).parent / "big_batch.py"
-    assert not {"accum_trainer.head", "accum_trainer.loss"} & imports_of(path)
+    path = Path(accum_trainer.__file__).parent / "verify" / "big_batch.py"
+    assert not {"accum_trainer.losses.head", "accum_trainer.losses.causal_lm"} & imports_of(path)
 
 
 # --- the probe ---
@@ -421,7 +475,10 @@ def test_a_graph_that_is_kept_gives_the_gradient_twice():
     (loss * 0.25).backward(retain_graph=True)
     (loss * 0.75).backward()
     assert (
-        relative_error({n: p.grad for n, p in model.named_parameters()}, {n: g.double() for n, g in once.items()})
+        relative_error(
+            {n: p.grad for n, p in model.named_parameters()},
+            {n: g.double() for n, g in once.items()},
+        )
         < 1e-6
     )
 
@@ -430,11 +487,14 @@ def test_a_graph_that_is_kept_gives_the_gradient_twice():
 
 
 class LargestLogits(TorchDispatchMode):
-    """Numbers in the largest tensor over the vocabulary that any operation gives, forward or backward; weights left out."""
+    """Numbers in the largest tensor over the vocabulary that any operation gives, forward or
+    backward; weights left out."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
-        self.weights = {shape for p in model.parameters() for shape in (tuple(p.shape), tuple(p.shape)[::-1])}
+        self.weights = {
+            shape for p in model.parameters() for shape in (tuple(p.shape), tuple(p.shape)[::-1])
+        }
         self.numbers = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -472,7 +532,10 @@ def test_shapes_without_values_count_every_position():
 
     with FakeTensorMode():
         model = make_model("llama")
-        batch = {"input_ids": torch.ones(2, 8, dtype=torch.int64), "labels": torch.ones(2, 8, dtype=torch.int64)}
+        batch = {
+            "input_ids": torch.ones(2, 8, dtype=torch.int64),
+            "labels": torch.ones(2, 8, dtype=torch.int64),
+        }
         assert path_of(model) == CHUNKED
         causal_lm_loss(model, batch).backward()
         assert model.lm_head.weight.grad.shape == (VOCABULARY, 32)

@@ -1,4 +1,5 @@
-"""The policies of `accumulate_grad_batches`, composed by real Hydra applications outside this tree."""
+"""The policies of `accumulate_grad_batches`, composed by real Hydra applications outside this
+tree."""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ main()
 
 @pytest.fixture
 def conf(tmp_path):
-    """The configuration of an application in an empty directory, from which only an installed plugin is found."""
+    """The configuration of an application in an empty directory, from which only an installed
+    plugin is found."""
     folder = tmp_path / "conf"
     (folder / "data").mkdir(parents=True)
     (folder / "config.yaml").write_text(CONFIG)
@@ -64,7 +66,9 @@ def conf(tmp_path):
 def application(conf, *overrides, python=(sys.executable,), **more):
     program = [*python, "app.py", *overrides, "hydra.run.dir=out", "hydra.sweep.dir=out"]
     kept = environment(**more)
-    return subprocess.run(program, cwd=conf.parent, env=kept, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        program, cwd=conf.parent, env=kept, capture_output=True, text=True, timeout=120
+    )
 
 
 def composed(run):
@@ -78,7 +82,9 @@ def composition(conf, *overrides, config_name="config"):
 
 
 def test_r20_each_policy_is_its_number_everywhere_it_is_interpolated(conf):
-    jobs = composed(application(conf, "--multirun", f"accumulate_grad_batches={','.join(POLICIES)}"))
+    jobs = composed(
+        application(conf, "--multirun", f"accumulate_grad_batches={','.join(POLICIES)}")
+    )
     assert [job["cfg"]["accumulate_grad_batches"] for job in jobs] == list(POLICIES.values())
     for job in jobs:
         assert type(job["cfg"]["accumulate_grad_batches"]) is int
@@ -107,7 +113,9 @@ def test_r20_unknown_policy_names_the_six(conf):
     run = application(conf, "accumulate_grad_batches=hihg")
     assert run.returncode == 1
     assert "Could not find 'accumulate_grad_batches/hihg'" in run.stderr
-    listed = run.stderr.split("Available options in 'accumulate_grad_batches':\n")[1].split("\nConfig search path")[0]
+    listed = run.stderr.split("Available options in 'accumulate_grad_batches':\n")[1].split(
+        "\nConfig search path"
+    )[0]
     assert listed.split() == sorted(POLICIES)
 
 
@@ -119,7 +127,9 @@ def test_r20_unknown_policy_names_the_six(conf):
     ],
 )
 def test_a_number_is_no_policy_and_hydra_says_what_the_guide_says(conf, override, message):
-    with pytest.raises(Exception, match=re.escape(message)):  # Hydra raises a ValueError for one, its own for the other
+    with pytest.raises(
+        Exception, match=re.escape(message)
+    ):  # Hydra raises a ValueError for one, its own for the other
         composition(conf, override)
     assert message in " ".join((ROOT / "docs/hydra.md").read_text().split())
 
@@ -134,7 +144,9 @@ def test_the_applications_own_policies_join_and_win(conf):
     own = conf / "accumulate_grad_batches"
     own.mkdir()
     for name, number in (("sixteen", 16), ("high", 64)):
-        (own / f"{name}.yaml").write_text(f"# @package _global_\naccumulate_grad_batches: {number}\n")
+        (own / f"{name}.yaml").write_text(
+            f"# @package _global_\naccumulate_grad_batches: {number}\n"
+        )
     for name, number in (POLICIES | {"sixteen": 16, "high": 64}).items():
         assert composition(conf, f"accumulate_grad_batches={name}").trainer.k == number
 
@@ -170,20 +182,29 @@ def test_a_wheel_holds_plugin_and_policies_and_works(conf, tmp_path):
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     build = "import setuptools.build_meta as b, sys; b.build_wheel(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", build, str(target)], cwd=source, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", build, str(target)], cwd=source, check=True, capture_output=True
+    )
     (wheel,) = target.glob("*.whl")
     with zipfile.ZipFile(wheel) as packed:
         names = {name for name in packed.namelist() if name.startswith("hydra_plugins/")}
         packed.extractall(target)
-    assert names == {str(path.relative_to(ROOT)) for path in (PLUGIN / "__init__.py", *PLUGIN.glob("*/*.yaml"))}
+    assert names == {
+        str(path.relative_to(ROOT)) for path in (PLUGIN / "__init__.py", *PLUGIN.glob("*/*.yaml"))
+    }
     # Without `site` there is no editable install, so only the wheel can have given the policy.
     path = os.pathsep.join([str(target), sysconfig.get_path("purelib")])
-    run = application(conf, "accumulate_grad_batches=high", python=(sys.executable, "-S"), PYTHONPATH=path)
+    run = application(
+        conf, "accumulate_grad_batches=high", python=(sys.executable, "-S"), PYTHONPATH=path
+    )
     assert composed(run)[0]["cfg"]["trainer"]["k"] == 8
 
 
 def test_the_guide_has_the_policies_as_they_are():
-    files = {path.stem: yaml.safe_load(path.read_text()) for path in PLUGIN.glob("accumulate_grad_batches/*.yaml")}
+    files = {
+        path.stem: yaml.safe_load(path.read_text())
+        for path in PLUGIN.glob("accumulate_grad_batches/*.yaml")
+    }
     assert files == {name: {"accumulate_grad_batches": number} for name, number in POLICIES.items()}
     table = re.findall(r"^\| `(\w+)` \| (\d+) \|", (ROOT / "docs/hydra.md").read_text(), re.M)
     assert {name: int(number) for name, number in table} == POLICIES
@@ -194,5 +215,11 @@ def test_nothing_of_the_package_imports_hydra():
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not {name.split(".")[0] for name in names} & {"hydra", "hydra_plugins", "omegaconf"}, path
-    assert not (PLUGIN.parent / "__init__.py").exists()  # it would hide the plugins of every other package
+            assert not {name.split(".")[0] for name in names} & {
+                "hydra",
+                "hydra_plugins",
+                "omegaconf",
+            }, path
+    assert not (
+        PLUGIN.parent / "__init__.py"
+    ).exists()  # it would hide the plugins of every other package

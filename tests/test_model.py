@@ -1,4 +1,5 @@
-"""Models as they are asked for: the attention that is named is in force, or the run does not start."""
+"""Models as they are asked for: the attention that is named is in force, or the run does not
+start."""
 
 from __future__ import annotations
 
@@ -10,12 +11,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
 from accum_trainer import Accumulator, ConfigError, TrainConfig, causal_lm_loss
-from accum_trainer.assemble import _check_attention
-from accum_trainer.data.collating import PackingCollator, PaddingCollator
 from accum_trainer.data.embedded import corpus_tokenizer
-from accum_trainer.model import load_model, load_tokenizer
-from accum_trainer.packing import find_packing
-from accum_trainer.train import Run, updates
+from accum_trainer.lm.model import load_model, load_tokenizer
+from accum_trainer.losses.packing import find_packing
+from accum_trainer.sources.collating import PackingCollator, PaddingCollator
+from accum_trainer.train import updates
+from accum_trainer.train.loop import Run
+from accum_trainer.train.setup import _check_attention
 from tests.reference import make_model
 
 
@@ -23,7 +25,9 @@ def test_attention_asked_for_is_in_force(tmp_path, fresh_accelerate):
     losses = {}
     for attention in (None, "eager"):
         folder = tmp_path / str(attention)
-        config = TrainConfig(attention=attention, cpu=True, steps=2, max_seq_len=64, output_dir=str(folder))
+        config = TrainConfig(
+            attention=attention, cpu=True, steps=2, max_seq_len=64, output_dir=str(folder)
+        )
         losses[attention] = [record["loss"] for record in updates(config)]
         assert json.loads((folder / "plan.json").read_text())["attention"] == (attention or "sdpa")
     assert losses[None] == pytest.approx(losses["eager"], rel=1e-5)
@@ -38,7 +42,10 @@ def test_samples_packed_for_flex_attention_do_not_see_each_other():
     torch.manual_seed(0)
     exact = load_model(TrainConfig(), tokenizer).double()
     generator = torch.Generator().manual_seed(1)
-    tokens = [torch.randint(1, 400, (length,), generator=generator).tolist() for length in (5, 40, 17, 150)]
+    tokens = [
+        torch.randint(1, 400, (length,), generator=generator).tolist()
+        for length in (5, 40, 17, 150)
+    ]
     rows = [{"input_ids": ids, "labels": ids} for ids in tokens]
     with torch.no_grad():
         alone = sum(causal_lm_loss(exact, PaddingCollator(0)([row])).item() for row in rows)
@@ -51,12 +58,15 @@ def test_samples_packed_for_flex_attention_do_not_see_each_other():
 
 def test_attention_that_the_models_code_does_not_know_is_refused(tmp_path):
     tokenizer = corpus_tokenizer()
-    bloom = BloomForCausalLM(BloomConfig(vocab_size=len(tokenizer), hidden_size=16, n_layer=1, n_head=2))
+    bloom = BloomForCausalLM(
+        BloomConfig(vocab_size=len(tokenizer), hidden_size=16, n_layer=1, n_head=2)
+    )
     bloom.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     config = TrainConfig(model=str(tmp_path), attention="sdpa")
     with pytest.raises(
-        ConfigError, match="attention=sdpa cannot be used with model=.*no choice of attention, and runs eager"
+        ConfigError,
+        match="attention=sdpa cannot be used with model=.*no choice of attention, and runs eager",
     ):
         load_model(config, load_tokenizer(config))
 
@@ -64,7 +74,10 @@ def test_attention_that_the_models_code_does_not_know_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("attention", "message"),
     [
-        ("flash_attention_2", "attention=flash_attention_2 needs a GPU and 16-bit numbers, and this is a cpu"),
+        (
+            "flash_attention_2",
+            "attention=flash_attention_2 needs a GPU and 16-bit numbers, and this is a cpu",
+        ),
         ("kernels-community/flash-attn2", "attention=kernels-community/flash-attn2 needs a GPU"),
         ("flex_attention", "attention=flex_attention gives no gradient on a CPU"),
     ],
@@ -94,7 +107,13 @@ def bf16_checkpoint(tmp_path_factory):
 
 
 def trained(folder, out, **options):
-    settings = {"steps": 2, "batch_size": 2, "gradient_accumulation_steps": 2, "max_seq_len": 32, "lr": 1e-2}
+    settings = {
+        "steps": 2,
+        "batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_seq_len": 32,
+        "lr": 1e-2,
+    }
     run = Run(TrainConfig(model=str(folder), cpu=True, output_dir=str(out), **settings, **options))
     for _ in run.updates():
         pass
@@ -106,12 +125,20 @@ def trained(folder, out, **options):
 def test_lora_keeps_frozen_weights_as_they_are_stored_where_it_computes_in_that_dtype(
     bf16_checkpoint, tmp_path, precision, frozen
 ):
-    run = trained(bf16_checkpoint, tmp_path, mixed_precision=precision, use_peft=True, lora_modules_to_save="lm_head")
+    run = trained(
+        bf16_checkpoint,
+        tmp_path,
+        mixed_precision=precision,
+        use_peft=True,
+        lora_modules_to_save="lm_head",
+    )
     dtypes = {p.requires_grad: set() for p in run.parts.model.parameters()}
     for parameter in run.parts.model.parameters():
         dtypes[parameter.requires_grad].add(parameter.dtype)
     assert dtypes == {True: {torch.float32}, False: {frozen}}
-    assert any("--amp keeps them in 16 bits" in note for note in run.parts.notes) == (precision == "no")
+    assert any("--amp keeps them in 16 bits" in note for note in run.parts.notes) == (
+        precision == "no"
+    )
     written = load_file(tmp_path / "model" / "adapter_model.safetensors")
     assert {w.dtype for w in written.values()} == {torch.float32}
     assert all("lora_" in name or "lm_head" in name for name in written)

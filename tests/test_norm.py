@@ -7,7 +7,7 @@ import math
 import torch
 
 from accum_trainer.engine.base import square_sums
-from accum_trainer.records import memory_gb, peak_gb, reset_peak
+from accum_trainer.engine.memory import memory_gb, peak_gb, reset_peak
 
 CPU = torch.device("cpu")
 
@@ -15,7 +15,14 @@ CPU = torch.device("cpu")
 def test_i46_squares_add_up_in_float64_whatever_the_layout():
     torch.manual_seed(0)
     large = torch.randn(3000, 3001)
-    gradients = [large, large.t(), large[:, ::2], torch.randn(5), torch.tensor(3.0), torch.randn(7, 2).bfloat16()]
+    gradients = [
+        large,
+        large.t(),
+        large[:, ::2],
+        torch.randn(5),
+        torch.tensor(3.0),
+        torch.randn(7, 2).bfloat16(),
+    ]
     for gradient, found in zip(gradients, square_sums(gradients), strict=True):
         exact = math.fsum((gradient.double().numpy() ** 2).ravel())
         assert abs(found / exact - 1) < 1e-12

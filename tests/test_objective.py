@@ -13,8 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from accum_trainer import AccumTrainerError, Accumulator, DataError, EngineError, TrainConfig, causal_lm_loss
-from accum_trainer.objective import find_objective
+from accum_trainer import (
+    AccumTrainerError,
+    Accumulator,
+    DataError,
+    EngineError,
+    TrainConfig,
+    causal_lm_loss,
+)
+from accum_trainer.losses.objective import find_objective
 from accum_trainer.train import updates
 from benchmarks.families import LOOPS, cells_of, measure
 from benchmarks.families_models import FAMILIES
@@ -95,7 +102,11 @@ class Lookup(nn.Module):
 
     def forward(self, input_ids, labels=None):
         logits = self.dropout(self.table(input_ids))
-        return {"logits": logits} if labels is None else {"loss": self._loss(logits, labels), "logits": logits}
+        return (
+            {"logits": logits}
+            if labels is None
+            else {"loss": self._loss(logits, labels), "logits": logits}
+        )
 
 
 def mean(logits, labels, **options):
@@ -107,7 +118,9 @@ def shifted(logits, labels):
 
 
 def mean_of_means(logits, labels):
-    return torch.stack([mean(row, targets) for row, targets in zip(logits, labels, strict=True)]).mean()
+    return torch.stack(
+        [mean(row, targets) for row, targets in zip(logits, labels, strict=True)]
+    ).mean()
 
 
 def weighted(logits, labels):
@@ -153,7 +166,8 @@ def test_proof_needs_no_lucky_batch():
     for batch in (nothing, one, single):
         for loss, name in ((shifted, "shifted labels"), (mean, "labels")):
             model = Lookup(loss)
-            # torch's mean over no target is nan: transformers' models, which know -100, are what is filled up.
+            # torch's mean over no target is nan: transformers' models, which know -100, are what is
+            # filled up.
             model.loss_function = None
             objective = find_objective(model, batch)
             assert (objective.reduction, objective.counting.name) == ("mean", name)
@@ -214,13 +228,33 @@ def test_i38_a_mean_is_known_for_one_without_being_said():
 @pytest.mark.parametrize(
     ("model_loss", "loss", "says"),
     [
-        (mean, lambda m, b: (m(**b)["loss"], "sum"), "reduction='sum', but the model's own loss is a mean over labels"),
-        (mean, lambda m, b: (m(**b)["loss"] * 2,), "neither causal_lm_loss nor what the model returned"),
+        (
+            mean,
+            lambda m, b: (m(**b)["loss"], "sum"),
+            "reduction='sum', but the model's own loss is a mean over labels",
+        ),
+        (
+            mean,
+            lambda m, b: (m(**b)["loss"] * 2,),
+            "neither causal_lm_loss nor what the model returned",
+        ),
         (mean, lambda m, b: (m(**b)["loss"] * 2, "mean"), "nobody knows what it averages over"),
-        (mean, lambda m, b: (causal_lm_loss(m, b),), "shifts the labels by one, but this model's own loss is a mean"),
-        (shifted, lambda m, b: (causal_lm_loss(m, b), "mean"), "causal_lm_loss is a sum over targets"),
+        (
+            mean,
+            lambda m, b: (causal_lm_loss(m, b),),
+            "shifts the labels by one, but this model's own loss is a mean",
+        ),
+        (
+            shifted,
+            lambda m, b: (causal_lm_loss(m, b), "mean"),
+            "causal_lm_loss is a sum over targets",
+        ),
         (entangled, own, "not known to be a mean over targets: it is neither a mean nor a sum"),
-        (entangled, lambda m, b: (m(**b)["logits"].sum(), "sum"), "nobody knows how many targets it sums over"),
+        (
+            entangled,
+            lambda m, b: (m(**b)["logits"].sum(), "sum"),
+            "nobody knows how many targets it sums over",
+        ),
     ],
 )
 def test_loss_that_is_not_what_it_seems_is_refused(model_loss, loss, says):
@@ -267,7 +301,9 @@ def test_labels_that_nobody_can_count_are_refused():
             return self.linear(x)
 
     with pytest.raises(DataError, match="pass count_targets"):
-        train_one_window(Logits(), [{"x": torch.randn(2, 3)}], lambda m, b: (m(b["x"]).sum(), "sum"))
+        train_one_window(
+            Logits(), [{"x": torch.randn(2, 3)}], lambda m, b: (m(b["x"]).sum(), "sum")
+        )
 
 
 # --- schedulers ---
@@ -275,14 +311,17 @@ def test_labels_that_nobody_can_count_are_refused():
 
 @pytest.mark.parametrize("name", ["LinearLR", "StepLR"])
 def test_scheduler_that_was_not_prepared_is_an_error(name):
-    """StepLR(8) at K = 4 would change the rate at window ends only, each second one: its steps are seen, not its rate."""
+    """StepLR(8) at K = 4 would change the rate at window ends only, each second one: its steps are
+    seen, not its rate."""
     model = Lookup(mean)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     options = {"total_iters": 10} if name == "LinearLR" else {"step_size": 8}
     scheduler = getattr(torch.optim.lr_scheduler, name)(optimizer, **options)
     acc = Accumulator(micro_batch_size=2, gradient_accumulation_steps=4, cpu=True)
     model, prepared = acc.prepare(model, optimizer)
-    with pytest.raises(AccumTrainerError, match="a scheduler that acc.prepare\\(\\) did not return"):
+    with pytest.raises(
+        AccumTrainerError, match="a scheduler that acc.prepare\\(\\) did not return"
+    ):
         for batch in acc.batches(iter([ids_and_labels(2)] * 8)):
             with acc.accumulate(model):
                 acc.backward(model(**batch)["loss"])
@@ -315,7 +354,9 @@ def test_i48_router_loss_is_part_of_the_objective_under_train(tmp_path):
     tokenizer = corpus_tokenizer()
     family = next(f for f in FAMILIES if f.name == "Mixtral, router")
     config = copy.deepcopy(family.build().config)
-    config.update({"vocab_size": len(tokenizer), "router_aux_loss_coef": 0.5, "output_router_logits": False})
+    config.update(
+        {"vocab_size": len(tokenizer), "router_aux_loss_coef": 0.5, "output_router_logits": False}
+    )
     torch.manual_seed(0)
     model = type(family.build())(config)
     model.save_pretrained(tmp_path / "moe")
@@ -323,7 +364,10 @@ def test_i48_router_loss_is_part_of_the_objective_under_train(tmp_path):
     assert len(tokenizer) != VOCABULARY
     rows = ["a b c d e", "to be or not", "one two three four five six", "x"]
     (tmp_path / "rows.jsonl").write_text("".join(f'{{"text": "{row}"}}\n' for row in rows))
-    ids = [[*tokenizer(row, add_special_tokens=False).input_ids, tokenizer.eos_token_id] for row in rows]
+    ids = [
+        [*tokenizer(row, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        for row in rows
+    ]
     longest = max(map(len, ids))
     filled = torch.tensor([row + [0] * (longest - len(row)) for row in ids])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids])
@@ -337,7 +381,9 @@ def test_i48_router_loss_is_part_of_the_objective_under_train(tmp_path):
             output_router_logits=router,
         )
         outputs.loss.backward()
-        return float(torch.stack([p.grad.norm() for p in exact.parameters() if p.grad is not None]).norm())
+        return float(
+            torch.stack([p.grad.norm() for p in exact.parameters() if p.grad is not None]).norm()
+        )
 
     for choice, router in (("auto", True), ("off", False)):
         trained = TrainConfig(

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from accum_trainer import AccumTrainerError, Accumulator, DataError, EngineError, causal_lm_loss
-from accum_trainer.objective import find_objective
-from accum_trainer.objective_probe import length_of
+from accum_trainer.losses.objective import find_objective
+from accum_trainer.losses.probe import length_of
 from benchmarks.families_models import FAMILIES
 from benchmarks.families_rows import IGNORE
 from tests.launching import torchrun
@@ -37,7 +37,11 @@ def run(model, batches, loss, during=None, **options):
     names = {id(p): name for name, p in model.named_parameters()}
     sgd.register_step_pre_hook(
         lambda *_: found.update(
-            {names[id(p)]: p.grad.clone() for p in sgd.param_groups[0]["params"] if p.grad is not None}
+            {
+                names[id(p)]: p.grad.clone()
+                for p in sgd.param_groups[0]["params"]
+                if p.grad is not None
+            }
         )
     )
     ready, optimizer = acc.prepare(model, sgd)
@@ -68,11 +72,19 @@ def llama_batches(count: int = 2):
 
 
 def masked_anew(model, batch):
-    return (model(**{**batch, "labels": batch["labels"].masked_fill(batch["input_ids"] < 40, IGNORE)}).loss,)
+    return (
+        model(
+            **{**batch, "labels": batch["labels"].masked_fill(batch["input_ids"] < 40, IGNORE)}
+        ).loss,
+    )
 
 
 def masked_anew_ours(model, batch):
-    return (causal_lm_loss(model, {**batch, "labels": batch["labels"].masked_fill(batch["input_ids"] < 40, IGNORE)}),)
+    return (
+        causal_lm_loss(
+            model, {**batch, "labels": batch["labels"].masked_fill(batch["input_ids"] < 40, IGNORE)}
+        ),
+    )
 
 
 def masked_in_place(model, batch):
@@ -85,7 +97,9 @@ def without_a_row(model, batch):
 
 
 def without_labels(model, batch):
-    loss = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=None).loss
+    loss = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=None
+    ).loss
     return (loss if loss is not None else model(**batch).loss / 2,)
 
 
@@ -109,7 +123,10 @@ def in_place(make):
         (in_place(ours), "neither causal_lm_loss nor what the model returned, unchanged"),
         (without_labels, "neither causal_lm_loss nor what the model returned"),
         (lambda m, b: (m(**b, num_items_in_batch=30).loss,), "called with num_items_in_batch"),
-        (lambda m, b: (m(**b, shift_labels=b["labels"].roll(-1, 1)).loss,), "called with shift_labels"),
+        (
+            lambda m, b: (m(**b, shift_labels=b["labels"].roll(-1, 1)).loss,),
+            "called with shift_labels",
+        ),
     ],
 )
 def test_i38_loss_of_other_targets_than_were_counted_is_refused(loss, says):
@@ -119,10 +136,14 @@ def test_i38_loss_of_other_targets_than_were_counted_is_refused(loss, says):
 
 def test_labels_that_are_copied_and_not_changed_are_fine():
     kind, batches = family("Llama"), llama_batches()
-    copied, _ = run(kind.build(), batches, lambda m, b: own(m, {k: v.clone() for k, v in b.items()}))
+    copied, _ = run(
+        kind.build(), batches, lambda m, b: own(m, {k: v.clone() for k, v in b.items()})
+    )
     plain, _ = run(kind.build(), batches, own)
     by_position, _ = run(
-        kind.build(), batches, lambda m, b: (m(b["input_ids"], b["attention_mask"], labels=b["labels"]).loss,)
+        kind.build(),
+        batches,
+        lambda m, b: (m(b["input_ids"], b["attention_mask"], labels=b["labels"]).loss,),
     )
     assert copied.loss == plain.loss == by_position.loss
 
@@ -154,7 +175,10 @@ class Classifier(nn.Module):
 
     def forward(self, x, labels=None):
         logits = self.linear(x)
-        return {"loss": F.cross_entropy(logits, labels, weight=self.weight.to(logits.dtype)), "logits": logits}
+        return {
+            "loss": F.cross_entropy(logits, labels, weight=self.weight.to(logits.dtype)),
+            "logits": logits,
+        }
 
 
 def of_classes(*labels: int) -> dict[str, torch.Tensor]:
@@ -184,9 +208,16 @@ def test_i38_loss_that_leaves_out_class_0_is_found_with_one_sample():
 
         def forward(self, input_ids, labels=None):
             logits = self.table(input_ids)
-            return {"loss": F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=0)}
+            return {
+                "loss": F.cross_entropy(
+                    logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=0
+                )
+            }
 
-    batch = {"input_ids": torch.tensor([[3, 4, 5, 1, 0, 0]]), "labels": torch.tensor([[3, 4, 5, 1, 0, 0]])}
+    batch = {
+        "input_ids": torch.tensor([[3, 4, 5, 1, 0, 0]]),
+        "labels": torch.tensor([[3, 4, 5, 1, 0, 0]]),
+    }
     assert not find_objective(Padded(), batch).reduction
 
 
@@ -197,21 +228,31 @@ def padded_left(samples):
     longest = max(len(s["input_ids"]) for s in samples)
 
     def filled(key, value):
-        return torch.stack([F.pad(s[key], (longest - len(s[key]), 0), value=value) for s in samples])
+        return torch.stack(
+            [F.pad(s[key], (longest - len(s[key]), 0), value=value) for s in samples]
+        )
 
     lengths = torch.tensor([len(s["input_ids"]) for s in samples])
     mask = (torch.arange(longest) >= longest - lengths[:, None]).long()
-    return {"input_ids": filled("input_ids", 0), "attention_mask": mask, "labels": filled("labels", IGNORE)}
+    return {
+        "input_ids": filled("input_ids", 0),
+        "attention_mask": mask,
+        "labels": filled("labels", IGNORE),
+    }
 
 
 def no_mask(collate):
-    return lambda samples: {key: v for key, v in collate(samples).items() if key != "attention_mask"}
+    return lambda samples: {
+        key: v for key, v in collate(samples).items() if key != "attention_mask"
+    }
 
 
 def sounds_of_unequal_length(samples):
     longest = max(len(s["input_values"]) for s in samples)
     return {
-        "input_values": torch.stack([F.pad(s["input_values"], (0, longest - len(s["input_values"]))) for s in samples]),
+        "input_values": torch.stack(
+            [F.pad(s["input_values"], (0, longest - len(s["input_values"]))) for s in samples]
+        ),
         "labels": torch.stack([s["labels"] for s in samples]),
     }
 
@@ -221,20 +262,48 @@ def all_targets(rows):
 
 
 def unequal(rows):
-    return [{**row, "input_values": row["input_values"][: 400 - 60 * i]} for i, row in enumerate(rows)]
+    return [
+        {**row, "input_values": row["input_values"][: 400 - 60 * i]} for i, row in enumerate(rows)
+    ]
 
 
 @pytest.mark.parametrize(
     ("name", "kind", "collate", "change", "says"),
     [
         ("GPT-2", "causal", padded_left, None, "padding changes this model's own loss"),
-        ("Llama", "causal", padded_left, all_targets, "a row is padded on the left and the label of its first token"),
-        ("T5", "encoder-decoder", no_mask(family("T5", "encoder-decoder").collate), None, "padding changes"),
-        ("BERT", "one class", no_mask(family("BERT", "one class").collate), None, "padding changes"),
-        ("wav2vec2", "sounds", sounds_of_unequal_length, unequal, "padding changes this model's own loss"),
+        (
+            "Llama",
+            "causal",
+            padded_left,
+            all_targets,
+            "a row is padded on the left and the label of its first token",
+        ),
+        (
+            "T5",
+            "encoder-decoder",
+            no_mask(family("T5", "encoder-decoder").collate),
+            None,
+            "padding changes",
+        ),
+        (
+            "BERT",
+            "one class",
+            no_mask(family("BERT", "one class").collate),
+            None,
+            "padding changes",
+        ),
+        (
+            "wav2vec2",
+            "sounds",
+            sounds_of_unequal_length,
+            unequal,
+            "padding changes this model's own loss",
+        ),
     ],
 )
-def test_padding_that_changes_the_loss_is_refused_where_batches_differ(name, kind, collate, change, says):
+def test_padding_that_changes_the_loss_is_refused_where_batches_differ(
+    name, kind, collate, change, says
+):
     found = family(name, kind)
     rows = found.rows(4)
     rows = change(rows) if change else rows
@@ -246,12 +315,19 @@ def test_padding_that_changes_the_loss_is_refused_where_batches_differ(name, kin
 
 def test_padding_on_the_left_is_exact_where_first_labels_are_masked():
     kind = family("Llama")
-    rows = [{**row, "labels": torch.cat([torch.tensor([IGNORE]), row["labels"][1:]])} for row in kind.rows(4)]
+    rows = [
+        {**row, "labels": torch.cat([torch.tensor([IGNORE]), row["labels"][1:]])}
+        for row in kind.rows(4)
+    ]
     model = kind.build()
     exact = copy.deepcopy(model).double()
     exact(**kind.collate(rows)).loss.backward()
     _, found = run(model, [padded_left(rows[:2]), padded_left(rows[2:])], own)
-    off = sum(((found[n].double() - p.grad) ** 2).sum() for n, p in exact.named_parameters() if p.grad is not None)
+    off = sum(
+        ((found[n].double() - p.grad) ** 2).sum()
+        for n, p in exact.named_parameters()
+        if p.grad is not None
+    )
     size = sum((p.grad**2).sum() for p in exact.parameters() if p.grad is not None)
     assert float((off / size).sqrt()) < 2e-6
 
@@ -273,7 +349,8 @@ def test_batch_norm_that_is_switched_on_in_the_loop_is_refused():
 
 
 def test_each_loader_has_an_objective_of_its_own():
-    """The count that was given with one says nothing of the other; the logged loss is the mean, by hand."""
+    """The count that was given with one says nothing of the other; the logged loss is the mean, by
+    hand."""
     model = Classifier(weight=torch.ones(4))
     acc = Accumulator(micro_batch_size=2, gradient_accumulation_steps=2, cpu=True)
     model, optimizer = acc.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
@@ -287,7 +364,9 @@ def test_each_loader_has_an_objective_of_its_own():
             return acc.step(optimizer).loss
 
     loss_of([of_classes(0, 1), of_classes(2, 3)], count_targets=lambda batch: len(batch["x"]))
-    terms = [F.cross_entropy(model.linear(b["x"]), b["labels"], reduction="sum").item() for b in with_gap]
+    terms = [
+        F.cross_entropy(model.linear(b["x"]), b["labels"], reduction="sum").item() for b in with_gap
+    ]
     assert loss_of(with_gap) == pytest.approx(sum(terms) / 3, rel=1e-6)
 
 
@@ -335,7 +414,9 @@ def test_the_users_word_counts_where_nothing_can_be_proven():
     batches = [(x[:2], y[:2]), (x[2:], y[2:])]
     _, found = run(Fit(), batches, lambda m, b: (m(*b), "mean"), count_targets=lambda b: len(b[0]))
     assert found["w"].item() == pytest.approx(-2 * 15 / 5)
-    with pytest.raises(AccumTrainerError, match='say reduction="mean" or reduction="sum" if you know'):
+    with pytest.raises(
+        AccumTrainerError, match='say reduction="mean" or reduction="sum" if you know'
+    ):
         run(Fit(), batches, lambda m, b: (m(*b),), count_targets=lambda b: len(b[0]))
 
 
@@ -357,7 +438,9 @@ class AcceptsAll(nn.Module):
 
 def test_compiled_model_is_proven_like_another():
     model = torch.compile(family("Llama").build(), backend="eager")
-    assert find_objective(model, llama_batches()[0]).describe().startswith("mean over shifted labels")
+    assert (
+        find_objective(model, llama_batches()[0]).describe().startswith("mean over shifted labels")
+    )
 
 
 def test_scheduler_of_another_time_that_goes_away_is_no_fault():
@@ -401,13 +484,16 @@ def test_evaluation_in_inference_mode_between_windows():
                 acc.backward(model(**batch).loss)
         losses.append(acc.step(optimizer).loss)
         with torch.inference_mode():
-            assert model(**batches[len(losses) - 1]).loss.item() == pytest.approx(losses[-1], rel=1e-6)
+            assert model(**batches[len(losses) - 1]).loss.item() == pytest.approx(
+                losses[-1], rel=1e-6
+            )
             causal_lm_loss(model, batches[0])
     assert len(losses) == 2
 
 
 def test_router_of_another_call_is_not_taken_for_this_loss():
-    """A forward for metrics is none of the loss; of two with a gradient nobody knows which belongs to it."""
+    """A forward for metrics is none of the loss; of two with a gradient nobody knows which belongs
+    to it."""
     kind = family("Mixtral, router")
     rows = kind.rows(4)
     batches = [kind.collate(rows[:2]), kind.collate(rows[2:])]

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from accum_trainer import Accumulator, ConfigError, TrainConfig, causal_lm_loss
-from accum_trainer.cutting import Layout, decide_layout
-from accum_trainer.data.collating import BOUNDARIES, PackingCollator
-from accum_trainer.data.halving import halve
-from accum_trainer.packing import find_packing
+from accum_trainer.batch import BOUNDARIES, halve
+from accum_trainer.losses.packing import find_packing
+from accum_trainer.sources.collating import PackingCollator
+from accum_trainer.speed.cutting import Layout, decide_layout
 from tests.reference import IGNORE, make_rows, num_targets, relative_error
 
 EXACT = 2e-6
@@ -32,7 +32,9 @@ SIZES = dict(
     pad_token_id=0,
     max_position_embeddings=512,
 )
-EXPERTS = dict(experts_implementation="eager", num_experts_per_tok=2)  # the fused experts take no float64
+EXPERTS = dict(
+    experts_implementation="eager", num_experts_per_tok=2
+)  # the fused experts take no float64
 LINEAR = dict(
     linear_num_value_heads=2,
     linear_num_key_heads=2,
@@ -42,13 +44,18 @@ LINEAR = dict(
     head_dim=16,
 )
 STATE_SPACE = dict(mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_chunk_size=8)
-# Windows of 6 tokens: samples are longer, and rows longer still. Convolutions are 4 wide, or 3 (LFM2).
+# Windows of 6 tokens: samples are longer, and rows longer still. Convolutions are 4 wide, or 3
+# (LFM2).
 KEEPS_APART = {
     "Llama": {},
     "GPT2": dict(n_embd=32, n_layer=2, n_head=2),  # with its dropout of 0.1
     "Qwen2": {},
-    "Gemma2": dict(head_dim=16, query_pre_attn_scalar=16, sliding_window=6, final_logit_softcapping=2.0),
-    "Gemma3Text": dict(head_dim=16, sliding_window=6, layer_types=["sliding_attention", "full_attention"]),
+    "Gemma2": dict(
+        head_dim=16, query_pre_attn_scalar=16, sliding_window=6, final_logit_softcapping=2.0
+    ),
+    "Gemma3Text": dict(
+        head_dim=16, sliding_window=6, layer_types=["sliding_attention", "full_attention"]
+    ),
     "Mistral": dict(sliding_window=6),
     "Mixtral": dict(num_local_experts=4) | EXPERTS,
     "Llama4Text": dict(
@@ -59,7 +66,9 @@ KEEPS_APART = {
         layer_types=["chunked_attention", "full_attention"],
     ),
     "GPTNeoX": {},
-    "GPTNeo": dict(num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]], window_size=6),
+    "GPTNeo": dict(
+        num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]], window_size=6
+    ),
     "Phi3": {},
 }
 SEES_OTHERS = {
@@ -68,9 +77,18 @@ SEES_OTHERS = {
     "Mamba2": dict(num_heads=4, head_dim=16, state_size=8, n_groups=1, chunk_size=8),
     "FalconMamba": dict(state_size=4),
     "RecurrentGemma": dict(lru_width=32, attention_window_size=6, num_hidden_layers=3, head_dim=16),
-    "Qwen3Next": LINEAR | EXPERTS | dict(num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16),
+    "Qwen3Next": LINEAR
+    | EXPERTS
+    | dict(num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16),
     "Qwen3_5Text": LINEAR,
-    "FalconH1": dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8, head_dim=16),
+    "FalconH1": dict(
+        mamba_d_ssm=32,
+        mamba_n_heads=4,
+        mamba_d_head=8,
+        mamba_d_state=8,
+        mamba_chunk_size=8,
+        head_dim=16,
+    ),
     "Lfm2": dict(layer_types=["conv", "full_attention"]),
     "Bamba": STATE_SPACE | dict(attn_layer_indices=[1]),
     "GraniteMoeHybrid": STATE_SPACE
@@ -78,10 +96,17 @@ SEES_OTHERS = {
     "Jamba": EXPERTS
     | dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1)
     | dict(num_experts=2, mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False),
-    "Zamba2": dict(mamba_d_state=8, mamba_ngroups=1, n_mamba_heads=4, mamba_headdim=16, chunk_size=8)
+    "Zamba2": dict(
+        mamba_d_state=8, mamba_ngroups=1, n_mamba_heads=4, mamba_headdim=16, chunk_size=8
+    )
     | dict(layers_block_type=["mamba", "hybrid"], num_mem_blocks=1, adapter_rank=4),
     "MiniMax": EXPERTS
-    | dict(num_local_experts=2, layer_types=["linear_attention", "full_attention"], block_size=8, head_dim=16),
+    | dict(
+        num_local_experts=2,
+        layer_types=["linear_attention", "full_attention"],
+        block_size=8,
+        head_dim=16,
+    ),
     "Rwkv": dict(attention_hidden_size=32),
     "Bloom": dict(n_layer=2, n_head=2),  # positions by ALiBi, which packing does not reach
     "Mpt": dict(d_model=32, n_heads=2, n_layers=2, max_seq_len=512),
@@ -98,7 +123,9 @@ def make(name: str, **options) -> torch.nn.Module:
     config = getattr(transformers, f"{name}Config")(**(SIZES | FAMILIES[name] | options))
     config.use_cache = False
     head = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
-    model = getattr(transformers, name + head, None) or getattr(transformers, name.removesuffix("Text") + head)
+    model = getattr(transformers, name + head, None) or getattr(
+        transformers, name.removesuffix("Text") + head
+    )
     return model(config).train()
 
 
@@ -107,7 +134,9 @@ def gradient_apart(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     exact = copy.deepcopy(model).double().eval()
     for row in ROWS:
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
-        log_p = exact(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, :-1].log_softmax(-1)
+        log_p = (
+            exact(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, :-1].log_softmax(-1)
+        )
         picked = log_p.gather(-1, labels[1:].clamp(min=0).unsqueeze(-1)).squeeze(-1)
         (-(picked * (labels[1:] != IGNORE)).sum() / num_targets(ROWS)).backward()
     return {name: p.grad for name, p in exact.named_parameters() if p.grad is not None}
@@ -116,7 +145,11 @@ def gradient_apart(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def gradient_packed(model: torch.nn.Module, boundaries=()) -> dict[str, torch.Tensor]:
     model = copy.deepcopy(model).eval()
     causal_lm_loss(model, PackingCollator(boundaries)(ROWS)).backward()
-    return {name: p.grad / num_targets(ROWS) for name, p in model.named_parameters() if p.grad is not None}
+    return {
+        name: p.grad / num_targets(ROWS)
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
 
 
 def find(model: torch.nn.Module, **options):
@@ -150,7 +183,8 @@ def test_i41_with_a_cache_the_proof_holds_only_without_it(name):
 
 
 def test_i40_a_layer_behind_weights_that_are_still_zero_is_seen():
-    """Some models begin with output projections of 0: no logit depends on the convolution, its projection's gradient does."""
+    """Some models begin with output projections of 0: no logit depends on the convolution, its
+    projection's gradient does."""
     model = make("Lfm2")
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -181,12 +215,15 @@ def test_i40_the_proof_leaves_no_trace():
     torch.manual_seed(5)
     assert find(model).holds
     assert torch.equal(torch.rand(3), expected)
-    assert [module.training for module in model.modules()] == modes and model.is_gradient_checkpointing
+    assert [
+        module.training for module in model.modules()
+    ] == modes and model.is_gradient_checkpointing
     assert model.calls == 0 and all(p.grad is None for p in model.parameters())
 
 
 class Convolution(torch.nn.Module):
-    """A causal convolution over the last four tokens; those of other samples count 0 if it is given `seq_idx`."""
+    """A causal convolution over the last four tokens; those of other samples count 0 if it is given
+    `seq_idx`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -237,7 +274,9 @@ class LeakyBackward(torch.autograd.Function):
 
 def test_i40_a_backward_that_contradicts_its_forward_is_seen():
     model = make("Llama").bfloat16()
-    model.model.layers[0].register_forward_hook(lambda module, args, output: LeakyBackward.apply(output))
+    model.model.layers[0].register_forward_hook(
+        lambda module, args, output: LeakyBackward.apply(output)
+    )
     assert find(model, backward=False).holds
     assert "has a gradient at the sample before it" in find(model).reason
 
@@ -261,9 +300,9 @@ def test_i40_a_model_without_positions_cannot_be_packed():
 def test_boundaries_are_those_of_transformers():
     from transformers import DataCollatorWithFlattening
 
-    theirs = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True, return_tensors="pt")(
-        [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in ROWS]
-    )
+    theirs = DataCollatorWithFlattening(
+        return_flash_attn_kwargs=True, return_seq_idx=True, return_tensors="pt"
+    )([{"input_ids": row["input_ids"], "labels": row["labels"]} for row in ROWS])
     ours = PackingCollator(BOUNDARIES)(ROWS)
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
@@ -272,13 +311,22 @@ def test_boundaries_are_those_of_transformers():
             assert value.dtype == ours[name].dtype and torch.equal(value, ours[name]), name
         else:
             assert value == ours[name], name
-    assert set(PackingCollator(("seq_idx",))(ROWS)) == {"input_ids", "labels", "position_ids", "seq_idx"}
-    with pytest.raises(ConfigError, match="holds 'cu_seqlens'; give some of cu_seq_lens_q, cu_seq_lens_k"):
+    assert set(PackingCollator(("seq_idx",))(ROWS)) == {
+        "input_ids",
+        "labels",
+        "position_ids",
+        "seq_idx",
+    }
+    with pytest.raises(
+        ConfigError, match="holds 'cu_seqlens'; give some of cu_seq_lens_q, cu_seq_lens_k"
+    ):
         PackingCollator(("cu_seqlens",))
 
 
 def test_halves_of_a_packed_row_have_boundaries_of_their_own():
-    samples = [{"input_ids": list(range(1, n + 1)), "labels": list(range(1, n + 1))} for n in (5, 2, 4, 3)]
+    samples = [
+        {"input_ids": list(range(1, n + 1)), "labels": list(range(1, n + 1))} for n in (5, 2, 4, 3)
+    ]
     first, second = halve(PackingCollator(BOUNDARIES)(samples))
     expected = [([0, 5, 7], 5, [0] * 5 + [1] * 2), ([0, 4, 7], 4, [0] * 4 + [1] * 3)]
     for half, (ends, longest, number) in zip((first, second), expected, strict=True):
@@ -308,13 +356,18 @@ def test_i40_layout_is_decided_by_the_proof(fresh_accelerate):
     proven = "logits and gradient of packed samples are those of each alone"
     assert layout_of(make("Llama"), layout="packed") == Layout(True, f"asked for; proven: {proven}")
     assert layout_of(make("Llama"), layout="padded") == Layout(False, "asked for")
-    assert layout_of(make("Llama")).reason.startswith("sdpa attention would compute, and mask, all pairs")
+    assert layout_of(make("Llama")).reason.startswith(
+        "sdpa attention would compute, and mask, all pairs"
+    )
     with pytest.raises(
-        ConfigError, match=r"layout=packed cannot be used with model=x, whose packed samples see each .*use"
+        ConfigError,
+        match=r"layout=packed cannot be used with model=x, whose packed samples see each .*use",
     ):
         layout_of(make("Lfm2"), layout="packed", model="x")
     mamba = make("Mamba2")
-    mamba.config._attn_implementation = "flash_attention_2"  # it has no attention; a GPU's default for its siblings
+    mamba.config._attn_implementation = (
+        "flash_attention_2"  # it has no attention; a GPU's default for its siblings
+    )
     found = layout_of(mamba)
     assert not found.packed and found.reason.startswith(
         "packed samples would see each other: logits of a packed sample"

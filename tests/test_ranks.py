@@ -1,4 +1,5 @@
-"""Processes that would part ways: all end together, with one message that names the one that differs."""
+"""Processes that would part ways: all end together, with one message that names the one that
+differs."""
 
 from __future__ import annotations
 
@@ -27,15 +28,24 @@ def ended(folder):
 def refusal(ended):
     """The one message; all processes must have ended with status 2 and no traceback."""
     assert [found["status"] for found in ended] == [2, 2], ended
-    said = [line for found in ended for line in found["err"].splitlines() if line.startswith("error: ")]
+    said = [
+        line for found in ended for line in found["err"].splitlines() if line.startswith("error: ")
+    ]
     assert len(said) == 1 and all("Traceback" not in found["err"] for found in ended), ended
     return said[0]
 
 
 def test_i44_run_folders_of_their_own_are_refused_at_the_start(ended, folder):
     said = refusal(ended["run_folders_of_their_own"])
-    assert f"output_dir=run is a folder of its own on process 1 ({socket.gethostname()}, {folder}" in said
-    assert "machine-1/fresh/run" in said and "machine-0/fresh/run" in said and "file system that all" in said
+    assert (
+        f"output_dir=run is a folder of its own on process 1 ({socket.gethostname()}, {folder}"
+        in said
+    )
+    assert (
+        "machine-1/fresh/run" in said
+        and "machine-0/fresh/run" in said
+        and "file system that all" in said
+    )
     assert [found["left"] for found in ended["run_folders_of_their_own"]] == [[], []]
 
 
@@ -52,30 +62,51 @@ def test_i44_rank_0_chooses_the_checkpoint(ended):
 
 def test_i44_checkpoints_of_their_own_are_refused(ended):
     said = refusal(ended["checkpoints_of_their_own"])
-    assert "machine-1/resumed/saved holds another checkpoint" in said and socket.gethostname() in said
+    assert (
+        "machine-1/resumed/saved holds another checkpoint" in said and socket.gethostname() in said
+    )
 
 
 def test_i44_what_every_rank_loaded_is_compared_before_the_first_update(ended):
     said = refusal(ended["other_state_after_loading"])
-    assert f"process 1 ({socket.gethostname()}) would start from another state than process 0: weights" in said
+    assert (
+        f"process 1 ({socket.gethostname()}) would start from another state than process 0: weights"
+        in said
+    )
 
 
 def test_i44_ranks_on_other_windows_end_at_the_first_update(ended, folder):
     said = refusal(ended["other_windows"])
-    assert "process 1 trained on another window than process 0 (process 0: 0 updates, epoch 0, 8 consumed" in said
-    assert not (folder / "windows" / "checkpoints").exists() and not (folder / "windows" / "model").exists()
+    assert (
+        "process 1 trained on another window than process 0 (process 0: 0 updates, epoch 0, 8 "
+        "consumed" in said
+    )
+    assert (
+        not (folder / "windows" / "checkpoints").exists()
+        and not (folder / "windows" / "model").exists()
+    )
 
 
 @pytest.mark.parametrize(
     "name, status, says",
     [
-        ("data_file_missing_on_one", 2, "process 1 on {host}: data file /no/rows.jsonl does not exist"),
+        (
+            "data_file_missing_on_one",
+            2,
+            "process 1 on {host}: data file /no/rows.jsonl does not exist",
+        ),
         ("tokenising_fails_on_one", 1, "process 1 on {host}: OSError: the cache is read-only"),
         ("loading_fails_on_one", 1, "process 1 on {host}: MemoryError: no memory for the model"),
-        ("disk_full_while_saving", 1, "process 0 on {host}: OSError: [Errno 28] No space left on device"),
+        (
+            "disk_full_while_saving",
+            1,
+            "process 0 on {host}: OSError: [Errno 28] No space left on device",
+        ),
     ],
 )
-def test_i47_what_one_process_raises_before_or_between_updates_ends_all_with_its_words(ended, name, status, says):
+def test_i47_what_one_process_raises_before_or_between_updates_ends_all_with_its_words(
+    ended, name, status, says
+):
     assert [found["status"] for found in ended[name]] == [status] * 2, ended[name]
     for found in ended[name][: 1 if status == 2 else 2]:  # wrong input is said once
         assert says.rpartition(": ")[2] in found["err"]
@@ -85,11 +116,25 @@ def test_i47_what_one_process_raises_before_or_between_updates_ends_all_with_its
 
 @pytest.mark.parametrize("place", ["__getitem__", "collate", "forward"])
 def test_i47_what_one_process_raises_in_mid_training_ends_all_with_its_words(tmp_path, place):
-    """Long before gloo gives up (30 minutes): a limit for what would else be a hang, no measurement."""
+    """Long before gloo gives up (30 minutes): a limit for what would else be a hang, no
+    measurement."""
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"text": f"{n} and {n + 1} " * (n % 5 + 1)}) + "\n" for n in range(40)))
-    train = ["--dataset-file", rows, "--batch-size", 2, "--gradient-accumulation-steps", 3, "--steps", 6]
-    launched = torchrun(2, "tests.failing", place, *train, "--output-dir", tmp_path / "run", timeout=120)
+    rows.write_text(
+        "".join(json.dumps({"text": f"{n} and {n + 1} " * (n % 5 + 1)}) + "\n" for n in range(40))
+    )
+    train = [
+        "--dataset-file",
+        rows,
+        "--batch-size",
+        2,
+        "--gradient-accumulation-steps",
+        3,
+        "--steps",
+        6,
+    ]
+    launched = torchrun(
+        2, "tests.failing", place, *train, "--output-dir", tmp_path / "run", timeout=120
+    )
     assert launched.returncode == 1
     assert f"FloatingPointError: {place} of process 1" in launched.stderr
 

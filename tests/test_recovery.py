@@ -1,4 +1,5 @@
-"""Memory that runs out inside a window: the window goes on in smaller parts, with the gradient it would have had."""
+"""Memory that runs out inside a window: the window goes on in smaller parts, with the gradient it
+would have had."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from accum_trainer import AccumTrainerError, Accumulator, EngineError, causal_lm_loss
-from accum_trainer.data.halving import halve
+from accum_trainer.batch import halve
 from accum_trainer.errors import ConfigError, DataError
 from tests import recovering
 from tests.engine.cases import Slope
@@ -84,7 +85,8 @@ def test_each_micro_batch_and_each_half_may_fail():
 
 def test_one_sample_cannot_be_cut():
     with pytest.raises(
-        EngineError, match=r"a micro-batch of 1 sample\(s\), 38 positions, ran out of memory and cannot be"
+        EngineError,
+        match=r"a micro-batch of 1 sample\(s\), 38 positions, ran out of memory and cannot be",
     ):
         train({(0, number): "loss" for number in range(3)})
 
@@ -106,7 +108,10 @@ def test_other_errors_pass():
 @pytest.mark.parametrize(
     "error",
     [
-        RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you "
+            "tried"
+        ),
         RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
         MemoryError(),
@@ -127,12 +132,16 @@ def test_what_libraries_say_when_memory_runs_out(error):
 
 
 def test_unknown_policy():
-    with pytest.raises(ConfigError, match="recover_from_oom='yes' is not known; give one of auto, always, never"):
+    with pytest.raises(
+        ConfigError, match="recover_from_oom='yes' is not known; give one of auto, always, never"
+    ):
         Accumulator(micro_batch_size=1, cpu=True, recover_from_oom="yes")
 
 
 def slope(**options):
-    acc = Accumulator(**({"micro_batch_size": 4, "gradient_accumulation_steps": 1, "cpu": True} | options))
+    acc = Accumulator(
+        **({"micro_batch_size": 4, "gradient_accumulation_steps": 1, "cpu": True} | options)
+    )
     model = Slope()
     return acc, *acc.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
 
@@ -146,9 +155,16 @@ def test_it_is_told_and_counted(caplog):
                 acc.backward(model(x).sum(), reduction="sum")
                 if len(x) == 4:
                     out_of_memory()
-    assert "process 0: a micro-batch of 4 sample(s), 4 positions, ran out of memory; it is cut in two" in caplog.text
+    assert (
+        "process 0: a micro-batch of 4 sample(s), 4 positions, ran out of memory; it is cut in two"
+        in caplog.text
+    )
     update = acc.step(optimizer)
-    assert (update.num_splits, update.num_micro_batches, update.gradient_accumulation_steps) == (1, 3, 3)
+    assert (update.num_splits, update.num_micro_batches, update.gradient_accumulation_steps) == (
+        1,
+        3,
+        3,
+    )
     assert (update.num_samples, update.num_targets) == (6, 6)
     assert model.w.item() == pytest.approx(-(0 + 1 + 2 + 3 + 1 + 1) / 6)
 
@@ -159,7 +175,9 @@ def test_a_term_that_is_a_mean_over_micro_batches_keeps_its_weight():
     for window in acc.windows(iter([torch.arange(5.0), torch.ones(2)]), count_targets=len):
         for x in window:
             with acc.accumulate(model):
-                acc.backward(model(x).sum(), reduction="sum", auxiliary=10 * model(torch.ones(1)).sum())
+                acc.backward(
+                    model(x).sum(), reduction="sum", auxiliary=10 * model(torch.ones(1)).sum()
+                )
                 if len(x) == 5:
                     out_of_memory()
         acc.step(optimizer)
@@ -199,7 +217,8 @@ def test_loop_whose_optimizer_accelerate_prepared():
         optimizer.step()
         optimizer.zero_grad()
         weights.append(model.w.item())
-    # The attempt that failed was the window's last micro-batch, and steps nothing, although there is a gradient.
+    # The attempt that failed was the window's last micro-batch, and steps nothing, although there
+    # is a gradient.
     assert weights == [0, 0, 0, pytest.approx(-8 / 6)]
 
 
@@ -217,8 +236,12 @@ def test_second_accumulate_after_one_that_failed_is_an_error():
 
 def test_targets_that_do_not_add_up_are_refused():
     acc, model, _ = slope()
-    window = next(iter(acc.windows(iter([torch.arange(4.0)]), count_targets=lambda batch: len(batch) ** 2)))
-    with pytest.raises(EngineError, match="count_targets finds 16 targets in it, and 4 and 4 in its halves"):
+    window = next(
+        iter(acc.windows(iter([torch.arange(4.0)]), count_targets=lambda batch: len(batch) ** 2))
+    )
+    with pytest.raises(
+        EngineError, match="count_targets finds 16 targets in it, and 4 and 4 in its halves"
+    ):
         for _ in window:
             with acc.accumulate(model):
                 out_of_memory()
@@ -227,7 +250,9 @@ def test_targets_that_do_not_add_up_are_refused():
 def test_half_with_targets_comes_last():
     acc, model, optimizer = slope()
     given = []
-    for window in acc.windows(iter([torch.tensor([1.0, 2.0, -1.0, -2.0])]), count_targets=lambda x: int((x > 0).sum())):
+    for window in acc.windows(
+        iter([torch.tensor([1.0, 2.0, -1.0, -2.0])]), count_targets=lambda x: int((x > 0).sum())
+    ):
         for x in window:
             given.append(x.tolist())
             with acc.accumulate(model):
@@ -240,7 +265,8 @@ def test_half_with_targets_comes_last():
 
 
 def test_a_failed_attempt_keeps_no_memory():
-    """When its halves come, nothing of the attempt is alive: not what the forward made, not what a variable still names."""
+    """When its halves come, nothing of the attempt is alive: not what the forward made, not what a
+    variable still names."""
     acc, model, _ = slope()
     kept = []
 
@@ -262,7 +288,9 @@ def test_a_failed_attempt_keeps_no_memory():
     window = next(iter(acc.windows(iter([torch.arange(4.0)]), count_targets=len)))
     for x in window:
         with acc.accumulate(model):
-            loss = (model(x) ** 2).sum()  # a variable of the loop, alive until the next loss is there
+            loss = (
+                model(x) ** 2
+            ).sum()  # a variable of the loop, alive until the next loss is there
             if len(x) == 4:
                 loss.register_hook(out_of_memory)
             acc.backward(loss, reduction="sum")
@@ -292,7 +320,11 @@ def test_the_trainer_records_it(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "causal_lm_loss", loss)
     config = TrainConfig(
-        steps=2, batch_size=4, gradient_accumulation_steps=2, cpu=True, output_dir=str(tmp_path / "run")
+        steps=2,
+        batch_size=4,
+        gradient_accumulation_steps=2,
+        cpu=True,
+        output_dir=str(tmp_path / "run"),
     )
     records = list(module.updates(config))
     assert records[0]["oom_splits"] == 1
@@ -341,25 +373,29 @@ def test_halves_of_a_packed_row_are_cut_where_positions_begin_anew():
     assert causal_lm_targets_of(first) + causal_lm_targets_of(second) == causal_lm_targets_of(batch)
     with pytest.raises(DataError, match="it holds one sample"):
         halve(first)
-    with pytest.raises(DataError, match=r"cu_seqlens of shape \(4,\) does not lie along the 8 positions"):
+    with pytest.raises(
+        DataError, match=r"cu_seqlens of shape \(4,\) does not lie along the 8 positions"
+    ):
         halve(batch | {"cu_seqlens": torch.tensor([0, 5, 7, 8])})
 
 
 def causal_lm_targets_of(batch):
-    from accum_trainer.targets import causal_lm_targets
+    from accum_trainer.losses.targets import causal_lm_targets
 
     return causal_lm_targets(batch)
 
 
 def test_what_has_no_samples_along_its_first_dimension_is_not_cut():
-    with pytest.raises(DataError, match=r"pixels of shape \(7, 3\) does not begin with the 4 samples"):
+    with pytest.raises(
+        DataError, match=r"pixels of shape \(7, 3\) does not begin with the 4 samples"
+    ):
         halve({"input_ids": torch.ones(4, 9), "pixels": torch.ones(7, 3)})
     with pytest.raises(DataError, match="it holds one sample"):
         halve(torch.ones(1, 3))
 
 
 def test_packed_windows_recover():
-    from accum_trainer.data.collating import PackingCollator
+    from accum_trainer.sources.collating import PackingCollator
     from accum_trainer.window_plan import Cut
     from tests.engine.cases import Probe, lengths, planned
     from tests.reference import relative_error
@@ -367,7 +403,9 @@ def test_packed_windows_recover():
     rows = make_rows(12)
     acc = Accumulator(micro_batch_size=4, global_batch_size=12, cpu=True)
     model = make_model("llama")
-    model.config.use_cache = False  # with a cache transformers does not look for restarting positions
+    model.config.use_cache = (
+        False  # with a cache transformers does not look for restarting positions
+    )
     probe = Probe(acc, model)
     exact = probe.exact(planned(rows, 12)[0])[1]
     cut = Cut(4, packed=True)
@@ -386,7 +424,9 @@ def test_packed_windows_recover():
 def test_loader_of_tuples_recovers():
     acc, model, optimizer = slope(micro_batch_size=3, gradient_accumulation_steps=2)
     data = torch.utils.data.TensorDataset(torch.arange(6.0), torch.ones(6))
-    for window in acc.windows(DataLoader(data, batch_size=3), count_targets=lambda batch: len(batch[0])):
+    for window in acc.windows(
+        DataLoader(data, batch_size=3), count_targets=lambda batch: len(batch[0])
+    ):
         for x, y in window:
             with acc.accumulate(model):
                 acc.backward((model(x) * y).mean(), reduction="mean")
@@ -439,26 +479,33 @@ def test_ranks_that_cannot_go_on_alone_say_so(on_two):
     lower = r"lower the micro-batch \(the effective batch stays\)"
     says = {
         "ddp, last": f"{lower}, or use recover_from_oom=always, which exchanges after it",
-        "ddp, every-microbatch": f"the other processes wait for its gradients; {lower}, or use grad_sync=once-per-window",
+        "ddp, every-microbatch": f"the other processes wait for its gradients; {lower}, or use "
+        "grad_sync=once-per-window",
         "ddp, every-microbatch, always": f"{lower}, or use grad_sync=once-per-window",
         "zero0": f"ZeRO stage 0 is not made for it; {lower}, or use plain DDP",
         "zero1, last": f"{lower}, or use recover_from_oom=always",
         "zero2, every-microbatch": f"{lower}, or use grad_sync=once-per-window",
-        "zero3": f"ZeRO-3 gathers weights from all processes in every forward, so none can run one by itself; {lower}",
-        "fsdp2": f"FSDP2 gathers weights from all processes in every forward, so none can run one by itself; {lower}",
+        "zero3": "ZeRO-3 gathers weights from all processes in every forward, so none can run one "
+        f"by itself; {lower}",
+        "fsdp2": "FSDP2 gathers weights from all processes in every forward, so none can run one "
+        f"by itself; {lower}",
     }
     for found in on_two["refusals"]:
         assert found.keys() == says.keys()
         for name, message in found.items():
             with pytest.raises(
-                EngineError, match=f"ran out of memory and cannot be run again in parts: .*{says[name]}"
+                EngineError,
+                match=f"ran out of memory and cannot be run again in parts: .*{says[name]}",
             ):
                 raise EngineError(message)
 
 
 def test_one_rank_that_is_refused_ends_the_launch(tmp_path):
-    """Its peer waits in the exchange, and is ended with it: the message is there, and nothing hangs."""
-    run = torchrun(2, "tests.recovering", tmp_path / "out", "one_rank_alone_is_refused", timeout=120)
+    """Its peer waits in the exchange, and is ended with it: the message is there, and nothing
+    hangs."""
+    run = torchrun(
+        2, "tests.recovering", tmp_path / "out", "one_rank_alone_is_refused", timeout=120
+    )
     assert run.returncode != 0
     assert "it is the last of its window, whose backward exchanges gradients" in run.stderr
 

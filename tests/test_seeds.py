@@ -22,7 +22,9 @@ def test_i42_low_32_bits_of_a_seed_tell_everything_apart():
         seeds += [seed_of("a", 0, **{name: value}) for value in values[1:]]
     assert all(0 <= seed < 1 << 64 for seed in seeds)
     assert len({seed & 0xFFFFFFFF for seed in seeds}) == len(seeds)
-    assert len({torch.rand(1, generator=torch.Generator().manual_seed(seed)).item() for seed in seeds}) == len(seeds)
+    assert len(
+        {torch.rand(1, generator=torch.Generator().manual_seed(seed)).item() for seed in seeds}
+    ) == len(seeds)
     assert seed_of("a", 3, epoch=2, rank=1) == seed_of("a", 3, epoch=2, rank=1)
 
 
@@ -32,7 +34,9 @@ def test_i42_seed_rank_and_epoch_reach_order_dropout_and_augmentation(tmp_path):
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
 
     drawn = [rank["dropout"][str(seed)] for rank in ranks for seed in SEEDS]
-    assert all(a[0] != b[0] for a, b in combinations(drawn, 2))  # other rank, other seed: other dropout
+    assert all(
+        a[0] != b[0] for a, b in combinations(drawn, 2)
+    )  # other rank, other seed: other dropout
     for rank in ranks:
         first, again = rank["dropout"]["0"]
         assert first == again
@@ -43,10 +47,21 @@ def test_i42_seed_rank_and_epoch_reach_order_dropout_and_augmentation(tmp_path):
         for seed in map(str, SEEDS):
             for epoch in (0, 1):
                 parts = [one[seed][0][epoch] for one in runs]
-                assert sorted(int(row[0]) for part in parts for row in part) == list(range(SIZE)), name
+                assert sorted(int(row[0]) for part in parts for row in part) == list(range(SIZE)), (
+                    name
+                )
                 orders.append([int(row[0]) for part in parts for row in part])
-        assert all(a != b for a, b in combinations(orders, 2)), name  # other seed, other epoch: other order
-        numbers = [n for one in runs for s in map(str, SEEDS) for e in one[s][0] for row in e for n in row[1:]]
+        assert all(a != b for a, b in combinations(orders, 2)), (
+            name
+        )  # other seed, other epoch: other order
+        numbers = [
+            n
+            for one in runs
+            for s in map(str, SEEDS)
+            for e in one[s][0]
+            for row in e
+            for n in row[1:]
+        ]
         # No two of all these draws are alike: other rank, seed, epoch or sample, other
         # augmentation.
         assert len(set(numbers)) == 2 * 3 * SIZE * 3, name

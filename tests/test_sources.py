@@ -55,7 +55,13 @@ def test_i43_the_same_stream_on_every_rank_is_refused_and_equal_batches_are_not(
 @pytest.mark.parametrize(
     "batches",
     [
-        [{"input_ids": torch.ones(4, 12, dtype=torch.long), "labels": torch.ones(4, 12, dtype=torch.long)}] * 3,
+        [
+            {
+                "input_ids": torch.ones(4, 12, dtype=torch.long),
+                "labels": torch.ones(4, 12, dtype=torch.long),
+            }
+        ]
+        * 3,
         [{"input_ids": torch.ones(1, 12, dtype=torch.long)}] * 3,
         [torch.ones(4, 3), torch.ones(4, 3), torch.ones(2, 3)],
         [(torch.ones(4, 3), torch.ones(4)), (torch.ones(4, 3), torch.ones(4))],
@@ -64,16 +70,21 @@ def test_i43_the_same_stream_on_every_rank_is_refused_and_equal_batches_are_not(
 )
 def test_i43_a_list_of_ready_batches_is_no_data_set(batches):
     acc = Accumulator(micro_batch_size=4, cpu=True)
-    with pytest.raises(DataError, match=r"holds batches, not samples.*iter\(batches\).*default_collate"):
+    with pytest.raises(
+        DataError, match=r"holds batches, not samples.*iter\(batches\).*default_collate"
+    ):
         acc.windows(batches)
-    assert len(acc.windows(batches, collate_fn=default_collate)) == 1  # who says how samples are collated is believed
+    assert (
+        len(acc.windows(batches, collate_fn=default_collate)) == 1
+    )  # who says how samples are collated is believed
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
 @pytest.mark.parametrize(
     "samples",
     [
-        [{"input_ids": torch.ones(4, dtype=torch.long), "labels": torch.ones(4, dtype=torch.long)}] * 4,
+        [{"input_ids": torch.ones(4, dtype=torch.long), "labels": torch.ones(4, dtype=torch.long)}]
+        * 4,
         [torch.ones(3, 4)] * 4,
         [torch.ones(4)] * 4,
         [(torch.ones(4, 3), torch.tensor(1))] * 4,
@@ -143,7 +154,11 @@ class _Shuffled:
 @pytest.fixture(params=list(SOURCES))
 def make(request):
     """() -> (source, options of `windows`)."""
-    collate = {"collate_fn": lambda rows: torch.stack([row[0] for row in rows])} if request.param == "data set" else {}
+    collate = (
+        {"collate_fn": lambda rows: torch.stack([row[0] for row in rows])}
+        if request.param == "data set"
+        else {}
+    )
     return lambda: (SOURCES[request.param](), {"count_targets": len} | collate)
 
 
@@ -175,7 +190,10 @@ def test_i42_an_epoch_that_was_left_early_is_followed_by_the_next(make):
     assert trained(acc, *training, hoisted, updates=2) == whole[1][: 2 * B_EFF]
     saved = hoisted.state_dict()
     unit = next(key for key in saved if key != "epoch")
-    assert saved == {"epoch": 1, unit: {"samples_consumed": 2 * B_EFF, "batches_consumed": 2 * B_EFF // B}[unit]}
+    assert saved == {
+        "epoch": 1,
+        unit: {"samples_consumed": 2 * B_EFF, "batches_consumed": 2 * B_EFF // B}[unit],
+    }
     assert trained(acc, *training, hoisted) == whole[2]
 
     # Resumed in another process: the rest of that epoch, then the next, whoever is asked for them.
@@ -186,10 +204,18 @@ def test_i42_an_epoch_that_was_left_early_is_followed_by_the_next(make):
     assert trained(acc, *training, acc.batches(source, **options)) == whole[2]
 
 
-@pytest.mark.parametrize("options", [{}, {"num_workers": 1}, {"num_workers": 1, "persistent_workers": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_workers": 1}, {"num_workers": 1, "persistent_workers": True}]
+)
 def test_i42_a_loaders_own_generator_orders_as_in_a_plain_loop_and_after_resuming(options):
     def loader():
-        return DataLoader(samples(), batch_size=B, shuffle=True, generator=torch.Generator().manual_seed(3), **options)
+        return DataLoader(
+            samples(),
+            batch_size=B,
+            shuffle=True,
+            generator=torch.Generator().manual_seed(3),
+            **options,
+        )
 
     plain = loader()
     whole = [[int(x) for batch in plain for x in batch.flatten()] for _ in range(3)]
@@ -213,12 +239,16 @@ def test_i42_shares_of_one_data_set_have_epochs_of_their_own():
     acc, *training = accumulator()
     for _ in range(2):
         shares = [acc.batches(data, count_targets=len, shard=(i, 2)) for i in range(2)]
-        assert sorted(trained(acc, *training, shares[0]) + trained(acc, *training, shares[1])) == list(range(SIZE))
+        assert sorted(
+            trained(acc, *training, shares[0]) + trained(acc, *training, shares[1])
+        ) == list(range(SIZE))
 
 
 def test_i42_a_generator_that_was_left_is_read_on_and_nothing_of_it_is_lost():
     acc, *training = accumulator()
-    batches = acc.batches((torch.tensor([[2.0 * i], [2.0 * i + 1]]) for i in range(11)), count_targets=len)
+    batches = acc.batches(
+        (torch.tensor([[2.0 * i], [2.0 * i + 1]]) for i in range(11)), count_targets=len
+    )
     first = trained(acc, *training, batches, updates=1)
     assert batches.state_dict() == {"epoch": 0, "batches_consumed": 4}
     assert first + trained(acc, *training, batches) == list(range(SIZE))
@@ -337,7 +367,9 @@ def test_persistent_workers_and_the_class_of_a_loader_are_kept():
 
 
 def test_what_cannot_be_read_early_is_told_in_its_turn():
-    loader = Logged(Pids(broken=2 * B_EFF), batch_size=B, num_workers=1)  # the first of the third window
+    loader = Logged(
+        Pids(broken=2 * B_EFF), batch_size=B, num_workers=1
+    )  # the first of the third window
     assert run(loader)[2] == 2
 
 
@@ -358,9 +390,13 @@ def test_a_loader_that_all_processes_read_together_is_not_read_while_one_of_them
     window they may be elsewhere."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=together))
+    accelerator = Accelerator(
+        cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=together)
+    )
     acc = Accumulator(micro_batch_size=B, gradient_accumulation_steps=4, accelerator=accelerator)
-    model, optimizer = acc.prepare(model := torch.nn.Linear(2, 1), torch.optim.SGD(model.parameters(), lr=1e-6))
+    model, optimizer = acc.prepare(
+        model := torch.nn.Linear(2, 1), torch.optim.SGD(model.parameters(), lr=1e-6)
+    )
     sampler = LoggedSampler(Pids())
     loader = accelerator.prepare(DataLoader(Pids(), batch_size=B, sampler=sampler, num_workers=1))
     drawn = []
@@ -380,7 +416,9 @@ def test_ready_batches_cannot_make_a_window_that_does_not_divide():
     acc = Accumulator(micro_batch_size=4, global_batch_size=10, cpu=True)
     rows = TensorDataset(torch.arange(30.0))
     for source in (DataLoader(rows, batch_size=4), iter([torch.ones(4)])):
-        with pytest.raises(DataError, match="global_batch_size=10 is not a multiple of B 4 x W 1 = 4.*use 8 or 12"):
+        with pytest.raises(
+            DataError, match="global_batch_size=10 is not a multiple of B 4 x W 1 = 4.*use 8 or 12"
+        ):
             acc.windows(source)
     batches = acc.batches(rows, count_targets=lambda batch: len(batch[0]))
     assert len(batches.windows) == 3 and len(batches) == 9  # 4, 4 and 2, three times

@@ -12,53 +12,15 @@ import pytest
 import accum_trainer
 
 PACKAGE = Path(accum_trainer.__file__).parent
-# A module imports only from those above it; inside a folder the same holds among its own.
-ORDER = [
-    "errors",
-    "batch_plan",
-    "seeds",
-    "window_plan",
-    "config",
-    "epochs",
-    "data",
-    "head",
-    "packing_proof",
-    "packing",
-    "loss",
-    "targets",
-    "outputs",
-    "objective_probe",
-    "objective",
-    "packing_guard",
-    "loss_contract",
-    "cost",
-    "model",
-    "shapes",
-    "footprint",
-    "engine",
-    "window_reader",
-    "window",
-    "windows",
-    "prepared",
-    "accumulator",
-    "records",
-    "checkpoint",
-    "agreement",
-    "fit",
-    "cutting",
-    "assemble",
-    "continuing",
-    "big_batch",
-    "report",
-    "verify",
-    "loop_faults",
-    "verify_loop",
-    "plan_record",
-    "signals",
-    "train",
-    "launch",
-    "cli",
-]
+# The core: windows, what a loss sums over, sources, engines. It knows none of the rooms.
+CORE = {
+    *("errors", "seeds", "batch_plan", "window_plan", "batch", "sources", "losses", "engine"),
+    *("window_reader", "window", "windows", "prepared", "accumulator"),
+}
+# Rooms on top of it; each imports from the core and from rooms before it.
+ROOMS = ["config", "data", "lm", "speed", "plan", "launch", "train", "verify", "runs", "cli"]
+# What the core may import beside the standard library and itself; deepspeed in its engine only.
+CORE_LIBRARIES = {"torch", "numpy", "accelerate", "psutil"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -72,13 +34,18 @@ def name_of(path: Path) -> str:
 
 
 def imports_of(path: Path) -> set[str]:
-    """Modules of the package that a file imports, anywhere in it but under `if __name__ == "__main__"`."""
+    """Modules of the package that a file imports, anywhere in it but under `if __name__ ==
+    "__main__"`."""
     found: set[str] = set()
 
     def visit(node: ast.AST) -> None:
         if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test):
             return  # being the program is not being imported
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("accum_trainer"):
+        if (
+            isinstance(node, ast.ImportFrom)
+            and node.module
+            and node.module.startswith("accum_trainer")
+        ):
             for alias in node.names:
                 deeper = f"{node.module}.{alias.name}"
                 known = {name_of(p) for p in MODULES}
@@ -92,17 +59,35 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
+def libraries_of(path: Path) -> set[str]:
+    """Top-level names of the other packages that a file imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name.split(".")[0] for alias in node.names)
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+    return found - set(sys.stdlib_module_names) - {"accum_trainer"}
+
+
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_imports_go_one_way(path):
+def test_the_core_imports_no_room_and_rooms_import_one_way(path):
     mine = top_of(name_of(path))
-    if mine in ("__init__", "__main__"):
+    if mine == "__init__" or path.name == "__main__.py":
         return
-    assert mine in ORDER, f"{mine} has no place in the order"
+    assert mine in CORE or mine in ROOMS, f"{mine} is neither core nor a room"
     for other in imports_of(path):
         theirs = top_of(other)
         if theirs in ("__init__", mine):
             continue
-        assert ORDER.index(theirs) < ORDER.index(mine), f"{name_of(path)} imports {other}"
+        below = theirs in CORE or (mine in ROOMS and ROOMS.index(theirs) < ROOMS.index(mine))
+        assert below, f"{name_of(path)} imports {other}"
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if top_of(name_of(p)) in CORE], ids=name_of)
+def test_the_core_needs_torch_numpy_and_accelerate_only(path):
+    allowed = CORE_LIBRARIES | ({"deepspeed"} if path.parent.name == "engine" else set())
+    assert libraries_of(path) <= allowed
 
 
 def test_no_circles_inside_a_folder():
@@ -123,13 +108,24 @@ def test_no_circles_inside_a_folder():
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_only_engines_know_accelerate_and_deepspeed(path):
-    if top_of(name_of(path)) == "engine":
-        return
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        assert not {name.split(".")[0] for name in names} & {"accelerate", "deepspeed"}
+def test_only_engines_and_the_launcher_know_accelerate_and_deepspeed(path):
+    if top_of(name_of(path)) not in ("engine", "launch"):
+        assert not libraries_of(path) & {"accelerate", "deepspeed"}
+
+
+def test_importing_the_accumulator_brings_nothing_that_accelerate_does_not_bring():
+    heavy = (
+        "{'transformers', 'datasets', 'peft', 'matplotlib', 'rich', 'yaml', 'click', "
+        "'tokenizers', 'safetensors'}"
+    )
+    found = {}
+    for program in ("import accelerate", "from accum_trainer import Accumulator; Accumulator"):
+        check = f"{program}\nimport sys\nprint(sorted({heavy} & set(sys.modules)))"
+        run = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        found[program] = set(ast.literal_eval(run.stdout.strip().splitlines()[-1]))
+    accelerates, ours = found.values()
+    assert ours <= accelerates
 
 
 def test_public_names():
@@ -165,8 +161,13 @@ def test_public_names():
 )
 def test_light_programs_do_not_import_torch(program):
     heavy = "{'torch', 'accelerate', 'transformers', 'datasets', 'rich', 'matplotlib'}"
-    check = f"import atexit, sys; atexit.register(lambda: print('HEAVY', sorted({heavy} & set(sys.modules))))"
-    run = subprocess.run([sys.executable, "-c", f"{check}\n{program}"], capture_output=True, text=True)
+    check = (
+        f"import atexit, sys; atexit.register(lambda: print('HEAVY', sorted({heavy} & "
+        "set(sys.modules))))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", f"{check}\n{program}"], capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     assert "HEAVY []" in run.stdout
 

@@ -1,4 +1,5 @@
-"""`verify`: right trainings and loops pass on every engine, and each planted fault fails by its name."""
+"""`verify`: right trainings and loops pass on every engine, and each planted fault fails by its
+name."""
 
 from __future__ import annotations
 
@@ -11,17 +12,27 @@ import pytest
 import torch
 
 from accum_trainer import Accumulator, BatchPlan, DataError
-from accum_trainer.big_batch import dropout_off
 from accum_trainer.cli import main
-from accum_trainer.verify import Subject, verify
-from accum_trainer.verify_loop import verify_loop, windows_for
+from accum_trainer.verify.big_batch import dropout_off
+from accum_trainer.verify.loop import verify_loop, windows_for
+from accum_trainer.verify.training import Subject, verify
 from tests.launching import ROOT, cli, environment, python, torchrun
 from tests.reference import make_model, make_rows, pad
 
 # Two processes of several threads each would fight for few cores.
 ONE_THREAD = {"OMP_NUM_THREADS": 1}
 FAULTY = "tests/verify_loops/faults.py"
-SMALL = ("--cpu", "--batch-size", 2, "--gradient-accumulation-steps", 4, "--max-seq-len", 64, "--windows", 2)
+SMALL = (
+    "--cpu",
+    "--batch-size",
+    2,
+    "--gradient-accumulation-steps",
+    4,
+    "--max-seq-len",
+    64,
+    "--windows",
+    2,
+)
 
 
 def checks_of(report: dict) -> dict[str, dict]:
@@ -40,13 +51,27 @@ def line_of(output: str, name: str) -> str:
 
 
 def test_single_process_and_its_report(tmp_path):
-    command = [sys.executable, "-m", "accum_trainer", "verify", *map(str, SMALL), "--json", "report.json"]
+    command = [
+        sys.executable,
+        "-m",
+        "accum_trainer",
+        "verify",
+        *map(str, SMALL),
+        "--json",
+        "report.json",
+    ]
     options = ["--use-peft", "--lora-dropout", "0.1"]
     run = subprocess.run(
-        [*command, *options], cwd=tmp_path, env=environment(**ONE_THREAD), capture_output=True, text=True
+        [*command, *options],
+        cwd=tmp_path,
+        env=environment(**ONE_THREAD),
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["report.json"], "something else was written"
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"], (
+        "something else was written"
+    )
     report = json.loads((tmp_path / "report.json").read_text())
     checks = checks_of(report)
     assert report["passed"]
@@ -60,7 +85,15 @@ def test_single_process_and_its_report(tmp_path):
 
 
 def test_ddp_exchanges_once():
-    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--main_process_port", 0)
+    launcher = (
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        2,
+        "--main_process_port",
+        0,
+    )
     run = python(*launcher, "-m", "accum_trainer.verify", *SMALL, **ONE_THREAD)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "ddp on cpu" in line_of(run.stdout, "engine in force")
@@ -82,8 +115,12 @@ def test_fsdp2_in_bf16():
     run = torchrun(2, "accum_trainer.verify", *SMALL, "--mixed-precision", "bf16", **options)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "fsdp2 on cpu, precision bf16" in line_of(run.stdout, "engine in force")
-    assert "times what one big batch in bf16 is off" in line_of(run.stdout, "update = one big batch")
-    assert run.stdout.count("off, one big batch in bf16") == 4 + 4, "each window and each tail is shown"
+    assert "times what one big batch in bf16 is off" in line_of(
+        run.stdout, "update = one big batch"
+    )
+    assert run.stdout.count("off, one big batch in bf16") == 4 + 4, (
+        "each window and each tail is shown"
+    )
 
 
 @pytest.mark.parametrize("source", ["environment", "deepspeed"])
@@ -94,7 +131,10 @@ def test_i23_sources_of_k_that_differ_are_wrong_input(source, tmp_path):
         (tmp_path / "ds.json").write_text(
             json.dumps({"gradient_accumulation_steps": 8, "zero_optimization": {"stage": 2}})
         )
-        launcher = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": tmp_path / "ds.json"}
+        launcher = {
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "ACCELERATE_DEEPSPEED_CONFIG_FILE": tmp_path / "ds.json",
+        }
         run = torchrun(1, "accum_trainer.verify", *SMALL, **launcher)
     assert "gradient_accumulation_steps=4" in run.stderr
     assert "=8" in run.stderr
@@ -172,7 +212,8 @@ def test_gradient_that_is_wrong_in_one_parameter_names_it(fresh_accelerate):
 
 @pytest.mark.parametrize("factor", [1.0, 1.0045])
 def test_low_precision_is_judged_by_the_root_mean_square_over_windows(factor, fresh_accelerate):
-    """A weight 0.45 percent too large is 1.7 times what one big batch in bf16 is off, in every window."""
+    """A weight 0.45 percent too large is 1.7 times what one big batch in bf16 is off, in every
+    window."""
     subject = subject_of(lambda: make_model("llama"), mixed_precision="bf16")
     for p in subject.model.parameters():
         p.register_hook(lambda gradient: gradient * factor)
@@ -182,7 +223,9 @@ def test_low_precision_is_judged_by_the_root_mean_square_over_windows(factor, fr
         check = checks[name]
         lines = [line.split() for line in check["details"]]
         assert [line[0] for line in lines] == ["window"] * 4
-        squares = [sum(float(line[place].strip(",")) ** 2 for line in lines) / 4 for place in (2, 9)]
+        squares = [
+            sum(float(line[place].strip(",")) ** 2 for line in lines) / 4 for place in (2, 9)
+        ]
         assert check["error"] == pytest.approx(squares[0] ** 0.5, rel=0.01)
         assert check["tolerance"] == pytest.approx(1.1 * squares[1] ** 0.5, rel=0.01)
         assert check["result"] == ("PASS" if factor == 1 else "FAIL"), check
@@ -190,7 +233,8 @@ def test_low_precision_is_judged_by_the_root_mean_square_over_windows(factor, fr
 
 
 def test_i31_gradient_that_is_clipped_wrongly(fresh_accelerate):
-    """Something after the clip scales what the optimizer gets: seen there, where the update is made."""
+    """Something after the clip scales what the optimizer gets: seen there, where the update is
+    made."""
     subject = subject_of(lambda: make_model("llama"), max_grad_norm=0.5)
 
     def halve(optimizer, *_):
@@ -216,15 +260,24 @@ FAULTS_OF_ANY = {
     "own_loss_of_the_model": ("ragged window", "mean of means"),
     "counts_first_labels": ("ragged window", "first labels are counted"),
     "weighs_by_first_labels": ("ragged window", "first labels are weighed"),
-    "means_over_first_labels": ("ragged window", "however many targets it holds AND first labels are counted"),
+    "means_over_first_labels": (
+        "ragged window",
+        "however many targets it holds AND first labels are counted",
+    ),
     "zero_over_zero": ("a micro-batch without a target", "a mean over no target is 0/0"),
     "divided_by_k_twice": ("ragged window", "division by K twice"),
     "tail_divided_by_k": ("tail window", "the tail is divided by K"),
     "summed_over_micro_batches": ("ragged window", "summed, not averaged, over micro-batches"),
     "clip_per_micro_step": ("ragged window", "clip per micro-step"),
-    "clipped_to_another_norm": ("ragged window", "its norm is 0.01; a loop may clip to max_grad_norm=0.3"),
+    "clipped_to_another_norm": (
+        "ragged window",
+        "its norm is 0.01; a loop may clip to max_grad_norm=0.3",
+    ),
     "too_long": ("ragged window", "right direction but 1.7 times the right length"),
-    "scheduler_per_micro_step": ("scheduler per update", "scheduler stepped per micro-step: 3 times"),
+    "scheduler_per_micro_step": (
+        "scheduler per update",
+        "scheduler stepped per micro-step: 3 times",
+    ),
     "step_per_micro_batch": ("one optimizer step", "steps per micro-batch, so nothing accumulates"),
     "zero_grad_per_micro_step": ("ragged window", "zero_grad per micro-step"),
     "no_zero_grad": ("tail window", "zero_grad is missing"),
@@ -235,7 +288,10 @@ FAULTS_OF_ANY = {
 }
 FAULTS_OF_TWO = FAULTS_OF_ANY | {
     "normalised_per_rank": ("uneven ranks", "normalised per rank"),
-    "per_rank_over_first_labels": ("uneven ranks", "whatever they hold AND first labels are counted"),
+    "per_rank_over_first_labels": (
+        "uneven ranks",
+        "whatever they hold AND first labels are counted",
+    ),
     "not_times_processes": ("ragged window", "not multiplied by the number of processes"),
     "left_out_of_the_exchange": ("equal weights", "hold different weights of model.norm.weight"),
     "never_exchanged": ("equal weights", "left out of the exchange"),
@@ -266,7 +322,8 @@ def test_right_loop_passes(loop, processes, reports):
 
 
 @pytest.mark.parametrize(
-    ("processes", "loop"), [(1, loop) for loop in FAULTS_OF_ANY] + [(2, loop) for loop in FAULTS_OF_TWO]
+    ("processes", "loop"),
+    [(1, loop) for loop in FAULTS_OF_ANY] + [(2, loop) for loop in FAULTS_OF_TWO],
 )
 def test_fault_is_named(processes, loop, reports):
     report = reports[processes][loop]
@@ -279,7 +336,8 @@ def test_fault_is_named(processes, loop, reports):
 def test_fault_shows_the_right_formula_and_the_weights_found(reports):
     details = checks_of(reports[1]["divided_by_k_twice"])["ragged window"]["details"]
     assert details[:2] == [
-        "right: weight = gradient_divisor / N for every micro-batch's summed loss, N = targets of the whole window",
+        "right: weight = gradient_divisor / N for every micro-batch's summed loss, N = targets of "
+        "the whole window",
         "loop:  g / K",
     ]
     assert len(details) == 2 + 3
@@ -328,7 +386,8 @@ def test_model_that_nobody_can_split_is_all_that_is_judged(processes, reports):
 
 
 def test_i50_loop_that_counts_first_labels_fails_in_every_window(reports):
-    """N in place of N + F, F rows with a first label, makes the gradient N / (N + F) of the right one."""
+    """N in place of N + F, F rows with a first label, makes the gradient N / (N + F) of the right
+    one."""
     for processes, count in ((1, 3), (2, 4)):
         report = reports[processes]["counts_first_labels"]
         assert len(failed(report)) == count, failed(report)
@@ -343,11 +402,15 @@ def test_i50_loop_that_counts_first_labels_fails_in_every_window(reports):
 
 
 def test_i50_every_window_has_rows_with_a_first_label_and_without():
-    """In numbers that differ between micro-batches and ranks, at any K and W; no target and no loss changes."""
+    """In numbers that differ between micro-batches and ranks, at any K and W; no target and no loss
+    changes."""
     rows = make_rows(40)
     for steps, ranks in itertools.product((2, 3, 4), (1, 2, 3)):
         for window in windows_for(rows, BatchPlan(2, steps, ranks)):
-            firsts = [[[row["labels"][0] != -100 for row in rows] for rows in rank] for rank in window.ranks]
+            firsts = [
+                [[row["labels"][0] != -100 for row in rows] for rows in rank]
+                for rank in window.ranks
+            ]
             assert any(map(any, itertools.chain(*firsts))), window.name
             if max(map(len, firsts)) > 1:
                 counts = [sum(micro_batch) for micro_batch in firsts[0]]
@@ -362,7 +425,10 @@ def test_i50_every_window_has_rows_with_a_first_label_and_without():
         (["--loop", "no_such.py:update"], "there is no file no_such.py"),
         (["--loop", "update"], "give FILE.py:function"),
         (["--loop", f"{__file__}:nothing"], "has no function nothing; it has "),
-        (["--loop", "tests/verify_loops/correct.py:update", "--batch-size", "2"], "accumulates nothing"),
+        (
+            ["--loop", "tests/verify_loops/correct.py:update", "--batch-size", "2"],
+            "accumulates nothing",
+        ),
         (
             ["--loop", f"{FAULTY}:takes_too_few"],
             "takes_too_few(accelerator, model, optimizer, batches) cannot be called with "
@@ -370,7 +436,10 @@ def test_i50_every_window_has_rows_with_a_first_label_and_without():
         ),
         (["--loop", f"{FAULTY}:takes_too_many"], "missing a required argument: 'steps'"),
         (["--loop", f"{FAULTY}:wants_a_keyword"], "missing a required"),
-        (["--loop", f"{FAULTY}:takes_another_order"], "its parameter 1 is model, and 1 is given accelerator"),
+        (
+            ["--loop", f"{FAULTY}:takes_another_order"],
+            "its parameter 1 is model, and 1 is given accelerator",
+        ),
         (["--json", "no/such/folder/report.json"], "there is no folder no/such/folder"),
         (["--windows", "0"], "--windows"),
         (["--batch-size", "0"], "batch_size=0"),
@@ -385,15 +454,22 @@ def test_wrong_input_is_one_message(options, message, capsys, monkeypatch):
 
 
 def test_loop_that_raises_is_one_message():
-    """Its file, line and words; on two processes also where one of them alone raises, and nothing hangs."""
+    """Its file, line and words; on two processes also where one of them alone raises, and nothing
+    hangs."""
     run = cli("verify", "--loop", f"{FAULTY}:raises", *SMALL, **ONE_THREAD)
     assert run.returncode == 2, run.stderr
-    line = next(n for n, text in enumerate((ROOT / FAULTY).read_text().splitlines(), 1) if 'batch["attention"]' in text)
+    line = next(
+        n
+        for n, text in enumerate((ROOT / FAULTY).read_text().splitlines(), 1)
+        if 'batch["attention"]' in text
+    )
     errors = [text for text in run.stderr.splitlines() if text.startswith("error")]
     assert len(errors) == 1
     assert f"faults.py:{line}: KeyError: 'attention'" in errors[0]
     assert "Traceback" not in run.stderr
-    run = torchrun(2, "accum_trainer.verify", "--loop", f"{FAULTY}:raises_on_one_rank", *SMALL, **ONE_THREAD)
+    run = torchrun(
+        2, "accum_trainer.verify", "--loop", f"{FAULTY}:raises_on_one_rank", *SMALL, **ONE_THREAD
+    )
     assert run.returncode != 0
     assert "error (process 1): the loop raised in its ragged window" in run.stderr
     assert "ValueError: only here" in run.stderr

@@ -20,12 +20,15 @@ def test_global_order_is_a_permutation_of_seed_and_epoch_alone():
 
 
 def test_global_order_never_changes_between_versions():
-    """A run continued years later must see the same windows: these numbers are part of the contract."""
+    """A run continued years later must see the same windows: these numbers are part of the
+    contract."""
     assert global_order(8, seed=0, epoch=0).tolist() == [6, 3, 5, 0, 7, 2, 1, 4]
     assert global_order(8, seed=1, epoch=5).tolist() == [5, 6, 2, 7, 3, 0, 1, 4]
 
 
-@pytest.mark.parametrize(("samples", "batch", "start"), [(37, 12, 0), (36, 12, 0), (37, 12, 24), (5, 12, 0)])
+@pytest.mark.parametrize(
+    ("samples", "batch", "start"), [(37, 12, 0), (36, 12, 0), (37, 12, 24), (5, 12, 0)]
+)
 def test_windows_use_every_sample_once(samples, batch, start):
     order = global_order(samples, 0, 0)
     windows = list(windows_of(order, batch, start))
@@ -49,7 +52,8 @@ def test_cut_deals_every_sample_once_within_bounds(samples, micro_batch_size, wo
 
 
 def test_cut_by_hand():
-    """Lengths 5 1 4 1 3 2 in pairs: (5 4) (3 2) (1 1); the longest pair to rank 0, the next two to rank 1."""
+    """Lengths 5 1 4 1 3 2 in pairs: (5 4) (3 2) (1 1); the longest pair to rank 0, the next two to
+    rank 1."""
     cut = cut_window(np.array([5, 1, 4, 1, 3, 2]), micro_batch_size=2, world_size=2)
     assert [[mb.tolist() for mb in rank] for rank in cut] == [[[0, 2]], [[4, 5], [1, 3]]]
 
@@ -67,7 +71,8 @@ def test_cut_pads_little():
 
 
 def cost_of(cut, lengths):
-    """The stated cost of one micro-batch, written out: fixed + positions + square * sum of length squared."""
+    """The stated cost of one micro-batch, written out: fixed + positions + square * sum of length
+    squared."""
     padded = [-(-int(length) // cut.multiple) * cut.multiple for length in lengths]
     longest = max(padded)
     return cut.cost.fixed + len(padded) * longest + cut.cost.square * len(padded) * longest**2
@@ -86,7 +91,8 @@ def cheapest_by_trying_all(cut, lengths):
             part = ordered[begin:end]
             padded = -(-int(part[0]) // cut.multiple) * cut.multiple
             if len(part) > 1 and (
-                len(part) > (cut.micro_batch_size or len(part)) or len(part) * padded > cut.max_tokens
+                len(part) > (cut.micro_batch_size or len(part))
+                or len(part) * padded > cut.max_tokens
             ):
                 break
             options.append(cost_of(cut, part) + best(end))
@@ -118,19 +124,32 @@ def test_no_contiguous_cut_costs_less(cut, seed):
 
 
 def test_b_alone_makes_the_fewest_micro_batches_with_the_least_padding():
-    """Seven samples in threes are three micro-batches, whatever they cost; the cheapest such cut is 100 | 9 9 9 | 2 2 2."""
+    """Seven samples in threes are three micro-batches, whatever they cost; the cheapest such cut is
+    100 | 9 9 9 | 2 2 2."""
     lengths = np.array([9, 2, 100, 9, 2, 9, 2])
     cut = Cut(3, cost=Cost(0.0, 0.0)).deal(lengths, 1)[0]
-    assert [sorted(lengths[micro_batch].tolist()) for micro_batch in cut] == [[100], [9, 9, 9], [2, 2, 2]]
+    assert [sorted(lengths[micro_batch].tolist()) for micro_batch in cut] == [
+        [100],
+        [9, 9, 9],
+        [2, 2, 2],
+    ]
 
 
 def test_packed_fills_up_to_the_limits():
     lengths = np.array([50, 40, 30, 20, 10, 10])
     by_tokens = Cut(max_tokens=90, packed=True).deal(lengths, 1)[0]
-    assert [lengths[micro_batch].tolist() for micro_batch in by_tokens] == [[50, 40], [30, 20, 10, 10]]
+    assert [lengths[micro_batch].tolist() for micro_batch in by_tokens] == [
+        [50, 40],
+        [30, 20, 10, 10],
+    ]
     by_samples = Cut(4, packed=True).deal(lengths, 1)[0]
-    assert [lengths[micro_batch].tolist() for micro_batch in by_samples] == [[50, 40, 30, 20], [10, 10]]
-    assert Cut(packed=True).positions(lengths) == 160 and Cut(multiple=8).positions(lengths) == 6 * 56
+    assert [lengths[micro_batch].tolist() for micro_batch in by_samples] == [
+        [50, 40, 30, 20],
+        [10, 10],
+    ]
+    assert (
+        Cut(packed=True).positions(lengths) == 160 and Cut(multiple=8).positions(lengths) == 6 * 56
+    )
 
 
 @pytest.mark.parametrize("weights", [(3.0, 1.0), (1.0, 3.0), (2.0, 1.0, 1.0)])
@@ -142,19 +161,25 @@ def test_r55_shares_follow_the_weights(weights, equal_counts):
     for _ in range(50):
         lengths = rng.lognormal(4.6, 0.5, 128).astype(int).clip(10, 400)
         dealt = cut.deal(lengths, len(weights))
-        assert sorted(np.concatenate([m for rank in dealt for m in rank]).tolist()) == list(range(128))
+        assert sorted(np.concatenate([m for rank in dealt for m in rank]).tolist()) == list(
+            range(128)
+        )
         assert max(len(m) for rank in dealt for m in rank) <= 4
         if equal_counts:
             assert max(map(len, dealt)) - min(map(len, dealt)) <= 1  # the last step may be short
         done += [sum(int(lengths[m].sum()) for m in rank) for rank in dealt]
     share = np.array(weights) / sum(weights)
     # Equal counts share out whole samples: 4 to 1.33 of them is 4 to 1.
-    rounded = np.maximum(1, np.round(4 * np.array(weights) / max(weights))) if equal_counts else share
+    rounded = (
+        np.maximum(1, np.round(4 * np.array(weights) / max(weights))) if equal_counts else share
+    )
     assert np.abs(done / done.sum() / (rounded / rounded.sum()) - 1).max() < 0.05
 
 
 @pytest.mark.parametrize(("samples", "world_size"), [(64, 2), (61, 2), (57, 4), (3, 4), (129, 8)])
-@pytest.mark.parametrize("cut", [Cut(8, equal_counts=True), Cut(max_tokens=1000, equal_counts=True)])
+@pytest.mark.parametrize(
+    "cut", [Cut(8, equal_counts=True), Cut(max_tokens=1000, equal_counts=True)]
+)
 def test_equal_counts_where_there_are_samples_for_it(cut, samples, world_size):
     lengths = np.random.RandomState(samples).randint(1, 300, samples)
     counts = [len(rank) for rank in cut.deal(lengths, world_size)]
@@ -162,7 +187,8 @@ def test_equal_counts_where_there_are_samples_for_it(cut, samples, world_size):
 
 
 def test_ranks_are_balanced():
-    """Two ranks, 128 samples of skewed lengths: the slower rank's cost over the mean, on average over windows."""
+    """Two ranks, 128 samples of skewed lengths: the slower rank's cost over the mean, on average
+    over windows."""
     rng = np.random.RandomState(0)
     for cut in (Cut(8), Cut(max_tokens=2048, cost=Cost(32.0, 1e-3)), Cut(8, equal_counts=True)):
         over = []

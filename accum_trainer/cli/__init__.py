@@ -17,10 +17,12 @@ from accum_trainer.errors import AccumTrainerError, ConfigError
 # Name -> module of this package that holds `command`, and the line of `accum-trainer --help`.
 COMMANDS = {
     "train": "Train with an exact effective batch; one record per update.",
-    "verify": "Prove on your model, data and engine that the update is that of one big batch; or check your own loop.",
+    "verify": "Prove on your model, data and engine that the update is that of one big batch; or "
+    "check your own loop.",
     "plan": "Print B, K, W, effective batch, updates, warm-up and learning rate; needs no GPU.",
     "config": "Write launch files for one GPU, many GPUs, clusters and independent runs.",
-    "launch": "Start training under a launch file: free ports, a log per process, errors in their own words.",
+    "launch": "Start training under a launch file: free ports, a log per process, errors in their "
+    "own words.",
     "merge": "Average the results of independent runs, weighted by samples trained.",
 }
 
@@ -44,7 +46,8 @@ class _Commands(click.Group):
 @click.group(
     cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Example: accum-trainer train --model tiny --batch-size 4 --gradient-accumulation-steps 8 --steps 100 --lr 1e-3",
+    epilog="Example: accum-trainer train --model tiny --batch-size 4 --gradient-accumulation-steps "
+    "8 --steps 100 --lr 1e-3",
 )
 @click.version_option(package_name="accum-trainer")
 def cli() -> None:
@@ -52,11 +55,14 @@ def cli() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 2 wrong input, 75 stopped and saved, 1 anything else."""
+    """Run the command line and exit: 0 done, 2 wrong input, 75 stopped and saved, 1 anything
+    else."""
     try:
         sys.exit(
             cli.main(
-                args=None if arguments is None else list(arguments), prog_name="accum-trainer", standalone_mode=False
+                args=None if arguments is None else list(arguments),
+                prog_name="accum-trainer",
+                standalone_mode=False,
             )
         )
     except click.exceptions.Exit as done:
@@ -68,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             wrong.show()
         sys.exit(wrong.exit_code)
     except AccumTrainerError as wrong:
-        # A configuration is wrong on all processes alike: one of them says so. Anything else may be one process's own.
+        # A configuration is wrong on all processes alike: one of them says so. Anything else may be
+        # one process's own.
         if _speaks() or not isinstance(wrong, ConfigError):
             rank = "" if _speaks() else f" (process {os.environ['RANK']})"
             click.echo(f"error{rank}: {wrong}", err=True)

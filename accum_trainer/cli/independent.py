@@ -1,4 +1,5 @@
-"""What `accum-trainer train --parallel-independent` shows: a live table of its runs, and a summary."""
+"""What `accum-trainer train --parallel-independent` shows: a live table of its runs, and a
+summary."""
 
 from __future__ import annotations
 
@@ -12,15 +13,15 @@ from accum_trainer.config import Composed
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from accum_trainer.launch.independent import Member, SideBySide
+    from accum_trainer.runs.independent import Member, SideBySide
 
 _COLUMNS = ("run", "", "device", "state", "update", "loss", "tokens/s")
 
 
 def train_side_by_side(composed: Composed) -> int:
     """Train the independent runs that the configuration asks for; returns the exit status."""
-    from accum_trainer.launch.independent import SideBySide, label, plan_members
-    from accum_trainer.records import new_run_folder
+    from accum_trainer.runs.independent import SideBySide, label, plan_members
+    from accum_trainer.train.records import new_run_folder
 
     config = composed.config
     folder = Path(config.output_dir) if config.output_dir else new_run_folder(config.model)
@@ -28,7 +29,10 @@ def train_side_by_side(composed: Composed) -> int:
     for line in composed.overridden:
         click.echo(f"note: {line}", err=True)
     where = "GPUs" if on_gpu else "CPU slots"
-    click.echo(f"{len(members)} independent runs on {where} {', '.join(devices)}; run directory: {folder}", err=True)
+    click.echo(
+        f"{len(members)} independent runs on {where} {', '.join(devices)}; run directory: {folder}",
+        err=True,
+    )
     if config.dry_run:
         for member in members:
             click.echo(f"{member.name}  {label(member)}", err=True)
@@ -63,7 +67,11 @@ def _show_while(side_by_side: SideBySide) -> int:
             now = (member.state, member.restarts, tenth)
             if told.get(member.name) != now:
                 told[member.name] = now
-                seen = f"  update {update}  loss {loss}  {speed} tokens/s" if record is not None else ""
+                seen = (
+                    f"  update {update}  loss {loss}  {speed} tokens/s"
+                    if record is not None
+                    else ""
+                )
                 click.echo(f"{member.name}  {state}{seen}", err=True)
 
     return side_by_side.run(tell)
@@ -74,14 +82,16 @@ def _table(members: list[Member]) -> Table:
 
     table = Table()
     for name in _COLUMNS:
-        table.add_column(name, justify="right" if name in ("update", "loss", "tokens/s") else "left")
+        table.add_column(
+            name, justify="right" if name in ("update", "loss", "tokens/s") else "left"
+        )
     for member in members:
         table.add_row(*_row(member))
     return table
 
 
 def _row(member: Member) -> tuple[str, str, str, str, str, str, str]:
-    from accum_trainer.launch.independent import FAILED, label
+    from accum_trainer.runs.independent import FAILED, label
 
     record, total = member.last_record(), member.total_updates()
     state = member.state + (f", restarted {member.restarts}x" if member.restarts else "")
@@ -94,7 +104,7 @@ def _row(member: Member) -> tuple[str, str, str, str, str, str, str]:
 
 
 def _show_end(side_by_side: SideBySide, status: int) -> None:
-    from accum_trainer.launch.independent import DONE, FAILED
+    from accum_trainer.runs.independent import DONE, FAILED
 
     members, folder = side_by_side.members, side_by_side.folder
     samples = sum((member.result() or {}).get("num_samples", 0) for member in members)
@@ -103,13 +113,18 @@ def _show_end(side_by_side: SideBySide, status: int) -> None:
     failed = [member for member in members if member.state == FAILED]
     for member in failed:
         click.echo(f"{member.name} failed: {member.reason} (log: {member.log})", err=True)
-    head = f"{done} of {len(members)} runs done, {samples} samples trained, {restarts} restarts; {folder}"
+    head = (
+        f"{done} of {len(members)} runs done, {samples} samples trained, {restarts} restarts; "
+        f"{folder}"
+    )
     if status == 0:
         if side_by_side.is_sweep:
             best = side_by_side.best()
             then = f"best: {best}" if best else ""
         else:
-            then = f"`accum-trainer merge {folder}` averages their weights" if len(members) > 1 else ""
+            then = (
+                f"`accum-trainer merge {folder}` averages their weights" if len(members) > 1 else ""
+            )
         click.echo(f"done: {head}" + (f"\n{then}" if then else ""))
     else:
         click.echo(f"{head}; the same command with --output-dir {folder} continues")

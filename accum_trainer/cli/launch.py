@@ -14,7 +14,8 @@ from accum_trainer.errors import ConfigError
 
 @click.command(
     "launch",
-    epilog="Example: accum-trainer launch launch_configs/cpu_2proc.yaml -- --batch-size 4 --global-batch-size 32 --steps 100",
+    epilog="Example: accum-trainer launch launch_configs/cpu_2proc.yaml -- --batch-size 4 "
+    "--global-batch-size 32 --steps 100",
 )
 @click.argument("config", metavar="CONFIG")
 @click.option(
@@ -24,7 +25,12 @@ from accum_trainer.errors import ConfigError
     metavar="N",
     help="This node's number, from 0, where CONFIG has several nodes.  [default: SLURM_NODEID]",
 )
-@click.option("--main-process-ip", envvar="MASTER_ADDR", metavar="HOST", help="The first node.  [default: MASTER_ADDR]")
+@click.option(
+    "--main-process-ip",
+    envvar="MASTER_ADDR",
+    metavar="HOST",
+    help="The first node.  [default: MASTER_ADDR]",
+)
 @click.option(
     "--main-process-port",
     envvar="MASTER_PORT",
@@ -40,11 +46,13 @@ def command(
     main_process_port: int | None,
     train: tuple[str, ...],
 ) -> None:
-    """Start `train` under CONFIG, which `accum-trainer config create` wrote, or any accelerate configuration.
+    """Start `train` under CONFIG, which `accum-trainer config create` wrote, or any accelerate
+    configuration.
 
-    What follows `--` goes to `train`. Rank 0 is shown here, each process writes a log of its own into the run directory's
-    logs/, and a failure is shown in the words of the process that failed. Ctrl-C lets the training save and stop; the same
-    command with the same --output-dir continues it. Where CONFIG has several nodes, run it on each.
+    What follows `--` goes to `train`. Rank 0 is shown here, each process writes a log of its own
+    into the run directory's logs/, and a failure is shown in the words of the process that failed.
+    Ctrl-C lets the training save and stop; the same command with the same --output-dir continues
+    it. Where CONFIG has several nodes, run it on each.
     """
     path = Path(config)
     if _is_independent(path):
@@ -54,29 +62,40 @@ def command(
     composed = parse(train).config
     if composed.parallel_independent:
         raise ConfigError(
-            f"parallel_independent starts single processes, but {config} launches processes that share a gradient; "
-            "use `accum-trainer train --parallel-independent`, or a file of `accum-trainer config create parallel-independent`"
+            f"parallel_independent starts single processes, but {config} launches processes that "
+            "share a gradient; "
+            "use `accum-trainer train --parallel-independent`, or a file of `accum-trainer config "
+            "create parallel-independent`"
         )
     # accelerate and torch take seconds to import: only now that the options are known to be right.
-    from accum_trainer.engine.launch_file import read_launch_file
+    from accum_trainer.launch.launch_file import read_launch_file
     from accum_trainer.launch.run import Place, launch
-    from accum_trainer.records import LOGS, check_output_dir, new_run_folder
+    from accum_trainer.train.records import LOGS, check_output_dir, new_run_folder
 
     file = read_launch_file(path, composed.cpu)
     if file.num_machines > 1:
         if composed.output_dir is None:
             raise ConfigError(
-                f"{config} has {file.num_machines} nodes, which must agree on one --output-dir; give it after --"
+                f"{config} has {file.num_machines} nodes, which must agree on one --output-dir; "
+                "give it after --"
             )
         place = Place(machine_rank or 0, file.num_machines, main_process_ip, main_process_port)
         if machine_rank is None:
-            raise ConfigError(f"{config} has {file.num_machines} nodes; say which one this is with --machine-rank")
+            raise ConfigError(
+                f"{config} has {file.num_machines} nodes; say which one this is with --machine-rank"
+            )
     else:
         asked = click.get_current_context().get_parameter_source("machine_rank")
         if machine_rank and asked is click.core.ParameterSource.COMMANDLINE:
-            raise ConfigError(f"machine_rank={machine_rank}, but {config} has one node; leave --machine-rank out")
+            raise ConfigError(
+                f"machine_rank={machine_rank}, but {config} has one node; leave --machine-rank out"
+            )
         port = click.get_current_context().get_parameter_source("main_process_port")
-        named = main_process_port if port is click.core.ParameterSource.COMMANDLINE else file.main_process_port
+        named = (
+            main_process_port
+            if port is click.core.ParameterSource.COMMANDLINE
+            else file.main_process_port
+        )
         place = Place(main_process_port=named or None)
     place.check()
     folder = Path(composed.output_dir) if composed.output_dir else new_run_folder(composed.model)
@@ -84,27 +103,35 @@ def command(
     arguments = [*train, *([] if composed.output_dir else ["--output-dir", str(folder)])]
     if place.machine_rank > 0:
         click.echo(
-            f"node {place.machine_rank} of {place.num_machines}: {file.processes_here} processes, logs in {folder / LOGS}",
+            f"node {place.machine_rank} of {place.num_machines}: {file.processes_here} processes, "
+            f"logs in {folder / LOGS}",
             err=True,
         )
     sys.exit(launch(path, place, arguments, folder / LOGS, file.deepspeed_file))
 
 
 def _is_independent(path: Path) -> bool:
-    """Whether the file holds options of `train` that start independent runs, not a configuration of accelerate."""
+    """Whether the file holds options of `train` that start independent runs, not a configuration of
+    accelerate."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the launch configuration {path}: {getattr(error, 'strerror', error)}") from None
+        raise ConfigError(
+            f"cannot read the launch configuration {path}: {getattr(error, 'strerror', error)}"
+        ) from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {getattr(error, 'problem', None) or error}") from None
+        raise ConfigError(
+            f"{path} is not YAML: {getattr(error, 'problem', None) or error}"
+        ) from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds a {type(content).__name__}, not a launch configuration")
     if "parallel_independent" in content:
         return True
     if "distributed_type" not in content:
         raise ConfigError(
-            f"{path} is no launch configuration: it has no distributed_type (accelerate) and no parallel_independent; "
-            "`accum-trainer config create` writes one, and options of `train` go to `accum-trainer train --config`"
+            f"{path} is no launch configuration: it has no distributed_type (accelerate) and no "
+            "parallel_independent; "
+            "`accum-trainer config create` writes one, and options of `train` go to `accum-trainer "
+            "train --config`"
         )
     return False

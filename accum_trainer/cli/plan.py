@@ -15,7 +15,7 @@ from accum_trainer.config import TrainConfig, compose
 from accum_trainer.errors import ConfigError
 
 if TYPE_CHECKING:
-    from accum_trainer.footprint import DeepSpeedSizes, Footprint, Footprints
+    from accum_trainer.plan.footprint import DeepSpeedSizes, Footprint, Footprints
 
 _USED = (
     "batch_size",
@@ -56,12 +56,23 @@ _ASK_FOR = {
 @click.command(
     "plan",
     cls=SectionedCommand,
-    epilog="Example: accum-trainer plan --global-batch-size 64 --batch-size 4 --processes 2 --num-samples 7473 --epochs 3 --warmup 5%",
+    epilog="Example: accum-trainer plan --global-batch-size 64 --batch-size 4 --processes 2 "
+    "--num-samples 7473 --epochs 3 --warmup 5%",
 )
 @click.option("--config", "config_file", metavar="FILE", help="YAML with the options of `train`.")
-@click.option("--processes", default=1, show_default=True, metavar="W", help="Processes that share the gradient.")
 @click.option(
-    "--num-samples", default=None, type=int, metavar="N", help="Samples in an epoch, where no --dataset-file says it."
+    "--processes",
+    default=1,
+    show_default=True,
+    metavar="W",
+    help="Processes that share the gradient.",
+)
+@click.option(
+    "--num-samples",
+    default=None,
+    type=int,
+    metavar="N",
+    help="Samples in an epoch, where no --dataset-file says it.",
 )
 @click.option(
     "--gpu-memory",
@@ -71,15 +82,20 @@ _ASK_FOR = {
 )
 @config_options(_USED)
 def command(
-    config_file: str | None, processes: int, num_samples: int | None, gpu_memory: str | None, **given: Any
+    config_file: str | None,
+    processes: int,
+    num_samples: int | None,
+    gpu_memory: str | None,
+    **given: Any,
 ) -> None:
-    """Print what a run would be: B, K, W, effective batch, updates per epoch, tail, warm-up, learning rate.
+    """Print what a run would be: B, K, W, effective batch, updates per epoch, tail, warm-up,
+    learning rate.
 
-    Pure arithmetic: nothing is loaded, and no GPU is needed. With --dataset-file each row counts as one sample (a `text`
-    row longer than the model's length becomes several when trained on).
+    Pure arithmetic: nothing is loaded, and no GPU is needed. With --dataset-file each row counts as
+    one sample (a `text` row longer than the model's length becomes several when trained on).
 
-    With --model also what each engine needs on a GPU and sends between GPUs, found from the model's configuration: its
-    weights are not read, and nothing is allocated.
+    With --model also what each engine needs on a GPU and sends between GPUs, found from the model's
+    configuration: its weights are not read, and nothing is allocated.
     """
     named = {name: value for name, value in given.items() if value is not None}
     config = compose(named, (), config_file, os.environ).config
@@ -89,7 +105,9 @@ def command(
     if "model" in named or (gpu_memory is not None and config.model != TrainConfig.model):
         needs = footprint_lines(config, plan, gpu_memory)
     elif gpu_memory is not None:
-        raise ConfigError(f"gpu_memory={gpu_memory} is compared with what a model needs; give --model too")
+        raise ConfigError(
+            f"gpu_memory={gpu_memory} is compared with what a model needs; give --model too"
+        )
     for name, value in rows:
         click.echo(_line(name, value))
     for line in needs:
@@ -101,17 +119,31 @@ def _line(name: str, value: str) -> str:
 
 
 def plan_rows(plan: BatchPlan, config: Any) -> list[tuple[str, str]]:
-    """Names and values of the batch arithmetic, in the order to print them; ConfigError where the parts do not fit."""
+    """Names and values of the batch arithmetic, in the order to print them; ConfigError where the
+    parts do not fit."""
     lr = scale_lr(config.lr, config.lr_scaling, plan.global_batch_size, config.lr_base_batch_size)
     limit = config.max_tokens_per_micro_batch
     rows = [
-        ("B   micro-batch", f"{plan.micro_batch_size}" if limit is None else f"at most {limit:,} tokens"),
-        ("K   accumulation steps", f"{plan.gradient_accumulation_steps}" if limit is None else "as the samples need"),
+        (
+            "B   micro-batch",
+            f"{plan.micro_batch_size}" if limit is None else f"at most {limit:,} tokens",
+        ),
+        (
+            "K   accumulation steps",
+            f"{plan.gradient_accumulation_steps}" if limit is None else "as the samples need",
+        ),
         ("W   processes", f"{plan.world_size}"),
-        ("B_eff  effective batch", f"{plan.global_batch_size}" + (f"   ({plan.describe()})" if limit is None else "")),
+        (
+            "B_eff  effective batch",
+            f"{plan.global_batch_size}" + (f"   ({plan.describe()})" if limit is None else ""),
+        ),
     ]
     if plan.num_samples is not None:
-        tail = f"{plan.tail_samples} samples in the last window" if plan.tail_samples else "none, all windows are whole"
+        tail = (
+            f"{plan.tail_samples} samples in the last window"
+            if plan.tail_samples
+            else "none, all windows are whole"
+        )
         rows += [
             ("samples per epoch", f"{plan.num_samples}"),
             ("updates per epoch", f"{plan.updates_per_epoch}"),
@@ -122,7 +154,9 @@ def plan_rows(plan: BatchPlan, config: Any) -> list[tuple[str, str]]:
         if config.lr_scaling == "none"
         else f"   ({config.lr_scaling} from {config.lr:g} at {config.lr_base_batch_size})"
     )
-    total = config.steps or (plan.updates_per_epoch * config.epochs if plan.updates_per_epoch else None)
+    total = config.steps or (
+        plan.updates_per_epoch * config.epochs if plan.updates_per_epoch else None
+    )
     if total is None:
         return [
             *rows,
@@ -140,17 +174,22 @@ def plan_rows(plan: BatchPlan, config: Any) -> list[tuple[str, str]]:
 
 
 def footprint_lines(
-    config: TrainConfig, plan: BatchPlan, gpu_memory: str | float | None, sizes: DeepSpeedSizes | None = None
+    config: TrainConfig,
+    plan: BatchPlan,
+    gpu_memory: str | float | None,
+    sizes: DeepSpeedSizes | None = None,
 ) -> list[str]:
-    """What each engine needs and sends, as lines to print, and with `gpu_memory` (in GB) which fit and which to take.
+    """What each engine needs and sends, as lines to print, and with `gpu_memory` (in GB) which fit
+    and which to take.
 
     Imports torch. `sizes` says DeepSpeed's buffers where a file sets them.
 
     Raises:
-        ConfigError: `gpu_memory` is no size, or the model cannot be found or does not take these options.
+        ConfigError: `gpu_memory` is no size, or the model cannot be found or does not take these
+            options.
     """
     limit = None if gpu_memory is None else _gigabytes(gpu_memory) * 1e9
-    from accum_trainer.footprint import footprints
+    from accum_trainer.plan.footprint import footprints
 
     found = footprints(config, plan, sizes)
     precision = "float32" if found.precision == "no" else found.precision
@@ -158,25 +197,38 @@ def footprint_lines(
         _line("model", _described(config, found)),
         _line("a micro-batch", f"{found.samples} x {config.max_seq_len} tokens, {precision}"),
         *_table(found.rows, limit),
-        "other: buffers to reduce gradients and gather weights; sent: by a process in an update, gradients exchanged once per "
+        "other: buffers to reduce gradients and gather weights; sent: by a process in an update, "
+        "gradients exchanged once per "
         "window or with every micro-batch",
     ]
     if found.unknown is not None:
-        lines.append(f"activations are unknown: the model cannot be run without values ({found.unknown})")
-    placing = dict.fromkeys(row.engine for row in found.rows if row.total is not None and row.total == row.start)
-    lines += [f"{engine} needs most while the model is placed, before it is sharded" for engine in placing]
+        lines.append(
+            f"activations are unknown: the model cannot be run without values ({found.unknown})"
+        )
+    placing = dict.fromkeys(
+        row.engine for row in found.rows if row.total is not None and row.total == row.start
+    )
+    lines += [
+        f"{engine} needs most while the model is placed, before it is sharded" for engine in placing
+    ]
     if limit is not None:
         lines.append(_line("recommended", _recommended(config, plan, found, limit)))
     return lines
 
 
 def _gigabytes(text: str | float) -> float:
-    match = re.fullmatch(r"\s*([-+]?\d+(?:\.\d*)?|[-+]?\.\d+)\s*(?:GB|G)?\s*", str(text), re.IGNORECASE)
+    match = re.fullmatch(
+        r"\s*([-+]?\d+(?:\.\d*)?|[-+]?\.\d+)\s*(?:GB|G)?\s*", str(text), re.IGNORECASE
+    )
     if match is None:
-        raise ConfigError(f"gpu_memory={text} is not a size; give the memory of one GPU in GB, such as 80 or 80GB")
+        raise ConfigError(
+            f"gpu_memory={text} is not a size; give the memory of one GPU in GB, such as 80 or 80GB"
+        )
     value = float(match[1])
     if not value > 0 or not math.isfinite(value):
-        raise ConfigError(f"gpu_memory={text} must be above 0; give the memory of one GPU in GB, such as 80")
+        raise ConfigError(
+            f"gpu_memory={text} must be above 0; give the memory of one GPU in GB, such as 80"
+        )
     return value
 
 
@@ -197,36 +249,61 @@ def _table(rows: list[Footprint], limit: float | None) -> list[str]:
     def size(value: int | None) -> str:
         return "unknown" if value is None else f"{value / 1e9:.{digits}f}"
 
-    titles = ["GB per process", "grad_sync", "weights", "gradients", "optimizer", "activations", "other", "total"]
+    titles = [
+        "GB per process",
+        "grad_sync",
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "other",
+        "total",
+    ]
     titles += [] if limit is None else [f"fits {limit / 1e9:g}"]
     titles += ["sent once", "sent every"]
     table = [titles]
     for row in rows:
         cells = [row.engine, row.grad_sync]
-        cells += [size(v) for v in (row.weights, row.gradients, row.optimizer, row.activations, row.other, row.total)]
-        cells += [] if limit is None else [{True: "yes", False: "no", None: "unknown"}[row.fits(limit)]]
+        cells += [
+            size(v)
+            for v in (
+                row.weights,
+                row.gradients,
+                row.optimizer,
+                row.activations,
+                row.other,
+                row.total,
+            )
+        ]
+        cells += (
+            [] if limit is None else [{True: "yes", False: "no", None: "unknown"}[row.fits(limit)]]
+        )
         table.append([*cells, *(size(sent) for sent in row.traffic.values())])
     widths = [max(len(line[column]) for line in table) for column in range(len(titles))]
     return [
         "  ".join(
-            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+            cell.ljust(w) if i < 2 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
         )
         for line in table
     ]
 
 
 def _recommended(config: TrainConfig, plan: BatchPlan, found: Footprints, limit: float) -> str:
-    from accum_trainer.footprint import RESERVED, recommend
+    from accum_trainer.plan.footprint import RESERVED, recommend
 
     if all(row.total is None for row in found.rows):
         return "nothing, since what the activations need is unknown"
     best = recommend(found.rows, limit)
     room = f"{limit / 1e9:g} GB, of which {RESERVED:.0%} are left to the driver and NCCL"
     if best is None:
-        least = min((row for row in found.rows if row.total is not None), key=lambda row: row.total or 0)
+        least = min(
+            (row for row in found.rows if row.total is not None), key=lambda row: row.total or 0
+        )
         assert least.total is not None
         return (
-            f"nothing: the least, {least.engine} ({least.grad_sync}), needs {_short(least.total)}, more than fits {room}; "
+            f"nothing: the least, {least.engine} ({least.grad_sync}), needs {_short(least.total)}, "
+            f"more than fits {room}; "
             f"{', or '.join(_remedies(config, plan))}"
         )
     fitting = sum(bool(row.fits(limit)) for row in found.rows)
@@ -236,8 +313,13 @@ def _recommended(config: TrainConfig, plan: BatchPlan, found: Footprints, limit:
     why = "it fits"
     if fitting > 1:
         waits = best.engine in ("zero3", "fsdp2")
-        why = f"of the {fitting} that fit it sends least" + ("" if waits else ", and gathers no weights in the forward")
-    return f"{best.engine}, {best.grad_sync} ({ask}): {why} ({_short(best.traffic[best.grad_sync])} per update); {room}"
+        why = f"of the {fitting} that fit it sends least" + (
+            "" if waits else ", and gathers no weights in the forward"
+        )
+    return (
+        f"{best.engine}, {best.grad_sync} ({ask}): {why} "
+        f"({_short(best.traffic[best.grad_sync])} per update); {room}"
+    )
 
 
 def _short(size: int) -> str:
@@ -251,12 +333,17 @@ def _remedies(config: TrainConfig, plan: BatchPlan) -> list[str]:
         remedies.append("give --gradient-checkpointing")
     if plan.micro_batch_size > 1 and config.max_tokens_per_micro_batch is None:
         half = plan.micro_batch_size // 2 if plan.micro_batch_size % 2 == 0 else 1
-        remedies.append(f"halve B (--batch-size {half} --global-batch-size {plan.global_batch_size}, the same update)")
+        remedies.append(
+            f"halve B (--batch-size {half} --global-batch-size {plan.global_batch_size}, the same "
+            "update)"
+        )
     if config.mixed_precision is None and not config.amp:
         remedies.append("give --mixed-precision bf16")
     if not config.use_peft:
         remedies.append("train adapters (--use-peft)")
     if not config.cpu_offload:
-        remedies.append("keep the optimizer's state in host memory (--zero-stage zero2 --cpu-offload)")
+        remedies.append(
+            "keep the optimizer's state in host memory (--zero-stage zero2 --cpu-offload)"
+        )
     remedies.append(f"use more than {plan.world_size} process{'es' if plan.world_size > 1 else ''}")
     return remedies

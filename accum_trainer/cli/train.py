@@ -14,8 +14,8 @@ from accum_trainer.config import Composed, compose
 from accum_trainer.errors import ConfigError
 
 if TYPE_CHECKING:
-    from accum_trainer.records import Record
-    from accum_trainer.train import Run
+    from accum_trainer.train.loop import Run
+    from accum_trainer.train.records import Record
 
 STOPPED_AND_SAVED = 75
 
@@ -23,17 +23,20 @@ STOPPED_AND_SAVED = 75
 @click.command(
     "train",
     cls=SectionedCommand,
-    epilog="Example: accum-trainer train --dataset-file rows.jsonl --batch-size 4 --gradient-accumulation-steps 8 "
+    epilog="Example: accum-trainer train --dataset-file rows.jsonl --batch-size 4 "
+    "--gradient-accumulation-steps 8 "
     "--steps 100 --output-dir runs/first",
 )
 @source_options
 @config_options()
 def command(config_file: str | None, settings: tuple[str, ...], **given: Any) -> None:
-    """Train with an exact effective batch: the update never depends on how the batch is cut or spread.
+    """Train with an exact effective batch: the update never depends on how the batch is cut or
+    spread.
 
-    Without a data file, trains a small model on text that Python carries. Options come from the command line, then
-    from ACCUM_TRAINER_<OPTION> variables, then from --config. Run the same program on several processes with
-    `accelerate launch --multi_gpu --num_processes N -m accum_trainer.train`.
+    Without a data file, trains a small model on text that Python carries. Options come from the
+    command line, then from ACCUM_TRAINER_<OPTION> variables, then from --config. Run the same
+    program on several processes with `accelerate launch --multi_gpu --num_processes N -m
+    accum_trainer.train`.
     """
     named = {name: value for name, value in given.items() if value is not None}
     composed = compose(named, settings, config_file, os.environ)
@@ -41,7 +44,7 @@ def command(config_file: str | None, settings: tuple[str, ...], **given: Any) ->
         from accum_trainer.cli.independent import train_side_by_side
 
         sys.exit(train_side_by_side(composed))
-    from accum_trainer.train import Run
+    from accum_trainer.train.loop import Run
 
     run = Run(composed.config)
     if run.engine.is_main:
@@ -58,19 +61,25 @@ def command(config_file: str | None, settings: tuple[str, ...], **given: Any) ->
     done = run.parts.accumulator.num_updates
     if run.stopped_by:
         click.echo(
-            f"stopped by {run.stopped_by} after {done} updates, saved; the same command with --output-dir {run.folder} continues"
+            f"stopped by {run.stopped_by} after {done} updates, saved; the same command with "
+            f"--output-dir {run.folder} continues"
         )
         sys.exit(STOPPED_AND_SAVED)
     loss = (
-        f", loss {last['loss']:.4f}" if last else " (the run was complete already; raise --steps or --epochs to go on)"
+        f", loss {last['loss']:.4f}"
+        if last
+        else " (the run was complete already; raise --steps or --epochs to go on)"
     )
     click.echo(f"done: {done} updates{loss}; {run.folder}")
 
 
 def options_in(arguments: Sequence[str]) -> dict[str, Any]:
-    """The options that these arguments of `train` give, as typed; `config_file` and `settings` among them."""
+    """The options that these arguments of `train` give, as typed; `config_file` and `settings`
+    among them."""
     if {"-h", "--help"} & set(arguments):
-        raise ConfigError("--help stands among the options of `train`; ask `accum-trainer train --help`")
+        raise ConfigError(
+            "--help stands among the options of `train`; ask `accum-trainer train --help`"
+        )
     params = command.make_context("train", list(arguments)).params
     return {name: value for name, value in params.items() if value not in (None, ())}
 
@@ -89,7 +98,13 @@ def parse(arguments: Sequence[str]) -> Composed:
 def _show_progress(run: Run) -> Record | None:
     """Run the training under a progress bar, or a line now and then where there is no terminal."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     console = Console(stderr=True)
     total, record = run.parts.total_updates, None
@@ -102,10 +117,14 @@ def _show_progress(run: Run) -> Record | None:
         console=console,
         disable=not (run.engine.is_main and console.is_terminal),
     ) as bar:
-        task = bar.add_task("train", total=total, completed=run.parts.accumulator.num_updates, status="")
+        task = bar.add_task(
+            "train", total=total, completed=run.parts.accumulator.num_updates, status=""
+        )
         for record in run.updates():
             bar.update(task, completed=record["step"], status=_status(record))
-            plain = not console.is_terminal and (record["step"] % max(1, total // 10) == 0 or record["skipped"])
+            plain = not console.is_terminal and (
+                record["step"] % max(1, total // 10) == 0 or record["skipped"]
+            )
             if run.engine.is_main and plain:
                 click.echo(f"update {record['step']}/{total}  {_status(record)}", err=True)
     return record

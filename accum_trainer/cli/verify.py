@@ -15,7 +15,7 @@ from accum_trainer.config import compose
 from accum_trainer.errors import ConfigError
 
 if TYPE_CHECKING:
-    from accum_trainer.report import Check, Report
+    from accum_trainer.verify.report import Check, Report
 
 _HEADER = ("check", "result", "error", "tolerance", "meaning")
 
@@ -33,15 +33,22 @@ _HEADER = ("check", "result", "error", "tolerance", "meaning")
     show_default=True,
     type=click.IntRange(min=1),
     metavar="N",
-    help="Whole windows to compare, in low precision at least 4; the epoch's tail comes on top. Without --loop.",
+    help="Whole windows to compare, in low precision at least 4; the epoch's tail comes on top. "
+    "Without --loop.",
 )
 @click.option(
     "--loop",
     "loop_spec",
     metavar="FILE.py:FUNCTION",
-    help="Check your own step on plain Accelerate instead: function(accelerator, model, optimizer, scheduler, batches).",
+    help="Check your own step on plain Accelerate instead: function(accelerator, model, optimizer, "
+    "scheduler, batches).",
 )
-@click.option("--json", "json_file", metavar="FILE", help="Also write the report as JSON; nothing else is written.")
+@click.option(
+    "--json",
+    "json_file",
+    metavar="FILE",
+    help="Also write the report as JSON; nothing else is written.",
+)
 @config_options()
 def command(
     config_file: str | None,
@@ -51,17 +58,20 @@ def command(
     json_file: str | None,
     **given: Any,
 ) -> None:
-    """Prove that K micro-batches on W processes give the one-big-batch update, on your model, data and engine.
+    """Prove that K micro-batches on W processes give the one-big-batch update, on your model, data
+    and engine.
 
-    Takes the options of `train` and runs the same loop on a few windows; each update is compared with one big batch in
-    float64. With --loop, checks a training step of your own and says which fault it has. Exits with 0 if all checks pass, 1
-    if one fails, 2 on wrong input. On several processes: `accelerate launch --multi_gpu --num_processes N -m
-    accum_trainer.verify`.
+    Takes the options of `train` and runs the same loop on a few windows; each update is compared
+    with one big batch in float64. With --loop, checks a training step of your own and says which
+    fault it has. Exits with 0 if all checks pass, 1 if one fails, 2 on wrong input. On several
+    processes: `accelerate launch --multi_gpu --num_processes N -m accum_trainer.verify`.
     """
     named = {name: value for name, value in given.items() if value is not None}
     composed = compose(named, settings, config_file, os.environ)
     if json_file is not None and not Path(json_file).absolute().parent.is_dir():
-        raise ConfigError(f"json={json_file} cannot be written: there is no folder {Path(json_file).parent}")
+        raise ConfigError(
+            f"json={json_file} cannot be written: there is no folder {Path(json_file).parent}"
+        )
     is_main = os.environ.get("RANK", "0") == "0"
     if is_main:
         for line in composed.overridden:
@@ -76,17 +86,18 @@ def command(
 
 def _verify(config: Any, windows: int, loop_spec: str | None) -> Report:
     if loop_spec is None:
-        from accum_trainer.assemble import assemble
-        from accum_trainer.verify import Subject, verify
+        from accum_trainer.train.setup import assemble
+        from accum_trainer.verify.training import Subject, verify
 
         return verify(Subject.of(assemble(config)), windows)
-    from accum_trainer.verify_loop import load_loop, verify_loop_of
+    from accum_trainer.verify.loop import load_loop, verify_loop_of
 
     return verify_loop_of(config, load_loop(loop_spec), int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def _show(report: Report) -> None:
-    """A table on a terminal, aligned text elsewhere; then what belongs below it, and the verdict."""
+    """A table on a terminal, aligned text elsewhere; then what belongs below it, and the
+    verdict."""
     if sys.stdout.isatty():
         _show_table(report)
     else:
@@ -107,7 +118,9 @@ def _show_table(report: Report) -> None:
 
     table = Table()
     for name in _HEADER:
-        table.add_column(name, overflow="fold", justify="right" if name in ("error", "tolerance") else "left")
+        table.add_column(
+            name, overflow="fold", justify="right" if name in ("error", "tolerance") else "left"
+        )
     colours = {"PASS": "green", "FAIL": "bold red", "INFO": "dim"}
     for check in report.checks:
         name, result, *rest = _cells(check)

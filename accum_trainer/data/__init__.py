@@ -1,9 +1,9 @@
-"""From rows to this process's micro-batches.
+"""From rows in a file to token ids and labels.
 
 rows        the row formats, and which of their characters are trained on
 files       files and hub data sets, read through `datasets`
+literal     CSV and JSON values exactly as they are written
+counting    rows of a file, without reading it whole
 embedded    text and a tokenizer that need no download
 tokenizing  rows -> token ids and labels, cached
-collating   samples -> one padded micro-batch
-windows     a data set, DataLoader or stream -> this rank's part of each window
 """

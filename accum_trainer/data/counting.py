@@ -1,4 +1,5 @@
-"""The number of rows in a data file, without torch and without `datasets`: for `accum-trainer plan`."""
+"""The number of rows in a data file, without torch and without `datasets`: for `accum-trainer
+plan`."""
 
 from __future__ import annotations
 

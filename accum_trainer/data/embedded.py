@@ -1,9 +1,10 @@
 """Real text and a tokenizer that every CPython carries, so that a first run needs no network.
 
-The rows are the standard library's documentation: each documented function or class as `signature -> docstring`, and the
-topics of the language reference (`pydoc_data`). Read from source with `ast`, nothing is imported or run. The docstrings'
-lengths are strongly skewed, as instruction data are. The tokenizer is a byte-level BPE trained on the same text in
-seconds. Both are cached as files, per Python version.
+The rows are the standard library's documentation: each documented function or class as `signature
+-> docstring`, and the topics of the language reference (`pydoc_data`). Read from source with `ast`,
+nothing is imported or run. The docstrings' lengths are strongly skewed, as instruction data are.
+The tokenizer is a byte-level BPE trained on the same text in seconds. Both are cached as files, per
+Python version.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ _SKIP = {
 
 
 def corpus_files() -> tuple[Path, Path]:
-    """Paths of the training and the evaluation rows (JSON lines of prompt + completion), written when missing."""
+    """Paths of the training and the evaluation rows (JSON lines of prompt + completion), written
+    when missing."""
     folder = _folder()
     train, evaluation = folder / "train.jsonl", folder / "eval.jsonl"
     if not (train.exists() and evaluation.exists()):
@@ -57,13 +59,16 @@ def corpus_files() -> tuple[Path, Path]:
 
 
 def corpus_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer of the embedded model: byte-level BPE of 4,096 pieces, trained once on the training rows."""
+    """The tokenizer of the embedded model: byte-level BPE of 4,096 pieces, trained once on the
+    training rows."""
     from transformers import PreTrainedTokenizerFast
 
     path = _folder() / f"tokenizer-{VOCABULARY}.json"
     if not path.exists():
         _train_tokenizer(path)
-    return PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(path), eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
 
 
 def _folder() -> Path:
@@ -107,7 +112,8 @@ def _documented(path: Path) -> Iterator[dict[str, str]]:
 
 
 def _partial(path: Path) -> Path:
-    """A name to write under; machines and containers that share the cache may share process ids as well."""
+    """A name to write under; machines and containers that share the cache may share process ids as
+    well."""
     return path.with_name(f"{path.name}.{uuid.uuid4().hex}")
 
 

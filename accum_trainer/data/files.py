@@ -1,4 +1,5 @@
-"""Rows from files and hub data sets, through `datasets`, with errors that name the file and the line."""
+"""Rows from files and hub data sets, through `datasets`, with errors that name the file and the
+line."""
 
 from __future__ import annotations
 
@@ -22,21 +23,25 @@ BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".
 
 
 def cache_dir() -> Path:
-    """Where this package keeps what it can make again: $ACCUM_TRAINER_CACHE, else the user's cache folder."""
+    """Where this package keeps what it can make again: $ACCUM_TRAINER_CACHE, else the user's cache
+    folder."""
     if "ACCUM_TRAINER_CACHE" in os.environ:
         return Path(os.environ["ACCUM_TRAINER_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "accum_trainer"
 
 
 def check_file(path: str | Path) -> Path:
-    """Return `path` if rows can be read from it: it exists, is a file, has a known suffix, is not empty; else DataError."""
+    """Return `path` if rows can be read from it: it exists, is a file, has a known suffix, is not
+    empty; else DataError."""
     path = Path(path)
     if not path.exists():
         raise DataError(f"data file {path} does not exist")
     if not path.is_file():
         raise DataError(f"data file {path} is a folder; name one file, {_suffixes()}")
     if path.suffix not in BUILDERS:
-        raise DataError(f"data file {path} ends in {path.suffix or 'nothing'!r}; give {_suffixes()}")
+        raise DataError(
+            f"data file {path} ends in {path.suffix or 'nothing'!r}; give {_suffixes()}"
+        )
     if path.stat().st_size == 0:
         raise DataError(f"data file {path} is empty")
     return path
@@ -62,7 +67,8 @@ def read_file(path: str | Path, columns: Sequence[str] = ()) -> datasets.Dataset
     Numbers in the columns of text, and in `columns`, are text as the file writes them.
 
     Raises:
-        DataError: what `check_file` refuses, content that is not of its format (with the line), or no rows.
+        DataError: what `check_file` refuses, content that is not of its format (with the line), or
+            no rows.
     """
     path = check_file(path)
     if path.suffix != ".parquet":
@@ -78,7 +84,9 @@ def read_file(path: str | Path, columns: Sequence[str] = ()) -> datasets.Dataset
             cache_dir=str(cache_dir() / "rows"),
             **(csv_options(path) if path.suffix == ".csv" else {}),
         )
-    except Exception as error:  # datasets wraps whatever pyarrow, json and csv raise, without the line
+    except (
+        Exception
+    ) as error:  # datasets wraps whatever pyarrow, json and csv raise, without the line
         wrong = _wrong_json(path) if is_json else ""
         if not is_json or wrong:
             raise DataError(wrong or _unreadable(path, error)) from None
@@ -100,7 +108,9 @@ def _check_utf8(path: Path) -> None:
             try:
                 decoder.decode(line)
             except UnicodeDecodeError as bad:
-                raise DataError(f"data file {path} line {number} is not UTF-8 text: {bad.reason}") from None
+                raise DataError(
+                    f"data file {path} line {number} is not UTF-8 text: {bad.reason}"
+                ) from None
 
 
 def _wrong_json(path: Path) -> str:
@@ -112,7 +122,9 @@ def _wrong_json(path: Path) -> str:
                 if line.strip() and not isinstance(json.loads(line), dict):
                     return f"data file {path} line {number} is not a JSON object: {line[:60]}"
             except json.JSONDecodeError as bad:
-                return f"data file {path} line {number} is not JSON: {bad.msg} at column {bad.colno}"
+                return (
+                    f"data file {path} line {number} is not JSON: {bad.msg} at column {bad.colno}"
+                )
         return ""
     try:
         whole = json.loads(text)
@@ -129,7 +141,8 @@ def _unreadable(path: Path, error: Exception) -> str:
     """Say what `datasets` did not like about a file; it does not say where."""
     cause = error.__cause__ or error
     return (
-        f"data file {path} cannot be read as {path.suffix[1:]}: {str(cause).splitlines()[0] if str(cause) else cause!r}"
+        f"data file {path} cannot be read as {path.suffix[1:]}: "
+        f"{str(cause).splitlines()[0] if str(cause) else cause!r}"
     )
 
 
@@ -144,8 +157,11 @@ def read_hub(name: str) -> datasets.Dataset:
     path, _, config = name.partition(":")
     try:
         return datasets.load_dataset(path, config or None, split="train")
-    except Exception as error:  # offline, unknown, gated, no such config: many types, one thing to tell
+    except (
+        Exception
+    ) as error:  # offline, unknown, gated, no such config: many types, one thing to tell
         first = str(error).splitlines()[0] if str(error) else repr(error)
         raise DataError(
-            f"dataset {name} cannot be loaded from the hub: {first}; for a file on this machine use dataset_file"
+            f"dataset {name} cannot be loaded from the hub: {first}; for a file on this machine "
+            "use dataset_file"
         ) from None

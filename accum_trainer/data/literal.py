@@ -1,7 +1,8 @@
-"""Values of data files as the file writes them: `007` in a CSV stays `007`, `1.50` in JSON stays `1.50`.
+"""Values of data files as the file writes them: `007` in a CSV stays `007`, `1.50` in JSON stays
+`1.50`.
 
-Parsers turn numbers, dates and words such as NA into values of their own, and text cannot be trained on
-that nobody wrote.
+Parsers turn numbers, dates and words such as NA into values of their own, and text cannot be
+trained on that nobody wrote.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ class _Number(str):
 
 
 def csv_options(path: Path) -> dict[str, Any]:
-    """Arguments of `datasets.load_dataset("csv", ...)`: every column is text, and only an empty cell is absent."""
+    """Arguments of `datasets.load_dataset("csv", ...)`: every column is text, and only an empty
+    cell is absent."""
     import datasets
     import pandas
 
@@ -32,7 +34,8 @@ def csv_options(path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> datasets.Dataset:
-    """The rows of a .json or .jsonl file, all in memory: numbers and booleans of a row as they are written.
+    """The rows of a .json or .jsonl file, all in memory: numbers and booleans of a row as they are
+    written.
 
     What is nested, such as messages, keeps its own types.
 
@@ -59,7 +62,8 @@ def read_json(path: Path) -> datasets.Dataset:
             arrays[name] = pyarrow.array(values)
         except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
             raise DataError(
-                f"data file {path}: the values of {name} are of several kinds ({str(error).splitlines()[0]}); "
+                f"data file {path}: the values of {name} are of several kinds "
+                f"({str(error).splitlines()[0]}); "
                 "give all rows the same"
             ) from None
     return datasets.Dataset(pyarrow.table(arrays))
@@ -70,7 +74,8 @@ def is_written_otherwise(features: Mapping[str, Any], columns: Collection[str]) 
     import datasets
 
     return any(
-        isinstance(feature, datasets.Value) and feature.dtype not in ("string", "large_string", "null")
+        isinstance(feature, datasets.Value)
+        and feature.dtype not in ("string", "large_string", "null")
         for name, feature in features.items()
         if name in columns
     )

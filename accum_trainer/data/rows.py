@@ -4,7 +4,7 @@
     prompt + completion                     the completion
     question + answer                       the answer
     instruction (+ input) + output          the output
-    messages                                what the assistant says, in the tokenizer's chat template
+    messages                                what the assistant says, in the chat template
     conversations                           the same, as ShareGPT writes it: from and value
 
 Numbers are text too: 42 is trained on as "42".
@@ -22,10 +22,28 @@ from accum_trainer.errors import DataError
 Span = tuple[str, bool]
 ChatTemplate = Callable[..., str]
 
-FORMATS = "text; prompt + completion; question + answer; instruction (+ input) + output; messages; or conversations"
-TEXT_COLUMNS = ("text", "prompt", "completion", "question", "answer", "instruction", "input", "output")
+FORMATS = (
+    "text; prompt + completion; question + answer; instruction (+ input) + output; "
+    "messages; or conversations"
+)
+TEXT_COLUMNS = (
+    "text",
+    "prompt",
+    "completion",
+    "question",
+    "answer",
+    "instruction",
+    "input",
+    "output",
+)
 # ShareGPT's names of the speakers.
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
 
 
 def format_of(columns: Sequence[str]) -> str | None:
@@ -44,7 +62,9 @@ def format_of(columns: Sequence[str]) -> str | None:
     return None
 
 
-def spans_of(row: Mapping[str, Any], where: str, chat_template: ChatTemplate | None = None) -> list[Span]:
+def spans_of(
+    row: Mapping[str, Any], where: str, chat_template: ChatTemplate | None = None
+) -> list[Span]:
     """Turn one row into its spans.
 
     Args:
@@ -59,18 +79,27 @@ def spans_of(row: Mapping[str, Any], where: str, chat_template: ChatTemplate | N
     name = format_of(list(present))
     if name is None:
         raise DataError(
-            f"{where} has the columns {sorted(present)}, none of which can be trained on; expected {FORMATS}"
+            f"{where} has the columns {sorted(present)}, none of which can be trained on; expected "
+            f"{FORMATS}"
         )
     if name == "messages":
         return _message_spans(present["messages"], where, chat_template)
     if name == "conversations":
-        return _message_spans(_from_conversations(present["conversations"], where), where, chat_template)
+        return _message_spans(
+            _from_conversations(present["conversations"], where), where, chat_template
+        )
     if name == "text":
         return [(_text(present, "text", where), True)]
     if name == "completion":
-        return [(_text(present, "prompt", where), False), (_text(present, "completion", where), True)]
+        return [
+            (_text(present, "prompt", where), False),
+            (_text(present, "completion", where), True),
+        ]
     if name == "question":
-        return [(_text(present, "question", where) + "\n", False), (_text(present, "answer", where), True)]
+        return [
+            (_text(present, "question", where) + "\n", False),
+            (_text(present, "answer", where), True),
+        ]
     context = _text(present, "input", where) if present.get("input") else ""
     prompt = _text(present, "instruction", where) + "\n" + (context + "\n" if context else "")
     return [(prompt, False), (_text(present, "output", where), True)]
@@ -94,7 +123,8 @@ def _from_conversations(turns: Any, where: str) -> list[dict[str, Any]]:
     unknown = sorted({str(turn["from"]) for turn in turns} - set(ROLES))
     if unknown:
         raise DataError(
-            f"{where}: conversations are from {', '.join(unknown)}, and known are {', '.join(ROLES)}; "
+            f"{where}: conversations are from {', '.join(unknown)}, and known are "
+            f"{', '.join(ROLES)}; "
             "give rows of messages with the roles of the chat template"
         )
     return [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in turns]
@@ -103,15 +133,19 @@ def _from_conversations(turns: Any, where: str) -> list[dict[str, Any]]:
 def _message_spans(messages: Any, where: str, chat_template: ChatTemplate | None) -> list[Span]:
     """Mark what each assistant turn adds to the rendered conversation.
 
-    Rendered twice for each such turn, before (with the generation prompt) and after it; what is between is the turn.
-    Needs no template that marks generations, only one that extends a conversation without rewriting its start.
+    Rendered twice for each such turn, before (with the generation prompt) and after it; what is
+    between is the turn. Needs no template that marks generations, only one that extends a
+    conversation without rewriting its start.
     """
     if chat_template is None:
         raise DataError(
             f"{where} has messages, but the tokenizer has no chat template; "
-            "give one with chat_template, use a model with a chat template, or rows of prompt + completion"
+            "give one with chat_template, use a model with a chat template, or rows of prompt + "
+            "completion"
         )
-    if not isinstance(messages, (list, tuple)) or not all(isinstance(m, Mapping) and "role" in m for m in messages):
+    if not isinstance(messages, (list, tuple)) or not all(
+        isinstance(m, Mapping) and "role" in m for m in messages
+    ):
         raise DataError(f"{where}: messages is not a list of {{role, content}} items")
     turns = [dict(m) for m in messages]
     spans: list[Span] = []
@@ -123,10 +157,13 @@ def _message_spans(messages: Any, where: str, chat_template: ChatTemplate | None
             before = chat_template(turns[:index], tokenize=False, add_generation_prompt=True)
             after = chat_template(turns[: index + 1], tokenize=False)
         except Exception as error:  # a template raises what it likes, and Jinja its own
-            raise DataError(f"{where}: the chat template refuses the conversation: {error}") from None
+            raise DataError(
+                f"{where}: the chat template refuses the conversation: {error}"
+            ) from None
         if not (before.startswith(done) and after.startswith(before)):
             raise DataError(
-                f"{where}: the chat template rewrites earlier turns, so the assistant's part cannot be told apart; "
+                f"{where}: the chat template rewrites earlier turns, so the assistant's part "
+                "cannot be told apart; "
                 "give rows of prompt + completion instead"
             )
         spans += [(before[len(done) :], False), (after[len(before) :], True)]

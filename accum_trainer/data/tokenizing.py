@@ -1,9 +1,9 @@
 """Rows to token ids and labels, once, cached on disk.
 
-A label is the token itself where it is a target and IGNORE (-100) where it is not; labels stand on their own token's
-position, the shift by one is the loss's business. Nothing is dropped: a `text` row that is too long becomes several
-samples, a completion that is too long is cut, a row left without a target is kept and weighs nothing; the last two are
-counted and told.
+A label is the token itself where it is a target and IGNORE (-100) where it is not; labels stand on
+their own token's position, the shift by one is the loss's business. Nothing is dropped: a `text`
+row that is too long becomes several samples, a completion that is too long is cut, a row left
+without a target is kept and weighs nothing; the last two are counted and told.
 """
 
 from __future__ import annotations
@@ -16,28 +16,32 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from accum_trainer.batch import IGNORE
 from accum_trainer.data.files import cache_dir
 from accum_trainer.data.rows import Span, spans_of
 from accum_trainer.errors import DataError
+from accum_trainer.sources.dataset import CountedRows
 
 if TYPE_CHECKING:
     import datasets
 
-IGNORE = -100
 # Raise when the same rows would give other tokens.
 _VERSION = 2
-# So many rows are looked at before all are tokenised: what is wrong with a file mostly shows in its first row.
+# So many rows are looked at before all are tokenised: what is wrong with a file mostly shows in its
+# first row.
 _FIRST_ROWS = 100
 
 
 @dataclass(frozen=True)
-class TokenizedRows:
-    """Samples ready to collate: `rows[i]` is {"input_ids": [int], "labels": [int]}, both of length `lengths[i]`.
+class TokenizedRows(CountedRows):
+    """Samples ready to collate: `rows[i]` is {"input_ids": [int], "labels": [int]}, both of length
+    `lengths[i]`.
 
     Attributes:
         lengths: tokens of each sample, shape (samples,), int64.
         num_targets: labels that the shifted loss counts, of each sample, shape (samples,), int64.
-        identity: hexadecimal digest of the data, tokenizer and sequence length: equal means the same samples.
+        identity: hexadecimal digest of the data, tokenizer and sequence length: equal means the
+            same samples.
         notes: what a person should know, such as how many completions were cut.
     """
 
@@ -56,28 +60,40 @@ class TokenizedRows:
 
 
 def take_columns(
-    rows: datasets.Dataset, source: str, prompt: str | None, completion: str | None, text: str | None
+    rows: datasets.Dataset,
+    source: str,
+    prompt: str | None,
+    completion: str | None,
+    text: str | None,
 ) -> datasets.Dataset:
-    """Rows with the named columns as their `prompt` and `completion`, or `text`, and no others; all of them if none is named.
+    """Rows with the named columns as their `prompt` and `completion`, or `text`, and no others; all
+    of them if none is named.
 
     Raises:
         DataError: a column that is not there.
     """
     wanted = {
-        column: name for name, column in (("prompt", prompt), ("completion", completion), ("text", text)) if column
+        column: name
+        for name, column in (("prompt", prompt), ("completion", completion), ("text", text))
+        if column
     }
     for column, name in wanted.items():
         if column not in rows.column_names:
             raise DataError(
-                f"{source} has no column {column} ({name}_column={column}); it has {', '.join(rows.column_names)}"
+                f"{source} has no column {column} ({name}_column={column}); it has "
+                f"{', '.join(rows.column_names)}"
             )
     return rows.select_columns(list(wanted)).rename_columns(wanted) if wanted else rows
 
 
-def tokenize(rows: datasets.Dataset, source: str, data_digest: str, tokenizer: Any, max_seq_len: int) -> TokenizedRows:
-    """Tokenise all rows, or load what an earlier run of the same rows, tokenizer and length left in the cache.
+def tokenize(
+    rows: datasets.Dataset, source: str, data_digest: str, tokenizer: Any, max_seq_len: int
+) -> TokenizedRows:
+    """Tokenise all rows, or load what an earlier run of the same rows, tokenizer and length left in
+    the cache.
 
-    Batches go to the tokenizer whole, which spreads them over the cores; `datasets` shows the progress.
+    Batches go to the tokenizer whole, which spreads them over the cores; `datasets` shows the
+    progress.
 
     Args:
         rows: what `read_file` or `read_hub` gave.
@@ -107,10 +123,13 @@ def tokenize(rows: datasets.Dataset, source: str, data_digest: str, tokenizer: A
     num_targets = np.asarray(table.data.column("num_targets").to_numpy(), dtype=np.int64)
     if not num_targets.any():
         raise DataError(
-            f"{source} has no target in any of its {len(table)} samples, so there is nothing to learn; "
+            f"{source} has no target in any of its {len(table)} samples, so there is nothing to "
+            "learn; "
             f"are the completions empty, or the prompts longer than max_seq_len={max_seq_len}?"
         )
-    return TokenizedRows(table, lengths, num_targets, identity, tuple(_notes(table, num_targets, max_seq_len)))
+    return TokenizedRows(
+        table, lengths, num_targets, identity, tuple(_notes(table, num_targets, max_seq_len))
+    )
 
 
 def _notes(table: datasets.Dataset, num_targets: np.ndarray, max_seq_len: int) -> Iterator[str]:
@@ -124,8 +143,19 @@ def _notes(table: datasets.Dataset, num_targets: np.ndarray, max_seq_len: int) -
 
 def _identity(data_digest: str, tokenizer: Any, max_seq_len: int) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    key = [_VERSION, data_digest, vocabulary, tokenizer.chat_template, tokenizer.eos_token, max_seq_len]
+    vocabulary = (
+        backend.to_str()
+        if backend is not None
+        else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    )
+    key = [
+        _VERSION,
+        data_digest,
+        vocabulary,
+        tokenizer.chat_template,
+        tokenizer.eos_token,
+        max_seq_len,
+    ]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
 
@@ -136,8 +166,11 @@ class _Encoder:
         self.tokenizer = tokenizer
         self.max_seq_len = max_seq_len
         self.source = source
-        self.template = tokenizer.apply_chat_template if getattr(tokenizer, "chat_template", None) else None
-        # Some tokenizers open a text with a token of their own; a sample begins as the model was trained to see it.
+        self.template = (
+            tokenizer.apply_chat_template if getattr(tokenizer, "chat_template", None) else None
+        )
+        # Some tokenizers open a text with a token of their own; a sample begins as the model was
+        # trained to see it.
         opening = tokenizer("a").input_ids[:1]
         self.opening = opening if opening and opening[0] == tokenizer.bos_token_id else []
 
@@ -146,15 +179,25 @@ class _Encoder:
         for index in range(min(_FIRST_ROWS, len(rows))):
             spans_of(rows[index], f"{self.source} row {index + 1}", self.template)
 
-    def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
-        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    def __call__(
+        self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]
+    ) -> dict[str, list[Any]]:
+        rows = [
+            dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
+        ]
         spans = [
             spans_of(row, f"{self.source} row {index + 1}", self.template)
             for row, index in zip(rows, indices, strict=True)
         ]
         texts = [text for row_spans in spans for text, _ in row_spans]
         encoded = iter(self.tokenizer(texts, add_special_tokens=False).input_ids if texts else [])
-        columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": [], "num_targets": [], "cut": []}
+        columns: dict[str, list[Any]] = {
+            "input_ids": [],
+            "labels": [],
+            "length": [],
+            "num_targets": [],
+            "cut": [],
+        }
         for row, row_spans in zip(rows, spans, strict=True):
             for ids, labels, cut in self._samples(row, row_spans, encoded):
                 columns["input_ids"].append(ids)
@@ -167,7 +210,8 @@ class _Encoder:
     def _samples(
         self, row: Mapping[str, Any], spans: list[Span], encoded: Iterator[list[int]]
     ) -> Iterator[tuple[list[int], list[int], bool]]:
-        """Yield (input_ids, labels, whether it was cut) of one row's sample, or samples where its text is split."""
+        """Yield (input_ids, labels, whether it was cut) of one row's sample, or samples where its
+        text is split."""
         from_template = any(row.get(column) is not None for column in ("messages", "conversations"))
         ids: list[int] = [] if from_template else list(self.opening)
         labels = [IGNORE] * len(ids)
@@ -183,6 +227,7 @@ class _Encoder:
         if len(ids) <= limit or not whole_text:
             yield ids[:limit], labels[:limit], len(ids) > limit
             return
-        # The pieces overlap by one token: the first of a piece is never a target, so each target is trained once.
+        # The pieces overlap by one token: the first of a piece is never a target, so each target is
+        # trained once.
         for begin in range(0, len(ids) - 1, limit - 1):
             yield ids[begin : begin + limit], labels[begin : begin + limit], False

@@ -1,9 +1,10 @@
 """The contract between the accumulator and whatever moves the gradients.
 
-An engine says what it will divide by (`gradient_divisor`), holds gradients local or exchanges them (`microbatch`),
-runs a backward, and finishes a window: unscale, norm, clip, step or not, zero. It gives whole gradients, weights and
-optimizer state by parameter name however it shards them, so that a checkpoint and a comparison know no engine. It knows
-nothing of windows, targets or data. What is here is right for one process; an engine overrides what differs.
+An engine says what it will divide by (`gradient_divisor`), holds gradients local or exchanges them
+(`microbatch`), runs a backward, and finishes a window: unscale, norm, clip, step or not, zero. It
+gives whole gradients, weights and optimizer state by parameter name however it shards them, so that
+a checkpoint and a comparison know no engine. It knows nothing of windows, targets or data. What is
+here is right for one process; an engine overrides what differs.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from accum_trainer.batch_plan import BatchPlan
 from accum_trainer.engine.ranks import Ranks
 from accum_trainer.errors import EngineError
 
-# How libraries say that memory ran out where they do not raise torch.OutOfMemoryError. The same list as in accelerate's
-# find_executable_batch_size, without the cuDNN error that may mean anything, and with what CPU and cuBLAS say.
+# How libraries say that memory ran out where they do not raise torch.OutOfMemoryError. The same
+# list as in accelerate's find_executable_batch_size, without the cuDNN error that may mean
+# anything, and with what CPU and cuBLAS say.
 _OUT_OF_MEMORY = (
     " out of memory",
     "DefaultCPUAllocator: can't allocate memory",
@@ -60,10 +62,12 @@ class Engine(Ranks):
         name: of the engine, as it stands in plan.json.
         grad_sync: the policy in force, `once-per-window` or `every-microbatch`.
         grad_sync_reason: why it is this one.
-        equal_micro_batches: every rank must run the same number of micro-batches, because each exchanges something.
+        equal_micro_batches: every rank must run the same number of micro-batches, because each
+            exchanges something.
         shards_weights: no process holds the whole model, so that none can run it by itself.
-        exchange_apart: exchange gradients after a window's last backward where the engine would do so during it, so that
-            no other rank waits for a backward that fails. Set between windows, on all ranks together.
+        exchange_apart: exchange gradients after a window's last backward where the engine would do
+            so during it, so that no other rank waits for a backward that fails. Set between
+            windows, on all ranks together.
     """
 
     name: str
@@ -88,15 +92,16 @@ class Engine(Ranks):
     def gradient_divisor(self) -> float:
         """What will divide the sum of all backwards by itself.
 
-        Ranks are averaged over (1 in one process), and Accelerator.backward divides by the K it was configured with, which
-        is 1 unless the user passed an Accelerator of their own.
+        Ranks are averaged over (1 in one process), and Accelerator.backward divides by the K it was
+        configured with, which is 1 unless the user passed an Accelerator of their own.
         """
         return self.world_size * self.accelerator.gradient_accumulation_steps
 
     # --- set-up ---
 
     def configure(self, plan: BatchPlan, settings: Settings) -> None:
-        """Learn the sizes and settings in force, once, before `prepare`; ConfigError where another source contradicts them."""
+        """Learn the sizes and settings in force, once, before `prepare`; ConfigError where another
+        source contradicts them."""
         self.plan, self.settings = plan, settings
 
     def prepare(
@@ -105,38 +110,49 @@ class Engine(Ranks):
         """Place and wrap models and the optimizers of their parameters, given together.
 
         Raises:
-            EngineError: a model is wrapped in DataParallel, which splits each micro-batch over GPUs and averages per GPU;
-                or the engine cannot take these together.
+            EngineError: a model is wrapped in DataParallel, which splits each micro-batch over GPUs
+                and averages per GPU; or the engine cannot take these together.
         """
         for model in models:
             if isinstance(model, torch.nn.DataParallel):
                 raise EngineError(
-                    "the model is wrapped in DataParallel, which averages per GPU inside one process, so the weights of a "
-                    "window cannot be right; pass the plain model and start one process per GPU with accelerate launch"
+                    "the model is wrapped in DataParallel, which averages per GPU inside one "
+                    "process, so the weights of a "
+                    "window cannot be right; pass the plain model and start one process per GPU "
+                    "with accelerate launch"
                 )
         ready = self._prepare(models, optimizers)
-        self._accumulate_in([p for model in ready[0] for p in model.parameters() if p.requires_grad])
+        self._accumulate_in(
+            [p for model in ready[0] for p in model.parameters() if p.requires_grad]
+        )
         return ready
 
     def _accumulate_in(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Have autograd keep gradients in the accumulation dtype, whatever the weights' dtype: bf16 loses 256 + 1 - 256."""
+        """Have autograd keep gradients in the accumulation dtype, whatever the weights' dtype: bf16
+        loses 256 + 1 - 256."""
         wanted = getattr(torch, self.settings.accumulation_dtype)
         for parameter in parameters:
             if parameter.is_floating_point() and parameter.dtype != wanted:
                 parameter.grad_dtype = wanted
 
     def _decide_grad_sync(self, model: torch.nn.Module) -> None:
-        """Under `auto`, defer the exchange where a full local gradient takes at most half of the memory that is free.
+        """Under `auto`, defer the exchange where a full local gradient takes at most half of the
+        memory that is free.
 
-        4 bytes per trained parameter in float32, 2 in bfloat16. All ranks decide alike, by the one with least room.
+        4 bytes per trained parameter in float32, 2 in bfloat16. All ranks decide alike, by the one
+        with least room.
         """
         if self._grad_sync_asked != "auto":
             return
         size = 4 if self.settings.accumulation_dtype == "float32" else 2
-        needed = size * sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+        needed = size * sum(
+            getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad
+        )
         free = float(self.gather([free_bytes(self.device)])[:, 0].min())
         self.grad_sync = "once-per-window" if needed <= free / 2 else "every-microbatch"
-        self.grad_sync_reason = f"a full local gradient takes {needed / 1e9:.2f} GB, {free / 1e9:.1f} GB are free"
+        self.grad_sync_reason = (
+            f"a full local gradient takes {needed / 1e9:.2f} GB, {free / 1e9:.1f} GB are free"
+        )
 
     def _prepare(
         self, models: list[torch.nn.Module], optimizers: list[torch.optim.Optimizer]
@@ -157,14 +173,18 @@ class Engine(Ranks):
         return isinstance(loader, (DataLoaderShard, DataLoaderDispatcher))
 
     def reads_with_the_others(self, loader: Any) -> bool:
-        """Whether a batch of this loader is read by all ranks together, so that it may be read at the same place only."""
+        """Whether a batch of this loader is read by all ranks together, so that it may be read at
+        the same place only."""
         return isinstance(loader, DataLoaderDispatcher)
 
     # --- one window ---
 
     @contextlib.contextmanager
-    def microbatch(self, models: Sequence[torch.nn.Module], is_first: bool, is_last: bool) -> Iterator[None]:
-        """Run one forward and backward of a window: gradients stay local, or are exchanged now, as the policy says."""
+    def microbatch(
+        self, models: Sequence[torch.nn.Module], is_first: bool, is_last: bool
+    ) -> Iterator[None]:
+        """Run one forward and backward of a window: gradients stay local, or are exchanged now, as
+        the policy says."""
         # Objects that accelerate prepared (its optimizer and scheduler wrappers) act on this flag.
         self.accelerator.sync_gradients = is_last
         with self._sync(models, is_last or self.grad_sync == "every-microbatch"):
@@ -185,10 +205,13 @@ class Engine(Ranks):
         """Whether `error` says that a device, or the host, has no memory left."""
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
             return True
-        return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
+        return isinstance(error, RuntimeError) and any(
+            text in str(error) for text in _OUT_OF_MEMORY
+        )
 
     def why_not_again(self, is_last: bool) -> str:
-        """Why a micro-batch that failed cannot be run again, on this rank alone, in the same window; "" where it can."""
+        """Why a micro-batch that failed cannot be run again, on this rank alone, in the same
+        window; "" where it can."""
         return ""
 
     def back_out(self, error: Exception) -> None:
@@ -196,7 +219,8 @@ class Engine(Ranks):
         self.accelerator.sync_gradients = False
 
     def forget(self, models: Iterable[torch.nn.Module]) -> None:
-        """Throw away what this rank alone has accumulated in this window, of which nothing was exchanged yet."""
+        """Throw away what this rank alone has accumulated in this window, of which nothing was
+        exchanged yet."""
         for model in models:
             for parameter in model.parameters():
                 parameter.grad = None
@@ -205,33 +229,41 @@ class Engine(Ranks):
         """Give back what nobody uses any more, cycles included."""
         clear_device_cache(garbage_collection=True)
         if self.device.type == "cpu":
-            with contextlib.suppress(OSError, AttributeError):  # glibc keeps what was freed, until asked
+            with contextlib.suppress(
+                OSError, AttributeError
+            ):  # glibc keeps what was freed, until asked
                 ctypes.CDLL(None).malloc_trim(0)
 
     def optimizer_bytes(self, optimizer: AcceleratedOptimizer) -> int:
-        """Memory of this device that the optimizer's first step will take for its state: two numbers for each trained one,
-        as Adam has them; nothing where the state is there."""
+        """Memory of this device that the optimizer's first step will take for its state: two
+        numbers for each trained one, as Adam has them; nothing where the state is there."""
         fresh = [t for t in self._stepped(optimizer) if t.device.type == self.device.type]
         return sum(2 * t.numel() * t.element_size() for t in fresh)
 
     def _stepped(self, optimizer: AcceleratedOptimizer) -> list[torch.Tensor]:
         """This rank's tensors that the optimizer will step and has no state for yet."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        parameters = [
+            p for group in optimizer.param_groups for p in group["params"] if p.requires_grad
+        ]
         return [p for p in parameters if not optimizer.optimizer.state.get(p)]
 
-    def finish(self, optimizer: AcceleratedOptimizer, numbers: Sequence[float]) -> tuple[float, bool, np.ndarray]:
+    def finish(
+        self, optimizer: AcceleratedOptimizer, numbers: Sequence[float]
+    ) -> tuple[float, bool, np.ndarray]:
         """End a window that had targets: unscale, clip, decide on all ranks together, step or drop.
 
         Args:
             numbers: gathered in the same exchange that decides.
 
         Returns:
-            (norm, stepped, table): the norm before clipping, inf or nan where any gradient is; whether the optimizer
-            stepped; every rank's `numbers`, shape (world_size, len(numbers)).
+            (norm, stepped, table): the norm before clipping, inf or nan where any gradient is;
+            whether the optimizer stepped; every rank's `numbers`, shape (world_size, len(numbers)).
         """
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.unscale_(optimizer.optimizer)
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        parameters = [
+            p for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
         table = self.end_window([self._square_sum(parameters), *numbers])
         norm = self._norm(table[:, 0])
         is_finite = bool(np.isfinite(table[:, 0]).all())
@@ -245,12 +277,14 @@ class Engine(Ranks):
         return norm, stepped, table[:, 1:]
 
     def end_window(self, numbers: Sequence[float]) -> np.ndarray:
-        """The one small exchange at the end of a window: every rank's `numbers`, as `gather` gives them."""
+        """The one small exchange at the end of a window: every rank's `numbers`, as `gather` gives
+        them."""
         return self.gather(numbers)
 
     @contextlib.contextmanager
     def _in_weights_dtype(self, optimizer: AcceleratedOptimizer) -> Iterator[None]:
-        """Optimizers take gradients in their weights' dtype only; the accumulation dtype comes back after the step."""
+        """Optimizers take gradients in their weights' dtype only; the accumulation dtype comes back
+        after the step."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         cast = [p for p in parameters if p.grad is not None and p.grad.dtype != p.dtype]
         for p in cast:
@@ -263,8 +297,8 @@ class Engine(Ranks):
         self._accumulate_in(cast)
 
     def _square_sum(self, parameters: list[torch.nn.Parameter]) -> float:
-        """Squares of what this rank holds of the gradient, added up in float64: in float32 a million squares are already
-        1e-5 off, and every clipped update with them."""
+        """Squares of what this rank holds of the gradient, added up in float64: in float32 a
+        million squares are already 1e-5 off, and every clipped update with them."""
         return sum(square_sums([p.grad for p in parameters if p.grad is not None]))
 
     def _norm(self, squares: np.ndarray) -> float:
@@ -273,13 +307,16 @@ class Engine(Ranks):
         Raises:
             EngineError: the ranks hold different gradients.
         """
-        # Equal gradients have equal norms, but for the last bits where ranks run on GPUs of different make. All go by rank 0's:
-        # by its own each would clip by another number, and the replicas would drift apart.
+        # Equal gradients have equal norms, but for the last bits where ranks run on GPUs of
+        # different make. All go by rank 0's: by its own each would clip by another number, and the
+        # replicas would drift apart.
         norms = np.sqrt(squares)
         if np.isfinite(norms).all() and not np.allclose(norms, norms[0], rtol=1e-5, atol=0):
             raise EngineError(
-                f"the processes hold different gradients (norms {', '.join(f'{n:.6g}' for n in norms)}), which an exchange should "
-                "have made equal: does the loop change gradients, or call backward itself, on some processes only?"
+                "the processes hold different gradients (norms "
+                f"{', '.join(f'{n:.6g}' for n in norms)}), which an exchange should "
+                "have made equal: does the loop change gradients, or call backward itself, on some "
+                "processes only?"
             )
         return float(norms[0])
 
@@ -292,7 +329,8 @@ class Engine(Ranks):
                 optimizer.step()
             return is_finite
         if not is_finite:
-            # As scaler.update() would after an inf, on all ranks alike: this one's own gradient may be finite.
+            # As scaler.update() would after an inf, on all ranks alike: this one's own gradient may
+            # be finite.
             scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
             scaler.load_state_dict(scaler.state_dict() | {"_growth_tracker": 0})
             return False
@@ -305,20 +343,27 @@ class Engine(Ranks):
         optimizer.zero_grad()
 
     def to_device(self, batch: Any) -> Any:
-        """The batch's tensors on this process's device; copied without waiting where they are pinned."""
+        """The batch's tensors on this process's device; copied without waiting where they are
+        pinned."""
         return send_to_device(batch, self.device, non_blocking=True)
 
-    # --- whole tensors by parameter name, however they are sharded; every rank calls, every rank gets them ---
+    # --- whole tensors by parameter name, however they are sharded; every rank calls, every rank
+    # gets them ---
 
     def full_gradients(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """The averaged, unscaled gradient of each trained parameter that has one, after a window's last backward and
-        before the window is finished."""
+        """The averaged, unscaled gradient of each trained parameter that has one, after a window's
+        last backward and before the window is finished."""
         scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
         named = self.unwrap(model).named_parameters()
-        return {name: self._whole(p.grad).detach() / scale for name, p in named if p.grad is not None}
+        return {
+            name: self._whole(p.grad).detach() / scale for name, p in named if p.grad is not None
+        }
 
-    def full_weights(self, model: torch.nn.Module, trained_only: bool = False) -> dict[str, torch.Tensor]:
-        """Parameters and persistent buffers on the CPU, in the precision that the optimizer updates.
+    def full_weights(
+        self, model: torch.nn.Module, trained_only: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """Parameters and persistent buffers on the CPU, in the precision that the optimizer
+        updates.
 
         `trained_only` leaves frozen parameters out: they are what the model was loaded with.
         """
@@ -331,7 +376,8 @@ class Engine(Ranks):
         return weights | {name: b.detach().cpu() for name, b in persistent_buffers(plain).items()}
 
     def load_full_weights(self, model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
-        """Copy what `full_weights(trained_only=True)` gave; names and shapes were compared before."""
+        """Copy what `full_weights(trained_only=True)` gave; names and shapes were compared
+        before."""
         plain = self.unwrap(model)
         parameters, buffers = dict(plain.named_parameters()), dict(plain.named_buffers())
         for name, tensor in weights.items():
@@ -340,14 +386,19 @@ class Engine(Ranks):
             else:
                 self._set_weight(parameters[name], tensor)
 
-    def full_optimizer_state(self, model: torch.nn.Module, optimizer: AcceleratedOptimizer) -> dict[str, Any]:
-        """{"state": {parameter name: {key: tensor}}, "groups": [options of each group]}, tensors on the CPU."""
+    def full_optimizer_state(
+        self, model: torch.nn.Module, optimizer: AcceleratedOptimizer
+    ) -> dict[str, Any]:
+        """{"state": {parameter name: {key: tensor}}, "groups": [options of each group]}, tensors on
+        the CPU."""
         state = {}
         for name, p in self.unwrap(model).named_parameters():
             found = self._parameter_state(optimizer, p)
             if found:
                 state[name] = {key: value.detach().cpu().clone() for key, value in found.items()}
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        groups = [
+            {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups
+        ]
         return {"state": state, "groups": groups}
 
     def load_full_optimizer_state(
@@ -370,13 +421,22 @@ class Engine(Ranks):
         with torch.no_grad():
             parameter.copy_(value)
 
-    def _parameter_state(self, optimizer: AcceleratedOptimizer, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {key: self._whole(value) for key, value in optimizer.optimizer.state.get(parameter, {}).items()}
+    def _parameter_state(
+        self, optimizer: AcceleratedOptimizer, parameter: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        return {
+            key: self._whole(value)
+            for key, value in optimizer.optimizer.state.get(parameter, {}).items()
+        }
 
     def _set_parameter_state(
-        self, optimizer: AcceleratedOptimizer, parameter: torch.Tensor, state: dict[str, torch.Tensor]
+        self,
+        optimizer: AcceleratedOptimizer,
+        parameter: torch.Tensor,
+        state: dict[str, torch.Tensor],
     ) -> None:
-        # A scalar such as AdamW's `step` stays where the optimizer wants it: on the CPU, unless it is fused.
+        # A scalar such as AdamW's `step` stays where the optimizer wants it: on the CPU, unless it
+        # is fused.
         optimizer.optimizer.state[parameter] = {
             key: value.clone() if value.ndim == 0 else value.to(parameter.device).clone()
             for key, value in state.items()
@@ -395,9 +455,12 @@ class Engine(Ranks):
             self.accelerator.scaler.load_state_dict(state)
 
     def rng_state(self) -> dict[str, Any]:
-        """This rank's generators: Python's, numpy's, torch's, and the device's. Only numbers, lists and tensors."""
+        """This rank's generators: Python's, numpy's, torch's, and the device's. Only numbers, lists
+        and tensors."""
         version, internal, gauss = random.getstate()
-        name, keys, position, has_gauss, cached = cast(tuple[Any, ...], np.random.get_state(legacy=True))
+        name, keys, position, has_gauss, cached = cast(
+            tuple[Any, ...], np.random.get_state(legacy=True)
+        )
         state: dict[str, Any] = {
             "python": [version, list(internal), gauss],
             "numpy": [name, keys.tolist(), int(position), int(has_gauss), float(cached)],
@@ -422,7 +485,11 @@ def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Buffers that a state dict holds, by name."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     buffers = dict(model.named_buffers())
-    return {name: buffers[name] for name in model.state_dict() if name not in parameters and name in buffers}
+    return {
+        name: buffers[name]
+        for name in model.state_dict()
+        if name not in parameters and name in buffers
+    }
 
 
 def free_bytes(device: torch.device) -> float:
@@ -435,7 +502,8 @@ def free_bytes(device: torch.device) -> float:
 
 
 def _free_in_cgroup(root: Path = Path("/sys/fs/cgroup")) -> float:
-    """Memory that the container of this process, if any, may still take; page cache that can be dropped counts as free."""
+    """Memory that the container of this process, if any, may still take; page cache that can be
+    dropped counts as free."""
     for folder, limit, used, cache in (
         (root, "memory.max", "memory.current", "inactive_file"),
         (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -454,18 +522,22 @@ _PIECE = 2**22
 def square_sums(gradients: list[torch.Tensor]) -> list[float]:
     """Sum of squares of each gradient, in float64 where the device has it; one wait for the device.
 
-    In pieces, for torch copies what it is asked to add up in another dtype: twice a gradient in memory.
+    In pieces, for torch copies what it is asked to add up in another dtype: twice a gradient in
+    memory.
     """
     if not gradients:
         return [0.0]
     dtype = torch.float32 if gradients[0].device.type == "mps" else torch.float64
-    norms = [torch.linalg.vector_norm(piece, dtype=dtype) for g in gradients for piece in _pieces(g)]
+    norms = [
+        torch.linalg.vector_norm(piece, dtype=dtype) for g in gradients for piece in _pieces(g)
+    ]
     squares = iter(norm**2 for norm in torch.stack(norms).tolist())
     return [sum(next(squares) for _ in _pieces(g)) for g in gradients]
 
 
 def _pieces(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Views of at most `_PIECE` numbers of a contiguous tensor, of whole rows of another; at least one."""
+    """Views of at most `_PIECE` numbers of a contiguous tensor, of whole rows of another; at least
+    one."""
     if tensor.numel() <= _PIECE:
         return [tensor]
     if tensor.is_contiguous():

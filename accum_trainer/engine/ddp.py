@@ -1,9 +1,11 @@
-"""DistributedDataParallel: gradients are averaged over ranks, once per window unless asked otherwise.
+"""DistributedDataParallel: gradients are averaged over ranks, once per window unless asked
+otherwise.
 
-DDP exchanges while the backward runs, in buckets of the weights' dtype, and waits until each parameter has had a gradient.
-One that this rank's micro-batch leaves unused is given a gradient of zero after its backward: other ranks may have used it,
-and would wait. Where DDP's exchange is not enough (weights in bf16 whose gradients accumulate in float32; a device whose
-memory runs out) every backward stays local and the exchange is made here, at its end.
+DDP exchanges while the backward runs, in buckets of the weights' dtype, and waits until each
+parameter has had a gradient. One that this rank's micro-batch leaves unused is given a gradient of
+zero after its backward: other ranks may have used it, and would wait. Where DDP's exchange is not
+enough (weights in bf16 whose gradients accumulate in float32; a device whose memory runs out) every
+backward stays local and the exchange is made here, at its end.
 """
 
 from __future__ import annotations
@@ -23,12 +25,14 @@ from torch.nn.parallel import DistributedDataParallel
 from accum_trainer.engine.base import Engine
 from accum_trainer.errors import EngineError
 
-# Numbers exchanged at a time: large enough for the network, small beside the gradient. DDP's own default is 25 MiB.
+# Numbers exchanged at a time: large enough for the network, small beside the gradient. DDP's own
+# default is 25 MiB.
 _BUCKET = 25 * 2**20 // 4
 
 
 class DDPEngine(Engine):
-    """Under `once-per-window` ranks may hold different numbers of micro-batches: only the last of each is exchanged."""
+    """Under `once-per-window` ranks may hold different numbers of micro-batches: only the last of
+    each is exchanged."""
 
     name = "ddp"
 
@@ -37,13 +41,17 @@ class DDPEngine(Engine):
         self.equal_micro_batches = self.grad_sync == "every-microbatch"
         self._backward_exchanges = False
         self._trained: list[torch.nn.Parameter] = []
-        self._only_zeros: set[torch.nn.Parameter] = set()  # what this rank has not used in the window in hand
+        self._only_zeros: set[torch.nn.Parameter] = (
+            set()
+        )  # what this rank has not used in the window in hand
 
     def _prepare(
         self, models: list[torch.nn.Module], optimizers: list[torch.optim.Optimizer]
     ) -> tuple[list[torch.nn.Module], list[AcceleratedOptimizer]]:
         if any(isinstance(model, DistributedDataParallel) for model in models):
-            raise EngineError("the model is wrapped in DistributedDataParallel already; pass the plain model")
+            raise EngineError(
+                "the model is wrapped in DistributedDataParallel already; pass the plain model"
+            )
         self._trained += [p for model in models for p in model.parameters() if p.requires_grad]
         return super()._prepare(models, optimizers)
 
@@ -59,15 +67,19 @@ class DDPEngine(Engine):
             for model in models:
                 if not isinstance(model, DistributedDataParallel):
                     raise EngineError(
-                        f"accumulate() got a {type(model).__name__} that is not distributed, so its gradients would never be "
-                        f"averaged over the {self.world_size} processes; pass the model that prepare() returned"
+                        f"accumulate() got a {type(model).__name__} that is not distributed, so "
+                        "its gradients would never be "
+                        f"averaged over the {self.world_size} processes; pass the model that "
+                        "prepare() returned"
                     )
                 if exchange and self._exchanged_here(model):
                     here.append(model)
                 if not exchange or model in here:
                     stack.enter_context(model.no_sync())
             self._backward_exchanges = exchange and len(here) < len(models)
-            there = [p for model in models if exchange and model not in here for p in model.parameters()]
+            there = [
+                p for model in models if exchange and model not in here for p in model.parameters()
+            ]
             before = [(p, p.grad, _version(p.grad)) for p in there if p.requires_grad]
             yield
         for model in here:
@@ -75,7 +87,11 @@ class DDPEngine(Engine):
         self._complete(before)
 
     def _exchanged_here(self, model: DistributedDataParallel) -> bool:
-        if model.find_unused_parameters or model.static_graph or (self.exchange_apart and not self.equal_micro_batches):
+        if (
+            model.find_unused_parameters
+            or model.static_graph
+            or (self.exchange_apart and not self.equal_micro_batches)
+        ):
             return True
         dtype = getattr(torch, self.settings.accumulation_dtype)
         return any(p.dtype != dtype for p in model.parameters() if p.requires_grad)
@@ -83,31 +99,44 @@ class DDPEngine(Engine):
     def why_not_again(self, is_last: bool) -> str:
         if self.equal_micro_batches:
             return (
-                "with grad_sync=every-microbatch the other processes wait for its gradients; lower the micro-batch (the "
+                "with grad_sync=every-microbatch the other processes wait for its gradients; lower "
+                "the micro-batch (the "
                 "effective batch stays), or use grad_sync=once-per-window"
             )
         if self._backward_exchanges:
             return (
-                "it is the last of its window, whose backward exchanges gradients with the other processes; lower the "
-                "micro-batch (the effective batch stays), or use recover_from_oom=always, which exchanges after it"
+                "it is the last of its window, whose backward exchanges gradients with the other "
+                "processes; lower the "
+                "micro-batch (the effective batch stays), or use recover_from_oom=always, which "
+                "exchanges after it"
             )
         return ""
 
     def back_out(self, error: Exception) -> None:
         super().back_out(error)
-        # Before the first forward after an exchange DDP sends rank 0's buffers around. Where that forward failed, the one in
-        # its place must not send them again: the other ranks are elsewhere.
+        # Before the first forward after an exchange DDP sends rank 0's buffers around. Where that
+        # forward failed, the one in its place must not send them again: the other ranks are
+        # elsewhere.
         for frame, _ in traceback.walk_tb(error.__traceback__):
             model = frame.f_locals.get("self")
-            if isinstance(model, DistributedDataParallel) and frame.f_code.co_name == "_run_ddp_forward":
+            if (
+                isinstance(model, DistributedDataParallel)
+                and frame.f_code.co_name == "_run_ddp_forward"
+            ):
                 model.require_forward_param_sync = False
 
     def _complete(self, before: list[tuple[torch.nn.Parameter, torch.Tensor | None, int]]) -> None:
-        """Give a gradient of zero to what a backward that exchanges has left out; `before` it, gradients and versions.
+        """Give a gradient of zero to what a backward that exchanges has left out; `before` it,
+        gradients and versions.
 
-        Without, DDP's exchange does not end, here or on the ranks that used it. What was accumulated earlier is averaged.
+        Without, DDP's exchange does not end, here or on the ranks that used it. What was
+        accumulated earlier is averaged.
         """
-        left_out = [p for p, gradient, version in before if p.grad is gradient and _version(p.grad) == version]
+        left_out = [
+            p
+            for p, gradient, version in before
+            if p.grad is gradient and _version(p.grad) == version
+        ]
         self._only_zeros -= {p for p, *_ in before} - set(left_out)
         if left_out:
             self._only_zeros |= {p for p in left_out if p.grad is None}
@@ -117,12 +146,16 @@ class DDPEngine(Engine):
         table = self.gather([float(len(self._only_zeros)), *numbers])
         if table[:, 0].all():  # each rank left some out: the same?
             used = torch.tensor(
-                [p not in self._only_zeros for p in self._trained], dtype=torch.int32, device=self.device
+                [p not in self._only_zeros for p in self._trained],
+                dtype=torch.int32,
+                device=self.device,
             )
             dist.all_reduce(used, op=dist.ReduceOp.MAX)
             for parameter, is_used in zip(self._trained, used.tolist(), strict=True):
                 if not is_used:
-                    parameter.grad = None  # used by no rank: an optimizer leaves it alone, as in one process
+                    parameter.grad = (
+                        None  # used by no rank: an optimizer leaves it alone, as in one process
+                    )
         return table[:, 1:]
 
     def drop(self, optimizer: AcceleratedOptimizer) -> None:
@@ -130,8 +163,11 @@ class DDPEngine(Engine):
         self._only_zeros.clear()
 
     def _exchange(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Average gradients over ranks in place; a parameter that no rank used keeps none, one that some used counts as 0."""
-        used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=self.device)
+        """Average gradients over ranks in place; a parameter that no rank used keeps none, one that
+        some used counts as 0."""
+        used = torch.tensor(
+            [p.grad is not None for p in parameters], dtype=torch.int32, device=self.device
+        )
         dist.all_reduce(used, op=dist.ReduceOp.MAX)
         bucket: list[torch.nn.Parameter] = []
         for parameter, is_used in zip(parameters, used.tolist(), strict=True):
@@ -152,7 +188,9 @@ class DDPEngine(Engine):
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat)
         flat /= self.world_size
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        for gradient, part in zip(
+            gradients, flat.split([g.numel() for g in gradients]), strict=True
+        ):
             gradient.copy_(part.view_as(gradient))
 
 
@@ -166,7 +204,10 @@ class _Zeros(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: torch.Tensor) -> Any:
-        return tuple(torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.like)
+        return tuple(
+            torch.zeros((), dtype=dtype, device=device).expand(shape)
+            for shape, dtype, device in ctx.like
+        )
 
 
 def _version(tensor: torch.Tensor | None) -> int:

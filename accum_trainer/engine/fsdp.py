@@ -1,8 +1,8 @@
 """FSDP2: weights, gradients and optimizer state sharded over ranks by torch's own `fully_shard`.
 
-Applied here rather than by accelerate, which knows no FSDP on the CPU and reduces gradients in the parameters' dtype:
-each block and then the whole model is sharded, gradients are reduced in float32, and the optimizer is pointed at the
-sharded parameters.
+Applied here rather than by accelerate, which knows no FSDP on the CPU and reduces gradients in the
+parameters' dtype: each block and then the whole model is sharded, gradients are reduced in float32,
+and the optimizer is pointed at the sharded parameters.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from accum_trainer.errors import EngineError
 
 
 class FSDPEngine(Engine):
-    """once-per-window: gradients stay unsharded in memory until the last micro-batch; every-microbatch: reduced and
-    sharded after each backward, the least memory."""
+    """once-per-window: gradients stay unsharded in memory until the last micro-batch;
+    every-microbatch: reduced and sharded after each backward, the least memory."""
 
     name = "fsdp2"
     equal_micro_batches = True  # weights are gathered in every forward
@@ -37,7 +37,9 @@ class FSDPEngine(Engine):
     def __init__(self, accelerator: Accelerator, grad_sync: str) -> None:
         super().__init__(accelerator, grad_sync)
         if accelerator.num_processes == 1:
-            raise EngineError("FSDP2 shards over processes, and there is one; launch several, or leave FSDP out")
+            raise EngineError(
+                "FSDP2 shards over processes, and there is one; launch several, or leave FSDP out"
+            )
         if accelerator.mixed_precision == "fp16":
             raise EngineError("mixed_precision=fp16 is not available with FSDP2 here; use bf16")
         self._sharded: dict[str, torch.nn.Parameter] = {}
@@ -54,40 +56,51 @@ class FSDPEngine(Engine):
             before = dict(model.named_parameters())
             self._shard(model)
             renamed |= {id(before[name]): p for name, p in model.named_parameters()}
-            self._sharded |= {f"{number} {name}": p for name, p in model.named_parameters() if p.requires_grad}
-            unsharded |= {f"{number} {name}": p for name, p in _unsharded(model).items() if p.requires_grad}
+            self._sharded |= {
+                f"{number} {name}": p for name, p in model.named_parameters() if p.requires_grad
+            }
+            unsharded |= {
+                f"{number} {name}": p for name, p in _unsharded(model).items() if p.requires_grad
+            }
         self._usage = Usage(unsharded)
         for optimizer in optimizers:
             if optimizer.state:
                 raise EngineError(
-                    "the optimizer has state already; FSDP2 shards its parameters, so prepare it before the first step"
+                    "the optimizer has state already; FSDP2 shards its parameters, so prepare it "
+                    "before the first step"
                 )
             for group in optimizer.param_groups:
                 missing = [p for p in group["params"] if id(p) not in renamed]
                 if missing:
                     raise EngineError(
-                        "the optimizer holds parameters of no model prepared with it; call acc.prepare(model, optimizer)"
+                        "the optimizer holds parameters of no model prepared with it; call "
+                        "acc.prepare(model, optimizer)"
                     )
                 group["params"] = [renamed[id(p)] for p in group["params"]]
-        return models, [AcceleratedOptimizer(optimizer, device_placement=False) for optimizer in optimizers]
+        return models, [
+            AcceleratedOptimizer(optimizer, device_placement=False) for optimizer in optimizers
+        ]
 
     def _shard(self, model: torch.nn.Module) -> None:
         mesh = init_device_mesh(self.device.type, (self.world_size,))
-        # Gradients cross ranks in float32: in the parameters' bf16 a sum over ranks would lose the small ones.
+        # Gradients cross ranks in float32: in the parameters' bf16 a sum over ranks would lose the
+        # small ones.
         compute = torch.bfloat16 if self.mixed_precision == "bf16" else None
         reduce = torch.bfloat16 if self.settings.accumulation_dtype == "bfloat16" else torch.float32
         options: dict[str, Any] = {
             "mesh": mesh,
             "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce),
         }
-        # Each call moves its own weights to the device and keeps a shard of them: no GPU need hold the whole model.
+        # Each call moves its own weights to the device and keeps a shard of them: no GPU need hold
+        # the whole model.
         blocks = set(getattr(model, "_no_split_modules", None) or ())
         for module in list(model.modules()):
             if type(module).__name__ in blocks:
                 fully_shard(module, **options)
         sharded: FSDPModule = fully_shard(model, **options)
         if self._reduces_unused:
-            # Else each rank reduces the gradients that it has, and adds one parameter's to another's.
+            # Else each rank reduces the gradients that it has, and adds one parameter's to
+            # another's.
             sharded.set_reduce_scatter_unused_params(True)
 
     @property
@@ -102,7 +115,8 @@ class FSDPEngine(Engine):
         for model in models:
             if not isinstance(model, FSDPModule):
                 raise EngineError(
-                    f"accumulate() got a {type(model).__name__} that is not sharded; pass the model that prepare() returned"
+                    f"accumulate() got a {type(model).__name__} that is not sharded; pass the "
+                    "model that prepare() returned"
                 )
             model.set_requires_gradient_sync(exchange)
         yield
@@ -118,7 +132,9 @@ class FSDPEngine(Engine):
             refuse_difference(self, unused, self.name)
         if table[:, 0].all():  # each rank left some out: the same?
             for name in set.intersection(*map(set, self.gather_objects(unused))):
-                self._sharded[name].grad = None  # used by no rank: an optimizer leaves it alone, as in one process
+                self._sharded[
+                    name
+                ].grad = None  # used by no rank: an optimizer leaves it alone, as in one process
         return table[:, 1:]
 
     def drop(self, optimizer: AcceleratedOptimizer) -> None:
@@ -127,7 +143,8 @@ class FSDPEngine(Engine):
 
     def why_not_again(self, is_last: bool) -> str:
         return (
-            "FSDP2 gathers weights from all processes in every forward, so none can run one by itself; lower the micro-batch "
+            "FSDP2 gathers weights from all processes in every forward, so none can run one by "
+            "itself; lower the micro-batch "
             "(the effective batch stays)"
         )
 
@@ -140,9 +157,12 @@ class FSDPEngine(Engine):
     def _norm(self, squares: np.ndarray) -> float:
         return math.sqrt(squares.sum())
 
-    # --- whole tensors: a forward without a backward leaves the outermost weights gathered, as parameters of the model ---
+    # --- whole tensors: a forward without a backward leaves the outermost weights gathered, as
+    # parameters of the model ---
 
-    def full_weights(self, model: torch.nn.Module, trained_only: bool = False) -> dict[str, torch.Tensor]:
+    def full_weights(
+        self, model: torch.nn.Module, trained_only: bool = False
+    ) -> dict[str, torch.Tensor]:
         _reshard(model)
         return super().full_weights(model, trained_only)
 
@@ -150,7 +170,9 @@ class FSDPEngine(Engine):
         _reshard(model)
         super().load_full_weights(model, weights)
 
-    def full_optimizer_state(self, model: torch.nn.Module, optimizer: AcceleratedOptimizer) -> dict[str, Any]:
+    def full_optimizer_state(
+        self, model: torch.nn.Module, optimizer: AcceleratedOptimizer
+    ) -> dict[str, Any]:
         _reshard(model)
         return super().full_optimizer_state(model, optimizer)
 
@@ -168,7 +190,10 @@ class FSDPEngine(Engine):
             parameter.copy_(self._sharded_like(parameter, value))
 
     def _set_parameter_state(
-        self, optimizer: AcceleratedOptimizer, parameter: torch.Tensor, state: dict[str, torch.Tensor]
+        self,
+        optimizer: AcceleratedOptimizer,
+        parameter: torch.Tensor,
+        state: dict[str, torch.Tensor],
     ) -> None:
         optimizer.optimizer.state[parameter] = {
             key: value.clone() if value.ndim == 0 else self._sharded_like(parameter, value)
@@ -185,7 +210,8 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _unsharded(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The whole parameters, which autograd sees; FSDP2 makes them once and only lends them memory later."""
+    """The whole parameters, which autograd sees; FSDP2 makes them once and only lends them memory
+    later."""
     found: dict[str, torch.nn.Parameter] = {}
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -203,16 +229,23 @@ def _reshard(model: torch.nn.Module) -> None:
 
 
 def refuse_lost_settings(plugin: Any) -> None:
-    """Raise an EngineError where the user's plugin, or the launcher's variables, ask for what this engine does not do."""
+    """Raise an EngineError where the user's plugin, or the launcher's variables, ask for what this
+    engine does not do."""
     if plugin is not None:
-        version, offload = plugin.fsdp_version, bool(getattr(plugin.cpu_offload, "offload_params", plugin.cpu_offload))
+        version, offload = (
+            plugin.fsdp_version,
+            bool(getattr(plugin.cpu_offload, "offload_params", plugin.cpu_offload)),
+        )
     else:
         # `fsdp=True` sets no variable; accelerate's launcher always sets the version.
         version = int(os.environ.get("FSDP_VERSION", "2"))
         offload = os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true"
     if version != 2:
-        raise EngineError(f"fsdp_version={version} is asked for; only FSDP2 is available: set fsdp_version: 2")
+        raise EngineError(
+            f"fsdp_version={version} is asked for; only FSDP2 is available: set fsdp_version: 2"
+        )
     if offload:
         raise EngineError(
-            "FSDP2 with its parameters offloaded to the CPU is not available; leave fsdp_offload_params out"
+            "FSDP2 with its parameters offloaded to the CPU is not available; leave "
+            "fsdp_offload_params out"
         )

@@ -1,9 +1,9 @@
 """Processes that a launcher was asked for and did not start.
 
-`accelerate launch --cpu --num_processes 2`, a configuration of type MULTI_CPU, and `--num_processes 2`
-without a GPU start one process. It has no WORLD_SIZE, so it looks like a training of its own. What
-accelerate's simple launcher leaves behind: its ACCELERATE_* variables, and MASTER_ADDR and MASTER_PORT,
-which it sets for more than one process only.
+`accelerate launch --cpu --num_processes 2`, a configuration of type MULTI_CPU, and `--num_processes
+2` without a GPU start one process. It has no WORLD_SIZE, so it looks like a training of its own.
+What accelerate's simple launcher leaves behind: its ACCELERATE_* variables, and MASTER_ADDR and
+MASTER_PORT, which it sets for more than one process only.
 """
 
 from __future__ import annotations
@@ -19,17 +19,20 @@ _MEETING_PLACE = ("MASTER_ADDR", "MASTER_PORT")
 # Where torch's launchers and MPI's say how many processes there are.
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _REMEDY = (
-    "use `accelerate launch --multi_gpu --num_processes N` (without GPUs too: the processes meet over gloo), "
+    "use `accelerate launch --multi_gpu --num_processes N` (without GPUs too: the processes meet "
+    "over gloo), "
     "`torchrun --nproc_per_node N`, or a file of `accum-trainer config create multi-gpu`"
 )
 
 
 def refuse_lost_processes() -> None:
-    """Raise an EngineError if accelerate's launcher was asked for several processes and started one."""
+    """Raise an EngineError if accelerate's launcher was asked for several processes and started
+    one."""
     is_lost, asked = _launched_alone()
     if is_lost:
         raise EngineError(
-            f"accelerate launch was asked for {asked or 'several'} processes and started one, as it does with --cpu, with "
+            f"accelerate launch was asked for {asked or 'several'} processes and started one, as "
+            "it does with --cpu, with "
             f"distributed_type MULTI_CPU and without GPUs: this one would train alone; {_REMEDY}"
         )
 
@@ -39,15 +42,20 @@ def note_on_lost_processes() -> str | None:
     if _launched_alone() != (None, None):
         return None
     return (
-        "accelerate launch started this one process, and MASTER_ADDR is set; if several processes were asked for, "
-        + _REMEDY
+        "accelerate launch started this one process, and MASTER_ADDR is set; if several processes "
+        "were asked for, " + _REMEDY
     )
 
 
 def _launched_alone() -> tuple[bool | None, int | None]:
-    """(whether processes are lost, how many were asked for); None for what nothing here can tell."""
+    """(whether processes are lost, how many were asked for); None for what nothing here can
+    tell."""
     here = os.environ
-    if _MARK not in here or any(name in here for name in _SIZES) or not all(n in here for n in _MEETING_PLACE):
+    if (
+        _MARK not in here
+        or any(name in here for name in _SIZES)
+        or not all(n in here for n in _MEETING_PLACE)
+    ):
         return False, None
     launcher = _launcher()
     if launcher is None:
@@ -56,12 +64,16 @@ def _launched_alone() -> tuple[bool | None, int | None]:
     stated = re.search(r"--num[_-]processes[= ](\d+)", " ".join(command))
     asked = int(stated.group(1)) if stated else None
     if any(its_environment.get(name) != here[name] for name in _MEETING_PLACE):
-        return True, asked  # the launcher set the meeting place, which it does for several processes only
+        return (
+            True,
+            asked,
+        )  # the launcher set the meeting place, which it does for several processes only
     return (asked > 1 if asked is not None else None), asked
 
 
 def _launcher() -> tuple[list[str], dict[str, str]] | None:
-    """Command line and environment of the nearest process above that has none of the launcher's variables."""
+    """Command line and environment of the nearest process above that has none of the launcher's
+    variables."""
     import psutil  # accelerate needs it too
 
     try:

@@ -1,8 +1,10 @@
-"""The processes of a job and how they talk: small exchanges, slow work that others wait for, errors that reach all.
+"""The processes of a job and how they talk: small exchanges, slow work that others wait for, errors
+that reach all.
 
-It knows nothing of models, gradients or windows. Two kinds of exchange: `gather` goes the way of the gradients, in the
-middle of training; everything else goes through a group of its own that waits for hours, because it stands beside work of
-unknown length (tokenising, loading, saving) and NCCL gives up after ten minutes, gloo after thirty.
+It knows nothing of models, gradients or windows. Two kinds of exchange: `gather` goes the way of
+the gradients, in the middle of training; everything else goes through a group of its own that waits
+for hours, because it stands beside work of unknown length (tokenising, loading, saving) and NCCL
+gives up after ten minutes, gloo after thirty.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """This process among the others. Every rank must make the same calls in the same order, except to the properties."""
+    """This process among the others. Every rank must make the same calls in the same order, except
+    to the properties."""
 
     accelerator: Accelerator
 
@@ -64,10 +67,13 @@ class Ranks:
         return gathered
 
     def first_of(self, value: Any) -> Any:
-        """The picklable `value` of the first rank that has one (is not None), on every rank; None if none has."""
+        """The picklable `value` of the first rank that has one (is not None), on every rank; None
+        if none has."""
         if self.world_size == 1:
             return value
-        has_one = [rank for rank, found in enumerate(self.gather_objects(value is not None)) if found]
+        has_one = [
+            rank for rank, found in enumerate(self.gather_objects(value is not None)) if found
+        ]
         if not has_one:
             return None
         shared = [value]
@@ -82,14 +88,19 @@ class Ranks:
     # --- work that may fail on one rank ---
 
     def agree(self, error: Exception | None) -> None:
-        """Raise on all ranks if any has an error: its own where it has one, else that of the first rank that has.
+        """Raise on all ranks if any has an error: its own where it has one, else that of the first
+        rank that has.
 
         A copy is of the same type if that is an AccumTrainerError, and names the rank and its host.
         """
         said = None
         if error is not None:
             kind = type(error) if isinstance(error, AccumTrainerError) else AccumTrainerError
-            words = str(error) if isinstance(error, AccumTrainerError) else f"{type(error).__name__}: {error}"
+            words = (
+                str(error)
+                if isinstance(error, AccumTrainerError)
+                else f"{type(error).__name__}: {error}"
+            )
             said = (kind, f"process {self.rank} on {socket.gethostname()}: {words}")
         found = self.gather_objects(said)
         if error is not None:
@@ -99,7 +110,8 @@ class Ranks:
                 raise other[0](other[1])
 
     def together(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Call `function`, which talks to no other rank, on every rank; what one of them raises, all raise (`agree`)."""
+        """Call `function`, which talks to no other rank, on every rank; what one of them raises,
+        all raise (`agree`)."""
         result, error = _outcome(function, arguments)
         self.agree(error)
         return result  # type: ignore[return-value]
@@ -111,7 +123,8 @@ class Ranks:
         return result
 
     def main_first(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Call `function` on one process of each machine, then on the others there, which find what it cached."""
+        """Call `function` on one process of each machine, then on the others there, which find what
+        it cached."""
         result, error = None, None
         for turn in (True, False):
             if self.world_size == 1 or self.accelerator.is_local_main_process == turn:
@@ -122,7 +135,9 @@ class Ranks:
         return result  # type: ignore[return-value]
 
 
-def _outcome(function: Callable[..., T], arguments: tuple[Any, ...]) -> tuple[T | None, Exception | None]:
+def _outcome(
+    function: Callable[..., T], arguments: tuple[Any, ...]
+) -> tuple[T | None, Exception | None]:
     try:
         return function(*arguments), None
     except Exception as error:  # raised again by `agree`
@@ -131,17 +146,21 @@ def _outcome(function: Callable[..., T], arguments: tuple[Any, ...]) -> tuple[T 
 
 @functools.lru_cache(maxsize=1)
 def _patient_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
-    """All processes, over gloo, with `PATIENCE`; made at its first use, which all ranks reach together.
+    """All processes, over gloo, with `PATIENCE`; made at its first use, which all ranks reach
+    together.
 
     Raises:
-        EngineError: they cannot reach each other over gloo, which a machine that trains over NCCL may not be set up for.
+        EngineError: they cannot reach each other over gloo, which a machine that trains over NCCL
+            may not be set up for.
     """
     try:
         group = dist.new_group(backend="gloo")  # to meet takes seconds: it has gloo's own limit
     except RuntimeError as error:
         raise EngineError(
-            f"the {world.size()} processes cannot reach each other over gloo, which they talk through beside training: "
-            f"{str(error).splitlines()[0]}; name the network device in GLOO_SOCKET_IFNAME on each machine"
+            f"the {world.size()} processes cannot reach each other over gloo, which they talk "
+            "through beside training: "
+            f"{str(error).splitlines()[0]}; name the network device in GLOO_SOCKET_IFNAME on each "
+            "machine"
         ) from error
     _set_pg_timeout(PATIENCE, group)
     return group

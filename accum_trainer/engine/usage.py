@@ -1,4 +1,5 @@
-"""Which parameters the backwards of a window use, known before the first of their gradients is made."""
+"""Which parameters the backwards of a window use, known before the first of their gradients is
+made."""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ class Usage:
         def note(gradient: torch.Tensor) -> None:
             # What torch's own register_multi_grad_hook asks.
             nodes = self._nodes or _nodes(self._parameters)
-            self.used_now = {name for name, node in nodes.items() if torch._C._will_engine_execute_node(node)}
+            self.used_now = {
+                name for name, node in nodes.items() if torch._C._will_engine_execute_node(node)
+            }
             self.used |= self.used_now
             if then is not None:
                 then()
@@ -59,7 +62,11 @@ def refuse_difference(ranks: Ranks, unused: Sequence[str], engine: str) -> None:
     differing = sorted(set.union(*everyones) - set.intersection(*everyones))
     if differing:
         raise EngineError(
-            _refusal(differing, next(r for r, names in enumerate(everyones) if differing[0] in names), engine)
+            _refusal(
+                differing,
+                next(r for r, names in enumerate(everyones) if differing[0] in names),
+                engine,
+            )
         )
 
 
@@ -70,7 +77,9 @@ def refuse(ranks: Ranks, unused: Sequence[str], engine: str) -> None:
 
 def _refusal(names: Sequence[str], rank: int, engine: str) -> str:
     return (
-        f"process {rank} left {len(names)} parameters unused, such as {names[0]}, and another process may have used them; "
-        f"{engine} exchanges what each process used and would add one parameter's gradient to another's: use DDP or (from torch "
+        f"process {rank} left {len(names)} parameters unused, such as {names[0]}, and another "
+        "process may have used them; "
+        f"{engine} exchanges what each process used and would add one parameter's gradient to "
+        "another's: use DDP or (from torch "
         "2.13) FSDP2, which average them exactly, or use every parameter in each micro-batch"
     )

@@ -1,1 +1,1 @@
-"""Starting trainings: launch files per mode, the launcher, independent runs, merging."""
+"""Starting trainings: launch files per mode, SLURM, the launcher."""

@@ -1,7 +1,8 @@
-"""One process of a launched training: `python -m accum_trainer.launch.rank LOGS NODE -- TRAIN-ARGS`.
+"""One process of a launched training: `python -m accum_trainer.launch.rank LOGS NODE --
+TRAIN-ARGS`.
 
-Started by accelerate's launcher. Sends its output to a log of its own and leaves a note of how it ended, which is what the
-launcher cannot know: torchrun makes status 1 of every failure.
+Started by accelerate's launcher. Sends its output to a log of its own and leaves a note of how it
+ended, which is what the launcher cannot know: torchrun makes status 1 of every failure.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class RankStatus:
-    """How one process stands: `status` is None while it runs; `ended` is seconds since the epoch."""
+    """How one process stands: `status` is None while it runs; `ended` is seconds since the
+    epoch."""
 
     rank: int
     pid: int
@@ -35,7 +37,10 @@ class RankStatus:
 def read_statuses(logs: Path, node: int) -> list[RankStatus]:
     """The processes that this node's launcher started, by rank."""
     files = logs.glob(f"node-{node}-rank-*.json")
-    return sorted((RankStatus(**json.loads(file.read_text())) for file in files), key=lambda status: status.rank)
+    return sorted(
+        (RankStatus(**json.loads(file.read_text())) for file in files),
+        key=lambda status: status.rank,
+    )
 
 
 def forget_statuses(logs: Path, node: int) -> None:
@@ -50,8 +55,9 @@ def log_of(logs: Path, rank: int) -> Path:
 def follow_parent() -> None:
     """Be told to stop (SIGTERM) when the parent is gone, and ignore SIGUSR1 until a handler is set.
 
-    Without the first, a training whose launcher was killed would go on, and a second start would write into the same
-    folder. torchrun does not know SIGUSR1, which batch systems send, and would die of it.
+    Without the first, a training whose launcher was killed would go on, and a second start would
+    write into the same folder. torchrun does not know SIGUSR1, which batch systems send, and would
+    die of it.
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if sys.platform == "linux":

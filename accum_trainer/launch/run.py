@@ -1,7 +1,8 @@
-"""Starting `train` under a launch configuration, through `accelerate launch`, and seeing it to its end.
+"""Starting `train` under a launch configuration, through `accelerate launch`, and seeing it to its
+end.
 
-Each process writes a log of its own; rank 0's is shown as it grows. A failure is shown in the words of the process that
-failed first. A signal is passed on to the processes, which save and stop.
+Each process writes a log of its own; rank 0's is shown as it grows. A failure is shown in the words
+of the process that failed first. A signal is passed on to the processes, which save and stop.
 """
 
 from __future__ import annotations
@@ -19,7 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accum_trainer.errors import AccumTrainerError, ConfigError
-from accum_trainer.launch.rank import RankStatus, follow_parent, forget_statuses, log_of, read_statuses
+from accum_trainer.launch.rank import (
+    RankStatus,
+    follow_parent,
+    forget_statuses,
+    log_of,
+    read_statuses,
+)
 
 LAUNCHER_LOG = "launcher.log"
 STOPPED_AND_SAVED = 75
@@ -50,7 +57,8 @@ class Place:
             raise ConfigError(f"main_process_port={port} is not a port; give 1024 to 65535")
         if self.num_machines > 1 and (self.main_process_ip is None or port is None):
             raise ConfigError(
-                f"{self.num_machines} nodes must know where to meet; give --main-process-ip (the first node) and "
+                f"{self.num_machines} nodes must know where to meet; give --main-process-ip (the "
+                "first node) and "
                 "--main-process-port, the same on each, and --machine-rank"
             )
         if port is not None and self.machine_rank == 0:
@@ -78,11 +86,14 @@ def _check_free(port: int) -> None:
             probe.bind(("", port))
         except OSError as error:
             raise ConfigError(
-                f"main_process_port={port} cannot be used here: {error.strerror}; give another, or on one machine none"
+                f"main_process_port={port} cannot be used here: {error.strerror}; give another, or "
+                "on one machine none"
             ) from None
 
 
-def launch(config: Path, place: Place, train: Sequence[str], logs: Path, deepspeed_file: Path | None = None) -> int:
+def launch(
+    config: Path, place: Place, train: Sequence[str], logs: Path, deepspeed_file: Path | None = None
+) -> int:
     """Run `train` with the arguments `train` under the accelerate configuration `config`.
 
     Args:
@@ -93,11 +104,19 @@ def launch(config: Path, place: Place, train: Sequence[str], logs: Path, deepspe
         deepspeed_file: the DeepSpeed configuration that `config` names, wherever it was found.
 
     Returns:
-        The exit status: 0 done, 75 stopped by a signal after saving, 2 wrong input, 1 anything else.
+        The exit status: 0 done, 75 stopped by a signal after saving, 2 wrong input, 1 anything
+        else.
     """
     made = make_folder(logs)
     forget_statuses(logs, place.machine_rank)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), *place.arguments()]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(config),
+        *place.arguments(),
+    ]
     if deepspeed_file is not None:
         command += ["--deepspeed_config_file", str(deepspeed_file)]
     command += ["-m", "accum_trainer.launch.rank", str(logs), str(place.machine_rank), "--", *train]
@@ -137,7 +156,9 @@ def make_folder(path: Path) -> list[Path]:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"the folder {path} cannot be made: {error.strerror}; name another output_dir") from None
+        raise ConfigError(
+            f"the folder {path} cannot be made: {error.strerror}; name another output_dir"
+        ) from None
     return missing
 
 
@@ -165,7 +186,10 @@ def stopping() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         stopped.append(number)
 
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    before = {
+        number: signal.signal(number, handler)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    }
     try:
         yield stopped
     finally:
@@ -185,7 +209,8 @@ def _see_through(process: subprocess.Popen[bytes], watch: _Watch, stopped: list[
 
 
 class _Watch:
-    """The processes of this node: shows rank 0's log as it grows, passes a stop on, and says how they ended."""
+    """The processes of this node: shows rank 0's log as it grows, passes a stop on, and says how
+    they ended."""
 
     def __init__(self, logs: Path, node: int) -> None:
         self._logs, self._node = logs, node
@@ -224,11 +249,14 @@ class _Watch:
         return told
 
     def verdict(self, launcher_status: int, stopped: bool) -> int:
-        """The exit status of the whole; where it is a failure that rank 0 has not told already, says whose and what."""
+        """The exit status of the whole; where it is a failure that rank 0 has not told already,
+        says whose and what."""
         ended = read_statuses(self._logs, self._node)
         if launcher_status == 0 and all(process.status == 0 for process in ended):
             return 0
-        failed = [process for process in ended if process.status not in (0, STOPPED_AND_SAVED, None)]
+        failed = [
+            process for process in ended if process.status not in (0, STOPPED_AND_SAVED, None)
+        ]
         saved = any(process.status == STOPPED_AND_SAVED for process in ended)
         if not failed and (stopped or saved):
             return STOPPED_AND_SAVED
@@ -240,14 +268,15 @@ class _Watch:
             raise AccumTrainerError(self._killed(silent))
         if first is None:
             raise AccumTrainerError(
-                f"accelerate's launcher ended with status {launcher_status}; its last words ({self._logs / LAUNCHER_LOG}):\n"
+                f"accelerate's launcher ended with status {launcher_status}; its last words "
+                f"({self._logs / LAUNCHER_LOG}):\n"
                 + self._last_words(self._logs / LAUNCHER_LOG, self._launcher_begins)
             )
         if first.rank != 0:
             log = log_of(self._logs, first.rank)
             print(
-                f"process {first.rank} of this training failed first, with status {first.status} ({log}):\n"
-                + self._last_words(log, self._begins.get(log.name, 0)),
+                f"process {first.rank} of this training failed first, with status {first.status} "
+                f"({log}):\n" + self._last_words(log, self._begins.get(log.name, 0)),
                 file=sys.stderr,
             )
         return 2 if first.status == 2 else 1
@@ -266,7 +295,8 @@ class _Watch:
         name = signal.Signals(number).name
         why = ", as the kernel does when memory runs out" if name == "SIGKILL" else ""
         return (
-            f"process {rank} was killed by {name}{why}; the same command continues from the last checkpoint "
+            f"process {rank} was killed by {name}{why}; the same command continues from the last "
+            "checkpoint "
             f"(log: {log_of(self._logs, rank)})"
         )
 

@@ -1,7 +1,9 @@
-"""SLURM batch scripts: a training over nodes, or an array of independent ones, that requeue and resume by themselves.
+"""SLURM batch scripts: a training over nodes, or an array of independent ones, that requeue and
+resume by themselves.
 
-Both end with status 75 when a signal stopped the training after it was saved. The script then puts the job back into the
-queue, and its next start finds the run directory (named after the job, whose number stays the same) and goes on.
+Both end with status 75 when a signal stopped the training after it was saved. The script then puts
+the job back into the queue, and its next start finds the run directory (named after the job, whose
+number stays the same) and goes on.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ class Slurm:
         partition, account: where the cluster wants them named.
 
     Raises:
-        ConfigError: a time or a signal that is none, or a signal that would come before the job begins.
+        ConfigError: a time or a signal that is none, or a signal that would come before the job
+            begins.
     """
 
     time: str = "24:00:00"
@@ -43,12 +46,16 @@ class Slurm:
         if time is None:
             raise ConfigError(f"time={self.time} is not a time; give HH:MM:SS or D-HH:MM:SS")
         if signal is None:
-            raise ConfigError(f"signal={self.signal} is not USR1@SECONDS or TERM@SECONDS, the signals that save a run")
+            raise ConfigError(
+                f"signal={self.signal} is not USR1@SECONDS or TERM@SECONDS, the signals that save "
+                "a run"
+            )
         days, hours, minutes, seconds = (int(part or 0) for part in time.groups())
         limit = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
         if int(signal[2]) >= limit:
             raise ConfigError(
-                f"signal={self.signal} would come {int(signal[2])} s before the end of time={self.time}, which is "
+                f"signal={self.signal} would come {int(signal[2])} s before the end of "
+                f"time={self.time}, which is "
                 f"{limit} s; give fewer seconds"
             )
         for name in ("partition", "account"):
@@ -57,14 +64,18 @@ class Slurm:
                 raise ConfigError(f"{name}={value!r} is not a name that SLURM takes")
 
 
-def batch_script(slurm: Slurm, config: Path, nodes: int, gpus_per_node: int, train: Sequence[str], cpu: bool) -> str:
+def batch_script(
+    slurm: Slurm, config: Path, nodes: int, gpus_per_node: int, train: Sequence[str], cpu: bool
+) -> str:
     """The script of one training: one launcher per node, which starts that node's processes."""
     rendezvous = _RENDEZVOUS if nodes > 1 else ""
     return "\n".join(
         [
             *_head(slurm, config, "arguments go to `accum-trainer train`"),
             _directive(f"--nodes={nodes}"),
-            _directive("--ntasks-per-node=1", "one launcher per node; it starts the node's processes"),
+            _directive(
+                "--ntasks-per-node=1", "one launcher per node; it starts the node's processes"
+            ),
             *_devices(gpus_per_node, cpu),
             "",
             "set -uo pipefail",
@@ -84,7 +95,8 @@ def batch_script(slurm: Slurm, config: Path, nodes: int, gpus_per_node: int, tra
 def array_script(
     slurm: Slurm, config: Path, overrides: Sequence[Sequence[str]], train: Sequence[str], cpu: bool
 ) -> str:
-    """The script of an array of jobs, one independent training each; `overrides` are the arguments of each."""
+    """The script of an array of jobs, one independent training each; `overrides` are the arguments
+    of each."""
     runs = [f"    {shlex.quote(shlex.join(arguments))}" for arguments in overrides]
     return "\n".join(
         [
@@ -105,7 +117,8 @@ def array_script(
             f"{_CACHES}",
             "status=0",
             "srun accum-trainer train \\",
-            f'    --output-dir "$run/part-$SLURM_ARRAY_TASK_ID"{_quoted(train, cpu)} "${{mine[@]}}" "$@" || status=$?',
+            f'    --output-dir "$run/part-$SLURM_ARRAY_TASK_ID"{_quoted(train, cpu)} '
+            f'"${{mine[@]}}" "$@" || status=$?',
             *_ending(slurm, "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"),
         ]
     )
@@ -121,7 +134,8 @@ def _head(slurm: Slurm, config: Path, arguments: str) -> list[str]:
         _directive(f"--time={slurm.time}", "of one start; a requeued job gets it anew"),
         _directive(f"--signal={slurm.signal}", "so many seconds before the limit: save"),
         _directive(
-            "--requeue" if slurm.requeue else "--no-requeue", "may go back into the queue" if slurm.requeue else ""
+            "--requeue" if slurm.requeue else "--no-requeue",
+            "may go back into the queue" if slurm.requeue else "",
         ),
         _directive("--open-mode=append", "after a requeue, go on in the same log"),
         _directive(f"--output={log}"),
@@ -151,7 +165,8 @@ def _quoted(train: Sequence[str], cpu: bool) -> str:
 
 
 _RENDEZVOUS = """\
-# Processes meet at the first node of the job; the launcher reads its own node's number from SLURM_NODEID.
+# Processes meet at the first node of the job; the launcher reads its own node's number from
+# SLURM_NODEID.
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT
@@ -159,9 +174,11 @@ export MASTER_ADDR MASTER_PORT
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 """
 _CACHES = """\
-# Compiled kernels are cached on each node's own disk: on a shared one, nodes would wait for each other.
+# Compiled kernels are cached on each node's own disk: on a shared one, nodes would wait for each
+# other.
 cache="${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/accum_trainer-$(id -un)"
-export TRITON_CACHE_DIR="$cache/triton" TORCHINDUCTOR_CACHE_DIR="$cache/inductor" TORCH_EXTENSIONS_DIR="$cache/extensions"
+export TRITON_CACHE_DIR="$cache/triton" TORCHINDUCTOR_CACHE_DIR="$cache/inductor"
+export TORCH_EXTENSIONS_DIR="$cache/extensions"
 """
 
 
@@ -170,7 +187,8 @@ def _ending(slurm: Slurm, job: str) -> list[str]:
         return ['exit "$status"', ""]
     return [
         "case $status in",
-        "    75 | 138 | 143)  # stopped by a signal: after saving, or before there was anything to save",
+        "    75 | 138 | 143)  # stopped by a signal: after saving, or before there was anything to "
+        "save",
         '        echo "stopped by a signal; back into the queue, to go on in $run"',
         f'        scontrol requeue "{job}"',
         "        ;;",

@@ -1,6 +1,6 @@
 """What only a GPU can show, in parts: one command, one report.
 
-    make gpu                               or   python -m benchmarks.gpu [--parts contract waits] [--again]
+    make gpu          or   python -m benchmarks.gpu [--parts contract waits] [--again]
     python -m benchmarks.gpu --small            the same code, small, on the CPU
 
 part        what a part is given and gives back; the process that one runs in

@@ -18,33 +18,89 @@ from typing import Any
 from benchmarks.gpu import processes
 from benchmarks.gpu.part import Result, Setting, Table, last_words
 
-# Without those that build an Accelerator for the CPU, count what one engine exchanges, or take minutes.
+# Without those that build an Accelerator for the CPU, count what one engine exchanges, or take
+# minutes.
 CASES = (
-    *("planned_llama", "planned_gpt2", "planned_lora", "planned_every_microbatch", "planned_checkpointing"),
-    *("planned_with_workers", "loader_llama_own_mean", "loader_lora_own_mean", "loader_gpt2_sum", "stream_unsized"),
-    *("i2_three_against_three_hundred", "i3_kwargs_model_has_one_norm", "i5_splits_log_the_same_loss"),
+    *(
+        "planned_llama",
+        "planned_gpt2",
+        "planned_lora",
+        "planned_every_microbatch",
+        "planned_checkpointing",
+    ),
+    *(
+        "planned_with_workers",
+        "loader_llama_own_mean",
+        "loader_lora_own_mean",
+        "loader_gpt2_sum",
+        "stream_unsized",
+    ),
+    *(
+        "i2_three_against_three_hundred",
+        "i3_kwargs_model_has_one_norm",
+        "i5_splits_log_the_same_loss",
+    ),
     *("i6_packed_samples", "i10_no_target_anywhere", "i13_tail_window_is_the_mean_of_its_own"),
-    *("i14_gradients_empty_at_every_window", "i17_odd_counts_every_sample_once", "i17_rank_without_a_sample"),
+    *(
+        "i14_gradients_empty_at_every_window",
+        "i17_odd_counts_every_sample_once",
+        "i17_rank_without_a_sample",
+    ),
     *("i19_constant_gradient_is_one", "i21_order_of_micro_batches_does_not_matter"),
     *("i27_i28_parameters_that_some_micro_batches_use", "i30_gradients_accumulate_in_float32"),
-    *("i31_one_clip_of_the_averaged_gradient", "i32_lr_knows_updates_only", "i33_inf_is_dropped_everywhere"),
-    *("masked_prompt_of_first_label_is_not_counted", "logits_at_targets_in_chunks", "position_survives_another_world"),
+    *(
+        "i31_one_clip_of_the_averaged_gradient",
+        "i32_lr_knows_updates_only",
+        "i33_inf_is_dropped_everywhere",
+    ),
+    *(
+        "masked_prompt_of_first_label_is_not_counted",
+        "logits_at_targets_in_chunks",
+        "position_survives_another_world",
+    ),
     *("bf16_is_as_near_as_one_big_bf16_batch", "every_cut_gives_the_same_gradient", "combinations"),
 )
 SHARDED = (
-    *("planned_llama", "planned_lora", "loader_llama_own_mean", "stream_unsized", "i10_no_target_anywhere"),
-    *("i13_tail_window_is_the_mean_of_its_own", "i19_constant_gradient_is_one", "i30_gradients_accumulate_in_float32"),
-    *("i31_one_clip_of_the_averaged_gradient", "i33_inf_is_dropped_everywhere", "state_survives_a_round_trip"),
+    *(
+        "planned_llama",
+        "planned_lora",
+        "loader_llama_own_mean",
+        "stream_unsized",
+        "i10_no_target_anywhere",
+    ),
+    *(
+        "i13_tail_window_is_the_mean_of_its_own",
+        "i19_constant_gradient_is_one",
+        "i30_gradients_accumulate_in_float32",
+    ),
+    *(
+        "i31_one_clip_of_the_averaged_gradient",
+        "i33_inf_is_dropped_everywhere",
+        "state_survives_a_round_trip",
+    ),
     "bf16_is_as_near_as_one_big_bf16_batch",
 )
-SMALL = ("planned_llama", "i2_three_against_three_hundred", "i13_tail_window_is_the_mean_of_its_own")
+SMALL = (
+    "planned_llama",
+    "i2_three_against_three_hundred",
+    "i13_tail_window_is_the_mean_of_its_own",
+)
 # Seconds for one engine: one that hangs must not take the others with it.
 LIMIT = 90.0
-HEADER = ["engine", "processes", "over", "cases", "assertions passed", "failed", "worst error against float64"]
+HEADER = [
+    "engine",
+    "processes",
+    "over",
+    "cases",
+    "assertions passed",
+    "failed",
+    "worst error against float64",
+]
 
 
 def contract(setting: Setting) -> Result:
-    """One process; two processes on one device over gloo; one process under torchrun, over NCCL on a GPU."""
+    """One process; two processes on one device over gloo; one process under torchrun, over NCCL on
+    a GPU."""
     own = "gloo" if setting.cpu else "nccl"
     engines = {"single": ("single", 1, None), "two on one device": ("ddp", 2, "gloo")}
     engines |= {} if setting.small else {"one under torchrun": ("ddp", 1, own)}
@@ -55,12 +111,16 @@ def sharded(setting: Setting) -> Result:
     """ZeRO with one process; FSDP2, which takes no single one, with two on one device over gloo."""
     small = ["zero2"] if setting.small else ["zero1", "zero2", "zero3"]
     engines: dict[str, tuple[str, int, str | None]] = {name: (name, 1, None) for name in small}
-    result = _all(setting, SMALL if setting.small else SHARDED, engines | {"fsdp2": ("fsdp2", 2, "gloo")})
+    result = _all(
+        setting, SMALL if setting.small else SHARDED, engines | {"fsdp2": ("fsdp2", 2, "gloo")}
+    )
     result.notes.append(f"FSDP2 with one process: {_refusal(setting)}")
     return result
 
 
-def _all(setting: Setting, cases: tuple[str, ...], engines: dict[str, tuple[str, int, str | None]]) -> Result:
+def _all(
+    setting: Setting, cases: tuple[str, ...], engines: dict[str, tuple[str, int, str | None]]
+) -> Result:
     result = Result(Table(HEADER, []))
     result.notes.append(f"Cases: {', '.join(cases)}.")
     for title, (engine, count, backend) in engines.items():
@@ -77,9 +137,20 @@ def _all(setting: Setting, cases: tuple[str, ...], engines: dict[str, tuple[str,
 
 def _one(result: Result, title: str, asked: dict[str, Any], folder: Path, limit: float) -> None:
     report, made = folder / "junit.xml", folder / "made"
-    command = [sys.executable, "-m", "pytest", "tests/engine/test_contract.py", "-q", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests/engine/test_contract.py",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+    ]
     command += ["-p", "no:xdist", "--basetemp", str(made), "--junitxml", str(report)]
-    log, environment = folder / "pytest.txt", os.environ | {"ACCUM_TRAINER_CONTRACT": json.dumps(asked)}
+    log, environment = (
+        folder / "pytest.txt",
+        os.environ | {"ACCUM_TRAINER_CONTRACT": json.dumps(asked)},
+    )
     ended = processes.how_it_ended(processes.run(command, log, limit, environment), limit)
     said = last_words(log.read_text(errors="replace"))
     passed, failed = verdicts(report)
@@ -88,16 +159,21 @@ def _one(result: Result, title: str, asked: dict[str, Any], folder: Path, limit:
     ran = sorted({name for found in returned for name in found})
     shown = "none" if worst is None else worst
     over = asked["options"].get("backend", "-")
-    result.table.rows.append([title, asked["processes"], over, len(ran), passed, len(failed), shown])
+    result.table.rows.append(
+        [title, asked["processes"], over, len(ran), passed, len(failed), shown]
+    )
     for words in dict.fromkeys(failed.values()):  # a process that died fails every one of them
-        result.check(f"{title}: {', '.join(n for n, w in failed.items() if w == words)}", False, words)
+        result.check(
+            f"{title}: {', '.join(n for n, w in failed.items() if w == words)}", False, words
+        )
     complete = passed > 0 and not failed and set(ran) == set(asked["cases"])
     words = f"{passed} assertions of {len(ran)} cases passed" if passed else f"{ended}: {said}"
     result.check(title, complete, words)
 
 
 def verdicts(report: Path) -> tuple[int, dict[str, str]]:
-    """Of pytest's report: how many tests passed, and the last words of those that did not, by name."""
+    """Of pytest's report: how many tests passed, and the last words of those that did not, by
+    name."""
     if not report.exists():
         return 0, {}
     passed, failed = 0, {}

@@ -1,4 +1,5 @@
-"""What `accum-trainer plan` estimates for one process against what torch's allocator handed out at most.
+"""What `accum-trainer plan` estimates for one process against what torch's allocator handed out at
+most.
 
 On a CPU there is the estimate only: `benchmarks/footprint.py` measures there, with a profiler.
 """
@@ -17,12 +18,20 @@ from benchmarks.gpu.models import SIZES, llama
 from benchmarks.gpu.part import Result, Setting, Table
 
 K, BATCH = 2, 4
-# Estimate over measured. Blocks are rounded up to 512 bytes and kernels take workspaces, which is not estimated.
+# Estimate over measured. Blocks are rounded up to 512 bytes and kernels take workspaces, which is
+# not estimated.
 LEAST, MOST = 0.85, 1.15
 
 
 def footprint(setting: Setting) -> Result:
-    header = ["model", "trained", "parameters", "estimated MB", "measured MB", "estimated / measured"]
+    header = [
+        "model",
+        "trained",
+        "parameters",
+        "estimated MB",
+        "measured MB",
+        "estimated / measured",
+    ]
     result = Result(Table(header, []))
     sizes, tokens = (("1M", "9M"), 64) if setting.small else (("60M", "0.5B"), 512)
     for size in sizes:
@@ -40,10 +49,13 @@ def footprint(setting: Setting) -> Result:
             words = f"{ratio:.3f}, from {LEAST} to {MOST}"
             result.check(f"{size}, {kind}: the estimate is near", LEAST <= ratio <= MOST, words)
         shutil.rmtree(folder)  # gigabytes
-    result.check("everything was estimated", len(result.table.rows) == 4, f"{len(result.table.rows)} of 4")
+    result.check(
+        "everything was estimated", len(result.table.rows) == 4, f"{len(result.table.rows)} of 4"
+    )
     precision = "float32" if setting.cpu else "bf16"
     result.notes.append(
-        f"{precision}, B={BATCH}, {tokens} tokens, K={K}, one process; the largest of the third update."
+        f"{precision}, B={BATCH}, {tokens} tokens, K={K}, one process; the largest of the third "
+        "update."
     )
     return result
 
@@ -84,7 +96,7 @@ def _estimate(setting: Setting, folder: Path, tokens: int, lora: bool) -> tuple[
         RuntimeError: the activations of this model cannot be traced.
     """
     from accum_trainer import BatchPlan
-    from accum_trainer.footprint import footprints
+    from accum_trainer.plan.footprint import footprints
 
     found = footprints(_config(setting, folder, tokens, lora), BatchPlan(BATCH, K, 1))
     total = next(row.total for row in found.rows if row.engine == "single")
@@ -98,7 +110,7 @@ def _measure(setting: Setting, folder: Path, tokens: int, lora: bool) -> int:
     from accelerate.state import AcceleratorState, GradientState
 
     from accum_trainer import causal_lm_loss
-    from accum_trainer.assemble import assemble
+    from accum_trainer.train.setup import assemble
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -106,7 +118,10 @@ def _measure(setting: Setting, folder: Path, tokens: int, lora: bool) -> int:
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     parts = assemble(_config(setting, folder, tokens, lora))
-    acc, ids = parts.accumulator, torch.randint(0, 500, (BATCH, tokens), generator=torch.Generator().manual_seed(0))
+    acc, ids = (
+        parts.accumulator,
+        torch.randint(0, 500, (BATCH, tokens), generator=torch.Generator().manual_seed(0)),
+    )
     mask = torch.ones_like(ids)
     mask[-1, -1] = 0  # one token of padding: what makes the attention take a mask
     batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}

@@ -1,7 +1,8 @@
-"""Memory that really runs out: the update is that of unlimited memory; and the batch size that `auto` finds.
+"""Memory that really runs out: the update is that of unlimited memory; and the batch size that
+`auto` finds.
 
-On a GPU torch's allocator is limited (`set_per_process_memory_fraction`), on a CPU the address space
-of the process. The model makes the blocks that do not fit as large as they are on both.
+On a GPU torch's allocator is limited (`set_per_process_memory_fraction`), on a CPU the address
+space of the process. The model makes the blocks that do not fit as large as they are on both.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from benchmarks.gpu.training import place, train
 from tests.exhausting import WIDTH, Wide
 
 SAMPLES = 16
-# Of what the activations of all samples at once take: two micro-batches of 8 do not fit beside each other either.
+# Of what the activations of all samples at once take: two micro-batches of 8 do not fit beside each
+# other either.
 ROOM = 0.6
 SAME = 1e-6
 LEFT = 4e9  # bytes of a GPU that `--batch-size auto` may fill
@@ -36,7 +38,8 @@ def memory(setting: Setting) -> Result:
 
 
 def _out_of_memory(setting: Setting, result: Result) -> None:
-    """One update of 16 samples, unlimited and limited; the gradient of sum(relu(x w)^2) is 2 relu(x w) x by hand."""
+    """One update of 16 samples, unlimited and limited; the gradient of sum(relu(x w)^2) is 2 relu(x
+    w) x by hand."""
     x = torch.linspace(-1, 1, SAMPLES).unsqueeze(1)
     free = _update(setting, x)
     with _limited(setting.device, int(ROOM * 2 * SAMPLES * WIDTH * 4)):
@@ -52,8 +55,14 @@ def _out_of_memory(setting: Setting, result: Result) -> None:
         ["update against that with all memory, relative", apart],
         ["gradient against float64 by hand, relative", by_hand],
     ]
-    result.check("with all memory nothing is split", free["splits"] == 0, f"{free['splits']} splits")
-    result.check("memory ran out, and the window went on", limited["splits"] > 0, f"{limited['splits']} splits")
+    result.check(
+        "with all memory nothing is split", free["splits"] == 0, f"{free['splits']} splits"
+    )
+    result.check(
+        "memory ran out, and the window went on",
+        limited["splits"] > 0,
+        f"{limited['splits']} splits",
+    )
     result.at_most("the update is that of all memory", apart, SAME)
     result.at_most("the gradient is that of float64", by_hand, SAME)
 
@@ -105,15 +114,20 @@ def _batch_size_auto(setting: Setting, result: Result) -> None:
     """A GPU that is nearly full, so that what is found is a limit and not the effective batch."""
     filled = None
     if not setting.cpu:
-        from accum_trainer.fit import MARGIN
+        from accum_trainer.speed.fit import MARGIN
 
         free, total = torch.cuda.mem_get_info()
-        filled = torch.empty(max(0, int(free - MARGIN * total - LEFT)), dtype=torch.uint8, device="cuda")
+        filled = torch.empty(
+            max(0, int(free - MARGIN * total - LEFT)), dtype=torch.uint8, device="cuda"
+        )
     largest = 8 if setting.small else 2048
     records = train(setting, "auto", 2, batch_size="auto", global_batch_size=largest)
     del filled
     found = json.loads((place(setting, "auto") / "plan.json").read_text())["batch_size_found"]
-    peak, splits = max(record["peak_gb"] for record in records), sum(record["oom_splits"] for record in records)
+    peak, splits = (
+        max(record["peak_gb"] for record in records),
+        sum(record["oom_splits"] for record in records),
+    )
     result.table.rows += [
         ["--batch-size auto: samples found", found["micro_batch_size"]],
         ["samples tried", ", ".join(found["tried"])],
@@ -122,8 +136,14 @@ def _batch_size_auto(setting: Setting, result: Result) -> None:
         ["peak while training, GB", peak],
         ["splits while training", splits],
     ]
-    result.check("auto found a micro-batch", found["micro_batch_size"] >= 1, str(found["micro_batch_size"]))
-    result.check("its peak is below the limit", peak <= found["limit_gb"], f"{peak:.3f} of {found['limit_gb']:.3f} GB")
+    result.check(
+        "auto found a micro-batch", found["micro_batch_size"] >= 1, str(found["micro_batch_size"])
+    )
+    result.check(
+        "its peak is below the limit",
+        peak <= found["limit_gb"],
+        f"{peak:.3f} of {found['limit_gb']:.3f} GB",
+    )
     result.check("it never ran out", splits == 0, f"{splits} splits")
     if not setting.cpu:
         words = f"{found['micro_batch_size']} of {largest} samples"

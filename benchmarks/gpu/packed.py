@@ -1,6 +1,7 @@
 """Packed samples under each attention: the gradient of their update against padded rows in float64.
 
-Before that, what the package's own proof decides about this model and attention (`accum_trainer.packing`).
+Before that, what the package's own proof decides about this model and attention
+(`accum_trainer.losses.packing`).
 """
 
 from __future__ import annotations
@@ -16,14 +17,25 @@ from tests.reference import big_batch, make_rows, pad, relative_error
 
 FLOAT32 = 2e-5  # a GPU's kernels for float32; on a CPU 1e-6
 SIXTEEN_BIT = 1.25  # times what padded rows are off in bf16
-HEADER = ["attention", "precision", "proof", "boundaries given", "error of packed", "error of padded"]
+HEADER = [
+    "attention",
+    "precision",
+    "proof",
+    "boundaries given",
+    "error of packed",
+    "error of padded",
+]
 
 
 def packing(setting: Setting) -> Result:
     result = Result(Table(HEADER, []))
     tried = [("sdpa", "no"), ("sdpa", "bf16")]
     if not setting.cpu:
-        tried += [("flex_attention", "no"), ("flex_attention", "bf16"), ("flash_attention_2", "bf16")]
+        tried += [
+            ("flex_attention", "no"),
+            ("flex_attention", "bf16"),
+            ("flash_attention_2", "bf16"),
+        ]
         tried += [("flash_attention_3", "bf16")]
     # 64 numbers per head, as kernels want them.
     sizes = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 97}
@@ -34,28 +46,43 @@ def packing(setting: Setting) -> Result:
         optional = attention.startswith("flash")
         try:
             _one(setting, result, copy.deepcopy(model), attention, precision, rows, exact)
-        except Exception as error:  # of any type: a kernel's own; it is shown, and the others are run
+        except (
+            Exception
+        ) as error:  # of any type: a kernel's own; it is shown, and the others are run
             result.table.rows.append([attention, precision, one_line(error), "-", "-", "-"])
             if not (optional and isinstance(error, ImportError)):
                 result.check(f"{attention}, {precision}", False, one_line(error))
-    result.notes.append("Relative errors of the whole gradient, one update of 12 ragged rows in three micro-batches.")
-    result.notes.append("torch's varlen_attn, which transformers does not know as an attention, is not tried.")
+    result.notes.append(
+        "Relative errors of the whole gradient, one update of 12 ragged rows in three "
+        "micro-batches."
+    )
+    result.notes.append(
+        "torch's varlen_attn, which transformers does not know as an attention, is not tried."
+    )
     if setting.cpu:
         result.notes.append("flex_attention and flash attention need a GPU: not run here.")
     return result
 
 
 def _one(
-    setting: Setting, result: Result, model: Any, attention: str, precision: str, rows: list[dict], exact: Any
+    setting: Setting,
+    result: Result,
+    model: Any,
+    attention: str,
+    precision: str,
+    rows: list[dict],
+    exact: Any,
 ) -> None:
-    from accum_trainer.packing import find_packing
+    from accum_trainer.losses.packing import find_packing
 
     model.set_attn_implementation(attention)
     acc = _accumulator(setting, precision)
     prepared, _ = _prepared(acc, model)
     tokens = torch.tensor(rows[0]["input_ids"], device=acc.device)
     most = sum(len(row["input_ids"]) for row in rows)
-    found = find_packing(acc.engine.unwrap(prepared), tokens, most=most, is_16_bit=precision != "no")
+    found = find_packing(
+        acc.engine.unwrap(prepared), tokens, most=most, is_16_bit=precision != "no"
+    )
     name = f"{attention}, {precision}"
     result.check(f"{name}: the proof holds", found.holds, found.reason)
     packed = padded = "-"
@@ -75,7 +102,9 @@ def _accumulator(setting: Setting, precision: str) -> Any:
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    return Accumulator(micro_batch_size=4, global_batch_size=12, cpu=setting.cpu, mixed_precision=precision)
+    return Accumulator(
+        micro_batch_size=4, global_batch_size=12, cpu=setting.cpu, mixed_precision=precision
+    )
 
 
 def _prepared(acc: Any, model: Any) -> tuple[Any, Any]:
@@ -84,16 +113,23 @@ def _prepared(acc: Any, model: Any) -> tuple[Any, Any]:
 
 
 def _error(
-    setting: Setting, model: Any, precision: str, rows: list[dict], exact: Any, boundaries: tuple[str, ...] | None
+    setting: Setting,
+    model: Any,
+    precision: str,
+    rows: list[dict],
+    exact: Any,
+    boundaries: tuple[str, ...] | None,
 ) -> float:
     """Of one update of all rows, packed with these boundaries, or padded where they are None."""
     from accum_trainer import causal_lm_loss
-    from accum_trainer.data.collating import PackingCollator
+    from accum_trainer.sources.collating import PackingCollator
     from accum_trainer.window_plan import Cut
 
     acc = _accumulator(setting, precision)
     prepared, optimizer = _prepared(acc, model)
-    collate, cut = (pad, Cut(4)) if boundaries is None else (PackingCollator(boundaries), Cut(4, packed=True))
+    collate, cut = (
+        (pad, Cut(4)) if boundaries is None else (PackingCollator(boundaries), Cut(4, packed=True))
+    )
     for window in acc.windows(rows, collate_fn=collate, cut=cut):
         for batch in window:
             with acc.accumulate(prepared):

@@ -2,7 +2,8 @@
 
     python -m benchmarks.gpu.part NAME SETTING-AS-JSON OUT.json
 
-A part is a function of a `Setting` that returns a `Result`. It knows nothing of other parts, of limits or of the report.
+A part is a function of a `Setting` that returns a `Result`. It knows nothing of other parts, of
+limits or of the report.
 """
 
 from __future__ import annotations
@@ -19,7 +20,12 @@ ROOT = Path(__file__).parents[2]
 
 # name -> (module, function, most seconds on a GPU, what it shows)
 PARTS: dict[str, tuple[str, str, int, str]] = {
-    "contract": ("contract", "contract", 300, "Updates against one float64 big batch, by the tests' own assertions"),
+    "contract": (
+        "contract",
+        "contract",
+        300,
+        "Updates against one float64 big batch, by the tests' own assertions",
+    ),
     "precision": ("training", "precision", 120, "20 updates in 16 bits against float32"),
     "memory": ("memory", "memory", 120, "Running out of memory; --batch-size auto"),
     "packing": ("packed", "packing", 150, "Gradients of packed samples against padded float64"),
@@ -27,7 +33,12 @@ PARTS: dict[str, tuple[str, str, int, str]] = {
     "sharded": ("contract", "sharded", 370, "ZeRO with one process, FSDP2 with two on one GPU"),
     "waits": ("waits", "waits", 90, "How often the host waits for the device in a window of K=8"),
     "footprint": ("footprints", "footprint", 150, "Estimated memory against allocated memory"),
-    "throughput": ("throughput", "throughput", 420, "Against transformers.Trainer on the same ragged rows"),
+    "throughput": (
+        "throughput",
+        "throughput",
+        420,
+        "Against transformers.Trainer on the same ragged rows",
+    ),
 }
 
 

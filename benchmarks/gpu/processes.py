@@ -1,4 +1,5 @@
-"""A process that is ended with all that it started when its time is over. Knows nothing of parts."""
+"""A process that is ended with all that it started when its time is over. Knows nothing of
+parts."""
 
 from __future__ import annotations
 
@@ -11,10 +12,15 @@ import psutil
 from benchmarks.gpu.part import ROOT
 
 
-def run(command: Sequence[str], log: Path, limit: float, environment: Mapping[str, str]) -> int | None:
-    """Run a command in the repository's root, its output in `log`: exit status, or None if it was ended after `limit` s."""
+def run(
+    command: Sequence[str], log: Path, limit: float, environment: Mapping[str, str]
+) -> int | None:
+    """Run a command in the repository's root, its output in `log`: exit status, or None if it was
+    ended after `limit` s."""
     with open(log, "w") as file:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
+        )
         try:
             return process.wait(limit)
         except subprocess.TimeoutExpired:

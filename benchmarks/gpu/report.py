@@ -14,7 +14,11 @@ def markdown(outcomes: Sequence[Outcome], device: str, versions: str, small: boo
     """The whole report."""
     bad = [outcome.part for outcome in outcomes if not outcome.passed]
     verdict = f"Not passed: {', '.join(bad)}." if bad else "All parts passed."
-    how = "`python -m benchmarks.gpu --small`, sizes that say nothing about speed" if small else "`make gpu`"
+    how = (
+        "`python -m benchmarks.gpu --small`, sizes that say nothing about speed"
+        if small
+        else "`make gpu`"
+    )
     lines = [
         f"# {device}",
         "",
@@ -22,7 +26,10 @@ def markdown(outcomes: Sequence[Outcome], device: str, versions: str, small: boo
         "",
         f"**{verdict}**",
         "",
-        *table(["part", "outcome", "seconds", "run", "code"], [_summary(outcome) for outcome in outcomes]),
+        *table(
+            ["part", "outcome", "seconds", "run", "code"],
+            [_summary(outcome) for outcome in outcomes],
+        ),
     ]
     for outcome in outcomes:
         lines += ["", f"## {outcome.part}", "", f"{PARTS[outcome.part][3]}.", "", *_body(outcome)]
@@ -42,7 +49,10 @@ def _body(outcome: Outcome) -> list[str]:
         return [f"{outcome.state}:", "", "```text", outcome.words, "```"]
     lines = table(outcome.result["table"]["header"], outcome.result["table"]["rows"])
     if outcome.result["checks"]:
-        checks = [[c["name"], "passed" if c["passed"] else "**FAILED**", c["words"]] for c in outcome.result["checks"]]
+        checks = [
+            [c["name"], "passed" if c["passed"] else "**FAILED**", c["words"]]
+            for c in outcome.result["checks"]
+        ]
         lines += ["", *table(["check", "outcome", "found"], checks)]
     for note in outcome.result["notes"]:
         lines += ["", note]

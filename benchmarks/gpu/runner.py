@@ -1,4 +1,5 @@
-"""Run parts, each in a process of its own, and keep what they gave: a part that has a result is not run again.
+"""Run parts, each in a process of its own, and keep what they gave: a part that has a result is not
+run again.
 
     FOLDER/<part>.json   the outcome: result or last words, when, how long, of which code
     FOLDER/<part>.log    all that it printed
@@ -54,7 +55,9 @@ class Outcome:
         return self.result is not None and all(check["passed"] for check in self.result["checks"])
 
 
-def run_parts(names: Sequence[str], setting: Setting, again: bool, limit: float | None = None) -> list[Outcome]:
+def run_parts(
+    names: Sequence[str], setting: Setting, again: bool, limit: float | None = None
+) -> list[Outcome]:
     """Run those of the named parts that have no result, until the time is over.
 
     Args:
@@ -70,16 +73,25 @@ def run_parts(names: Sequence[str], setting: Setting, again: bool, limit: float 
             continue
         left = ends - time.monotonic()
         if left < 10:
-            outcome = _outcome(name, "not run", f"the {MINUTES} minutes were over; the next call runs it", 0.0)
+            outcome = _outcome(
+                name, "not run", f"the {MINUTES} minutes were over; the next call runs it", 0.0
+            )
         else:
             print(f"{name}: {PARTS[name][3]} ...", flush=True)
             outcome = run_part(name, setting, min(left, limit or PARTS[name][2] * setting.patience))
         (folder / f"{name}.json").write_text(json.dumps(dataclasses.asdict(outcome)))
-        print(f"{name}: {outcome.state}, {outcome.seconds:.0f} s\n{outcome.words}".rstrip(), flush=True)
-    return [read(folder, name) or _outcome(name, "not run", "not asked for yet", 0.0) for name in PARTS]
+        print(
+            f"{name}: {outcome.state}, {outcome.seconds:.0f} s\n{outcome.words}".rstrip(),
+            flush=True,
+        )
+    return [
+        read(folder, name) or _outcome(name, "not run", "not asked for yet", 0.0) for name in PARTS
+    ]
 
 
-def run_part(name: str, setting: Setting, limit: float, command: Sequence[str] | None = None) -> Outcome:
+def run_part(
+    name: str, setting: Setting, limit: float, command: Sequence[str] | None = None
+) -> Outcome:
     """Run one part for at most `limit` seconds; `command` stands in for the part's own process."""
     folder = Path(setting.folder)
     out, log = folder / f"{name}.result", folder / f"{name}.log"
@@ -95,8 +107,13 @@ def run_part(name: str, setting: Setting, limit: float, command: Sequence[str] |
     ended = processes.how_it_ended(status, limit)
     if not ended and out.exists():
         return _outcome(name, "done", "", time.monotonic() - begun, json.loads(out.read_text()))
-    words = f"{ended or 'it gave no result'}; its last words:\n{last_words(log.read_text(errors='replace'))}"
-    return _outcome(name, "out of time" if status is None else "failed", words, time.monotonic() - begun)
+    words = (
+        f"{ended or 'it gave no result'}; its last "
+        f"words:\n{last_words(log.read_text(errors='replace'))}"
+    )
+    return _outcome(
+        name, "out of time" if status is None else "failed", words, time.monotonic() - begun
+    )
 
 
 def environment(setting: Setting) -> dict[str, str]:
@@ -116,7 +133,9 @@ def read(folder: Path, name: str) -> Outcome | None:
         return None
 
 
-def _outcome(name: str, state: str, words: str, seconds: float, result: dict[str, Any] | None = None) -> Outcome:
+def _outcome(
+    name: str, state: str, words: str, seconds: float, result: dict[str, Any] | None = None
+) -> Outcome:
     return Outcome(name, state, result, words, seconds, time.strftime("%Y-%m-%d %H:%M"), code())
 
 

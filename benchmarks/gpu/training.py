@@ -1,4 +1,5 @@
-"""What `train` gives in 16 bits and compiled, against float32 as it is: the same data, order and updates."""
+"""What `train` gives in 16 bits and compiled, against float32 as it is: the same data, order and
+updates."""
 
 from __future__ import annotations
 
@@ -8,15 +9,16 @@ from typing import Any
 from benchmarks.gpu.part import Result, Setting, Table
 
 UPDATES = 20
-# Largest difference of an update's loss, as a share of how far the loss falls in float32: one update in 20 that is lost
-# is about so much.
+# Largest difference of an update's loss, as a share of how far the loss falls in float32: one
+# update in 20 that is lost is about so much.
 SIXTEEN_BIT = 0.05
 # Compiled code fuses and so rounds anew.
 COMPILED = 1e-4
 
 
 def train(setting: Setting, name: str, steps: int, **options: Any) -> list[dict[str, Any]]:
-    """The records of a training of the tiny model on the embedded corpus, through `accum_trainer.train.updates`."""
+    """The records of a training of the tiny model on the embedded corpus, through
+    `accum_trainer.train.updates`."""
     from accelerate.state import AcceleratorState, GradientState
 
     from accum_trainer import TrainConfig
@@ -24,9 +26,13 @@ def train(setting: Setting, name: str, steps: int, **options: Any) -> list[dict[
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    sizes = {"global_batch_size": 8, "max_seq_len": 64} if setting.small else {"global_batch_size": 32}
+    sizes = (
+        {"global_batch_size": 8, "max_seq_len": 64} if setting.small else {"global_batch_size": 32}
+    )
     common = {"batch_size": 2 if setting.small else 8, "cpu": setting.cpu, "steps": steps, **sizes}
-    return list(updates(TrainConfig(**(common | options | {"output_dir": str(place(setting, name))}))))
+    return list(
+        updates(TrainConfig(**(common | options | {"output_dir": str(place(setting, name))})))
+    )
 
 
 def place(setting: Setting, name: str) -> Path:
@@ -41,9 +47,16 @@ def worst_difference(found: list[dict[str, Any]], exact: list[dict[str, Any]], k
 
 
 def precision(setting: Setting) -> Result:
-    from accum_trainer.checkpoint import load_checkpoint, newest_whole
+    from accum_trainer.train.checkpoint import load_checkpoint, newest_whole
 
-    header = ["precision", "first loss", "last loss", "worst difference / fall in float32", "skipped", "loss scale"]
+    header = [
+        "precision",
+        "first loss",
+        "last loss",
+        "worst difference / fall in float32",
+        "skipped",
+        "loss scale",
+    ]
     result = Result(Table(header, []))
     curves: dict[str, list[float]] = {}
     for kind in ("no", "bf16") if setting.cpu else ("no", "bf16", "fp16"):
@@ -56,15 +69,23 @@ def precision(setting: Setting) -> Result:
         worst = max(abs(a - b) for a, b in zip(curve, exact, strict=True)) / (exact[0] - exact[-1])
         skipped = sum(record["skipped"] for record in records)
         result.table.rows.append([kind, curve[0], curve[-1], worst, skipped, scale])
-        result.check(f"{kind}: the loss falls", curve[-1] < curve[0], f"{curve[0]:.3f} to {curve[-1]:.3f}")
+        result.check(
+            f"{kind}: the loss falls", curve[-1] < curve[0], f"{curve[0]:.3f} to {curve[-1]:.3f}"
+        )
         if kind != "no":
             result.at_most(f"{kind}: worst difference", worst, SIXTEEN_BIT)
-            result.check(f"{kind} is in force", curve != exact, "its losses are not those of float32 to the bit")
+            result.check(
+                f"{kind} is in force",
+                curve != exact,
+                "its losses are not those of float32 to the bit",
+            )
         if kind == "fp16":
             words = f"{skipped} skipped, scale {scale}"
             result.check("fp16: has a scaler", isinstance(scale, float) and scale > 0, words)
             result.check("fp16: at most 2 updates were skipped", skipped <= 2, words)
-    result.notes.append(f"{UPDATES} updates of the tiny model through `accum_trainer.train.updates`.")
+    result.notes.append(
+        f"{UPDATES} updates of the tiny model through `accum_trainer.train.updates`."
+    )
     if setting.cpu:
         result.notes.append("fp16 needs a GPU: not run here.")
     return result
@@ -75,7 +96,8 @@ def compiled(setting: Setting) -> Result:
     from torch._dynamo.utils import counters
 
     steps = 2 if setting.small else 8
-    # The smallest model that meets all that is compiled: several samples with and without padding, one sample.
+    # The smallest model that meets all that is compiled: several samples with and without padding,
+    # one sample.
     sizes = {"batch_size": None, "max_tokens_per_micro_batch": 128 if setting.small else 2048}
     plain = train(setting, "plain", steps, **sizes)
     torch._dynamo.reset()
@@ -83,7 +105,9 @@ def compiled(setting: Setting) -> Result:
     found = train(setting, "compiled", steps, compile=True, **sizes)
     graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
     # Without the first update, which compiles.
-    plain_time, compiled_time = (sorted(r["step_time_sec"] for r in rs[1:])[(steps - 1) // 2] for rs in (plain, found))
+    plain_time, compiled_time = (
+        sorted(r["step_time_sec"] for r in rs[1:])[(steps - 1) // 2] for rs in (plain, found)
+    )
     loss, norm = (worst_difference(found, plain, key) for key in ("loss", "grad_norm"))
     header = [
         "updates",
@@ -93,11 +117,19 @@ def compiled(setting: Setting) -> Result:
         "graph breaks",
         "time, over uncompiled",
     ]
-    result = Result(Table(header, [[steps, loss, norm, graphs, breaks, compiled_time / plain_time]]))
+    result = Result(
+        Table(header, [[steps, loss, norm, graphs, breaks, compiled_time / plain_time]])
+    )
     result.at_most("loss, compiled against uncompiled", loss, COMPILED)
     result.at_most("gradient norm, compiled against uncompiled", norm, 10 * COMPILED)
     # Three in training and the compiler's trial.
-    result.check("few compilations serve all sizes", 1 <= graphs <= 7, f"{graphs} graphs, at most 7")
-    result.check("no graph breaks", breaks == 0, str(dict(counters["graph_break"])) if breaks else "none")
-    result.notes.append("The tiny model in float32, micro-batches by a token budget, so that they have many sizes.")
+    result.check(
+        "few compilations serve all sizes", 1 <= graphs <= 7, f"{graphs} graphs, at most 7"
+    )
+    result.check(
+        "no graph breaks", breaks == 0, str(dict(counters["graph_break"])) if breaks else "none"
+    )
+    result.notes.append(
+        "The tiny model in float32, micro-batches by a token budget, so that they have many sizes."
+    )
     return result

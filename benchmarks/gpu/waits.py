@@ -1,9 +1,10 @@
-"""How often the host waits for the device: in a window's micro-batches and in its step, of `train`'s own loop.
+"""How often the host waits for the device: in a window's micro-batches and in its step, of
+`train`'s own loop.
 
 On a GPU the profiler sees the runtime's calls. On a CPU nothing waits; the operators that would are
-counted there as they are called (`aten::_local_scalar_dense` is what `.item()` and `float()` end in).
-They are called on tensors of the host too, where they cost nothing: who calls them, on what, is said
-below the table, as seen one window later.
+counted there as they are called (`aten::_local_scalar_dense` is what `.item()` and `float()` end
+in). They are called on tensors of the host too, where they cost nothing: who calls them, on what,
+is said below the table, as seen one window later.
 """
 
 from __future__ import annotations
@@ -22,11 +23,19 @@ from benchmarks.gpu.part import Result, Setting, Table, one_line
 K = 8
 OPERATORS = ("aten::_local_scalar_dense", "aten::nonzero")
 STREAM = "cudaStreamSynchronize"
-RUNTIME = (STREAM, "cudaDeviceSynchronize", "cudaEventSynchronize", "Memcpy DtoH", "Memcpy HtoD (Page")
+RUNTIME = (
+    STREAM,
+    "cudaDeviceSynchronize",
+    "cudaEventSynchronize",
+    "Memcpy DtoH",
+    "Memcpy HtoD (Page",
+)
 
 
 def waits(setting: Setting) -> Result:
-    result = Result(Table(["layout", "event", f"in {K} micro-batches", "per micro-batch", "in the step"], []))
+    result = Result(
+        Table(["layout", "event", f"in {K} micro-batches", "per micro-batch", "in the step"], [])
+    )
     layouts = [("padded", None), ("packed", "sdpa")]
     layouts += [] if setting.cpu else [("packed", "flex_attention")]
     for layout, attention in layouts:
@@ -39,9 +48,12 @@ def waits(setting: Setting) -> Result:
             words = f"{inside[STREAM]} in {K} micro-batches of {layers} layers"
             result.check(f"{name}: the layers do not wait", inside[STREAM] < layers * K, words)
         called = "; ".join(f"{caller} {count}" for caller, count in callers.most_common(8))
-        result.notes.append(f"{name}, callers in a window and its step, forwards only on a GPU: {called}.")
+        result.notes.append(
+            f"{name}, callers in a window and its step, forwards only on a GPU: {called}."
+        )
     result.notes.append(
-        "The third update, its micro-batches and its step each under a profiler of its own, in float32."
+        "The third update, its micro-batches and its step each under a profiler of its own, in "
+        "float32."
     )
     return result
 
@@ -49,19 +61,22 @@ def waits(setting: Setting) -> Result:
 def _count(
     setting: Setting, layout: str, attention: str | None
 ) -> tuple[Counter[str], Counter[str], int, Counter[str], int]:
-    """Events in the micro-batches and in the step of the third window, kinds of events, who calls, the model's layers."""
+    """Events in the micro-batches and in the step of the third window, kinds of events, who calls,
+    the model's layers."""
     from accelerate.state import AcceleratorState, GradientState
 
     from accum_trainer import TrainConfig
-    from accum_trainer.assemble import assemble
-    from accum_trainer.model import blocks_of
+    from accum_trainer.lm.model import blocks_of
+    from accum_trainer.train.setup import assemble
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     batch = 1 if setting.small else 4
     sizes: dict[str, Any] = {"batch_size": batch, "gradient_accumulation_steps": K}
     sizes["max_seq_len"] = 64 if setting.small else 512
-    parts = assemble(TrainConfig(cpu=setting.cpu, layout=layout, attention=attention, steps=10, **sizes))
+    parts = assemble(
+        TrainConfig(cpu=setting.cpu, layout=layout, attention=attention, steps=10, **sizes)
+    )
     callers, profiles = _Callers(), [_profile(setting), _profile(setting)]
     for number, window in zip(range(4), parts.windows, strict=False):
         assert window.num_micro_batches == K, window.num_micro_batches
@@ -70,7 +85,9 @@ def _count(
             continue
         try:
             _update(parts, window, callers, callers)
-        except Exception as error:  # of any type: some kernels cannot be looked into; the counts are there
+        except (
+            Exception
+        ) as error:  # of any type: some kernels cannot be looked into; the counts are there
             callers.found[f"not seen, {one_line(error)}"] += 1
     events = [list(_named(profile)) for profile in profiles]
     inside, step = (Counter(dict.fromkeys((*OPERATORS, *RUNTIME), 0)) for _ in range(2))
@@ -113,10 +130,15 @@ class _Callers(TorchDispatchMode):
         super().__init__()
         self.found: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         name = function._schema.name
         if name in OPERATORS:
             frames = [f for f in traceback.extract_stack()[:-1] if "/torch/" not in f.filename]
             place = "/".join(frames[-1].filename.split("/")[-2:])
-            self.found[f"{name.removeprefix('aten::')} on {args[0].device.type}, {place}:{frames[-1].lineno}"] += 1
+            self.found[
+                f"{name.removeprefix('aten::')} on {args[0].device.type}, "
+                f"{place}:{frames[-1].lineno}"
+            ] += 1
         return function(*args, **(kwargs or {}))

@@ -1,4 +1,5 @@
-"""`command(...)`: run `accum-trainer` in a process of its own and see its status, output and files."""
+"""`command(...)`: run `accum-trainer` in a process of its own and see its status, output and
+files."""
 
 from __future__ import annotations
 
@@ -79,7 +80,11 @@ def rows_file(tmp_path_factory):
 
     def write(name, content):
         path = tmp_path_factory.mktemp("data") / name
-        text = content if isinstance(content, str) else "".join(json.dumps(row) + "\n" for row in content)
+        text = (
+            content
+            if isinstance(content, str)
+            else "".join(json.dumps(row) + "\n" for row in content)
+        )
         path.write_text(text)
         return path
 

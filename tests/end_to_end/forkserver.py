@@ -1,8 +1,10 @@
-"""A process that has imported everything and forks one child per command: real processes without the wait for imports.
+"""A process that has imported everything and forks one child per command: real processes without
+the wait for imports.
 
-Reads one JSON request per line: {"argv", "cwd", "env", "out", "err", "kill"}; answers one line: {"status"}. A child runs
-the command line exactly as `accum-trainer` does. `kill` makes it send itself SIGKILL: {"micro_step": n} before its n-th
-micro-batch, or {"sync": n} before the n-th file of a checkpoint is synced to disk.
+Reads one JSON request per line: {"argv", "cwd", "env", "out", "err", "kill"}; answers one line:
+{"status"}. A child runs the command line exactly as `accum-trainer` does. `kill` makes it send
+itself SIGKILL: {"micro_step": n} before its n-th micro-batch, or {"sync": n} before the n-th file
+of a checkpoint is synced to disk.
 """
 
 from __future__ import annotations
@@ -12,11 +14,11 @@ import os
 import signal
 import sys
 
+import accum_trainer.checkpoint as checkpoint
 import datasets  # noqa: F401
 import peft  # noqa: F401
 import torch
 
-import accum_trainer.checkpoint as checkpoint
 import accum_trainer.train as train
 from accum_trainer.cli import main
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from accum_trainer.records import read_records
+from accum_trainer.train.records import read_records
 from tests.launching import ROOT, environment
 
 DEADLINE = 240  # seconds until a test gives up on something that must happen
@@ -19,7 +19,9 @@ DEADLINE = 240  # seconds until a test gives up on something that must happen
 class Started:
     """`Started(["accum-trainer's arguments"], folder)`: output goes to files in `folder`."""
 
-    def __init__(self, command: list[object], folder: Path, cwd: Path = ROOT, **env: object) -> None:
+    def __init__(
+        self, command: list[object], folder: Path, cwd: Path = ROOT, **env: object
+    ) -> None:
         self._out, self._err = folder / "out", folder / "err"
         with open(self._out, "w") as out, open(self._err, "w") as err:
             self.process = subprocess.Popen(
@@ -82,6 +84,8 @@ def process_of(*arguments: str) -> int:
 def wait_for_end(pid: int) -> None:
     """Wait until a process that is no child of this one is gone."""
     deadline = time.monotonic() + DEADLINE
-    while (status := Path(f"/proc/{pid}/status")).exists() and "State:\tZ" not in status.read_text():
+    while (
+        status := Path(f"/proc/{pid}/status")
+    ).exists() and "State:\tZ" not in status.read_text():
         assert time.monotonic() < deadline, f"process {pid} goes on"
         time.sleep(0.05)

@@ -1,4 +1,5 @@
-"""`make demo` shows what it says: R24 (variance down by half) and R22 (peak memory does not depend on K)."""
+"""`make demo` shows what it says: R24 (variance down by half) and R22 (peak memory does not depend
+on K)."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ def test_r22_r24_demo(tmp_path):
     assert int(re.search(r"loss variance .* down by (\d+)%", run.stdout)[1]) >= 50
     # At K=1 no forward finds a gradient in memory; but for that the peak is the same.
     line = re.search(
-        r"peak memory +K=1 ([\d.]+) GB, K=16 ([\d.]+) GB, ([\d.]+) GB of it the gradient so far", run.stdout
+        r"peak memory +K=1 ([\d.]+) GB, K=16 ([\d.]+) GB, ([\d.]+) GB of it the gradient so far",
+        run.stdout,
     )
     small, large, gradient = (float(figure) for figure in line.groups())
     assert gradient == 0.005  # 1,328,256 float32 numbers

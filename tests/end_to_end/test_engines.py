@@ -1,4 +1,5 @@
-"""`train` on sharded engines as users launch them: configs, adapters, precision, contradictions, moving between engines."""
+"""`train` on sharded engines as users launch them: configs, adapters, precision, contradictions,
+moving between engines."""
 
 from __future__ import annotations
 
@@ -10,13 +11,17 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from accum_trainer.records import read_records
+from accum_trainer.train.records import read_records
 from tests.launching import python, run, torchrun
 
 ZERO2 = {
     "compute_environment": "LOCAL_MACHINE",
     "distributed_type": "DEEPSPEED",
-    "deepspeed_config": {"zero_stage": 2, "gradient_accumulation_steps": 8, "zero3_init_flag": False},
+    "deepspeed_config": {
+        "zero_stage": 2,
+        "gradient_accumulation_steps": 8,
+        "zero3_init_flag": False,
+    },
     "num_machines": 1,
     "num_processes": 2,
     "mixed_precision": "no",
@@ -36,7 +41,11 @@ FSDP2 = {
 @pytest.fixture
 def rows(rows_file):
     return rows_file(
-        "rows.jsonl", [{"prompt": f"{n} plus {n} is ", "completion": f"{2 * n} " * (n % 7 + 1)} for n in range(150)]
+        "rows.jsonl",
+        [
+            {"prompt": f"{n} plus {n} is ", "completion": f"{2 * n} " * (n % 7 + 1)}
+            for n in range(150)
+        ],
     )
 
 
@@ -44,38 +53,78 @@ def launch(tmp_path, config, *argv):
     """`accelerate launch --config_file FILE -m accum_trainer.train ARGV`."""
     file = tmp_path / "launch.yaml"
     file.write_text(yaml.safe_dump(config))
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file, "--main_process_port", "0"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        file,
+        "--main_process_port",
+        "0",
+    ]
     return run([*launcher, "-m", "accum_trainer.train", *argv], OMP_NUM_THREADS=1)
 
 
-@pytest.mark.parametrize("extra", [[], ["--amp", "--gradient-checkpointing"]], ids=["float32", "amp+checkpointing"])
+@pytest.mark.parametrize(
+    "extra", [[], ["--amp", "--gradient-checkpointing"]], ids=["float32", "amp+checkpointing"]
+)
 def test_r14_r18_r41_lora_under_zero2(tmp_path, rows, extra):
-    argv = ["--use-peft", "--lora-r", "16", "--batch-size", "4", "--gradient-accumulation-steps", "8", "--steps", "20"]
+    argv = [
+        "--use-peft",
+        "--lora-r",
+        "16",
+        "--batch-size",
+        "4",
+        "--gradient-accumulation-steps",
+        "8",
+        "--steps",
+        "20",
+    ]
     finished = launch(
-        tmp_path, ZERO2, *argv, "--lr", "1e-2", "--dataset-file", rows, "--output-dir", tmp_path / "run", *extra
+        tmp_path,
+        ZERO2,
+        *argv,
+        "--lr",
+        "1e-2",
+        "--dataset-file",
+        rows,
+        "--output-dir",
+        tmp_path / "run",
+        *extra,
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     records = read_records(tmp_path / "run" / "metrics.jsonl")
     assert len(records) == 20 and not any(r["skipped"] for r in records)
     first = records[0]
-    assert (first["gradient_accumulation_steps"], first["effective_batch_size"], first["physical_batch_size"]) == (
+    assert (
+        first["gradient_accumulation_steps"],
+        first["effective_batch_size"],
+        first["physical_batch_size"],
+    ) == (
         8,
         64,
         4,
     )
     assert records[-1]["loss"] < first["loss"] - 0.2
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
-    assert (plan["engine"], plan["world_size"], plan["mixed_precision"]) == ("zero2", 2, "bf16" if extra else "no")
+    assert (plan["engine"], plan["world_size"], plan["mixed_precision"]) == (
+        "zero2",
+        2,
+        "bf16" if extra else "no",
+    )
     assert plan["grad_sync"] == "once-per-window" and "free" in plan["grad_sync_reason"]
     # What is saved is the adapter alone, as peft loads it.
     adapter = load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")
     assert sum(t.numel() for t in adapter.values()) == plan["trained_parameters"] == 157_696
-    checkpoint = load_file(sorted((tmp_path / "run" / "checkpoints").iterdir())[-1] / "model.safetensors")
+    checkpoint = load_file(
+        sorted((tmp_path / "run" / "checkpoints").iterdir())[-1] / "model.safetensors"
+    )
     assert sum(t.numel() for t in checkpoint.values()) == 157_696
 
 
 def test_r18_merged_model_is_the_base_with_the_adapter(tmp_path, rows):
-    """On ZeRO-3, where the trained model is in shards: the merged model predicts what base and adapter predict together."""
+    """On ZeRO-3, where the trained model is in shards: the merged model predicts what base and
+    adapter predict together."""
     argv = [
         "--use-peft",
         "--merge-adapter",
@@ -94,21 +143,28 @@ def test_r18_merged_model_is_the_base_with_the_adapter(tmp_path, rows):
     from transformers import AutoModelForCausalLM
 
     from accum_trainer import TrainConfig
-    from accum_trainer.model import load_model, load_tokenizer
+    from accum_trainer.lm.model import load_model, load_tokenizer
 
     config = TrainConfig()
     torch.manual_seed(config.seed)
     base = load_model(config, load_tokenizer(config)).eval()
     ids = torch.arange(5, 25)[None]
     before = base(input_ids=ids).logits
-    adapted = PeftModel.from_pretrained(base, tmp_path / "run" / "model").eval()(input_ids=ids).logits
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model-merged").eval()(input_ids=ids).logits
+    adapted = (
+        PeftModel.from_pretrained(base, tmp_path / "run" / "model").eval()(input_ids=ids).logits
+    )
+    merged = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model-merged")
+        .eval()(input_ids=ids)
+        .logits
+    )
     assert torch.allclose(merged, adapted, atol=1e-4)
     assert (adapted - before).abs().max() > 1e-2
 
 
 def test_r18_lora_with_modules_to_save_under_zero2(tmp_path, rows):
-    """The nine norms of 128 are trained whole and saved with the adapter; the curve is that of one process."""
+    """The nine norms of 128 are trained whole and saved with the adapter; the curve is that of one
+    process."""
     argv = [
         "--use-peft",
         "--lora-modules-to-save",
@@ -127,10 +183,19 @@ def test_r18_lora_with_modules_to_save_under_zero2(tmp_path, rows):
     ):
         finished = run_it(*argv, "--output-dir", tmp_path / name)
         assert finished.returncode == 0, finished.stderr[-3000:]
-    curves = [[r["loss"] for r in read_records(tmp_path / name / "metrics.jsonl")] for name in ("two", "one")]
+    curves = [
+        [r["loss"] for r in read_records(tmp_path / name / "metrics.jsonl")]
+        for name in ("two", "one")
+    ]
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
-    assert json.loads((tmp_path / "two" / "plan.json").read_text())["trained_parameters"] == 157_696 + 9 * 128
-    saved = [load_file(tmp_path / name / "model" / "adapter_model.safetensors") for name in ("two", "one")]
+    assert (
+        json.loads((tmp_path / "two" / "plan.json").read_text())["trained_parameters"]
+        == 157_696 + 9 * 128
+    )
+    saved = [
+        load_file(tmp_path / name / "model" / "adapter_model.safetensors")
+        for name in ("two", "one")
+    ]
     assert sum("norm" in key for key in saved[0]) == 9
     for key in saved[1]:
         assert torch.allclose(saved[0][key], saved[1][key], rtol=1e-3, atol=1e-5), key
@@ -142,11 +207,18 @@ def test_fsdp2_from_a_launch_config(tmp_path, rows):
     assert finished.returncode == 0, finished.stderr[-3000:]
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert (plan["engine"], plan["world_size"]) == ("fsdp2", 2)
-    single = python("-m", "accum_trainer.train", "--cpu", *argv, "--output-dir", tmp_path / "single")
+    single = python(
+        "-m", "accum_trainer.train", "--cpu", *argv, "--output-dir", tmp_path / "single"
+    )
     assert single.returncode == 0, single.stderr
-    curves = [[r["loss"] for r in read_records(tmp_path / name / "metrics.jsonl")] for name in ("run", "single")]
+    curves = [
+        [r["loss"] for r in read_records(tmp_path / name / "metrics.jsonl")]
+        for name in ("run", "single")
+    ]
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
-    weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "single")]
+    weights = [
+        load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "single")
+    ]
     assert weights[0].keys() == weights[1].keys()
     for name in weights[0]:
         assert torch.allclose(weights[0][name], weights[1][name], rtol=1e-4, atol=1e-6), name
@@ -162,8 +234,12 @@ def test_fsdp2_from_a_launch_config(tmp_path, rows):
 )
 def test_i23b_fsdp_settings_that_would_be_lost(tmp_path, variables, says):
     argv = ["--cpu", "--steps", "1", "--output-dir", tmp_path / "run"]
-    finished = python("-m", "accum_trainer", "train", *argv, ACCELERATE_USE_FSDP="true", **variables)
-    assert finished.returncode == 2 and says in finished.stderr and "Traceback" not in finished.stderr
+    finished = python(
+        "-m", "accum_trainer", "train", *argv, ACCELERATE_USE_FSDP="true", **variables
+    )
+    assert (
+        finished.returncode == 2 and says in finished.stderr and "Traceback" not in finished.stderr
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -183,14 +259,27 @@ def test_i23_a_deepspeed_file_that_says_otherwise(tmp_path, rows, config, argv, 
     file = tmp_path / "zero.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 2}} | config))
     finished = python(
-        *("-m", "accum_trainer", "train", "--batch-size", "4", "--gradient-accumulation-steps", "8", "--zero-stage"),
+        *(
+            "-m",
+            "accum_trainer",
+            "train",
+            "--batch-size",
+            "4",
+            "--gradient-accumulation-steps",
+            "8",
+            "--zero-stage",
+        ),
         *(argv[1:] if argv[:1] == ["--zero-stage"] else ["zero2", *argv]),
         *("--dataset-file", rows, "--output-dir", tmp_path / "run"),
         ACCELERATE_USE_DEEPSPEED="true",
         ACCELERATE_DEEPSPEED_CONFIG_FILE=file,
     )
     assert finished.returncode == 2, finished.stderr[-2000:]
-    assert says in finished.stderr and str(file) in finished.stderr and "make them agree" in finished.stderr
+    assert (
+        says in finished.stderr
+        and str(file) in finished.stderr
+        and "make them agree" in finished.stderr
+    )
     assert "Traceback" not in finished.stderr
     assert not (tmp_path / "run").exists()
 
@@ -212,27 +301,52 @@ def test_i23_a_missing_or_auto_k_is_filled_in(tmp_path, rows):
 
 
 def test_i37_a_run_moves_between_engines(tmp_path, rows):
-    """Begun on ZeRO-3 with two processes, continued on one, finished on ZeRO-2: the windows and the curve of one process."""
-    argv = ["--cpu", "--batch-size", "2", "--global-batch-size", "8", "--lr", "1e-3", "--scheduler", "constant"]
+    """Begun on ZeRO-3 with two processes, continued on one, finished on ZeRO-2: the windows and the
+    curve of one process."""
+    argv = [
+        "--cpu",
+        "--batch-size",
+        "2",
+        "--global-batch-size",
+        "8",
+        "--lr",
+        "1e-3",
+        "--scheduler",
+        "constant",
+    ]
     argv += ["--dataset-file", rows, "--eval-file", rows, "--eval-every", "2"]
-    whole = python("-m", "accum_trainer.train", *argv, "--steps", "6", "--output-dir", tmp_path / "whole")
+    whole = python(
+        "-m", "accum_trainer.train", *argv, "--steps", "6", "--output-dir", tmp_path / "whole"
+    )
     assert whole.returncode == 0, whole.stderr
-    for processes, steps, extra in ((2, 2, ["--zero-stage", "zero3"]), (1, 4, []), (2, 6, ["--zero-stage", "zero2"])):
+    for processes, steps, extra in (
+        (2, 2, ["--zero-stage", "zero3"]),
+        (1, 4, []),
+        (2, 6, ["--zero-stage", "zero2"]),
+    ):
         arguments = [*argv, "--steps", str(steps), *extra, "--output-dir", tmp_path / "moved"]
         moved = torchrun(processes, "accum_trainer.train", *arguments)
         assert moved.returncode == 0, moved.stderr[-3000:]
-    expected, found = (read_records(tmp_path / name / "metrics.jsonl") for name in ("whole", "moved"))
+    expected, found = (
+        read_records(tmp_path / name / "metrics.jsonl") for name in ("whole", "moved")
+    )
     assert [r["world_size"] for r in found] == [2, 2, 1, 1, 2, 2]
     for key in ("num_targets", "loss", "eval_loss"):
-        assert [r.get(key) for r in found] == [pytest.approx(r[key], rel=1e-4) if key in r else None for r in expected]
+        assert [r.get(key) for r in found] == [
+            pytest.approx(r[key], rel=1e-4) if key in r else None for r in expected
+        ]
 
 
 def test_deepspeed_missing_is_told_with_the_command_that_installs_it(tmp_path):
     program = (
         "import sys; sys.modules['deepspeed'] = None\n"
         "from accum_trainer.cli import main\n"
-        f"main(['train', '--zero-stage', 'zero2', '--steps', '1', '--output-dir', {str(tmp_path / 'run')!r}])"
+        "main(['train', '--zero-stage', 'zero2', '--steps', '1', '--output-dir', "
+        f"{str(tmp_path / 'run')!r}])"
     )
     finished = python("-c", program)
     assert finished.returncode == 2
-    assert "pip install 'accum-trainer[deepspeed]'" in finished.stderr and "Traceback" not in finished.stderr
+    assert (
+        "pip install 'accum-trainer[deepspeed]'" in finished.stderr
+        and "Traceback" not in finished.stderr
+    )

@@ -1,4 +1,5 @@
-"""Independent runs side by side, as users start them: shares of the data, variations, crashes, stops."""
+"""Independent runs side by side, as users start them: shares of the data, variations, crashes,
+stops."""
 
 from __future__ import annotations
 
@@ -15,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from accum_trainer.batch_plan import BatchPlan
-from accum_trainer.data.windows import PlannedSource
 from accum_trainer.errors import DataError
-from accum_trainer.records import read_records
+from accum_trainer.sources.dataset import PlannedSource
+from accum_trainer.train.records import read_records
 from accum_trainer.window_plan import global_order
 from tests.end_to_end.started import Started, accum_trainer, process_of
 from tests.launching import cli, environment
@@ -27,8 +28,11 @@ SIDE_BY_SIDE = ["--cpu", "--parallel-independent"]
 
 @pytest.fixture
 def rows(rows_file):
-    # Every row has its own number of targets, so that a sum of targets tells which rows were trained on.
-    return rows_file("rows.jsonl", [{"prompt": f"{n}:", "completion": " x" * (n + 1)} for n in range(90)])
+    # Every row has its own number of targets, so that a sum of targets tells which rows were
+    # trained on.
+    return rows_file(
+        "rows.jsonl", [{"prompt": f"{n}:", "completion": " x" * (n + 1)} for n in range(90)]
+    )
 
 
 def records_of(folder, part):
@@ -38,15 +42,20 @@ def records_of(folder, part):
 def targets_by_shard(rows_path, shards, epochs=1):
     """Targets that each shard must train on, from the global order and hand-counted rows."""
     from accum_trainer import TrainConfig
-    from accum_trainer.assemble import load_rows
-    from accum_trainer.model import load_tokenizer
+    from accum_trainer.lm.model import load_tokenizer
+    from accum_trainer.train.setup import load_rows
 
     config = TrainConfig(dataset_file=str(rows_path))
     rows = load_rows(config, load_tokenizer(config))[0]
-    counts = np.array([sum(label != -100 for label in rows[i]["labels"][1:]) for i in range(len(rows))])
+    counts = np.array(
+        [sum(label != -100 for label in rows[i]["labels"][1:]) for i in range(len(rows))]
+    )
     assert len(set(counts.tolist())) > 60  # rows can be told apart
     return [
-        sum(int(counts[global_order(len(rows), 0, epoch)[i::shards]].sum()) for epoch in range(epochs))
+        sum(
+            int(counts[global_order(len(rows), 0, epoch)[i::shards]].sum())
+            for epoch in range(epochs)
+        )
         for i in range(shards)
     ]
 
@@ -54,10 +63,27 @@ def targets_by_shard(rows_path, shards, epochs=1):
 def test_four_shards_with_one_killed_train_every_sample_once(tmp_path, rows):
     """Over two epochs; part 2 is killed twice in mid-run and restarted; the others never notice."""
     folder = tmp_path / "set"
-    arguments = [*SIDE_BY_SIDE, "--cuda-ids", "0,1,2,3", "--dataset-file", rows, "--batch-size", 1, "--epochs", 2]
+    arguments = [
+        *SIDE_BY_SIDE,
+        "--cuda-ids",
+        "0,1,2,3",
+        "--dataset-file",
+        rows,
+        "--batch-size",
+        1,
+        "--epochs",
+        2,
+    ]
     started = Started(
         accum_trainer(
-            "train", *arguments, "--gradient-accumulation-steps", 2, "--checkpoint-every", 4, "--output-dir", folder
+            "train",
+            *arguments,
+            "--gradient-accumulation-steps",
+            2,
+            "--checkpoint-every",
+            4,
+            "--output-dir",
+            folder,
         ),
         tmp_path,
     )
@@ -70,26 +96,45 @@ def test_four_shards_with_one_killed_train_every_sample_once(tmp_path, rows):
     summary = json.loads((folder / "summary.json").read_text())["runs"]
     assert [run["restarts"] for run in summary] == [0, 0, 2, 0]
     assert [run["state"] for run in summary] == ["done"] * 4
-    # 90 samples: shards of 23, 23, 22, 22, in each of two epochs; and the very rows of each shard, by their targets.
-    assert [sum(r["effective_batch_size"] for r in records_of(folder, i)) for i in range(4)] == [46, 46, 44, 44]
-    assert [sum(r["num_targets"] for r in records_of(folder, i)) for i in range(4)] == targets_by_shard(
-        rows, 4, epochs=2
-    )
+    # 90 samples: shards of 23, 23, 22, 22, in each of two epochs; and the very rows of each shard,
+    # by their targets.
+    assert [sum(r["effective_batch_size"] for r in records_of(folder, i)) for i in range(4)] == [
+        46,
+        46,
+        44,
+        44,
+    ]
+    assert [
+        sum(r["num_targets"] for r in records_of(folder, i)) for i in range(4)
+    ] == targets_by_shard(rows, 4, epochs=2)
     assert [run["num_samples"] for run in summary] == [46, 46, 44, 44]
     assert "done: 4 of 4 runs done, 180 samples trained, 2 restarts" in started.out
     assert (folder / "loss.png").stat().st_size > 10_000
     # From the same weights, on data of their own.
     plans = [json.loads((folder / f"part-{i}" / "plan.json").read_text()) for i in range(4)]
     assert len({plan["initial_weights"] for plan in plans}) == 1
-    ends = [load_file(folder / f"part-{i}" / "model" / "model.safetensors")["model.norm.weight"] for i in range(4)]
+    ends = [
+        load_file(folder / f"part-{i}" / "model" / "model.safetensors")["model.norm.weight"]
+        for i in range(4)
+    ]
     assert not any(torch.equal(ends[0], end) for end in ends[1:])
 
 
 def test_vary_stop_and_continue(tmp_path, rows):
-    """Three learning rates on two slots: the third waits; a stop saves; the same command finishes; each is as if alone."""
+    """Three learning rates on two slots: the third waits; a stop saves; the same command finishes;
+    each is as if alone."""
     folder = tmp_path / "set"
     common = ["--dataset-file", rows, "--batch-size", 2, "--steps", 30]
-    arguments = [*SIDE_BY_SIDE, "--cuda-ids", "0,1", "--vary", "lr=1e-3,1e-2,3e-2", *common, "--output-dir", folder]
+    arguments = [
+        *SIDE_BY_SIDE,
+        "--cuda-ids",
+        "0,1",
+        "--vary",
+        "lr=1e-3,1e-2,3e-2",
+        *common,
+        "--output-dir",
+        folder,
+    ]
     started = Started(accum_trainer("train", *arguments), tmp_path)
     started.until(lambda: len(records_of(folder, 0)) >= 3 and len(records_of(folder, 1)) >= 3)
     assert not (folder / "part-2").exists()
@@ -103,11 +148,21 @@ def test_vary_stop_and_continue(tmp_path, rows):
     assert [len(records_of(folder, i)) for i in range(3)] == [30, 30, 30]
     peaks = [max(record["lr"] for record in records_of(folder, i)) for i in range(3)]
     assert peaks == [1e-3, 1e-2, 3e-2]
-    alone = cli("train", "--cpu", *common, "--lr", "1e-2", "--output-dir", tmp_path / "alone", OMP_NUM_THREADS=1)
+    alone = cli(
+        "train",
+        "--cpu",
+        *common,
+        "--lr",
+        "1e-2",
+        "--output-dir",
+        tmp_path / "alone",
+        OMP_NUM_THREADS=1,
+    )
     assert alone.returncode == 0, alone.stderr
     mine = [record["loss"] for record in records_of(folder, 1)]
     assert mine == [record["loss"] for record in read_records(tmp_path / "alone" / "metrics.jsonl")]
-    # Their mean is no result: the best is named, here and by merge, and only who names runs one by one gets it.
+    # Their mean is no result: the best is named, here and by merge, and only who names runs one by
+    # one gets it.
     ends = [records_of(folder, i)[-1]["loss"] for i in range(3)]
     best = ends.index(min(ends))
     told = f"part-{best} lr={('1e-3', '1e-2', '3e-2')[best]}, loss {min(ends):.4f}"
@@ -119,7 +174,9 @@ def test_vary_stop_and_continue(tmp_path, rows):
     assert merged.stderr.count("error") == 1 and not (folder / "merged").exists()
     # Other runs in the same folder would not be these.
     other = cli("train", *[a if a != "lr=1e-3,1e-2,3e-2" else "lr=1e-4,1e-5" for a in arguments])
-    assert other.returncode == 2 and "3 runs (lr=1e-3; lr=1e-2; lr=3e-2), and 2 runs" in other.stderr
+    assert (
+        other.returncode == 2 and "3 runs (lr=1e-3; lr=1e-2; lr=3e-2), and 2 runs" in other.stderr
+    )
 
 
 def test_a_run_that_keeps_crashing_is_given_up_and_the_other_ends(tmp_path, rows):
@@ -128,12 +185,22 @@ def test_a_run_that_keeps_crashing_is_given_up_and_the_other_ends(tmp_path, rows
     (hooks / "sitecustomize.py").write_text(
         "import sys\n"
         "if any('part-1.yaml' in argument for argument in sys.orig_argv):\n"
-        "    import accum_trainer.loss as loss\n"
+        "    import accum_trainer.losses.causal_lm as loss\n"
         "    def failing(model, batch):\n"
         "        raise RuntimeError('device 1 went away')\n"
         "    loss.causal_lm_loss = failing\n"
     )
-    arguments = [*SIDE_BY_SIDE, "--cuda-ids", "0,1", "--max-restarts", 1, "--dataset-file", rows, "--steps", 4]
+    arguments = [
+        *SIDE_BY_SIDE,
+        "--cuda-ids",
+        "0,1",
+        "--max-restarts",
+        1,
+        "--dataset-file",
+        rows,
+        "--steps",
+        4,
+    ]
     finished = cli("train", *arguments, "--output-dir", folder, PYTHONPATH=hooks, OMP_NUM_THREADS=1)
     assert finished.returncode == 1, finished.stderr
     assert "part-1 failed: RuntimeError: device 1 went away" in finished.stderr
@@ -148,7 +215,17 @@ def test_a_run_that_keeps_crashing_is_given_up_and_the_other_ends(tmp_path, rows
 
 def test_a_terminal_shows_one_table_of_all_runs(tmp_path, rows):
     screen, inside = pty.openpty()
-    argv = [*SIDE_BY_SIDE, "--cuda-ids", "0,1", "--vary", "lr=1e-3,1e-2", "--dataset-file", rows, "--steps", 3]
+    argv = [
+        *SIDE_BY_SIDE,
+        "--cuda-ids",
+        "0,1",
+        "--vary",
+        "lr=1e-3,1e-2",
+        "--dataset-file",
+        rows,
+        "--steps",
+        3,
+    ]
     process = subprocess.Popen(
         [str(part) for part in accum_trainer("train", *argv, "--output-dir", tmp_path / "set")],
         stdout=inside,
@@ -185,7 +262,14 @@ def test_through_a_configuration_and_merged(tmp_path, rows, command):
     assert command("config", "create", "parallel-independent", *argv, cwd=tmp_path).status == 0
     folder = tmp_path / "set"
     finished = cli(
-        "launch", tmp_path / "two.yaml", "--", "--dataset-file", rows, "--output-dir", folder, OMP_NUM_THREADS=1
+        "launch",
+        tmp_path / "two.yaml",
+        "--",
+        "--dataset-file",
+        rows,
+        "--output-dir",
+        folder,
+        OMP_NUM_THREADS=1,
     )
     assert finished.returncode == 0, finished.stderr
     assert re.search(r"done: 2 of 2 runs done, 90 samples trained, 0 restarts", finished.stdout)
@@ -199,7 +283,16 @@ def test_through_a_configuration_and_merged(tmp_path, rows, command):
 
 
 def test_dry_run_writes_nothing(tmp_path, command, rows):
-    argv = [*SIDE_BY_SIDE, "--cuda-ids", "0,1", "--vary", "lr=1,2; seed=3,4", "--dry-run", "--dataset-file", rows]
+    argv = [
+        *SIDE_BY_SIDE,
+        "--cuda-ids",
+        "0,1",
+        "--vary",
+        "lr=1,2; seed=3,4",
+        "--dry-run",
+        "--dataset-file",
+        rows,
+    ]
     finished = command("train", *argv, "--output-dir", "set", cwd=tmp_path)
     assert finished.status == 0 and not (tmp_path / "set").exists()
     shown = re.findall(r"^part-\d  (.*)$", finished.err, re.MULTILINE)
@@ -211,13 +304,17 @@ def test_shards_hold_each_sample_once_in_every_epoch(size, shards):
     data = [{"x": torch.tensor(i)} for i in range(size)]
 
     def seen(shard, epoch):
-        source = PlannedSource(data, BatchPlan(2, 2, 1), 0, None, None, 5, True, 0, False, (shard, shards))
+        source = PlannedSource(
+            data, BatchPlan(2, 2, 1), 0, None, None, 5, True, 0, False, (shard, shards)
+        )
         parts = list(source.parts(epoch, 0))
         assert len(parts) == source.num_windows()
         return [int(i) for part in parts for batch in part.batches for i in batch["x"]]
 
     for epoch in (0, 1):
-        assert sorted(sample for i in range(shards) for sample in seen(i, epoch)) == list(range(size))
+        assert sorted(sample for i in range(shards) for sample in seen(i, epoch)) == list(
+            range(size)
+        )
     with pytest.raises(DataError, match="is empty"):
         PlannedSource(data, BatchPlan(2, 2, 1), 0, None, None, 5, True, 0, False, (size, size + 1))
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from accum_trainer.records import read_records
+from accum_trainer.train.records import read_records
 from tests.end_to_end.started import Started, accum_trainer, process_of, wait_for_end
 from tests.launching import ROOT, cli
 
@@ -19,8 +19,20 @@ TWO = ROOT / "launch_configs" / "cpu_2proc.yaml"
 
 @pytest.fixture
 def train(tmp_path, rows_file):
-    rows = rows_file("rows.jsonl", [{"text": f"{n} and {n + 1} " * (n % 5 + 1)} for n in range(200)])
-    return ["--cpu", "--dataset-file", rows, "--batch-size", 2, "--gradient-accumulation-steps", 4, "--lr", "1e-2"]
+    rows = rows_file(
+        "rows.jsonl", [{"text": f"{n} and {n + 1} " * (n % 5 + 1)} for n in range(200)]
+    )
+    return [
+        "--cpu",
+        "--dataset-file",
+        rows,
+        "--batch-size",
+        2,
+        "--gradient-accumulation-steps",
+        4,
+        "--lr",
+        "1e-2",
+    ]
 
 
 def launch(tmp_path, *arguments, **env):
@@ -40,7 +52,17 @@ def equal(one, other):
 
 
 def test_ctrl_c_saves_on_all_processes_and_the_same_command_continues(tmp_path, train):
-    whole = cli("launch", TWO, "--", *train, "--steps", 12, "--output-dir", tmp_path / "whole", OMP_NUM_THREADS=1)
+    whole = cli(
+        "launch",
+        TWO,
+        "--",
+        *train,
+        "--steps",
+        12,
+        "--output-dir",
+        tmp_path / "whole",
+        OMP_NUM_THREADS=1,
+    )
     assert whole.returncode == 0, whole.stderr[-3000:]
     arguments = [*train, "--steps", 12, "--output-dir", tmp_path / "run"]
     started = launch(tmp_path, *arguments)
@@ -58,9 +80,15 @@ def test_ctrl_c_saves_on_all_processes_and_the_same_command_continues(tmp_path, 
 
 def test_each_process_has_its_log_and_rank_0_the_screen(tmp_path, train):
     run = tmp_path / "run"
-    finished = cli("launch", TWO, "--", *train, "--steps", 2, "--output-dir", run, OMP_NUM_THREADS=1)
+    finished = cli(
+        "launch", TWO, "--", *train, "--steps", 2, "--output-dir", run, OMP_NUM_THREADS=1
+    )
     assert finished.returncode == 0, finished.stderr[-3000:]
-    assert sorted(path.name for path in (run / "logs").iterdir()) == ["launcher.log", "rank-0.log", "rank-1.log"]
+    assert sorted(path.name for path in (run / "logs").iterdir()) == [
+        "launcher.log",
+        "rank-0.log",
+        "rank-1.log",
+    ]
     log = (run / "logs" / "rank-0.log").read_text()
     assert "done: 2 updates" in log and log == finished.stderr
     assert "done" not in (run / "logs" / "rank-1.log").read_text()
@@ -74,7 +102,10 @@ def test_a_killed_process_is_named_and_its_run_continues(tmp_path, train):
     os.kill(pid_of(run, 1), signal.SIGKILL)
     assert started.ended() == 1
     errors = [line for line in started.err.splitlines() if line.startswith("error")]
-    assert len(errors) == 1 and "process 1 was killed by SIGKILL, as the kernel does when memory runs out" in errors[0]
+    assert (
+        len(errors) == 1
+        and "process 1 was killed by SIGKILL, as the kernel does when memory runs out" in errors[0]
+    )
     assert "torch.distributed.elastic" not in started.err and "ChildFailedError" not in started.err
     again = cli("launch", TWO, "--", *arguments, OMP_NUM_THREADS=1)
     assert again.returncode == 0, again.stderr[-3000:]
@@ -97,7 +128,9 @@ def test_the_process_that_failed_first_speaks_for_itself(tmp_path, train):
         "        return loss(model, batch)\n"
         "    train.causal_lm_loss = failing\n"
     )
-    finished = launch(tmp_path, *train, "--steps", 4, "--output-dir", tmp_path / "run", PYTHONPATH=hooks)
+    finished = launch(
+        tmp_path, *train, "--steps", 4, "--output-dir", tmp_path / "run", PYTHONPATH=hooks
+    )
     assert finished.ended() == 1
     shown = finished.err.partition("process 1 of this training failed first, with status 1")[2]
     assert shown.count("Traceback") == 1 and shown.strip().endswith(
@@ -108,7 +141,8 @@ def test_the_process_that_failed_first_speaks_for_itself(tmp_path, train):
 
 @pytest.mark.parametrize("whole_group", [False, True], ids=["launcher", "launcher and torchrun"])
 def test_a_launcher_that_is_killed_takes_its_processes_along(tmp_path, train, whole_group):
-    """Nothing is left that would write into the run while the next start does; the run was saved."""
+    """Nothing is left that would write into the run while the next start does; the run was
+    saved."""
     run = tmp_path / "run"
     started = launch(tmp_path, *train, "--steps", 500, "--output-dir", run)
     started.until_update(run, 2)

@@ -15,10 +15,11 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from accum_trainer.records import read_records
+from accum_trainer.train.records import read_records
 from tests.launching import ROOT, environment, torchrun
 
-# 22 rows at B_eff 8 are windows of 8, 8 and 6: 4, 4 and 3 micro-batches an epoch. Dropout makes chance count.
+# 22 rows at B_eff 8 are windows of 8, 8 and 6: 4, 4 and 3 micro-batches an epoch. Dropout makes
+# chance count.
 K, UPDATES, MICRO_STEPS = 4, 6, 22
 
 
@@ -27,11 +28,32 @@ def argv(tmp_path_factory):
     """A LoRA run with dropout, so that a generator out of place would show."""
     data = tmp_path_factory.mktemp("data") / "rows.jsonl"
     data.write_text(
-        "".join(json.dumps({"prompt": f"{n}? ", "completion": "yes " * (n % 5 + 1)}) + "\n" for n in range(22))
+        "".join(
+            json.dumps({"prompt": f"{n}? ", "completion": "yes " * (n % 5 + 1)}) + "\n"
+            for n in range(22)
+        )
     )
     return [
-        *("--dataset-file", str(data), "--batch-size", "2", "--gradient-accumulation-steps", str(K)),
-        *("--steps", str(UPDATES), "--lr", "1e-2", "--warmup", "2", "--checkpoint-every", "1", "--output-dir", "run"),
+        *(
+            "--dataset-file",
+            str(data),
+            "--batch-size",
+            "2",
+            "--gradient-accumulation-steps",
+            str(K),
+        ),
+        *(
+            "--steps",
+            str(UPDATES),
+            "--lr",
+            "1e-2",
+            "--warmup",
+            "2",
+            "--checkpoint-every",
+            "1",
+            "--output-dir",
+            "run",
+        ),
         *("--use-peft", "--lora-dropout", "0.3"),
     ]
 
@@ -58,9 +80,19 @@ def assert_same_run(found, expected):
         assert ours.keys() == theirs.keys()
         for key in ours:
             assert torch.equal(ours[key], theirs[key]), key
-    timed = {"tokens_per_sec", "samples_per_sec", "step_time_sec", "data_wait_sec", "memory_gb", "peak_gb"}
+    timed = {
+        "tokens_per_sec",
+        "samples_per_sec",
+        "step_time_sec",
+        "data_wait_sec",
+        "memory_gb",
+        "peak_gb",
+    }
     plain = [
-        [{k: v for k, v in record.items() if k not in timed} for record in read_records(run / "metrics.jsonl")]
+        [
+            {k: v for k, v in record.items() if k not in timed}
+            for record in read_records(run / "metrics.jsonl")
+        ]
         for run in (found, expected)
     ]
     assert plain[0] == plain[1]
@@ -74,7 +106,8 @@ def test_i34_killed_at_any_micro_step(train, argv, undisturbed, tmp_path, micro_
     assert_same_run(tmp_path / "run", undisturbed)
 
 
-# A save syncs four files, the manifest, the folder, and its parent: 7; the third save begins at the 15th.
+# A save syncs four files, the manifest, the folder, and its parent: 7; the third save begins at the
+# 15th.
 @pytest.mark.parametrize("sync", range(15, 22))
 def test_i34_killed_while_a_checkpoint_is_written(train, argv, undisturbed, tmp_path, sync):
     killed = train(*argv, kill={"sync": sync})
@@ -87,7 +120,9 @@ def test_i34_killed_while_a_checkpoint_is_written(train, argv, undisturbed, tmp_
     assert not list((tmp_path / "run" / "checkpoints").glob(".partial*"))
 
 
-def test_damaged_newest_checkpoint_is_passed_over_with_a_warning(train, argv, undisturbed, tmp_path):
+def test_damaged_newest_checkpoint_is_passed_over_with_a_warning(
+    train, argv, undisturbed, tmp_path
+):
     shutil.copytree(undisturbed, tmp_path / "run")
     newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
     with open(newest / "model.safetensors", "r+b") as file:
@@ -100,8 +135,11 @@ def test_damaged_newest_checkpoint_is_passed_over_with_a_warning(train, argv, un
     assert_same_run(tmp_path / "run", undisturbed)
 
 
-def test_nothing_is_unpickled_that_the_manifest_does_not_vouch_for(train, argv, undisturbed, tmp_path):
-    """A pickle that would write a file when loaded, put where the optimizer state was: refused unread."""
+def test_nothing_is_unpickled_that_the_manifest_does_not_vouch_for(
+    train, argv, undisturbed, tmp_path
+):
+    """A pickle that would write a file when loaded, put where the optimizer state was: refused
+    unread."""
     shutil.copytree(undisturbed, tmp_path / "run")
     for step in (tmp_path / "run" / "checkpoints").iterdir():
         (step / "optimizer.pt").write_bytes(b"cos\nsystem\n(S'touch broken'\ntR.")
@@ -120,18 +158,29 @@ def test_finished_run_says_so_and_changes_nothing(train, argv, undisturbed, tmp_
     assert_same_run(tmp_path / "run", undisturbed)
 
 
-def test_i49_another_learning_rate_is_not_taken_said_so_and_not_recorded(train, argv, undisturbed, tmp_path):
+def test_i49_another_learning_rate_is_not_taken_said_so_and_not_recorded(
+    train, argv, undisturbed, tmp_path
+):
     shutil.copytree(undisturbed, tmp_path / "run")
-    finished = train(*("5e-3" if value == "1e-2" else value for value in argv), "--weight-decay", "0.1")
+    finished = train(
+        *("5e-3" if value == "1e-2" else value for value in argv), "--weight-decay", "0.1"
+    )
     assert finished.status == 0
-    assert "note: lr=0.005 is not taken: the run goes on with the 0.01 that it was started with" in finished.err
+    assert (
+        "note: lr=0.005 is not taken: the run goes on with the 0.01 that it was started with"
+        in finished.err
+    )
     assert "note: weight_decay=0.1 is not taken: the run goes on with the 0 " in finished.err
     plan, config = recorded(tmp_path / "run")
-    assert (plan["lr"], plan["weight_decay"]) == (config["lr"], config["weight_decay"]) == (0.01, 0.0)
+    assert (
+        (plan["lr"], plan["weight_decay"]) == (config["lr"], config["weight_decay"]) == (0.01, 0.0)
+    )
 
 
 def recorded(run):
-    return json.loads((run / "plan.json").read_text()), yaml.safe_load((run / "config.yaml").read_text())
+    return json.loads((run / "plan.json").read_text()), yaml.safe_load(
+        (run / "config.yaml").read_text()
+    )
 
 
 def test_i49_another_clipping_is_in_force_said_so_and_recorded(train, argv, undisturbed, tmp_path):
@@ -147,8 +196,12 @@ def test_i49_another_clipping_is_in_force_said_so_and_recorded(train, argv, undi
         assert plan[name] == config[name] == value
 
 
-@pytest.mark.parametrize("option, before, after", [("lora_alpha", 32.0, 16.0), ("lora_dropout", 0.3, 0.1)])
-def test_i49_another_objective_is_refused(train, argv, undisturbed, tmp_path, option, before, after):
+@pytest.mark.parametrize(
+    "option, before, after", [("lora_alpha", 32.0, 16.0), ("lora_dropout", 0.3, 0.1)]
+)
+def test_i49_another_objective_is_refused(
+    train, argv, undisturbed, tmp_path, option, before, after
+):
     shutil.copytree(undisturbed, tmp_path / "run")
     finished = train(*argv, f"--{option.replace('_', '-')}", after)
     assert finished.status == 2
@@ -157,7 +210,9 @@ def test_i49_another_objective_is_refused(train, argv, undisturbed, tmp_path, op
 
 def test_i49_another_base_model_is_refused_and_a_moved_one_is_not(train, argv, tmp_path):
     adapters = argv.index("--use-peft")
-    assert train(*argv[: argv.index("--steps")], "--steps", "1", "--output-dir", "first").status == 0
+    assert (
+        train(*argv[: argv.index("--steps")], "--steps", "1", "--output-dir", "first").status == 0
+    )
     (tmp_path / "first" / "model").rename(tmp_path / "base")
     lora = [*argv[: argv.index("--steps")], "--steps", "2", "--output-dir", "run", *argv[adapters:]]
     assert train(*lora, "--model", "base").status == 0
@@ -192,13 +247,24 @@ def test_resume_from_another_runs_checkpoint_keeps_its_records(train, argv, undi
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_signal_saves_and_exits_75(argv, undisturbed, tmp_path, name):
-    """A real signal to a real process in the middle of training; the same command then continues."""
+    """A real signal to a real process in the middle of training; the same command then
+    continues."""
     command = [sys.executable, "-m", "accum_trainer.train", "--cpu", *argv]
     env = environment(OMP_NUM_THREADS=1, PYTHONPATH=ROOT)
     log_file = tmp_path / "log.jsonl"
     # Many updates, so that the signal finds the run still going.
-    long = [*command, "--steps", "100000", "--checkpoint-every", "100000", "--log-file", str(log_file)]
-    process = subprocess.Popen(long, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    long = [
+        *command,
+        "--steps",
+        "100000",
+        "--checkpoint-every",
+        "100000",
+        "--log-file",
+        str(log_file),
+    ]
+    process = subprocess.Popen(
+        long, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 120
     while len(read_records(log_file)) < 3:
         assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
@@ -215,7 +281,9 @@ def test_signal_saves_and_exits_75(argv, undisturbed, tmp_path, name):
 
 def test_r26_time_limit_ends_saved_and_within_it(train, argv, tmp_path):
     begun = time.monotonic()
-    finished = train(*argv, "--steps", "1000000", "--max-hours", str(4 / 3600), "--checkpoint-every", "100000")
+    finished = train(
+        *argv, "--steps", "1000000", "--max-hours", str(4 / 3600), "--checkpoint-every", "100000"
+    )
     assert finished.status == 75
     assert "stopped by time limit" in finished.out
     assert time.monotonic() - begun < 4 + 2  # the process starts before its clock does
@@ -225,17 +293,23 @@ def test_r26_time_limit_ends_saved_and_within_it(train, argv, tmp_path):
 
 
 def test_i37_two_processes_killed_then_continued_on_one_and_back(argv, tmp_path):
-    """W=2 stopped, W=1 continues, W=2 finishes: the same windows and the same curve as never stopped (no dropout)."""
+    """W=2 stopped, W=1 continues, W=2 finishes: the same windows and the same curve as never
+    stopped (no dropout)."""
     argv = [a for a in argv if a not in ("--use-peft",)]
     argv = argv[: argv.index("--lora-dropout")]
-    argv[argv.index("--gradient-accumulation-steps") : argv.index("--gradient-accumulation-steps") + 2] = [
+    argv[
+        argv.index("--gradient-accumulation-steps") : argv.index("--gradient-accumulation-steps")
+        + 2
+    ] = [
         "--global-batch-size",
         "8",
     ]
 
     def train(processes: int, steps: int, folder: str) -> None:
         out = ["--output-dir", tmp_path / folder, "--steps", steps, "--scheduler", "constant"]
-        run = torchrun(processes, "accum_trainer.train", "--cpu", *argv[: argv.index("--output-dir")], *out)
+        run = torchrun(
+            processes, "accum_trainer.train", "--cpu", *argv[: argv.index("--output-dir")], *out
+        )
         assert run.returncode == 0, run.stderr[-3000:]
 
     train(1, 6, "whole")

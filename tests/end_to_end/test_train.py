@@ -1,4 +1,5 @@
-"""`train` as users run it: records, run directory, launchers, evaluation, precision, data formats."""
+"""`train` as users run it: records, run directory, launchers, evaluation, precision, data
+formats."""
 
 from __future__ import annotations
 
@@ -9,15 +10,26 @@ import pytest
 import torch
 import yaml
 
-from accum_trainer.records import read_records
+from accum_trainer.train.records import read_records
 from tests.launching import python, run, torchrun
 
-RUN_37 = ["--batch-size", "4", "--gradient-accumulation-steps", "8", "--max-seq-len", "64", "--lr", "1e-3"]
+RUN_37 = [
+    "--batch-size",
+    "4",
+    "--gradient-accumulation-steps",
+    "8",
+    "--max-seq-len",
+    "64",
+    "--lr",
+    "1e-3",
+]
 
 
 @pytest.fixture
 def tiny_rows(rows_file):
-    return rows_file("rows.jsonl", [{"prompt": f"{n} plus {n} is ", "completion": f"{2 * n}"} for n in range(70)])
+    return rows_file(
+        "rows.jsonl", [{"prompt": f"{n} plus {n} is ", "completion": f"{2 * n}"} for n in range(70)]
+    )
 
 
 def records_of(folder):
@@ -26,18 +38,30 @@ def records_of(folder):
 
 def test_r5_r11_r27_r28_r37_records_of_a_run(train, tmp_path, tiny_rows):
     finished = train(
-        *RUN_37, "--dataset-file", tiny_rows, "--epochs", "2", "--output-dir", "run", "--log-file", "log.jsonl"
+        *RUN_37,
+        "--dataset-file",
+        tiny_rows,
+        "--epochs",
+        "2",
+        "--output-dir",
+        "run",
+        "--log-file",
+        "log.jsonl",
     )
     assert finished.status == 0, finished.err
     assert "B 4 x K 8 x W 1 = effective batch 32" in finished.err
-    assert "3 updates per epoch of 70 samples, the last of 6 samples; 6 updates in all" in finished.err
+    assert (
+        "3 updates per epoch of 70 samples, the last of 6 samples; 6 updates in all" in finished.err
+    )
     records = records_of(tmp_path / "run")
     assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
     assert [r["gradient_accumulation_steps"] for r in records] == [8, 8, 2] * 2
     assert [r["effective_batch_size"] for r in records] == [32, 32, 6] * 2
     assert {r["physical_batch_size"] for r in records} == {4}
     assert [r["batch_idx"] for r in records] == [8, 16, 18, 26, 34, 36]
-    assert [r["epoch"] for r in records] == pytest.approx([32 / 70, 64 / 70, 1, 1 + 32 / 70, 1 + 64 / 70, 2])
+    assert [r["epoch"] for r in records] == pytest.approx(
+        [32 / 70, 64 / 70, 1, 1 + 32 / 70, 1 + 64 / 70, 2]
+    )
     assert not any(r["skipped"] for r in records)
     assert all(0 < r["memory_gb"] <= r["peak_gb"] for r in records)
     assert all(0.5 < r["padding_efficiency"] <= 1 for r in records)
@@ -62,7 +86,11 @@ def test_r29_composed_configuration_repeats_the_run(train, tmp_path, tiny_rows):
     argv = [*RUN_37, "--dataset-file", tiny_rows, "--steps", "3", "--warmup", "2"]
     assert train(*argv, "--output-dir", "first").status == 0
     saved = yaml.safe_load((tmp_path / "first" / "config.yaml").read_text())
-    assert saved["gradient_accumulation_steps"] == 8 and saved["scheduler"] == "cosine" and saved["warmup"] == "2"
+    assert (
+        saved["gradient_accumulation_steps"] == 8
+        and saved["scheduler"] == "cosine"
+        and saved["warmup"] == "2"
+    )
     again = train("--config", "first/config.yaml", "--output-dir", "second")
     assert again.status == 0, again.err
     losses = [[r["loss"] for r in records_of(tmp_path / name)] for name in ("first", "second")]
@@ -71,28 +99,62 @@ def test_r29_composed_configuration_repeats_the_run(train, tmp_path, tiny_rows):
 
 def test_overridden_values_are_shown(train, tmp_path, tiny_rows, rows_file):
     config = rows_file("run.yaml", "batch_size: 2\nepochs: 9\n")
-    finished = train("--config", config, "--batch-size", "4", "--steps", "1", "--dataset-file", tiny_rows, "--dry-run")
+    finished = train(
+        "--config",
+        config,
+        "--batch-size",
+        "4",
+        "--steps",
+        "1",
+        "--dataset-file",
+        tiny_rows,
+        "--dry-run",
+    )
     assert finished.status == 0
     assert f"note: batch_size=4 (command line) over 2 ({config})" in finished.err
-    assert f"note: epochs=9 ({config}) is dropped for what the command line says instead" in finished.err
+    assert (
+        f"note: epochs=9 ({config}) is dropped for what the command line says instead"
+        in finished.err
+    )
     assert "nothing written" in finished.err
     assert not list(tmp_path.iterdir())
 
 
 def test_r9_r10_r30_lr_against_updates(train, tmp_path, tiny_rows):
     """Warm-up of half an epoch is 2 of 3 updates (rounded up); then linear to 0 at update 6."""
-    argv = [*RUN_37, "--dataset-file", tiny_rows, "--epochs", "2", "--warmup", "0.5ep", "--scheduler", "linear"]
+    argv = [
+        *RUN_37,
+        "--dataset-file",
+        tiny_rows,
+        "--epochs",
+        "2",
+        "--warmup",
+        "0.5ep",
+        "--scheduler",
+        "linear",
+    ]
     assert train(*argv, "--output-dir", "run").status == 0
     lrs = [r["lr"] for r in records_of(tmp_path / "run")]
     assert lrs == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
 
 
 def test_r19_r21_evaluation_on_the_cadence_of_updates(train, tmp_path, tiny_rows):
-    argv = [*RUN_37, "--dataset-file", tiny_rows, "--eval-file", tiny_rows, "--eval-every", "2", "--steps", "5"]
+    argv = [
+        *RUN_37,
+        "--dataset-file",
+        tiny_rows,
+        "--eval-file",
+        tiny_rows,
+        "--eval-every",
+        "2",
+        "--steps",
+        "5",
+    ]
     assert train(*argv, "--output-dir", "run").status == 0
     records = records_of(tmp_path / "run")
     assert [r["step"] for r in records if "eval_loss" in r] == [2, 4, 5]
-    # Independent of the run: the saved model's mean loss per target over the file, row by row in float64.
+    # Independent of the run: the saved model's mean loss per target over the file, row by row in
+    # float64.
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").double()
@@ -102,11 +164,16 @@ def test_r19_r21_evaluation_on_the_cadence_of_updates(train, tmp_path, tiny_rows
         row = json.loads(line)
         prompt, completion = (tokenizer(row[key]).input_ids for key in ("prompt", "completion"))
         ids = torch.tensor([[*prompt, *completion, tokenizer.eos_token_id]])
-        log_p = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[len(prompt) - 1 :]
+        log_p = (
+            model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[len(prompt) - 1 :]
+        )
         total, count = total - log_p.sum().item(), count + len(log_p)
     assert records[-1]["eval_loss"] == pytest.approx(total / count, rel=1e-5)
     # Without a cadence, at the end only, and the same.
-    assert train(*argv[: argv.index("--eval-every")], "--steps", "5", "--output-dir", "end").status == 0
+    assert (
+        train(*argv[: argv.index("--eval-every")], "--steps", "5", "--output-dir", "end").status
+        == 0
+    )
     at_end = records_of(tmp_path / "end")
     assert [r["step"] for r in at_end if "eval_loss" in r] == [5]
     assert at_end[-1]["eval_loss"] == records[-1]["eval_loss"]
@@ -114,11 +181,25 @@ def test_r19_r21_evaluation_on_the_cadence_of_updates(train, tmp_path, tiny_rows
 
 @pytest.mark.parametrize(
     "extra",
-    [["--amp"], ["--mixed-precision", "bf16", "--gradient-checkpointing"], ["--use-peft", "--lora-r", "4", "--amp"]],
+    [
+        ["--amp"],
+        ["--mixed-precision", "bf16", "--gradient-checkpointing"],
+        ["--use-peft", "--lora-r", "4", "--amp"],
+    ],
     ids=["amp", "bf16+checkpointing", "lora+amp"],
 )
 def test_r16_r17_r18_twenty_updates(train, tmp_path, tiny_rows, extra):
-    argv = [*RUN_37, "--dataset-file", tiny_rows, "--steps", "20", "--lr", "1e-2", "--output-dir", "run"]
+    argv = [
+        *RUN_37,
+        "--dataset-file",
+        tiny_rows,
+        "--steps",
+        "20",
+        "--lr",
+        "1e-2",
+        "--output-dir",
+        "run",
+    ]
     assert train(*argv, *extra).status == 0
     records = records_of(tmp_path / "run")
     assert len(records) == 20 and not any(r["skipped"] for r in records)
@@ -127,7 +208,15 @@ def test_r16_r17_r18_twenty_updates(train, tmp_path, tiny_rows, extra):
 
 
 def test_r18_lora_saves_an_adapter_that_peft_loads(train, tmp_path, tiny_rows):
-    argv = ["--dataset-file", tiny_rows, "--steps", "2", "--use-peft", "--lora-target-modules", "q_proj,v_proj"]
+    argv = [
+        "--dataset-file",
+        tiny_rows,
+        "--steps",
+        "2",
+        "--use-peft",
+        "--lora-target-modules",
+        "q_proj,v_proj",
+    ]
     assert train(*argv, "--output-dir", "run").status == 0
     adapter = json.loads((tmp_path / "run" / "model" / "adapter_config.json").read_text())
     assert sorted(adapter["target_modules"]) == ["q_proj", "v_proj"]
@@ -156,8 +245,24 @@ LAUNCHERS = {
     "torchrun": lambda argv: torchrun(2, "accum_trainer.train", *argv),
     "accelerate launch": lambda argv: run(
         [
-            *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
-            *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+            *(
+                sys.executable,
+                "-m",
+                "accelerate.commands.launch",
+                "--multi_gpu",
+                "--num_processes",
+                "2",
+            ),
+            *(
+                "--num_machines",
+                "1",
+                "--mixed_precision",
+                "no",
+                "--dynamo_backend",
+                "no",
+                "--main_process_port",
+                "0",
+            ),
             *("-m", "accum_trainer.train", *argv),
         ]
     ),
@@ -168,7 +273,17 @@ def test_r12_r13_one_program_under_every_launcher(tmp_path, tiny_rows):
     curves = {}
     for name, launch in LAUNCHERS.items():
         folder = tmp_path / name.replace(" ", "-")
-        argv = ["--cpu", "--dataset-file", tiny_rows, "--batch-size", "2", "--global-batch-size", "16", "--epochs", "1"]
+        argv = [
+            "--cpu",
+            "--dataset-file",
+            tiny_rows,
+            "--batch-size",
+            "2",
+            "--global-batch-size",
+            "16",
+            "--epochs",
+            "1",
+        ]
         finished = launch([*argv, "--output-dir", folder])
         assert finished.returncode == 0, finished.stderr[-3000:]
         curves[name] = [r["loss"] for r in records_of(folder)]
@@ -185,7 +300,10 @@ def test_lost_processes_are_an_error(tmp_path):
     program = "from accelerate import Accelerator; from accum_trainer import Accumulator; "
     program += "Accumulator(micro_batch_size=1, accelerator=Accelerator())"
     finished = python("-c", program, WORLD_SIZE="2")
-    assert "EngineError: 2 processes were launched (WORLD_SIZE), but accelerate sees 1" in finished.stderr
+    assert (
+        "EngineError: 2 processes were launched (WORLD_SIZE), but accelerate sees 1"
+        in finished.stderr
+    )
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv", ".parquet"])
@@ -235,13 +353,20 @@ def test_r35_help_is_complete_and_has_an_example():
 
 def test_r36_k_is_in_help_and_in_the_configuration(train, tmp_path):
     assert train("--steps", "1", "--output-dir", "run").status == 0
-    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["gradient_accumulation_steps"] == 1
+    assert (
+        yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())[
+            "gradient_accumulation_steps"
+        ]
+        == 1
+    )
 
 
 def test_cpu_time_of_help_and_plan():
-    """--help takes at most 0.3 s of CPU, plan 0.4 s; the CPU's own account of the process, not the clock."""
+    """--help takes at most 0.3 s of CPU, plan 0.4 s; the CPU's own account of the process, not the
+    clock."""
     measure = (
-        "import resource, subprocess, sys; subprocess.run([sys.executable, '-m', 'accum_trainer', *sys.argv[1:]], check=True);"
+        "import resource, subprocess, sys; subprocess.run([sys.executable, '-m', 'accum_trainer', "
+        "*sys.argv[1:]], check=True);"
         "u = resource.getrusage(resource.RUSAGE_CHILDREN); print('CPU', u.ru_utime + u.ru_stime)"
     )
     for limit, argv in ((0.3, ["--help"]), (0.4, ["plan", "--num-samples", "1000"])):
@@ -252,7 +377,8 @@ def test_cpu_time_of_help_and_plan():
 def test_breaking_out_saves_the_run(tmp_path):
     program = (
         "from accum_trainer import TrainConfig\nfrom accum_trainer.train import updates\n"
-        f"for r in updates(TrainConfig(steps=50, cpu=True, output_dir={str(tmp_path / 'run')!r})):\n"
+        "for r in updates(TrainConfig(steps=50, cpu=True, "
+        f"output_dir={str(tmp_path / 'run')!r})):\n"
         "    if r['step'] == 3: break\n"
     )
     finished = python("-c", program)
@@ -282,32 +408,53 @@ def test_diverged_training_ends_with_status_1(train, tmp_path, tiny_rows):
 
 
 def test_columns_and_chat_template_are_part_of_the_run(train, tmp_path):
-    """Trained on the columns and under the template that are named; a continued run cannot take others."""
-    (tmp_path / "rows.csv").write_text("q,a,b\n" + "".join(f"{i} + 1 = ,{i + 1},{i + 2}\n" for i in range(8)))
-    argv = ["--cpu", "--dataset-file", "rows.csv", "--prompt-column", "q", "--steps", "1", "--output-dir", "run"]
+    """Trained on the columns and under the template that are named; a continued run cannot take
+    others."""
+    (tmp_path / "rows.csv").write_text(
+        "q,a,b\n" + "".join(f"{i} + 1 = ,{i + 1},{i + 2}\n" for i in range(8))
+    )
+    argv = [
+        "--cpu",
+        "--dataset-file",
+        "rows.csv",
+        "--prompt-column",
+        "q",
+        "--steps",
+        "1",
+        "--output-dir",
+        "run",
+    ]
     assert train(*argv, "--completion-column", "a", cwd=tmp_path).status == 0
     other = train(*argv, "--completion-column", "b", cwd=tmp_path)
     assert other.status == 2 and "rows.csv (content" in other.error
     talk = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
     (tmp_path / "talk.jsonl").write_text(json.dumps({"conversations": talk}) + "\n")
-    (tmp_path / "plain.jinja").write_text("{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}")
+    (tmp_path / "plain.jinja").write_text(
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    )
     argv = ["--cpu", "--dataset-file", "talk.jsonl", "--steps", "1"]
     without = train(*argv, "--output-dir", "chat", cwd=tmp_path)
     assert (
-        without.status == 2 and "talk.jsonl row 1 has messages, but the tokenizer has no chat template" in without.error
+        without.status == 2
+        and "talk.jsonl row 1 has messages, but the tokenizer has no chat template" in without.error
     )
     argv += ["--chat-template", "plain.jinja"]
     assert train(*argv, "--output-dir", "chat", cwd=tmp_path).status == 0
     from transformers import AutoTokenizer
 
     saved = AutoTokenizer.from_pretrained(tmp_path / "chat" / "model")
-    assert saved.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "[user] a\n"
+    assert (
+        saved.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+        == "[user] a\n"
+    )
     (tmp_path / "plain.jinja").write_text("{% for m in messages %}")
     wrong = train(*argv, "--output-dir", "wrong", cwd=tmp_path)
     assert wrong.status == 2 and "chat_template=plain.jinja line 1 is not Jinja" in wrong.error
 
 
-def test_step_time_counts_waiting_for_data_and_not_evaluation(tmp_path, fresh_accelerate, monkeypatch):
+def test_step_time_counts_waiting_for_data_and_not_evaluation(
+    tmp_path, fresh_accelerate, monkeypatch
+):
     """Rows that take 0.05 s each to read: lower bounds only, so a slow machine changes nothing."""
     import time
 
@@ -324,14 +471,18 @@ def test_step_time_counts_waiting_for_data_and_not_evaluation(tmp_path, fresh_ac
 
     monkeypatch.setattr(TokenizedRows, "__getitem__", read_slowly)
     options = {"cpu": True, "batch_size": 2, "global_batch_size": 4, "steps": 3, "eval_every": 1}
-    config = TrainConfig(dataset_file=str(rows), eval_file=str(rows), output_dir=str(tmp_path / "run"), **options)
+    config = TrainConfig(
+        dataset_file=str(rows), eval_file=str(rows), output_dir=str(tmp_path / "run"), **options
+    )
     began = time.perf_counter()
     records = list(updates(config))
     elapsed = time.perf_counter() - began
     assert records[0]["data_wait_sec"] >= 4 * slow, "nothing can be read ahead of the first window"
     for record in records:
         assert 0 <= record["data_wait_sec"] < record["step_time_sec"]
-        assert record["tokens_per_sec"] == pytest.approx(record["num_tokens"] / record["step_time_sec"])
+        assert record["tokens_per_sec"] == pytest.approx(
+            record["num_tokens"] / record["step_time_sec"]
+        )
         assert record["samples_per_sec"] == pytest.approx(4 / record["step_time_sec"])
     assert sum(record["step_time_sec"] for record in records) <= elapsed - 3 * 12 * slow
 

@@ -1,7 +1,9 @@
-"""Two machines: two network namespaces joined by one cable, `accelerate launch --num_machines 2` on both.
+"""Two machines: two network namespaces joined by one cable, `accelerate launch --num_machines 2` on
+both.
 
-Each side sees its own network devices only, so that nothing can go by the loopback of the other. One machine is lost in
-mid-run; both start again; the end is bit-equal to that of an undisturbed run.
+Each side sees its own network devices only, so that nothing can go by the loopback of the other.
+One machine is lost in mid-run; both start again; the end is bit-equal to that of an undisturbed
+run.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import sys
 
 import pytest
 
-from accum_trainer.records import read_records
+from accum_trainer.train.records import read_records
 from tests.end_to_end.started import Started
 from tests.end_to_end.test_launch import equal, weights
 
@@ -44,7 +46,20 @@ def cable():
     for side in SIDES:
         ip("netns", "del", side)
         assert ip("netns", "add", side).returncode == 0
-    made = ip("link", "add", DEVICE, "netns", SIDES[0], "type", "veth", "peer", "name", DEVICE, "netns", SIDES[1])
+    made = ip(
+        "link",
+        "add",
+        DEVICE,
+        "netns",
+        SIDES[0],
+        "type",
+        "veth",
+        "peer",
+        "name",
+        DEVICE,
+        "netns",
+        SIDES[1],
+    )
     assert made.returncode == 0, made.stderr
     for side, address in zip(SIDES, ADDRESSES, strict=True):
         for command in (
@@ -64,11 +79,20 @@ class Machine(Started):
     def __init__(self, number, config, folder, train):
         self.side = SIDES[number]
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
-        launcher += ["--num_machines", 2, "--machine_rank", number, "--main_process_ip", ADDRESSES[0]]
+        launcher += [
+            "--num_machines",
+            2,
+            "--machine_rank",
+            number,
+            "--main_process_ip",
+            ADDRESSES[0],
+        ]
         launcher += ["--main_process_port", 29500, "-m", "accum_trainer.train"]
         folder = folder / f"machine-{number}"
         folder.mkdir(exist_ok=True)
-        super().__init__(["ip", "netns", "exec", self.side, *launcher, *train], folder, GLOO_SOCKET_IFNAME=DEVICE)
+        super().__init__(
+            ["ip", "netns", "exec", self.side, *launcher, *train], folder, GLOO_SOCKET_IFNAME=DEVICE
+        )
 
     def lose(self):
         """The machine is gone: every process of it, at once."""
@@ -78,13 +102,24 @@ class Machine(Started):
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2"])
 def test_a_lost_machine_changes_nothing(tmp_path, command, rows_file, cable, engine):
-    rows = rows_file("rows.jsonl", [{"text": f"{n} and {n + 1} " * (n % 5 + 1)} for n in range(200)])
+    rows = rows_file(
+        "rows.jsonl", [{"text": f"{n} and {n + 1} " * (n % 5 + 1)} for n in range(200)]
+    )
     config = tmp_path / "two.yaml"
     argv = ["--nodes", "2", "--gpus-per-node", "1", "--engine", engine, "-o", config]
     assert command("config", "create", "multi-gpu", *argv, cwd=tmp_path).status == 0
 
     def start(name):
-        train = ["--dataset-file", rows, "--batch-size", 2, "--gradient-accumulation-steps", 4, "--lr", "1e-2"]
+        train = [
+            "--dataset-file",
+            rows,
+            "--batch-size",
+            2,
+            "--gradient-accumulation-steps",
+            4,
+            "--lr",
+            "1e-2",
+        ]
         train += ["--steps", 10, "--checkpoint-every", 2, "--output-dir", tmp_path / name]
         return [Machine(number, config, tmp_path, train) for number in (0, 1)]
 
@@ -100,9 +135,12 @@ def test_a_lost_machine_changes_nothing(tmp_path, command, rows_file, cable, eng
     again = start("run")
     assert [machine.ended() for machine in again] == [0, 0], again[0].err + again[1].err
     assert "continued from" in again[0].err
-    assert [record["step"] for record in read_records(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 11))
+    assert [record["step"] for record in read_records(tmp_path / "run" / "metrics.jsonl")] == list(
+        range(1, 11)
+    )
     assert equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
     losses = [
-        [record["loss"] for record in read_records(tmp_path / name / "metrics.jsonl")] for name in ("run", "whole")
+        [record["loss"] for record in read_records(tmp_path / name / "metrics.jsonl")]
+        for name in ("run", "whole")
     ]
     assert losses[0] == losses[1]

@@ -1,4 +1,5 @@
-"""Wrong input ends with status 2, one message that names the thing, no traceback, and nothing written."""
+"""Wrong input ends with status 2, one message that names the thing, no traceback, and nothing
+written."""
 
 from __future__ import annotations
 
@@ -11,7 +12,10 @@ GOOD = [{"prompt": f"What is {n}?\n", "completion": f"It is {n}."} for n in rang
 
 
 def snapshot(folder):
-    return sorted((str(path.relative_to(folder)), path.is_file() and path.stat().st_size) for path in folder.rglob("*"))
+    return sorted(
+        (str(path.relative_to(folder)), path.is_file() and path.stat().st_size)
+        for path in folder.rglob("*")
+    )
 
 
 def refused(run, folder, *argv, says, **env):
@@ -26,25 +30,49 @@ def refused(run, folder, *argv, says, **env):
 
 OPTIONS = {
     "K zero": (["--gradient-accumulation-steps", "0"], "gradient_accumulation_steps=0 is below 1"),
-    "K word": (["--gradient-accumulation-steps", "two"], "gradient_accumulation_steps='two' is not an integer"),
-    "K fraction": (["--gradient-accumulation-steps", "2.5"], "gradient_accumulation_steps='2.5' is not an integer"),
+    "K word": (
+        ["--gradient-accumulation-steps", "two"],
+        "gradient_accumulation_steps='two' is not an integer",
+    ),
+    "K fraction": (
+        ["--gradient-accumulation-steps", "2.5"],
+        "gradient_accumulation_steps='2.5' is not an integer",
+    ),
     "B negative": (["--batch-size", "-1"], "batch_size=-1 is below 1"),
     "lr zero": (["--lr", "0"], "lr=0 must be above 0"),
     "lr word": (["--lr", "fast"], "lr='fast' is not a number"),
     "lr nan": (["--lr", "nan"], "lr=nan is not a finite number"),
-    "scheduler": (["--scheduler", "cosin"], ("scheduler=cosin is not known", "did you mean cosine?")),
+    "scheduler": (
+        ["--scheduler", "cosin"],
+        ("scheduler=cosin is not known", "did you mean cosine?"),
+    ),
     "warmup": (["--warmup", "lots"], "warmup='lots' is not a warm-up"),
-    "warmup too long": (["--steps", "5", "--warmup", "9"], "warmup=9 is 9 updates, but the run has only 5"),
-    "steps and epochs": (["--steps", "5", "--epochs", "1"], "steps=5 and epochs=1 both say how long"),
+    "warmup too long": (
+        ["--steps", "5", "--warmup", "9"],
+        "warmup=9 is 9 updates, but the run has only 5",
+    ),
+    "steps and epochs": (
+        ["--steps", "5", "--epochs", "1"],
+        "steps=5 and epochs=1 both say how long",
+    ),
     "lr scaling": (["--lr-scaling", "linear"], "lr_scaling=linear needs lr_base_batch_size"),
-    "set unknown": (["--set", "batchsize=4"], ("unknown option 'batchsize'", "did you mean batch_size?")),
+    "set unknown": (
+        ["--set", "batchsize=4"],
+        ("unknown option 'batchsize'", "did you mean batch_size?"),
+    ),
     "set without value": (["--set", "lr"], "--set lr is not key=value"),
     "set twice": (["--lr", "0.1", "--set", "lr=0.2"], "lr is given twice on the command line"),
-    "name of a Trainer": (["--learning-rate", "1"], "No such option '--learning-rate'. Did you mean '--lr'?"),
+    "name of a Trainer": (
+        ["--learning-rate", "1"],
+        "No such option '--learning-rate'. Did you mean '--lr'?",
+    ),
     "its batch": (["--per_device_train_batch_size", "4"], "Did you mean '--batch-size'?"),
     "its epochs": (["--num-train-epochs=3"], "Did you mean '--epochs'?"),
     "its updates": (["--max-steps", "5"], "Did you mean '--steps'?"),
-    "its name in a setting": (["--set", "learning_rate=1"], ("unknown option 'learning_rate'", "did you mean lr?")),
+    "its name in a setting": (
+        ["--set", "learning_rate=1"],
+        ("unknown option 'learning_rate'", "did you mean lr?"),
+    ),
     "a slip": (["--batch-sise", "4"], "Did you mean '--batch-size'?"),
     "unknown option": (["--grad-acum-steps", "4"], "No such option '--grad-acum-steps'"),
     "K and B_eff beside the default B": (
@@ -68,10 +96,16 @@ OPTIONS = {
         ["--attention", "flash_attention_2"],
         "attention=flash_attention_2 ",
     ),  # or it is not installed
-    "flex on a CPU": (["--attention", "flex_attention"], "attention=flex_attention gives no gradient on a CPU"),
+    "flex on a CPU": (
+        ["--attention", "flex_attention"],
+        "attention=flex_attention gives no gradient on a CPU",
+    ),
     "offload of nothing": (["--cpu-offload"], "give zero_stage (zero1 to zero3) too"),
     "tracker of later": (["--report-to", "wandb"], "report_to=wandb needs experiment trackers"),
-    "shares of two": (["--rank-weights", "2,1"], "rank_weights=2,1 are 2 shares, but there is 1 process"),
+    "shares of two": (
+        ["--rank-weights", "2,1"],
+        "rank_weights=2,1 are 2 shares, but there is 1 process",
+    ),
     "share of nothing": (["--rank-weights", "2,0"], "rank_weights=2,0 are not shares"),
     "share of words": (["--rank-weights", "big,small"], "rank_weights=big,small are not shares"),
     "B and tokens": (
@@ -87,41 +121,83 @@ OPTIONS = {
         ["--max-tokens-per-micro-batch", "100", "--global-batch-size", "8"],
         "max_tokens_per_micro_batch=100 is below max_seq_len=512",
     ),
-    "auto without a window": (["--batch-size", "auto"], "batch_size=auto makes as many micro-batches"),
+    "auto without a window": (
+        ["--batch-size", "auto"],
+        "batch_size=auto makes as many micro-batches",
+    ),
     "B of another word": (["--batch-size", "largest"], "batch_size='largest' is not an integer"),
     "layout": (["--layout", "paced"], ("layout=paced is not known", "did you mean packed?")),
     "multiple": (["--pad-to-multiple-of", "0"], "pad_to_multiple_of=0 is below 1"),
     "lora dropout": (["--use-peft", "--lora-dropout", "1.0"], "lora_dropout=1 must be below 1"),
-    "lora modules": (["--use-peft", "--lora-target-modules", "q_prog"], ("lora_target_modules=q_prog", "q_proj")),
-    "rank of no adapter": (["--lora-r", "8"], ("lora_r=8 has an effect only with use_peft", "use_peft is off")),
-    "alpha of no adapter": (["--lora-alpha", "8"], "lora_alpha=8.0 has an effect only with use_peft"),
-    "dropout of no adapter": (["--lora-dropout", "0.1"], "lora_dropout=0.1 has an effect only with use_peft"),
-    "targets of no adapter": (["--set", "lora_target_modules=q_proj"], "lora_target_modules=q_proj has an effect only"),
-    "modules of no adapter": (["--lora-modules-to-save", "lm_head"], "lora_modules_to_save=lm_head has an effect only"),
+    "lora modules": (
+        ["--use-peft", "--lora-target-modules", "q_prog"],
+        ("lora_target_modules=q_prog", "q_proj"),
+    ),
+    "rank of no adapter": (
+        ["--lora-r", "8"],
+        ("lora_r=8 has an effect only with use_peft", "use_peft is off"),
+    ),
+    "alpha of no adapter": (
+        ["--lora-alpha", "8"],
+        "lora_alpha=8.0 has an effect only with use_peft",
+    ),
+    "dropout of no adapter": (
+        ["--lora-dropout", "0.1"],
+        "lora_dropout=0.1 has an effect only with use_peft",
+    ),
+    "targets of no adapter": (
+        ["--set", "lora_target_modules=q_proj"],
+        "lora_target_modules=q_proj has an effect only",
+    ),
+    "modules of no adapter": (
+        ["--lora-modules-to-save", "lm_head"],
+        "lora_modules_to_save=lm_head has an effect only",
+    ),
     "adapter that is not": (["--no-use-peft", "--merge-adapter"], "give use_peft too"),
     "base of no scaling": (
         ["--lr-base-batch-size", "8"],
         ("lr_base_batch_size=8 has an effect only with lr_scaling", "lr_scaling is none"),
     ),
-    "restarts of no runs": (["--max-restarts", "5"], "max_restarts=5 has an effect only with parallel_independent"),
+    "restarts of no runs": (
+        ["--max-restarts", "5"],
+        "max_restarts=5 has an effect only with parallel_independent",
+    ),
     "padding of packed rows": (
         ["--layout", "packed", "--pad-to-multiple-of", "8"],
         "pad_to_multiple_of=8 has no effect with layout=packed",
     ),
     "devices of no runs": (["--cuda-ids", "0,1"], "cuda_ids=0,1 is for independent runs"),
-    "half of the columns": (["--prompt-column", "q"], "prompt_column=q and completion_column=None belong together"),
+    "half of the columns": (
+        ["--prompt-column", "q"],
+        "prompt_column=q and completion_column=None belong together",
+    ),
     "two kinds of columns": (
         ["--prompt-column", "q", "--completion-column", "a", "--text-column", "t"],
         "prompt_column=q and text_column=t both say",
     ),
-    "columns of no data": (["--text-column", "t"], "text_column=t has no effect without data of yours"),
-    "template missing": (["--chat-template", "no.jinja"], "chat_template=no.jinja cannot be read: No such file"),
-    "sequence too long": (["--max-seq-len", "4096"], "max_seq_len=4096 is more than the 2048 positions of model=tiny"),
+    "columns of no data": (
+        ["--text-column", "t"],
+        "text_column=t has no effect without data of yours",
+    ),
+    "template missing": (
+        ["--chat-template", "no.jinja"],
+        "chat_template=no.jinja cannot be read: No such file",
+    ),
+    "sequence too long": (
+        ["--max-seq-len", "4096"],
+        "max_seq_len=4096 is more than the 2048 positions of model=tiny",
+    ),
     "unknown model": (["--model", "no/such-model"], "model=no/such-model"),
     "missing file": (["--dataset-file", "nowhere.jsonl"], "data file nowhere.jsonl does not exist"),
     "missing config": (["--config", "nowhere.yaml"], "cannot read the configuration nowhere.yaml"),
-    "two data sets": (["--dataset", "a", "--dataset-file", "b.jsonl"], "both name the training data"),
-    "unreachable hub": (["--dataset", "no/such-data"], "dataset no/such-data cannot be loaded from the hub"),
+    "two data sets": (
+        ["--dataset", "a", "--dataset-file", "b.jsonl"],
+        "both name the training data",
+    ),
+    "unreachable hub": (
+        ["--dataset", "no/such-data"],
+        "dataset no/such-data cannot be loaded from the hub",
+    ),
     "resume nowhere": (["--resume", "nowhere"], "resume=nowhere is no folder"),
     "evaluation without rows": (
         ["--dataset-file", "b.jsonl", "--eval-every", "5"],
@@ -141,11 +217,22 @@ FILES = {
     "blank": ("rows.txt", "\n\n  \n", "rows.txt has no rows"),
     "malformed line": (
         "rows.jsonl",
-        "".join(json.dumps(row) + "\n" for row in GOOD[:6]) + '{"prompt": "x", \n' + json.dumps(GOOD[7]) + "\n",
+        "".join(json.dumps(row) + "\n" for row in GOOD[:6])
+        + '{"prompt": "x", \n'
+        + json.dumps(GOOD[7])
+        + "\n",
         "rows.jsonl line 7 is not JSON",
     ),
-    "malformed json": ("rows.json", '[{"text": "a"},\n {"text": }]', "rows.json line 2 is not JSON"),
-    "not objects": ("rows.jsonl", '{"text": "a"}\n[1, 2]\n', "rows.jsonl line 2 is not a JSON object"),
+    "malformed json": (
+        "rows.json",
+        '[{"text": "a"},\n {"text": }]',
+        "rows.json line 2 is not JSON",
+    ),
+    "not objects": (
+        "rows.jsonl",
+        '{"text": "a"}\n[1, 2]\n',
+        "rows.jsonl line 2 is not a JSON object",
+    ),
     "no column": (
         "rows.jsonl",
         '{"body": "a", "title": "b"}\n',
@@ -175,13 +262,23 @@ FILES = {
 @pytest.mark.parametrize("name", FILES)
 def test_wrong_data(train, tmp_path, rows_file, name):
     file, content, says = FILES[name]
-    refused(train, tmp_path, "--output-dir", "run", "--dataset-file", rows_file(file, content), says=says)
+    refused(
+        train,
+        tmp_path,
+        "--output-dir",
+        "run",
+        "--dataset-file",
+        rows_file(file, content),
+        says=says,
+    )
 
 
 def test_not_utf8(train, tmp_path, rows_file):
     path = rows_file("rows.jsonl", "")
     path.write_bytes(b'{"text": "caf\xe9"}\n')
-    refused(train, tmp_path, "--output-dir", "run", "--dataset-file", path, says="is not UTF-8 text")
+    refused(
+        train, tmp_path, "--output-dir", "run", "--dataset-file", path, says="is not UTF-8 text"
+    )
 
 
 @pytest.mark.parametrize(
@@ -189,13 +286,24 @@ def test_not_utf8(train, tmp_path, rows_file):
     [
         ("batch_sise: 4\n", ("unknown option 'batch_sise'", "did you mean batch_size?")),
         ("gradient_accumulation_steps: 0\n", "gradient_accumulation_steps=0 is below 1"),
-        ("gradient_accumulation_steps: true\n", "gradient_accumulation_steps=True is not an integer"),
+        (
+            "gradient_accumulation_steps: true\n",
+            "gradient_accumulation_steps=True is not an integer",
+        ),
         ("lr: [1\n", "line 2 is not YAML"),
         ("- lr\n", "holds a list, not `option: value` lines"),
     ],
 )
 def test_wrong_yaml(train, tmp_path, rows_file, content, says):
-    refused(train, tmp_path, "--output-dir", "run", "--config", rows_file("run.yaml", content), says=says)
+    refused(
+        train,
+        tmp_path,
+        "--output-dir",
+        "run",
+        "--config",
+        rows_file("run.yaml", content),
+        says=says,
+    )
 
 
 def test_wrong_environment(train, tmp_path):
@@ -208,7 +316,8 @@ def test_i23_k_of_the_launcher_must_agree(train, tmp_path):
         train,
         tmp_path,
         *("--output-dir", "run", "--gradient-accumulation-steps", "8"),
-        says="gradient_accumulation_steps=8, but the environment says ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4",
+        says="gradient_accumulation_steps=8, but the environment says "
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4",
         ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4,
     )
 
@@ -241,12 +350,28 @@ def test_output_dir_holds_something_else(train, tmp_path):
 
 def test_log_file_holds_something_else(train, tmp_path):
     (tmp_path / "notes.txt").write_text("mine\n")
-    refused(train, tmp_path, "--output-dir", "run", "--log-file", "notes.txt", says="does not hold records")
+    refused(
+        train,
+        tmp_path,
+        "--output-dir",
+        "run",
+        "--log-file",
+        "notes.txt",
+        says="does not hold records",
+    )
 
 
 def test_model_folder_without_a_model(train, tmp_path):
     (tmp_path / "model").mkdir()
-    refused(train, tmp_path, "--output-dir", "run", "--model", "model", says="model=model gives no tokenizer")
+    refused(
+        train,
+        tmp_path,
+        "--output-dir",
+        "run",
+        "--model",
+        "model",
+        says="model=model gives no tokenizer",
+    )
 
 
 def test_messages_are_not_mixed_up_with_a_missing_plan_file(command, tmp_path):
@@ -270,7 +395,16 @@ class TestResume:
     @pytest.fixture
     def folder(self, train, tmp_path, rows_file):
         self.data = rows_file("rows.jsonl", GOOD)
-        self.argv = ["--dataset-file", self.data, "--batch-size", "4", "--steps", "2", "--output-dir", "run"]
+        self.argv = [
+            "--dataset-file",
+            self.data,
+            "--batch-size",
+            "4",
+            "--steps",
+            "2",
+            "--output-dir",
+            "run",
+        ]
         finished = train(*self.argv)
         assert finished.status == 0, finished.err
         return tmp_path
@@ -284,10 +418,24 @@ class TestResume:
         refused(train, folder, *self.argv, says=("trained with data=", "this run has data="))
 
     def test_other_seed(self, train, folder):
-        refused(train, folder, *self.argv, "--seed", "7", says="trained with seed=0, this run has seed=7")
+        refused(
+            train,
+            folder,
+            *self.argv,
+            "--seed",
+            "7",
+            says="trained with seed=0, this run has seed=7",
+        )
 
     def test_never(self, train, folder):
-        refused(train, folder, *self.argv, "--resume", "never", says="already holds a run and resume=never")
+        refused(
+            train,
+            folder,
+            *self.argv,
+            "--resume",
+            "never",
+            says="already holds a run and resume=never",
+        )
 
     def test_foreign_folder(self, train, folder):
         (folder / "elsewhere").mkdir()
@@ -313,26 +461,58 @@ def test_i40_packed_samples_of_a_model_that_mixes_them(train, tmp_path):
     from accum_trainer.data.embedded import corpus_tokenizer
 
     tokenizer = corpus_tokenizer()
-    sizes = dict(hidden_size=32, num_hidden_layers=2, num_heads=4, head_dim=16, state_size=8, n_groups=1, chunk_size=8)
+    sizes = dict(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_heads=4,
+        head_dim=16,
+        state_size=8,
+        n_groups=1,
+        chunk_size=8,
+    )
     ids = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    Mamba2ForCausalLM(Mamba2Config(vocab_size=len(tokenizer), **sizes, **ids)).save_pretrained(tmp_path / "mamba")
+    Mamba2ForCausalLM(Mamba2Config(vocab_size=len(tokenizer), **sizes, **ids)).save_pretrained(
+        tmp_path / "mamba"
+    )
     tokenizer.save_pretrained(tmp_path / "mamba")
     says = (
-        "layout=packed cannot be used with model=mamba, whose packed samples see each other: logits of a packed sample "
+        "layout=packed cannot be used with model=mamba, whose packed samples see each other: "
+        "logits of a packed sample "
         "differ from those of it alone by ",
         "use layout=padded",
     )
-    options = ("--model", "mamba", "--batch-size", "4", "--max-seq-len", "32", "--steps", "1", "--cpu")
+    options = (
+        "--model",
+        "mamba",
+        "--batch-size",
+        "4",
+        "--max-seq-len",
+        "32",
+        "--steps",
+        "1",
+        "--cpu",
+    )
     refused(train, tmp_path, "--output-dir", "run", *options, "--layout", "packed", says=says)
-    assert train("--output-dir", "run", *options, cwd=tmp_path).status == 0  # padded, as it is by default
+    assert (
+        train("--output-dir", "run", *options, cwd=tmp_path).status == 0
+    )  # padded, as it is by default
 
 
 def test_options_at_their_defaults_are_silent(tmp_path):
-    """A written configuration holds all of them, and is read back; what shapes adapters goes with them."""
+    """A written configuration holds all of them, and is read back; what shapes adapters goes with
+    them."""
     from accum_trainer import TrainConfig
 
-    for config in (TrainConfig(), TrainConfig(use_peft=True, lora_r=8, lora_dropout=0.1, merge_adapter=True)):
+    for config in (
+        TrainConfig(),
+        TrainConfig(use_peft=True, lora_r=8, lora_dropout=0.1, merge_adapter=True),
+    ):
         (tmp_path / "config.yaml").write_text(config.to_yaml())
         assert TrainConfig.from_yaml(tmp_path / "config.yaml") == config
     plain = config.without_peft()
-    assert (plain.use_peft, plain.lora_r, plain.lora_dropout, plain.merge_adapter) == (False, 16, 0.0, False)
+    assert (plain.use_peft, plain.lora_r, plain.lora_dropout, plain.merge_adapter) == (
+        False,
+        16,
+        0.0,
+        False,
+    )

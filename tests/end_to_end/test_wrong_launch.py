@@ -1,4 +1,5 @@
-"""Wrong uses of `config create`, `launch` and independent runs: one message with the remedy, status 2, nothing written."""
+"""Wrong uses of `config create`, `launch` and independent runs: one message with the remedy, status
+2, nothing written."""
 
 from __future__ import annotations
 
@@ -11,15 +12,27 @@ from tests.end_to_end.test_wrong_input import refused
 from tests.launching import python
 
 CREATE = {
-    "unknown mode": (["multi-gpus"], ("mode=multi-gpus is not known", "single-gpu, multi-gpu, parallel-independent")),
+    "unknown mode": (
+        ["multi-gpus"],
+        ("mode=multi-gpus is not known", "single-gpu, multi-gpu, parallel-independent"),
+    ),
     "nodes zero": (["multi-gpu", "--nodes", "0", "--gpus-per-node", "2"], "nodes=0 is below 1"),
     "gpus zero": (["multi-gpu", "--gpus-per-node", "0"], "gpus_per_node=0 is below 1"),
     "how many gpus": (["multi-gpu"], "needs --gpus-per-node: how many GPUs a machine has"),
     "how many runs": (["parallel-independent"], "needs --gpus-per-node: how many independent runs"),
     "one process": (["multi-gpu", "--gpus-per-node", "1"], ("is one process", "use single-gpu")),
-    "single with two": (["single-gpu", "--gpus-per-node", "2"], ("single-gpu is one process", "use multi-gpu")),
-    "ZeRO of one": (["single-gpu", "--engine", "zero2"], ("engine=zero2 shards over processes", "cpu_offload")),
-    "FSDP of one": (["single-gpu", "--engine", "fsdp2"], "engine=fsdp2 shards over processes, and single-gpu has one"),
+    "single with two": (
+        ["single-gpu", "--gpus-per-node", "2"],
+        ("single-gpu is one process", "use multi-gpu"),
+    ),
+    "ZeRO of one": (
+        ["single-gpu", "--engine", "zero2"],
+        ("engine=zero2 shards over processes", "cpu_offload"),
+    ),
+    "FSDP of one": (
+        ["single-gpu", "--engine", "fsdp2"],
+        "engine=fsdp2 shards over processes, and single-gpu has one",
+    ),
     "sharded independent": (
         ["parallel-independent", "--gpus-per-node", "2", "--engine", "zero2"],
         "each of the parallel-independent runs is one process",
@@ -28,7 +41,10 @@ CREATE = {
         ["parallel-independent", "--gpus-per-node", "2", "--nodes", "2"],
         ("nodes=2", "an array of jobs spreads them"),
     ),
-    "unknown engine": (["multi-gpu", "--gpus-per-node", "2", "--engine", "zero4"], "engine=zero4 is not known"),
+    "unknown engine": (
+        ["multi-gpu", "--gpus-per-node", "2", "--engine", "zero4"],
+        "engine=zero4 is not known",
+    ),
     "offload of nothing": (
         ["multi-gpu", "--gpus-per-node", "2", "--cpu-offload"],
         "engine=ddp; give engine zero1 to zero3",
@@ -43,26 +59,51 @@ CREATE = {
         "precision=fp16 needs a loss scaler",
     ),
     "K in two places": (
-        ["single-gpu", "--gradient-accumulation-steps", "4", "--", "--gradient-accumulation-steps", "8"],
+        [
+            "single-gpu",
+            "--gradient-accumulation-steps",
+            "4",
+            "--",
+            "--gradient-accumulation-steps",
+            "8",
+        ],
         "gradient_accumulation_steps stands after --",
     ),
     "engine in two places": (
         ["multi-gpu", "--gpus-per-node", "2", "--engine", "zero2", "--", "--zero-stage", "zero3"],
         "zero_stage stands after --, but --engine decides it here",
     ),
-    "unknown option of train": (["single-gpu", "--", "--batchsize", "4"], "No such option '--batchsize'"),
+    "unknown option of train": (
+        ["single-gpu", "--", "--batchsize", "4"],
+        "No such option '--batchsize'",
+    ),
     "wrong option of train": (["single-gpu", "--", "--lr", "fast"], "lr='fast' is not a number"),
     "no yaml": (["single-gpu", "-o", "x.json"], "output=x.json does not end in .yaml"),
-    "partition without slurm": (["single-gpu", "--partition", "gpu"], "partition=gpu is for a batch script"),
-    "time": (["single-gpu", "--slurm", "--time", "1 day"], "time=1 day is not a time; give HH:MM:SS"),
-    "signal": (["single-gpu", "--slurm", "--signal", "KILL@60"], "signal=KILL@60 is not USR1@SECONDS"),
+    "partition without slurm": (
+        ["single-gpu", "--partition", "gpu"],
+        "partition=gpu is for a batch script",
+    ),
+    "time": (
+        ["single-gpu", "--slurm", "--time", "1 day"],
+        "time=1 day is not a time; give HH:MM:SS",
+    ),
+    "signal": (
+        ["single-gpu", "--slurm", "--signal", "KILL@60"],
+        "signal=KILL@60 is not USR1@SECONDS",
+    ),
     "signal too early": (
         ["single-gpu", "--slurm", "--time", "00:02:00", "--signal", "USR1@180"],
         "would come 180 s before the end of time=00:02:00, which is 120 s",
     ),
-    "partition of two words": (["single-gpu", "--slurm", "--partition", "a b"], "partition='a b' is not a name"),
+    "partition of two words": (
+        ["single-gpu", "--slurm", "--partition", "a b"],
+        "partition='a b' is not a name",
+    ),
     "vary of one": (["single-gpu", "--vary", "lr=1,2"], "vary=lr=1,2 is for independent runs"),
-    "vary without values": (["parallel-independent", "--vary", "lr"], "'lr' is not option=value,value"),
+    "vary without values": (
+        ["parallel-independent", "--vary", "lr"],
+        "'lr' is not option=value,value",
+    ),
     "memory of nothing": (["single-gpu", "--gpu-memory", "80"], "give --model after --"),
 }
 
@@ -89,21 +130,46 @@ def test_files_are_not_overwritten(command, tmp_path):
     assert (tmp_path / "a.yaml").read_text() != written
 
 
-TWO = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "num_processes": 2, "num_machines": 1}
+TWO = {
+    "compute_environment": "LOCAL_MACHINE",
+    "distributed_type": "MULTI_GPU",
+    "num_processes": 2,
+    "num_machines": 1,
+}
 LAUNCH = {
     "no such file": (None, [], "cannot read the launch configuration launch.yaml"),
     "not YAML": ("a: [1", [], "launch.yaml is not YAML"),
     "a list": ("- 1", [], "launch.yaml holds a list, not a launch configuration"),
-    "options of train": ({"batch_size": 4}, [], ("it has no distributed_type", "accum-trainer train --config")),
-    "of another version": (TWO | {"warp_drive": True}, [], ("cannot read launch.yaml", "warp_drive", "config create")),
-    "one process in silence": (TWO | {"distributed_type": "MULTI_CPU"}, [], "accelerate starts one process only"),
-    "use_cpu": (TWO | {"use_cpu": True}, [], ("use_cpu=True", "write distributed_type: MULTI_GPU and use_cpu: false")),
+    "options of train": (
+        {"batch_size": 4},
+        [],
+        ("it has no distributed_type", "accum-trainer train --config"),
+    ),
+    "of another version": (
+        TWO | {"warp_drive": True},
+        [],
+        ("cannot read launch.yaml", "warp_drive", "config create"),
+    ),
+    "one process in silence": (
+        TWO | {"distributed_type": "MULTI_CPU"},
+        [],
+        "accelerate starts one process only",
+    ),
+    "use_cpu": (
+        TWO | {"use_cpu": True},
+        [],
+        ("use_cpu=True", "write distributed_type: MULTI_GPU and use_cpu: false"),
+    ),
     "engine of others": (
         TWO | {"distributed_type": "MEGATRON_LM"},
         [],
         "distributed_type=MEGATRON_LM has no engine here",
     ),
-    "uneven nodes": (TWO | {"num_processes": 3, "num_machines": 2}, ["--machine-rank", "0"], "do not spread evenly"),
+    "uneven nodes": (
+        TWO | {"num_processes": 3, "num_machines": 2},
+        ["--machine-rank", "0"],
+        "do not spread evenly",
+    ),
     "too many processes": (TWO | {"num_processes": 4096}, [], ("4096 processes", "CPU cores")),
     "which node": (TWO | {"num_machines": 2}, [], "say which one this is with --machine-rank"),
     "no such node": (
@@ -111,11 +177,19 @@ LAUNCH = {
         ["--machine-rank", "2", "--main-process-ip", "a", "--main-process-port", "29500"],
         "machine_rank=2 is no node of num_machines=2; give 0 to 1",
     ),
-    "where to meet": (TWO | {"num_machines": 2}, ["--machine-rank", "1"], "2 nodes must know where to meet"),
+    "where to meet": (
+        TWO | {"num_machines": 2},
+        ["--machine-rank", "1"],
+        "2 nodes must know where to meet",
+    ),
     "a node of one": (TWO, ["--machine-rank", "1"], "machine_rank=1, but launch.yaml has one node"),
     "no port": (TWO, ["--main-process-port", "70000"], "main_process_port=70000 is not a port"),
     "no DeepSpeed file": (
-        TWO | {"distributed_type": "DEEPSPEED", "deepspeed_config": {"deepspeed_config_file": "z.json"}},
+        TWO
+        | {
+            "distributed_type": "DEEPSPEED",
+            "deepspeed_config": {"deepspeed_config_file": "z.json"},
+        },
         [],
         "deepspeed_config_file=z.json does not exist",
     ),
@@ -128,7 +202,9 @@ def test_wrong_launch(command, tmp_path, name):
     if content is not None:
         text = content if isinstance(content, str) else yaml.safe_dump(content)
         (tmp_path / "launch.yaml").write_text(text)
-    refused(command, tmp_path, "launch", "launch.yaml", *argv, "--", "--output-dir", "run", says=says)
+    refused(
+        command, tmp_path, "launch", "launch.yaml", *argv, "--", "--output-dir", "run", says=says
+    )
 
 
 def test_port_in_use(command, tmp_path):
@@ -145,7 +221,10 @@ def test_port_in_use(command, tmp_path):
     ("argv", "says"),
     [
         (["--steps", "0"], "steps=0 is below 1"),
-        (["--parallel-independent", "--cuda-ids", "0,1"], "parallel_independent starts single processes"),
+        (
+            ["--parallel-independent", "--cuda-ids", "0,1"],
+            "parallel_independent starts single processes",
+        ),
         (["--help"], "--help stands among the options"),
     ],
 )
@@ -156,16 +235,30 @@ def test_wrong_options_after_the_dashes(command, tmp_path, argv, says):
 
 def test_options_before_the_dashes(command, tmp_path):
     (tmp_path / "launch.yaml").write_text(yaml.safe_dump(TWO))
-    refused(command, tmp_path, "launch", "launch.yaml", "--steps", "4", says="No such option '--steps'")
+    refused(
+        command, tmp_path, "launch", "launch.yaml", "--steps", "4", says="No such option '--steps'"
+    )
 
 
 INDEPENDENT = {
     "no slots": (["--parallel-independent"], "needs cuda_ids, the names of its slots, such as 0,1"),
-    "not numbers": (["--parallel-independent", "--cuda-ids", "a,b"], "cuda_ids=a,b is not a list of device numbers"),
+    "not numbers": (
+        ["--parallel-independent", "--cuda-ids", "a,b"],
+        "cuda_ids=a,b is not a list of device numbers",
+    ),
     "twice": (["--parallel-independent", "--cuda-ids", "0,0"], "names a device twice"),
-    "ids alone": (["--cuda-ids", "0,1"], "cuda_ids=0,1 is for independent runs; give parallel_independent too"),
-    "shard and all": (["--parallel-independent", "--cuda-ids", "0,1", "--shard", "0/2"], "shard=0/2 is one share"),
-    "shard beyond": (["--shard", "2/2"], "shard=2/2 is not a shard; give I/N with I from 0 to N - 1"),
+    "ids alone": (
+        ["--cuda-ids", "0,1"],
+        "cuda_ids=0,1 is for independent runs; give parallel_independent too",
+    ),
+    "shard and all": (
+        ["--parallel-independent", "--cuda-ids", "0,1", "--shard", "0/2"],
+        "shard=0/2 is one share",
+    ),
+    "shard beyond": (
+        ["--shard", "2/2"],
+        "shard=2/2 is not a shard; give I/N with I from 0 to N - 1",
+    ),
     "shard of words": (["--shard", "first"], "shard=first is not a shard"),
     "vary unknown": (
         ["--parallel-independent", "--cuda-ids", "0,1", "--vary", "rl=1,2"],
@@ -175,7 +268,10 @@ INDEPENDENT = {
         ["--parallel-independent", "--cuda-ids", "0,1", "--vary", "output_dir=a,b"],
         "output_dir cannot differ between the runs",
     ),
-    "vary twice": (["--parallel-independent", "--cuda-ids", "0,1", "--vary", "lr=1;lr=2"], "names lr twice"),
+    "vary twice": (
+        ["--parallel-independent", "--cuda-ids", "0,1", "--vary", "lr=1;lr=2"],
+        "names lr twice",
+    ),
     "vary badly": (
         ["--parallel-independent", "--cuda-ids", "0,1", "--vary", "lr=1e-3,fast"],
         "lr='fast' is not a number",
@@ -188,7 +284,10 @@ INDEPENDENT = {
         ["--parallel-independent", "--cuda-ids", "0,1", "--dataset-file", "nowhere.jsonl"],
         "data file nowhere.jsonl does not exist",
     ),
-    "restarts": (["--parallel-independent", "--cuda-ids", "0,1", "--max-restarts", "-1"], "max_restarts=-1 is below 0"),
+    "restarts": (
+        ["--parallel-independent", "--cuda-ids", "0,1", "--max-restarts", "-1"],
+        "max_restarts=-1 is below 0",
+    ),
 }
 
 
@@ -200,7 +299,9 @@ def test_wrong_independent_runs(train, tmp_path, name):
 
 def test_independent_runs_under_a_launcher(train, tmp_path):
     argv = ["--output-dir", "run", "--parallel-independent", "--cuda-ids", "0,1"]
-    refused(train, tmp_path, *argv, says="start it with `accum-trainer train`", WORLD_SIZE=2, RANK=0)
+    refused(
+        train, tmp_path, *argv, says="start it with `accum-trainer train`", WORLD_SIZE=2, RANK=0
+    )
 
 
 MULTI_CPU = {
@@ -216,7 +317,11 @@ MULTI_CPU = {
 @pytest.mark.parametrize("how", ["options", "file", "no gpu"])
 def test_i23b_processes_that_accelerate_does_not_start_are_missed(how, tmp_path):
     """accelerate starts one process here, without a word; it must not train alone."""
-    options = {"options": ["--cpu", "--num_processes", "2"], "no gpu": ["--num_processes", "2"], "file": []}[how]
+    options = {
+        "options": ["--cpu", "--num_processes", "2"],
+        "no gpu": ["--num_processes", "2"],
+        "file": [],
+    }[how]
     if how == "file":
         (tmp_path / "cpu.yaml").write_text(yaml.safe_dump(MULTI_CPU))
         options = ["--config_file", tmp_path / "cpu.yaml"]
@@ -232,12 +337,27 @@ def test_i23b_processes_that_accelerate_does_not_start_are_missed(how, tmp_path)
 def test_one_process_that_was_asked_for_is_not_missed(tmp_path):
     """Also where the shell has a meeting place of its own; what nothing can tell is said."""
     shell = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500, "CUDA_VISIBLE_DEVICES": ""}
-    train = ("-m", "accum_trainer.train", "--dry-run", "--cpu", "--dataset-file", tmp_path / "rows.txt")
+    train = (
+        "-m",
+        "accum_trainer.train",
+        "--dry-run",
+        "--cpu",
+        "--dataset-file",
+        tmp_path / "rows.txt",
+    )
     (tmp_path / "rows.txt").write_text("one\ntwo\n")
-    told = python("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", *train, **shell)
+    told = python(
+        "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", *train, **shell
+    )
     assert told.returncode == 0, told.stderr
     assert "if several processes were asked for" not in told.stderr
-    (tmp_path / "one.yaml").write_text(yaml.safe_dump(MULTI_CPU | {"distributed_type": "NO", "num_processes": 1}))
-    unknown = python("-m", "accelerate.commands.launch", "--config_file", tmp_path / "one.yaml", *train, **shell)
+    (tmp_path / "one.yaml").write_text(
+        yaml.safe_dump(MULTI_CPU | {"distributed_type": "NO", "num_processes": 1})
+    )
+    unknown = python(
+        "-m", "accelerate.commands.launch", "--config_file", tmp_path / "one.yaml", *train, **shell
+    )
     assert unknown.returncode == 0, unknown.stderr
-    assert "note: accelerate launch started this one process, and MASTER_ADDR is set" in unknown.stderr
+    assert (
+        "note: accelerate launch started this one process, and MASTER_ADDR is set" in unknown.stderr
+    )

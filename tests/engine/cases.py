@@ -1,7 +1,9 @@
-"""One contract, run on every engine: each case trains something small and returns numbers that a test can judge.
+"""One contract, run on every engine: each case trains something small and returns numbers that a
+test can judge.
 
-Every case compares with an independent reference (one float64 big batch, or arithmetic by hand). It runs in one process
-or in each of several, and must not know in how many: B and K are given for the effective batch it names.
+Every case compares with an independent reference (one float64 big batch, or arithmetic by hand). It
+runs in one process or in each of several, and must not know in how many: B and K are given for the
+effective batch it names.
 """
 
 from __future__ import annotations
@@ -18,12 +20,21 @@ import torch
 from accelerate.state import AcceleratorState
 from torch.utils.data import DataLoader
 
-from accum_trainer import Accumulator, DataError, EngineError, causal_lm_loss, head
-from accum_trainer.data.collating import PackingCollator, PaddingCollator
-from accum_trainer.packing import find_packing, worst_of
+from accum_trainer import Accumulator, DataError, EngineError, causal_lm_loss
+from accum_trainer.losses import head
+from accum_trainer.losses.packing import find_packing, worst_of
+from accum_trainer.sources.collating import PackingCollator, PaddingCollator
 from accum_trainer.window_plan import Cost, Cut, global_order, windows_of
 from benchmarks.grad_sync import counting
-from tests.reference import IGNORE, big_batch, make_model, make_rows, num_targets, pad, relative_error
+from tests.reference import (
+    IGNORE,
+    big_batch,
+    make_model,
+    make_rows,
+    num_targets,
+    pad,
+    relative_error,
+)
 
 CASES: dict[str, Callable[[], dict[str, Any]]] = {}
 
@@ -50,7 +61,9 @@ def rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
-ENGINE: dict[str, Any] = {}  # what the worker was told of the engine: zero_stage, fsdp, grad_sync; cpu; backend
+ENGINE: dict[
+    str, Any
+] = {}  # what the worker was told of the engine: zero_stage, fsdp, grad_sync; cpu; backend
 
 
 def accumulator(micro_batch_size: int | None, **options: Any) -> Accumulator:
@@ -61,15 +74,20 @@ def accumulator(micro_batch_size: int | None, **options: Any) -> Accumulator:
 
         handlers = [*options.get("kwargs_handlers", ()), InitProcessGroupKwargs(backend=backend)]
         options = options | {"kwargs_handlers": handlers}
-    if "zero_stage" in engine:  # accelerate takes one DeepSpeed plugin per process; a case may build several
+    if (
+        "zero_stage" in engine
+    ):  # accelerate takes one DeepSpeed plugin per process; a case may build several
         AcceleratorState._reset_state()
     return Accumulator(micro_batch_size=micro_batch_size, **(engine | options))
 
 
 class Probe:
-    """A model under an optimizer whose averaged gradient is seen at the moment of the step, whole, on every engine."""
+    """A model under an optimizer whose averaged gradient is seen at the moment of the step, whole,
+    on every engine."""
 
-    def __init__(self, acc: Accumulator, model: torch.nn.Module, lr: float = 0.1, schedule: Any = None) -> None:
+    def __init__(
+        self, acc: Accumulator, model: torch.nn.Module, lr: float = 0.1, schedule: Any = None
+    ) -> None:
         self.acc, self.lr = acc, lr
         self.pristine = copy.deepcopy(model)
         sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
@@ -93,7 +111,10 @@ class Probe:
         return held + sum(bool(shard) for shard in shards)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        return {n: w.clone() for n, w in self.acc.engine.full_weights(self.model, trained_only=True).items()}
+        return {
+            n: w.clone()
+            for n, w in self.acc.engine.full_weights(self.model, trained_only=True).items()
+        }
 
     def exact(self, rows: list[dict]) -> tuple[float, dict[str, torch.Tensor]]:
         """Loss and gradient of one float64 big batch at the weights of now."""
@@ -114,8 +135,11 @@ def models_own_mean(model: torch.nn.Module, batch: dict) -> tuple[torch.Tensor, 
     return model(**batch).loss, "mean"
 
 
-def compare(probe: Probe, windows: Any, expected: list[list[dict]], loss: Any = summed) -> dict[str, Any]:
-    """Run one epoch; compare each update with the float64 big batch of the rows it should have seen."""
+def compare(
+    probe: Probe, windows: Any, expected: list[list[dict]], loss: Any = summed
+) -> dict[str, Any]:
+    """Run one epoch; compare each update with the float64 big batch of the rows it should have
+    seen."""
     errors, loss_errors, sizes = [], [], []
     for window, rows in zip(windows, expected, strict=True):
         exact_loss, exact = probe.exact(rows)
@@ -131,7 +155,9 @@ def compare(probe: Probe, windows: Any, expected: list[list[dict]], loss: Any = 
 
 
 def planned(rows: list[dict], batch: int, epoch: int = 0) -> list[list[dict]]:
-    return [[rows[i] for i in window] for window in windows_of(global_order(len(rows), 0, epoch), batch)]
+    return [
+        [rows[i] for i in window] for window in windows_of(global_order(len(rows), 0, epoch), batch)
+    ]
 
 
 def lengths(rows: list[dict]) -> np.ndarray:
@@ -197,7 +223,8 @@ def _loader_case(kind: str, loss: Any, rows: list[dict]) -> dict[str, Any]:
 
 @case
 def loader_llama_own_mean() -> dict[str, Any]:
-    # Rows 6 to 8 are one micro-batch without a target, whose own mean is nan; 35 rows leave an odd tail.
+    # Rows 6 to 8 are one micro-batch without a target, whose own mean is nan; 35 rows leave an odd
+    # tail.
     return _loader_case("llama", models_own_mean, make_rows(35, all_masked=(6, 7, 8)))
 
 
@@ -233,7 +260,8 @@ def loader_shuffled_every_sample_once() -> dict[str, Any]:
 
 @case
 def stream_unsized() -> dict[str, Any]:
-    """Ranks hold different numbers of batches of different sizes, and end in the middle of a window."""
+    """Ranks hold different numbers of batches of different sizes, and end in the middle of a
+    window."""
     rows = make_rows(41)
     per_rank = [rows] if world_size() == 1 else [rows[:26], rows[26:]]
 
@@ -283,14 +311,17 @@ def i2_three_against_three_hundred() -> dict[str, Any]:
 
 
 class SwallowsKwargs(torch.nn.Module):
-    """A model that takes **kwargs and averages by its own idea, whatever `num_items_in_batch` it is told."""
+    """A model that takes **kwargs and averages by its own idea, whatever `num_items_in_batch` it is
+    told."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inner = make_model("llama")
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return self.inner(input_ids=input_ids, attention_mask=kwargs["attention_mask"], labels=labels).loss
+        return self.inner(
+            input_ids=input_ids, attention_mask=kwargs["attention_mask"], labels=labels
+        ).loss
 
 
 @case
@@ -323,13 +354,17 @@ def _regression(loss: Callable[[torch.Tensor], tuple[torch.Tensor, str]]) -> dic
     windows = acc.windows(data, count_targets=lambda batch: len(batch[1]))
     for window, indices in zip(windows, windows_of(global_order(13, 0, 0), 8), strict=True):
         wx, wy = x[indices].double(), y[indices].double()
-        exact = 2 * ((wx @ probe.weights()["weight"].double().T).squeeze(1) - wy) @ wx / len(indices)
+        exact = (
+            2 * ((wx @ probe.weights()["weight"].double().T).squeeze(1) - wy) @ wx / len(indices)
+        )
         for bx, by in window:
             with acc.accumulate(probe.model):
                 value, reduction = loss((probe.model(bx).squeeze(1) - by) ** 2)
                 acc.backward(value, reduction=reduction)
         probe.step()
-        errors.append(((probe.stepped[-1]["weight"][0].double() - exact).norm() / exact.norm()).item())
+        errors.append(
+            ((probe.stepped[-1]["weight"][0].double() - exact).norm() / exact.norm()).item()
+        )
     return {"errors": errors}
 
 
@@ -352,7 +387,9 @@ def i8_sum_of_weights_is_the_denominator() -> dict[str, Any]:
     probe = Probe(acc, model)
     found, exact = [], []
     windows = acc.windows(
-        torch.utils.data.TensorDataset(x, w), shuffle=False, count_targets=lambda batch: float(batch[1].double().sum())
+        torch.utils.data.TensorDataset(x, w),
+        shuffle=False,
+        count_targets=lambda batch: float(batch[1].double().sum()),
     )
     for begin, window in zip((0, 4, 8), windows, strict=True):
         for bx, bw in window:
@@ -384,7 +421,8 @@ def i5_splits_log_the_same_loss() -> dict[str, Any]:
 
 @case
 def i10_no_target_anywhere() -> dict[str, Any]:
-    """Windows of 4: the first has targets on one row only, the second none at all, the third is ordinary."""
+    """Windows of 4: the first has targets on one row only, the second none at all, the third is
+    ordinary."""
     rows = make_rows(12, all_masked=(0, 1, 2, 4, 5, 6, 7))
     acc = accumulator(1, global_batch_size=4)
     probe = Probe(acc, make_model("llama"), schedule=lambda update: 1 / (1 + update))
@@ -409,7 +447,8 @@ def i10_no_target_anywhere() -> dict[str, Any]:
 
 
 class Slope(torch.nn.Module):
-    """Output w * x: the gradient of the summed output is the sum of x, so a person can compute it."""
+    """Output w * x: the gradient of the summed output is the sum of x, so a person can compute
+    it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -419,7 +458,9 @@ class Slope(torch.nn.Module):
         return self.w * x
 
 
-def _slope(values: list[float], order: list[int] | None = None, **options: Any) -> tuple[Probe, list[Any]]:
+def _slope(
+    values: list[float], order: list[int] | None = None, **options: Any
+) -> tuple[Probe, list[Any]]:
     """Train Slope on batches of one value each, window by window of B_eff = 4."""
     acc = accumulator(1, global_batch_size=4, **options)
     probe = Probe(acc, Slope())
@@ -436,20 +477,29 @@ def _slope(values: list[float], order: list[int] | None = None, **options: Any) 
 @case
 def i13_tail_window_is_the_mean_of_its_own() -> dict[str, Any]:
     probe, updates = _slope([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
-    return {"gradients": [g["w"].item() for g in probe.stepped], "samples": [u.num_samples for u in updates]}
+    return {
+        "gradients": [g["w"].item() for g in probe.stepped],
+        "samples": [u.num_samples for u in updates],
+    }
 
 
 @case
 def i17_odd_counts_every_sample_once() -> dict[str, Any]:
     """11 samples at B_eff 4: means 2.5, 6.5, 10; the tail of 3 leaves ranks unequal."""
     probe, updates = _slope([float(v) for v in range(1, 12)])
-    return {"gradients": [g["w"].item() for g in probe.stepped], "samples": [u.num_samples for u in updates]}
+    return {
+        "gradients": [g["w"].item() for g in probe.stepped],
+        "samples": [u.num_samples for u in updates],
+    }
 
 
 @case
 def i17_rank_without_a_sample() -> dict[str, Any]:
     probe, updates = _slope([1.0, 2.0, 3.0, 4.0, 7.0])
-    return {"gradients": [g["w"].item() for g in probe.stepped], "samples": [u.num_samples for u in updates]}
+    return {
+        "gradients": [g["w"].item() for g in probe.stepped],
+        "samples": [u.num_samples for u in updates],
+    }
 
 
 @case
@@ -490,7 +540,8 @@ def i14_gradients_empty_at_every_window() -> dict[str, Any]:
 
 
 def _with_scaler(**options: Any) -> tuple[Accumulator, torch.amp.GradScaler]:
-    """An Accumulator under fp16's loss scaler; the scaler runs on the CPU too, accelerate just never makes one there."""
+    """An Accumulator under fp16's loss scaler; the scaler runs on the CPU too, accelerate just
+    never makes one there."""
     from accelerate import Accelerator
 
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
@@ -548,7 +599,8 @@ def i16_consumed_as_planned_and_equal_exchanges() -> dict[str, Any]:
 
 @case
 def counts_of_the_next_window_travel_with_the_end_of_this() -> dict[str, Any]:
-    """Numbers in each exchange of small numbers over an epoch of six windows, for sources that read ahead and one that does not."""
+    """Numbers in each exchange of small numbers over an epoch of six windows, for sources that read
+    ahead and one that does not."""
     rows = make_rows(45)
     found = {}
     sources: dict[str, dict[str, Any]] = {
@@ -556,14 +608,18 @@ def counts_of_the_next_window_travel_with_the_end_of_this() -> dict[str, Any]:
         "thread": {"prefetch": True},
         "process": {"num_workers": 1},
     }
-    if ENGINE.get("zero_stage") == 3:  # each engine made before reserves 2 GB of addresses: too many of them to fork
+    if (
+        ENGINE.get("zero_stage") == 3
+    ):  # each engine made before reserves 2 GB of addresses: too many of them to fork
         del sources["process"]
     for name, options in sources.items():
         acc = accumulator(2, global_batch_size=8)
         probe = Probe(acc, make_model("llama"))
         gathers: list[int] = []
         gather = acc.engine.gather
-        acc.engine.gather = lambda values, to=gathers, gather=gather: to.append(len(values)) or gather(values)  # type: ignore[method-assign]
+        acc.engine.gather = lambda values, to=gathers, gather=gather: (
+            to.append(len(values)) or gather(values)
+        )  # type: ignore[method-assign]
         windows = acc.windows(rows, collate_fn=pad, lengths=lengths(rows), **options)
         found[name] = compare(probe, windows, planned(rows, 8)) | {"gathers": gathers}
     return found
@@ -571,7 +627,8 @@ def counts_of_the_next_window_travel_with_the_end_of_this() -> dict[str, Any]:
 
 @case
 def reading_ahead_survives_breaks_epochs_and_resuming() -> dict[str, Any]:
-    """Two windows and a break, the rest of the epoch, another epoch, and a new run from the position after the break."""
+    """Two windows and a break, the rest of the epoch, another epoch, and a new run from the
+    position after the break."""
     rows = make_rows(45)
     acc = accumulator(2, global_batch_size=8)
     probe = Probe(acc, make_model("llama"))
@@ -615,7 +672,9 @@ def window_that_one_rank_cannot_read() -> dict[str, Any]:
     for name, prefetch in {"as asked for": False, "ahead": True}.items():
         acc = accumulator(2, global_batch_size=8)
         probe = Probe(acc, make_model("llama"))
-        windows = acc.windows(_Unreadable(rows, unreadable), collate_fn=pad, lengths=lengths(rows), prefetch=prefetch)
+        windows = acc.windows(
+            _Unreadable(rows, unreadable), collate_fn=pad, lengths=lengths(rows), prefetch=prefetch
+        )
         found[name] = _until_it_fails(probe, windows, first)
     return found
 
@@ -638,7 +697,8 @@ def _until_it_fails(probe: Probe, windows: Any, first: list[dict]) -> dict[str, 
 
 
 class _Shorter(torch.utils.data.IterableDataset):
-    """A stream that all ranks are to read alike, and that ends a window earlier on the last of several."""
+    """A stream that all ranks are to read alike, and that ends a window earlier on the last of
+    several."""
 
     def __init__(self, rows: list[dict]) -> None:
         self.rows = rows
@@ -659,7 +719,8 @@ def ranks_that_end_at_different_windows() -> dict[str, Any]:
 
 
 def _count_exchanges(probe: Probe) -> list[int]:
-    """Have DDP note the numbers in each bucket it reduces; stays empty where nothing is exchanged."""
+    """Have DDP note the numbers in each bucket it reduces; stays empty where nothing is
+    exchanged."""
     exchanged: list[int] = []
     if isinstance(probe.model, torch.nn.parallel.DistributedDataParallel):
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -674,7 +735,8 @@ def _count_exchanges(probe: Probe) -> list[int]:
 
 @case
 def exchanges_per_window() -> dict[str, Any]:
-    """Numbers reduced in each window, as multiples of the trained parameters, for each policy and K."""
+    """Numbers reduced in each window, as multiples of the trained parameters, for each policy and
+    K."""
     result = {}
     for policy in ("once-per-window", "every-microbatch"):
         for k in (1, 2, 8):
@@ -724,7 +786,8 @@ def i31_one_clip_of_the_averaged_gradient() -> dict[str, Any]:
     clipped = {name: g * (limit / norm) for name, g in exact.items()}
     for micro in (8, 4, 1):
         acc = accumulator(micro, global_batch_size=16, max_grad_norm=limit)
-        # Seen in what it did to the weights, on every engine; a large rate, so that their rounding does not hide it.
+        # Seen in what it did to the weights, on every engine; a large rate, so that their rounding
+        # does not hide it.
         probe = Probe(acc, make_model("llama"), lr=64.0)
         before = probe.weights()
         for window in acc.windows(rows, collate_fn=pad):
@@ -740,14 +803,17 @@ def i31_one_clip_of_the_averaged_gradient() -> dict[str, Any]:
 
 @case_of_accelerate
 def i46_ranks_whose_norms_differ_in_the_last_bits() -> dict[str, Any]:
-    """As GPUs of different make: one rank finds another norm of the same gradient, within the tolerance, or at its edge."""
+    """As GPUs of different make: one rank finds another norm of the same gradient, within the
+    tolerance, or at its edge."""
     results = {}
     for name, factor in {"bits": 1 + 1e-7, "edge": 1 + 1e-5 * (1 + 5e-6)}.items():
         acc = accumulator(2, global_batch_size=8, max_grad_norm=0.01)
         probe = Probe(acc, make_model("llama"))
         if rank() == world_size() - 1 and world_size() > 1:
             own = acc.engine._square_sum
-            acc.engine._square_sum = lambda parameters, own=own, factor=factor: own(parameters) * factor**2  # type: ignore[method-assign]
+            acc.engine._square_sum = lambda parameters, own=own, factor=factor: (
+                own(parameters) * factor**2
+            )  # type: ignore[method-assign]
         error = ""
         try:
             for window in islice(acc.windows(make_rows(8), collate_fn=pad), 1):
@@ -766,7 +832,8 @@ def i46_ranks_whose_norms_differ_in_the_last_bits() -> dict[str, Any]:
 
 @case
 def i32_lr_knows_updates_only() -> dict[str, Any]:
-    """The lr after each update, with the step of the scheduler after every micro-batch, as Accelerate loops have it."""
+    """The lr after each update, with the step of the scheduler after every micro-batch, as
+    Accelerate loops have it."""
     curves = []
     for micro in (4, 1):
         acc = accumulator(micro, global_batch_size=8)
@@ -833,7 +900,9 @@ def i36_fifty_updates() -> dict[str, Any]:
     for micro, cut, how in cuts:
         acc = accumulator(micro, global_batch_size=16, max_grad_norm=1.0)
         model = make_model("llama")
-        model.config.use_cache = False  # with a cache transformers does not look for restarting positions
+        model.config.use_cache = (
+            False  # with a cache transformers does not look for restarting positions
+        )
         adam = torch.optim.AdamW(model.parameters(), lr=1e-3)
         prepared, optimizer = acc.prepare(model, adam)
         cut = dataclasses.replace(cut, equal_counts=acc.engine.equal_micro_batches)
@@ -857,7 +926,8 @@ def i36_fifty_updates() -> dict[str, Any]:
 
 @case_of_accelerate
 def loop_of_accelerate_gives_the_same_weights() -> dict[str, Any]:
-    """The windows loop, the micro-batch loop, and the micro-batch loop with everything prepared by accelerate."""
+    """The windows loop, the micro-batch loop, and the micro-batch loop with everything prepared by
+    accelerate."""
     from accelerate import Accelerator
 
     rows = make_rows(35)
@@ -905,7 +975,8 @@ def loader_sharded_by_accelerate_is_taken_as_it_is() -> dict[str, Any]:
 
 @case
 def position_survives_another_world() -> dict[str, Any]:
-    """Stop after two windows, continue from the saved position: the rest of the epoch, then the next."""
+    """Stop after two windows, continue from the saved position: the rest of the epoch, then the
+    next."""
     rows = make_rows(30)
     acc = accumulator(2, global_batch_size=8)
     probe = Probe(acc, make_model("llama"))
@@ -927,7 +998,8 @@ def position_survives_another_world() -> dict[str, Any]:
 
 @case
 def masked_prompt_of_first_label_is_not_counted() -> dict[str, Any]:
-    """A row whose only label stands on its first token has no target: nothing predicts a first token."""
+    """A row whose only label stands on its first token has no target: nothing predicts a first
+    token."""
     rows = [*make_rows(7), {"input_ids": [5, 6, 7], "labels": [5, IGNORE, IGNORE]}]
     acc = accumulator(2, global_batch_size=8)
     probe = Probe(acc, make_model("gpt2"))
@@ -943,7 +1015,9 @@ def i7_label_smoothing() -> dict[str, Any]:
     exact_model = copy.deepcopy(probe.pristine).double()
     batch = pad(rows)
     log_p = (
-        exact_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].log_softmax(-1)
+        exact_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        .logits[:, :-1]
+        .log_softmax(-1)
     )
     labels = batch["labels"][:, 1:]
     nll = -log_p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
@@ -960,7 +1034,8 @@ def i7_label_smoothing() -> dict[str, Any]:
 
 @case
 def i9_each_term_of_two() -> dict[str, Any]:
-    """Loss sum(w x) over samples, and a term 100 w x_k of each micro-batch k: 101 times the mean."""
+    """Loss sum(w x) over samples, and a term 100 w x_k of each micro-batch k: 101 times the
+    mean."""
     values = torch.arange(1.0, 12.0)  # windows of 4, 4 and 3 micro-batches of one sample
     acc = accumulator(1, global_batch_size=4)
     probe = Probe(acc, Slope())
@@ -975,7 +1050,8 @@ def i9_each_term_of_two() -> dict[str, Any]:
 
 @case
 def i30_gradients_accumulate_in_float32() -> dict[str, Any]:
-    """Weights in bf16 and micro-batches with gradients 256, 1, -256: the sum is 1, which bf16 would make 0."""
+    """Weights in bf16 and micro-batches with gradients 256, 1, -256: the sum is 1, which bf16 would
+    make 0."""
     if ENGINE.get("zero_stage") == 0:
         return {"refused": refusal(lambda: accumulator(1, mixed_precision="bf16"))}
     sharded = set(ENGINE) & {"zero_stage", "fsdp"}
@@ -986,7 +1062,8 @@ def i30_gradients_accumulate_in_float32() -> dict[str, Any]:
         acc = accumulator(1, gradient_accumulation_steps=3, accumulation_dtype=dtype, **own_weights)
         probe = Probe(acc, Slope() if sharded else Slope().bfloat16())
         data = [torch.tensor([v], dtype=torch.bfloat16) for v in (256.0, 1.0, -256.0)]
-        # Counted so that N is the number of ranks: every weight is then 1 and nothing is rounded before the sum.
+        # Counted so that N is the number of ranks: every weight is then 1 and nothing is rounded
+        # before the sum.
         for window in acc.windows(iter(data), count_targets=lambda _: 1 / 3):
             for x in window:
                 with acc.accumulate(probe.model):
@@ -1005,7 +1082,8 @@ def refusal(build: Callable[[], Any]) -> str:
 
 
 class Branches(torch.nn.Module):
-    """Two slopes; a sample's sign says which of them it uses, so a micro-batch may leave one without a gradient."""
+    """Two slopes; a sample's sign says which of them it uses, so a micro-batch may leave one
+    without a gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1018,18 +1096,23 @@ class Branches(torch.nn.Module):
 
 @case
 def i27_i28_parameters_that_some_micro_batches_use() -> dict[str, Any]:
-    """`positive` is used only in the first micro-batches of a window, `negative` only in the last ones."""
+    """`positive` is used only in the first micro-batches of a window, `negative` only in the last
+    ones."""
     from accelerate import DistributedDataParallelKwargs
 
     handlers: list[dict[str, Any]] = [{}]
     if not set(ENGINE) & {"zero_stage", "fsdp"}:
-        handlers.append({"kwargs_handlers": [DistributedDataParallelKwargs(find_unused_parameters=True)]})
+        handlers.append(
+            {"kwargs_handlers": [DistributedDataParallelKwargs(find_unused_parameters=True)]}
+        )
     results = []
     tried = ([1.0, 2.0, -3.0, -5.0], [-3.0, -5.0, 1.0, 2.0], [1.0, 2.0, 4.0, 5.0])
     for values, options in itertools.product(tried, handlers):
         acc = accumulator(1, global_batch_size=4, **options)
         probe = Probe(acc, Branches())
-        for window in acc.windows(DataLoader(torch.tensor(values), batch_size=1), count_targets=len):
+        for window in acc.windows(
+            DataLoader(torch.tensor(values), batch_size=1), count_targets=len
+        ):
             for x in window:
                 with acc.accumulate(probe.model):
                     acc.backward(probe.model(x).sum(), reduction="sum")
@@ -1040,7 +1123,10 @@ def i27_i28_parameters_that_some_micro_batches_use() -> dict[str, Any]:
         results.append(
             {
                 "equal": all(w == everywhere[0] for w in everywhere),
-                "moved": [weights["positive"][0].item() / -probe.lr, weights["negative"][0].item() / -probe.lr],
+                "moved": [
+                    weights["positive"][0].item() / -probe.lr,
+                    weights["negative"][0].item() / -probe.lr,
+                ],
                 "exact": used,
             }
         )
@@ -1062,8 +1148,14 @@ class Thirds(torch.nn.Module):
 
 @case
 def i45_one_rank_leaves_out_what_another_uses() -> dict[str, Any]:
-    """Two ranks take turns: in the last micro-batches one uses `positive`, the other `negative`; then nobody the latter."""
-    tried = [[1.0, 2.0, 3.0, -5.0], [1.0, 2.0, 3.0, 5.0], [1.0, -2.0, -3.0, 5.0], [2.0, -4.0, 3.0, -5.0]]
+    """Two ranks take turns: in the last micro-batches one uses `positive`, the other `negative`;
+    then nobody the latter."""
+    tried = [
+        [1.0, 2.0, 3.0, -5.0],
+        [1.0, 2.0, 3.0, 5.0],
+        [1.0, -2.0, -3.0, 5.0],
+        [2.0, -4.0, 3.0, -5.0],
+    ]
     if "zero_stage" in ENGINE:  # each engine takes seconds and gigabytes
         del tried[2:]
     results = []
@@ -1078,13 +1170,18 @@ def i45_one_rank_leaves_out_what_another_uses() -> dict[str, Any]:
                 "exact": [sum(v for v in values if v * sign > 0) / 4 for sign in (1, -1)],
             }
             try:
-                for window in acc.windows(DataLoader(torch.tensor(values), batch_size=1), count_targets=len):
+                for window in acc.windows(
+                    DataLoader(torch.tensor(values), batch_size=1), count_targets=len
+                ):
                     for x in window:
                         with acc.accumulate(probe.model):
                             acc.backward(probe.model(x).sum(), reduction="sum")
                     acc.step(probe.optimizer)
                 weights = probe.weights()
-                found["moved"] = [[w.min().item() / -probe.lr, w.max().item() / -probe.lr] for w in weights.values()]
+                found["moved"] = [
+                    [w.min().item() / -probe.lr, w.max().item() / -probe.lr]
+                    for w in weights.values()
+                ]
                 found["nobody"] = weights["nobody"].tolist()
             except EngineError as error:
                 found["error"] = str(error)
@@ -1094,7 +1191,8 @@ def i45_one_rank_leaves_out_what_another_uses() -> dict[str, Any]:
 
 @case
 def bf16_is_as_near_as_one_big_bf16_batch() -> dict[str, Any]:
-    """Errors against float64 of our updates and of one big batch in bf16, both with the engine's own bf16."""
+    """Errors against float64 of our updates and of one big batch in bf16, both with the engine's
+    own bf16."""
     if ENGINE.get("zero_stage") == 0:
         return {"refused": refusal(lambda: accumulator(1, mixed_precision="bf16"))}
     rows = make_rows(16)
@@ -1116,11 +1214,14 @@ def bf16_is_as_near_as_one_big_bf16_batch() -> dict[str, Any]:
 
 @case
 def i6_packed_samples() -> dict[str, Any]:
-    """Samples end to end in one row, position ids that restart, no padding: the gradient of the padded big batch."""
+    """Samples end to end in one row, position ids that restart, no padding: the gradient of the
+    padded big batch."""
     rows = make_rows(12)
     acc = accumulator(1, global_batch_size=4)
     model = make_model("llama")
-    model.config.use_cache = False  # with a cache transformers does not look for restarting positions
+    model.config.use_cache = (
+        False  # with a cache transformers does not look for restarting positions
+    )
     probe = Probe(acc, model)
     packed = []
     for begin in range(0, 12, 3):
@@ -1138,19 +1239,28 @@ def i6_packed_samples() -> dict[str, Any]:
             with acc.accumulate(probe.model):
                 acc.backward(causal_lm_loss(probe.model, batch))
         update = probe.step()
-    return {"errors": [relative_error(probe.stepped[-1], exact), abs(update.loss - exact_loss) / exact_loss]}
+    return {
+        "errors": [
+            relative_error(probe.stepped[-1], exact),
+            abs(update.loss - exact_loss) / exact_loss,
+        ]
+    }
 
 
 @case
 def i40_i41_packed_samples_that_see_each_other() -> dict[str, Any]:
-    """A cache left on: refused for the model's own loss, exact for ours. A convolution: refused, then padded and exact.
+    """A cache left on: refused for the model's own loss, exact for ours. A convolution: refused,
+    then padded and exact.
 
-    Under `train` the proof also tries what the model needs, which may raise in the midst of a forward.
+    Under `train` the proof also tries what the model needs, which may raise in the midst of a
+    forward.
     """
     from tests.test_packing import make
 
     rows = make_rows(12)
-    own = [PackingCollator()(rows[begin : begin + 3]) for begin in range(0, 12, 3)][rank() :: world_size()]
+    own = [PackingCollator()(rows[begin : begin + 3]) for begin in range(0, 12, 3)][
+        rank() :: world_size()
+    ]
 
     def run(probe: Probe, windows: Any, loss: Callable[..., Any]) -> Any:
         for window in windows:
@@ -1195,7 +1305,8 @@ def i40_i41_packed_samples_that_see_each_other() -> dict[str, Any]:
 
 @case
 def every_cut_gives_the_same_gradient() -> dict[str, Any]:
-    """Padded to a multiple, packed, by a token budget, with unequal shares: errors against the float64 big batch, by cut."""
+    """Padded to a multiple, packed, by a token budget, with unequal shares: errors against the
+    float64 big batch, by cut."""
     rows = make_rows(37, all_masked=(3, 4, 8))
     shares = (3.0, 1.0) if world_size() == 2 else None
     cuts = {
@@ -1204,17 +1315,23 @@ def every_cut_gives_the_same_gradient() -> dict[str, Any]:
         "at most 64 tokens": Cut(max_tokens=64, cost=Cost(8.0, 0.01)),
         "at most 64 tokens, packed": Cut(max_tokens=64, packed=True),
         "shares 3:1": Cut(3, rank_weights=shares),
-        "shares 3:1 of at most 64 tokens": Cut(max_tokens=64, rank_weights=shares, cost=Cost(8.0, 0.01)),
+        "shares 3:1 of at most 64 tokens": Cut(
+            max_tokens=64, rank_weights=shares, cost=Cost(8.0, 0.01)
+        ),
     }
     found = {}
     for name, cut in cuts.items():
         acc = accumulator(None if cut.max_tokens else 3, global_batch_size=12)
         model = make_model("llama")
-        model.config.use_cache = False  # with a cache transformers does not look for restarting positions
+        model.config.use_cache = (
+            False  # with a cache transformers does not look for restarting positions
+        )
         probe = Probe(acc, model)
         cut = dataclasses.replace(cut, equal_counts=acc.engine.equal_micro_batches)
         collate = PackingCollator() if cut.packed else PaddingCollator(0, cut.multiple)
-        windows = acc.windows(rows, collate_fn=collate, lengths=lengths(rows), cut=cut, prefetch=True)
+        windows = acc.windows(
+            rows, collate_fn=collate, lengths=lengths(rows), cut=cut, prefetch=True
+        )
         found[name] = compare(probe, windows, planned(rows, 12))
     return {"cuts": found}
 
@@ -1231,7 +1348,8 @@ def r52_global_batch_that_does_not_divide() -> dict[str, Any]:
 
 @case
 def combinations() -> dict[str, Any]:
-    """{full, LoRA} x {float32, bf16} x checkpointing x policy: each gradient's error, and that of one big batch of its kind."""
+    """{full, LoRA} x {float32, bf16} x checkpointing x policy: each gradient's error, and that of
+    one big batch of its kind."""
     rows = make_rows(14)  # a tail window of 14 at B_eff 16: ranks hold unequal shares
     errors: dict[str, list[float]] = {}
     for kind in ("llama", "lora"):
@@ -1243,13 +1361,20 @@ def combinations() -> dict[str, Any]:
                 for checkpointing in (False, True)
                 for policy in ("once-per-window", "every-microbatch")
             ]
-            for micro, checkpointing, policy in [(16 // world_size(), False, "once-per-window"), *own]:
+            for micro, checkpointing, policy in [
+                (16 // world_size(), False, "once-per-window"),
+                *own,
+            ]:
                 if "zero_stage" not in ENGINE:
                     AcceleratorState._reset_state()
                 model = make_model(kind)
                 if checkpointing:
-                    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-                acc = accumulator(micro, global_batch_size=16, mixed_precision=precision, grad_sync=policy)
+                    model.gradient_checkpointing_enable(
+                        gradient_checkpointing_kwargs={"use_reentrant": False}
+                    )
+                acc = accumulator(
+                    micro, global_batch_size=16, mixed_precision=precision, grad_sync=policy
+                )
                 probe = Probe(acc, model.train())
                 exact = big_batch(make_model(kind), rows)[1]
                 for window in acc.windows(rows, collate_fn=pad, lengths=lengths(rows)):
@@ -1257,13 +1382,16 @@ def combinations() -> dict[str, Any]:
                         with acc.accumulate(probe.model):
                             acc.backward(causal_lm_loss(probe.model, batch))
                     probe.step()
-                errors.setdefault(f"{kind} {precision}", []).append(relative_error(probe.stepped[-1], exact))
+                errors.setdefault(f"{kind} {precision}", []).append(
+                    relative_error(probe.stepped[-1], exact)
+                )
     return {"errors_by_kind": errors}
 
 
 @case
 def logits_at_targets_in_chunks() -> dict[str, Any]:
-    """Each path of the loss, with chunks of four targets: ranks make different numbers of chunks, and one makes none."""
+    """Each path of the loss, with chunks of four targets: ranks make different numbers of chunks,
+    and one makes none."""
     from peft import LoraConfig, get_peft_model
 
     rows = make_rows(13, all_masked=(2, 3, 8))
@@ -1283,7 +1411,9 @@ def logits_at_targets_in_chunks() -> dict[str, Any]:
             probe = Probe(acc, model)
             if name == "turned off":
                 head.decide_loss_path(probe.model, None, "off")
-            found = compare(probe, acc.windows(rows, collate_fn=pad, shuffle=False), [rows[:8], rows[8:]])
+            found = compare(
+                probe, acc.windows(rows, collate_fn=pad, shuffle=False), [rows[:8], rows[8:]]
+            )
             path = head.decide_loss_path(probe.model, None).path
             result[name] = {"path": path, "errors": found["errors"] + found["loss_errors"]}
     finally:
@@ -1293,7 +1423,8 @@ def logits_at_targets_in_chunks() -> dict[str, Any]:
 
 @case
 def i22_i26_offload_by_policy() -> dict[str, Any]:
-    """ZeRO with optimizer state in host memory, under both policies: the same norms and the same exact gradient."""
+    """ZeRO with optimizer state in host memory, under both policies: the same norms and the same
+    exact gradient."""
     if ENGINE.get("zero_stage", 0) not in (1, 2, 3):
         return {"norms": [], "errors": []}
     rows = make_rows(16)
@@ -1315,7 +1446,8 @@ def i22_i26_offload_by_policy() -> dict[str, Any]:
 
 @case
 def state_survives_a_round_trip() -> dict[str, Any]:
-    """Three AdamW updates, everything saved and loaded into fresh objects, three more: as six without a stop."""
+    """Three AdamW updates, everything saved and loaded into fresh objects, three more: as six
+    without a stop."""
     rows = make_rows(48)
     finals = []
     for stop_after in (6, 3):
@@ -1323,7 +1455,10 @@ def state_survives_a_round_trip() -> dict[str, Any]:
         while done < 6:
             acc = accumulator(2, global_batch_size=8, max_grad_norm=1.0)
             model = make_model("llama")
-            groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == wide]} for wide in (True, False)]
+            groups = [
+                {"params": [p for p in model.parameters() if (p.ndim > 1) == wide]}
+                for wide in (True, False)
+            ]
             adam = torch.optim.AdamW(groups, lr=1e-2)
             prepared, optimizer = acc.prepare(model, adam)
             windows = acc.windows(rows, collate_fn=pad)
@@ -1348,5 +1483,7 @@ def state_survives_a_round_trip() -> dict[str, Any]:
         finals.append(saved[0])
     return {
         "equal": equal(*finals),
-        "moved": max((finals[0][n] - p).abs().max().item() for n, p in make_model("llama").named_parameters()),
+        "moved": max(
+            (finals[0][n] - p).abs().max().item() for n, p in make_model("llama").named_parameters()
+        ),
     }

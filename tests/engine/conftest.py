@@ -20,13 +20,15 @@ ENGINES = {
     "fsdp2": (2, {"fsdp": True}),
 }
 # One engine instead, some of its cases, on another device (benchmarks/gpu/contract.py):
-# {"engine": name, "processes": how many, "options": as above, "cases": names, "torchrun": for one process too}.
+# {"engine": name, "processes": how many, "options": as above, "cases": names, "torchrun": for one
+# process too}.
 ONLY = json.loads(os.environ.get("ACCUM_TRAINER_CONTRACT", "null"))
 if ONLY:
     ENGINES = {ONLY["engine"]: (ONLY["processes"], ONLY["options"])}
 
 
-# Tests of cases that pass an Accelerator of their own, which runs single or DDP: not collected for the other engines.
+# Tests of cases that pass an Accelerator of their own, which runs single or DDP: not collected for
+# the other engines.
 OF_ACCELERATE = (
     "own_accelerator_with_k",
     "loader_sharded_by_accelerate",
@@ -78,7 +80,8 @@ def world_size(engine_results):
 
 @pytest.fixture
 def case(engine_results):
-    """Look up a case: its result on every rank; fails with the case's own traceback where it raised."""
+    """Look up a case: its result on every rank; fails with the case's own traceback where it
+    raised."""
 
     def results(name):
         found = engine_results[name]

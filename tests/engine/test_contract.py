@@ -1,5 +1,5 @@
-"""The contract that every engine holds. Tolerance: relative 2e-6 against one float64 big batch (one float32 big batch is
-itself up to 9e-7 off)."""
+"""The contract that every engine holds. Tolerance: relative 2e-6 against one float64 big batch (one
+float32 big batch is itself up to 9e-7 off)."""
 
 from __future__ import annotations
 
@@ -116,13 +116,16 @@ def test_i15_scaler_updates_once_per_update_over_two_epochs(case):
 
 def test_i16_consumed_is_planned_and_exchanges_are_equal(case, world_size):
     for result in case("i16_consumed_as_planned_and_equal_exchanges"):
-        # Two ranks that must run as many each fill up the tail of three micro-batches with one of weight 0.
+        # Two ranks that must run as many each fill up the tail of three micro-batches with one of
+        # weight 0.
         assert result["planned"] == 23
         assert result["ran"] == (24 if result["equal"] else 23)
         assert result["updates"] == 6
         assert all(gathers == result["gathers"][0] for gathers in result["gathers"])
         assert all(buckets == result["exchanged"][0] for buckets in result["exchanged"])
-        assert len(result["exchanged"][0]) == (6 if result["engine"] == "ddp" else 0)  # seen by DDP's hook only
+        assert len(result["exchanged"][0]) == (
+            6 if result["engine"] == "ddp" else 0
+        )  # seen by DDP's hook only
 
 
 def test_i16_counts_of_the_next_window_travel_with_the_end_of_this(case, world_size):
@@ -133,9 +136,13 @@ def test_i16_counts_of_the_next_window_travel_with_the_end_of_this(case, world_s
             first, *others = found["gathers"]
             assert (
                 first == 8
-            )  # targets, micro-batches, samples, tokens, positions, fingerprint, whether it can be read ahead, whether there is none
+                # targets, micro-batches, samples, tokens, positions, fingerprint, whether it can be
+                # read ahead, whether there is none
+            )
             if name == "as asked for" or world_size == 1:
-                assert others[1::2] == [8] * 6 and len(others) == 12  # the last finds the end of the data
+                assert (
+                    others[1::2] == [8] * 6 and len(others) == 12
+                )  # the last finds the end of the data
             else:
                 assert min(others) > 8 and len(others) == 6, name
 
@@ -155,7 +162,8 @@ def test_window_that_one_rank_cannot_read_ends_all_after_the_one_before(case, wo
     assert last["raised"] == "OSError: the disk is gone"
     for result in others:
         assert result["raised"] == (
-            f"DataError: process {world_size - 1} could not read its next window; its own message says why"
+            f"DataError: process {world_size - 1} could not read its next window; its own message "
+            "says why"
         )
 
 
@@ -164,7 +172,9 @@ def test_ranks_that_end_at_different_windows_are_both_told(case, world_size):
         if world_size == 1:
             assert result == {"updates": 2, "raised": ""}
         else:
-            assert result["updates"] == 2 and "the processes read different data" in result["raised"]
+            assert (
+                result["updates"] == 2 and "the processes read different data" in result["raised"]
+            )
 
 
 def test_i17_every_sample_once_whatever_divides(case):
@@ -222,7 +232,8 @@ def test_r52_a_global_batch_that_does_not_divide_is_exact(case):
 
 
 def test_i20_i25_i29_every_combination(case, engine):
-    """{full, LoRA} x {float32, bf16} x checkpointing x policy; the first of each list is one big batch of its kind."""
+    """{full, LoRA} x {float32, bf16} x checkpointing x policy; the first of each list is one big
+    batch of its kind."""
     for result in case("combinations"):
         assert len(result["errors_by_kind"]) == (2 if engine == "zero0" else 4)
         for kind, (big, *ours) in result["errors_by_kind"].items():
@@ -253,7 +264,8 @@ def test_i7_label_smoothing(case):
 
 
 def test_i9_each_term_of_a_two_term_loss(case):
-    """Means of 1..4, 5..8, 9..11, times 1 for the loss and times 100 for the term that is a mean over micro-batches."""
+    """Means of 1..4, 5..8, 9..11, times 1 for the loss and times 100 for the term that is a mean
+    over micro-batches."""
     for result in case("i9_each_term_of_two"):
         assert result["gradients"] == pytest.approx([2.5 * 101, 6.5 * 101, 10.0 * 101], rel=EXACT)
 
@@ -281,12 +293,18 @@ def test_i45_what_one_rank_leaves_out_is_averaged_or_an_error(case, engine):
                 engine.startswith("zero") and found["exact"][1] != 0
             )  # ZeRO, and the ranks differ
             if found["error"]:
-                assert "left" in found["error"] and "unused, such as" in found["error"] and "use DDP" in found["error"]
+                assert (
+                    "left" in found["error"]
+                    and "unused, such as" in found["error"]
+                    and "use DDP" in found["error"]
+                )
                 continue
             positive, nobody, negative = found["moved"]
             for moved, exact in zip((positive, negative), found["exact"], strict=True):
                 assert moved == pytest.approx([exact] * 2, rel=EXACT)
-            if not engine.startswith("zero"):  # whose flat shards have no parameter without a gradient
+            if not engine.startswith(
+                "zero"
+            ):  # whose flat shards have no parameter without a gradient
                 assert found["nobody"] == [1.0, 1.0]
 
 
@@ -314,7 +332,8 @@ def test_state_of_an_engine_survives_a_round_trip_to_the_bit(case):
 
 
 def test_i31_r6_one_clip_of_the_averaged_gradient(case):
-    """The limit is a third of the true norm; torch divides by norm + 1e-6, which is 1.7e-6 of this norm."""
+    """The limit is a third of the true norm; torch divides by norm + 1e-6, which is 1.7e-6 of this
+    norm."""
     for result in case("i31_one_clip_of_the_averaged_gradient"):
         assert len(result["results"]) == 3
         for gradient_error, norm_error in result["results"]:
@@ -335,7 +354,9 @@ def test_i32_r9_lr_knows_updates_only(case):
         assert result["curves"] == [[1 / 2, 1 / 3, 1 / 4, 1 / 5]] * 2
 
 
-@pytest.mark.parametrize("name", ["i33_inf_is_dropped_everywhere", "i33_inf_is_dropped_everywhere_under_a_scaler"])
+@pytest.mark.parametrize(
+    "name", ["i33_inf_is_dropped_everywhere", "i33_inf_is_dropped_everywhere_under_a_scaler"]
+)
 def test_i33_r7_injected_inf_changes_nothing_on_any_rank(case, name):
     for result in case(name):
         assert [w["step"] for w in result["windows"]] == [1, 1, 2, 3]
@@ -351,7 +372,8 @@ _CURVES: dict[str, list[float]] = {}
 
 
 def test_i36_one_curve_for_one_effective_batch(case):
-    """Fifty updates at B_eff 16 as (B, K, W) = (16,1,1), (4,4,1), (2,4,2), (1,8,2); packed; with shares 3:1."""
+    """Fifty updates at B_eff 16 as (B, K, W) = (16,1,1), (4,4,1), (2,4,2), (1,8,2); packed; with
+    shares 3:1."""
     for result in case("i36_fifty_updates"):
         _CURVES.update(result["curves"])
     reference = _CURVES["B=16 K=1 W=1"]

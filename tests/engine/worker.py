@@ -22,13 +22,20 @@ def main(out: str, engine: str, *names: str) -> None:
 
     cases.ENGINE.update(json.loads(engine))
     if not cases.ENGINE.get("cpu", True) and cases.ENGINE.get("backend") == "gloo":
-        os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"  # all on one GPU: DDP must not want one per local rank
+        os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = (
+            "true"  # all on one GPU: DDP must not want one per local rank
+        )
     # A case that fails on one rank must fail the launch, not hang it.
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        torch.distributed.init_process_group(cases.ENGINE.get("backend", "gloo"), timeout=timedelta(seconds=300))
+        torch.distributed.init_process_group(
+            cases.ENGINE.get("backend", "gloo"), timeout=timedelta(seconds=300)
+        )
     if set(cases.ENGINE) & {"zero_stage", "fsdp"}:
         names = names or tuple(set(cases.CASES) - cases.OF_ACCELERATE)
-    CASES, rank = {name: run for name, run in cases.CASES.items() if name in names or not names}, cases.rank
+    CASES, rank = (
+        {name: run for name, run in cases.CASES.items() if name in names or not names},
+        cases.rank,
+    )
     results = {}
     for name, run in CASES.items():
         if "ACCELERATE_USE_DEEPSPEED" in os.environ:
@@ -37,7 +44,9 @@ def main(out: str, engine: str, *names: str) -> None:
         GradientState._reset_state()
         torch.manual_seed(0)
         if rank() == 0:
-            print(f"case {name}", file=sys.stderr, flush=True)  # a case that hangs is the last one named
+            print(
+                f"case {name}", file=sys.stderr, flush=True
+            )  # a case that hangs is the last one named
         try:
             results[name] = run()
         except Exception:

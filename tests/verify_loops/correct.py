@@ -7,7 +7,9 @@ import torch.nn.functional as F
 def summed_loss(model, batch):
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     labels = F.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
+    return F.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"
+    )
 
 
 def num_targets(batches):
@@ -21,7 +23,8 @@ def all_targets(accelerator, batches):
 
 
 def update(accelerator, model, optimizer, scheduler, batches):
-    """Accelerate's own idiom with the exact weight: gradient_divisor / N, where accelerate divides by W and by K."""
+    """Accelerate's own idiom with the exact weight: gradient_divisor / N, where accelerate divides
+    by W and by K."""
     divisor = accelerator.num_processes * accelerator.gradient_accumulation_steps
     total = all_targets(accelerator, batches)
     for batch in batches:
@@ -47,7 +50,8 @@ def update_clipped(accelerator, model, optimizer, scheduler, batches):
 
 
 def update_by_hand(accelerator, model, optimizer, scheduler, batches):
-    """Without accumulate(): no_sync until the last micro-batch, plain backward, zero_grad at the start."""
+    """Without accumulate(): no_sync until the last micro-batch, plain backward, zero_grad at the
+    start."""
     optimizer.zero_grad()
     total = all_targets(accelerator, batches)
     for index in range(len(batches)):

@@ -18,7 +18,9 @@ def idiom(accelerator, model, optimizer, scheduler, batches, weigh):
             optimizer.zero_grad()
 
 
-def by_hand(accelerator, model, optimizer, scheduler, batches, before_step=None, after_each=None, clear=True):
+def by_hand(
+    accelerator, model, optimizer, scheduler, batches, before_step=None, after_each=None, clear=True
+):
     """A right loop without accumulate(), with places for a fault."""
     total = all_targets(accelerator, batches)
     for index, batch in enumerate(batches):
@@ -53,9 +55,13 @@ def zero_over_zero(accelerator, model, optimizer, scheduler, batches):
     """A masked mean written out: its gradient is nan where nothing is left in the mask."""
     for batch in batches:
         with accelerator.accumulate(model):
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+            logits = model(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+            ).logits[:, :-1]
             labels = batch["labels"][:, 1:]
-            losses = -logits.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+            losses = (
+                -logits.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+            )
             mask = (labels != -100).float()
             accelerator.backward((losses * mask).sum() / mask.sum())
             optimizer.step()
@@ -65,7 +71,14 @@ def zero_over_zero(accelerator, model, optimizer, scheduler, batches):
 
 def divided_by_k_twice(accelerator, model, optimizer, scheduler, batches):
     total = all_targets(accelerator, batches)
-    idiom(accelerator, model, optimizer, scheduler, batches, lambda loss, n: loss * accelerator.num_processes / total)
+    idiom(
+        accelerator,
+        model,
+        optimizer,
+        scheduler,
+        batches,
+        lambda loss, n: loss * accelerator.num_processes / total,
+    )
 
 
 def tail_divided_by_k(accelerator, model, optimizer, scheduler, batches):
@@ -136,14 +149,22 @@ def first_labels(batches):
 def counts_first_labels(accelerator, model, optimizer, scheduler, batches):
     """transformers.Trainer on GPT-2: the sum of the losses over N = (labels != -100).sum()."""
     mine = torch.tensor([first_labels(batches)], device=accelerator.device)
-    factor = accelerator.num_processes * accelerator.gradient_accumulation_steps / int(accelerator.gather(mine).sum())
+    factor = (
+        accelerator.num_processes
+        * accelerator.gradient_accumulation_steps
+        / int(accelerator.gather(mine).sum())
+    )
     idiom(accelerator, model, optimizer, scheduler, batches, lambda loss, n: loss * factor)
 
 
 def weighs_by_first_labels(accelerator, model, optimizer, scheduler, batches):
     """The model's mean loss, weighed by labels that are not -100."""
     mine = torch.tensor([first_labels(batches)], device=accelerator.device)
-    factor = accelerator.num_processes * accelerator.gradient_accumulation_steps / int(accelerator.gather(mine).sum())
+    factor = (
+        accelerator.num_processes
+        * accelerator.gradient_accumulation_steps
+        / int(accelerator.gather(mine).sum())
+    )
     for batch in batches:
         with accelerator.accumulate(model):
             mean = summed_loss(model, batch) / max(1, num_targets([batch]))
@@ -189,7 +210,8 @@ def left_out_of_the_exchange(accelerator, model, optimizer, scheduler, batches):
     plain = accelerator.unwrap_model(model)
     total = all_targets(accelerator, batches)
     own = torch.autograd.grad(
-        sum(summed_loss(plain, batch) for batch in batches) * accelerator.num_processes / total, plain.model.norm.weight
+        sum(summed_loss(plain, batch) for batch in batches) * accelerator.num_processes / total,
+        plain.model.norm.weight,
     )[0]
 
     def put():

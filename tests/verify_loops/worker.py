@@ -16,8 +16,8 @@ import torch
 
 from accum_trainer import Accumulator, BatchPlan
 from accum_trainer.engine.plain import plain_engine
-from accum_trainer.verify import Subject, verify
-from accum_trainer.verify_loop import verify_loop
+from accum_trainer.verify.loop import verify_loop
+from accum_trainer.verify.training import Subject, verify
 from tests.reference import IGNORE, make_model, make_rows, pad
 from tests.verify_loops import correct, faults
 
@@ -29,12 +29,15 @@ def verify_named(name: str, world_size: int = 1) -> dict[str, Any]:
     """The report on one loop of `correct` or `faults`, as a dictionary."""
     loop = getattr(correct, name, None) or getattr(faults, name)
     engine = plain_engine(STEPS, cpu=True, mixed_precision="no")
-    # Clipping is active in every window where a loop clips; elsewhere it is off, or it could hide a factor.
+    # Clipping is active in every window where a loop clips; elsewhere it is off, or it could hide a
+    # factor.
     max_grad_norm = MAX_GRAD_NORM if "clip" in name else None
     plan = BatchPlan(2, STEPS, world_size)
     # As data of prompts and answers: the first label of every row is masked.
     rows = [{**row, "labels": [IGNORE, *row["labels"][1:]]} for row in make_rows(40)]
-    return verify_loop(loop, engine, lambda: make_model("llama"), rows, plan, max_grad_norm).to_dict()
+    return verify_loop(
+        loop, engine, lambda: make_model("llama"), rows, plan, max_grad_norm
+    ).to_dict()
 
 
 class WithBatchNorm(torch.nn.Module):
@@ -43,7 +46,11 @@ class WithBatchNorm(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.embed, self.norm, self.head = torch.nn.Embedding(97, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 97)
+        self.embed, self.norm, self.head = (
+            torch.nn.Embedding(97, 8),
+            torch.nn.BatchNorm1d(8),
+            torch.nn.Linear(8, 97),
+        )
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         return self.head(self.norm(self.embed(input_ids).transpose(1, 2)).transpose(1, 2))
@@ -60,7 +67,9 @@ def model_that_nobody_can_split(world_size: int) -> dict[str, Any]:
 def training_that_parts_the_ranks() -> dict[str, Any]:
     """The package's own loop, under an optimizer that adds something of its own on each rank."""
     acc = Accumulator(micro_batch_size=2, gradient_accumulation_steps=STEPS, cpu=True)
-    model, optimizer = acc.prepare(llama := make_model("llama"), torch.optim.SGD(llama.parameters(), lr=0.1))
+    model, optimizer = acc.prepare(
+        llama := make_model("llama"), torch.optim.SGD(llama.parameters(), lr=0.1)
+    )
 
     def push(*_: Any) -> None:
         with torch.no_grad():
@@ -69,7 +78,9 @@ def training_that_parts_the_ranks() -> dict[str, Any]:
     optimizer.optimizer.register_step_post_hook(push)
     rows = make_rows(14)
     windows = acc.windows(rows, collate_fn=pad)
-    return verify(Subject(acc, model, optimizer, windows, rows, lambda: make_model("llama"))).to_dict()
+    return verify(
+        Subject(acc, model, optimizer, windows, rows, lambda: make_model("llama"))
+    ).to_dict()
 
 
 def main(out: str, *names: str) -> None:

@@ -1,0 +1,124 @@
+"""What accelerate's launcher will make of a launch configuration, known before anything is started.
+
+accelerate takes unknown keys for a traceback, starts one process where a file says MULTI_CPU, and
+more processes than there are devices without a word. Here each is one message.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import __version__ as accelerate_version
+from accelerate.commands.config.config_args import load_config_from_file
+
+from accum_trainer.errors import ConfigError
+
+_KNOWN = ("NO", "MULTI_GPU", "DEEPSPEED", "FSDP")
+
+
+@dataclass(frozen=True)
+class LaunchFile:
+    """A launch configuration that accelerate can start.
+
+    Attributes:
+        num_machines, num_processes: nodes, and processes over all of them.
+        deepspeed_file: the DeepSpeed configuration it names, found; None where it names none.
+        main_process_port: the port it names, or None.
+    """
+
+    path: Path
+    num_machines: int
+    num_processes: int
+    deepspeed_file: Path | None
+    main_process_port: int | None
+
+    @property
+    def processes_here(self) -> int:
+        return self.num_processes // self.num_machines
+
+
+def read_launch_file(path: Path, cpu: bool) -> LaunchFile:
+    """Read and check the accelerate configuration at `path`; `cpu` says that the training will keep
+    to the CPU.
+
+    Raises:
+        ConfigError: what accelerate cannot read or would start differently from what the file says.
+    """
+    try:
+        config = load_config_from_file(str(path))
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"{path} is not YAML: {getattr(error, 'problem', None) or error}"
+        ) from None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"accelerate {accelerate_version} cannot read {path}: {str(error).splitlines()[0]}; "
+            "write it anew with `accum-trainer config create`"
+        ) from None
+    kind = str(getattr(config.distributed_type, "value", config.distributed_type))
+    if kind == "MULTI_CPU" or (config.use_cpu and kind != "NO"):
+        raise ConfigError(
+            f"{path}: with distributed_type={kind} and use_cpu={config.use_cpu} accelerate starts "
+            "one process only; "
+            "write distributed_type: MULTI_GPU and use_cpu: false, which without GPUs starts them "
+            "all over gloo"
+        )
+    if kind not in _KNOWN:
+        raise ConfigError(
+            f"{path}: distributed_type={kind} has no engine here; use one of {', '.join(_KNOWN)} "
+            "(`accum-trainer config create` writes them)"
+        )
+    machines, processes = int(config.num_machines or 1), int(config.num_processes or 1)
+    for name, value in (("num_machines", machines), ("num_processes", processes)):
+        if value < 1:
+            raise ConfigError(f"{path}: {name}={value} is below 1")
+    if processes % machines:
+        raise ConfigError(
+            f"{path}: num_processes={processes} do not spread evenly over num_machines={machines}; "
+            f"num_processes counts all nodes: use {machines} or a multiple of it"
+        )
+    found = LaunchFile(
+        path,
+        machines,
+        processes,
+        _deepspeed_file(path, config.deepspeed_config or {}),
+        config.main_process_port,
+    )
+    _check_devices(found, cpu)
+    return found
+
+
+def _deepspeed_file(path: Path, section: dict[str, object]) -> Path | None:
+    named = section.get("deepspeed_config_file")
+    if named in (None, "none"):
+        return None
+    for candidate in (Path(str(named)), path.parent / Path(str(named)).name):
+        if candidate.is_file():
+            return candidate.absolute()
+    raise ConfigError(
+        f"{path}: deepspeed_config_file={named} does not exist, here or beside it; write both "
+        "anew, or mend the path"
+    )
+
+
+def _check_devices(file: LaunchFile, cpu: bool) -> None:
+    here, gpus = file.processes_here, torch.cuda.device_count()
+    if gpus and not cpu:
+        if here > gpus:
+            raise ConfigError(
+                f"{file.path} starts {here} processes on this machine, which has {gpus} GPUs; "
+                f"set num_processes to {gpus * file.num_machines}, and keep the effective batch "
+                "with --global-batch-size"
+            )
+        return
+    cores = os.cpu_count() or 1
+    if here > cores:
+        raise ConfigError(
+            f"{file.path} starts {here} processes on this machine, which has "
+            f"{'no GPU and ' if not gpus else ''}"
+            f"{cores} CPU cores; set num_processes to {cores * file.num_machines} or less"
+        )

@@ -1,0 +1,1 @@
+"""Loading a language model and its tokenizer, LoRA, compiling its blocks."""

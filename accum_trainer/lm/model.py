@@ -1,0 +1,342 @@
+"""The model and its tokenizer: loaded or built, adapted with LoRA, checkpointed."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from accum_trainer.config import TrainConfig
+from accum_trainer.errors import ConfigError
+
+TINY = "tiny"
+
+
+def load_tokenizer(config: TrainConfig) -> Any:
+    """The tokenizer that belongs to `config.model`, with the chat template of the configuration if
+    it names one.
+
+    Raises:
+        ConfigError: the model has none, or the template is no Jinja file.
+    """
+    tokenizer = _tokenizer(config)
+    if config.chat_template is not None:
+        tokenizer.chat_template = _template(config.chat_template)
+    return tokenizer
+
+
+def _template(path: str) -> str:
+    from jinja2 import Environment, TemplateSyntaxError
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"chat_template={path} cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from None
+    # transformers adds a tag of its own, {% generation %}, that marks what is generated and says
+    # nothing here
+    try:
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
+            re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text)
+        )
+    except TemplateSyntaxError as error:
+        raise ConfigError(
+            f"chat_template={path} line {error.lineno} is not Jinja: {error.message}"
+        ) from None
+    return text
+
+
+def _tokenizer(config: TrainConfig) -> Any:
+    if config.model == TINY:
+        from accum_trainer.data.embedded import corpus_tokenizer
+
+        return corpus_tokenizer()
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(config.model)
+    except Exception as error:  # hub, file and parser errors of many types; the remedy is the same
+        raise ConfigError(
+            f"model={config.model} gives no tokenizer: {_first_line(error)}{_model_hint(config)}"
+        ) from None
+
+
+def stored_dtype(config: TrainConfig) -> torch.dtype:
+    """The dtype of the checkpoint that `config.model` names; float32 for `tiny`."""
+    if config.model == TINY:
+        return torch.float32
+    from transformers import AutoConfig
+
+    try:
+        found = AutoConfig.from_pretrained(config.model).dtype
+    except Exception:  # what is wrong with it, `load_model` says
+        return torch.float32
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
+def frozen_dtype(config: TrainConfig, mixed_precision: str) -> torch.dtype:
+    """The dtype in which LoRA keeps the weights that it does not train.
+
+    The checkpoint's, if the forward computes in it anyway: float32 copies would double the memory
+    and say nothing more. Else float32, in which `mixed_precision=no` promises to compute.
+    """
+    computed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
+    stored = stored_dtype(config) if config.use_peft and computed is not None else None
+    return computed if computed is not None and stored == computed else torch.float32
+
+
+def load_model(config: TrainConfig, tokenizer: Any, frozen: torch.dtype = torch.float32) -> Any:
+    """Build or load the causal language model in float32, with LoRA and gradient checkpointing as
+    asked.
+
+    Args:
+        frozen: dtype of the weights that LoRA does not train; see `frozen_dtype`.
+
+    Random weights (of `tiny`, of new adapters) come from torch's generator: seed it first.
+
+    Raises:
+        ConfigError: the model cannot be loaded, is too short for max_seq_len or too small for its
+            tokenizer, or has none of the modules that LoRA shall adapt.
+    """
+    model = _tiny(tokenizer) if config.model == TINY else _pretrained(config, frozen)
+    weight = model.get_input_embeddings().weight
+    embeddings = getattr(weight, "ds_shape", weight.shape)[
+        0
+    ]  # under ZeRO-3 it is sharded while it is loaded
+    if len(tokenizer) > embeddings:
+        raise ConfigError(
+            f"the tokenizer of model={config.model} has {len(tokenizer)} tokens, its embedding "
+            f"only {embeddings} rows"
+        )
+    return _ready(model, config)
+
+
+def shape_of_model(config: TrainConfig) -> Any:
+    """The model that `load_model` would give, built from its configuration alone: no weight is
+    read.
+
+    Call it inside `torch.device("meta")`, where tensors have shapes and no memory.
+
+    Raises:
+        ConfigError: the configuration cannot be found, is no causal language model's, or does not
+            take these options.
+    """
+    return _ready(
+        _tiny(load_tokenizer(config)) if config.model == TINY else _from_configuration(config),
+        config,
+    )
+
+
+def _ready(model: Any, config: TrainConfig) -> Any:
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and config.max_seq_len > positions:
+        raise ConfigError(
+            f"max_seq_len={config.max_seq_len} is more than the {positions} positions of "
+            f"model={config.model}; "
+            f"use max_seq_len={positions} or less"
+        )
+    model.config.use_cache = False
+    _set_router_loss(model, config)
+    if config.attention is not None:
+        _set_attention(model, config)
+    if config.use_peft:
+        model = _with_lora(model, config)
+    if config.gradient_checkpointing:
+        # Reentrant checkpointing runs its own autograd inside backward, where DDP cannot see it.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+def _set_router_loss(model: Any, config: TrainConfig) -> None:
+    """Have a mixture of experts give its router's loss, which by default it computes for nobody."""
+    for holder in (model.config, getattr(model.config, "text_config", None)):
+        if holder is not None and hasattr(holder, "output_router_logits"):
+            has_coefficient = bool(getattr(holder, "router_aux_loss_coef", 0.0))
+            holder.output_router_logits = has_coefficient and config.router_loss == "auto"
+
+
+def _set_attention(model: Any, config: TrainConfig) -> None:
+    wrong = f"attention={config.attention} cannot be used with model={config.model}: "
+    remedy = "; install what is missing, or use sdpa or eager"
+    try:
+        model.set_attn_implementation(config.attention)
+    except Exception as error:  # a package that is missing, a name that is unknown
+        raise ConfigError(f"{wrong}{_first_line(error)}{remedy}") from None
+    found = model.config._attn_implementation  # older models' code only warns and goes on as before
+    if found != config.attention and not (is_flash(found) and is_flash(str(config.attention))):
+        raise ConfigError(f"{wrong}its code has no choice of attention, and runs {found}{remedy}")
+
+
+def is_flash(attention: str) -> bool:
+    """Whether transformers means flash attention by this name; kernels of the hub have a path
+    before it."""
+    return "flash" in attention
+
+
+def blocks_of(model: Any) -> list[torch.nn.Module]:
+    """The repeated blocks of a model of transformers, such as its decoder layers; [] where it names
+    none."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return [
+        module for module in model.modules() if type(module).__name__.removeprefix("FSDP") in names
+    ]
+
+
+def compile_blocks(model: Any, device: torch.device) -> int:
+    """Have torch compile each block at its first call, in place: names, weights and hooks stay;
+    return how many there are.
+
+    Blocks, not the whole model: they share what is compiled, and the output head stays free for the
+    loss path. Dynamic, so that one compilation serves all sizes of micro-batches; there are three
+    in training and as many in evaluation (several samples with and without padding, one sample).
+    torch's own settings are changed: up to 16 compilations of a block, and DDP does not cut blocks
+    to its buckets, for they are small enough.
+
+    Raises:
+        ConfigError: torch.compile does not work on this machine, or the model names no blocks.
+    """
+    blocks = blocks_of(model)
+    if not blocks:
+        raise ConfigError(
+            f"compile=true works on the blocks of a model, and {type(model).__name__} names none "
+            "(_no_split_modules); leave it out"
+        )
+    try:
+        torch.compile(torch.sin, dynamic=True)(torch.ones(3, device=device))
+    except Exception as error:  # of many types: no compiler, no Triton, no place for its files
+        raise ConfigError(
+            f"compile=true does not work here: {_first_line(error)}; install a C++ compiler (on a "
+            "GPU, Triton), or leave it out"
+        ) from None
+    # Beyond the limit, 8 by default, torch runs uncompiled. Six are counted on here; hooks and
+    # dtypes may ask for more.
+    torch._dynamo.config.recompile_limit = max(16, torch._dynamo.config.recompile_limit)
+    torch._dynamo.config.optimize_ddp = False
+    for block in blocks:
+        block.compile(dynamic=True)
+    return len(blocks)
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """(all parameters, trained parameters)."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+
+
+def fingerprint(model: torch.nn.Module) -> str | None:
+    """`checksum` of the weights: another seed, another model or further training gives another one.
+
+    None where the weights were sharded while they were loaded, and no process has them whole.
+    """
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return None
+    return checksum(dict(model.named_parameters()))
+
+
+def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Eight hex digits of named tensors: of at most 4,096 evenly spaced numbers of each, so that it
+    costs little."""
+    found = 0
+    for name, tensor in tensors.items():
+        flat = tensor.detach().flatten()
+        spaced = flat[:: max(1, flat.numel() // 4096)].double().cpu().contiguous()
+        found = zlib.crc32(f"{name} {tuple(tensor.shape)}".encode(), found)
+        found = zlib.crc32(spaced.numpy().tobytes(), found)
+    return f"{found:08x}"
+
+
+def _tiny(tokenizer: Any) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=352,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def _pretrained(config: TrainConfig, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype)
+    except (
+        Exception
+    ) as error:  # hub, file, parser and architecture errors of many types; the remedy is the same
+        raise ConfigError(
+            f"model={config.model} cannot be loaded: {_first_line(error)}{_model_hint(config)}"
+        ) from None
+
+
+def _from_configuration(config: TrainConfig) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(config.model), dtype=torch.float32
+        )
+    except Exception as error:  # as in _pretrained
+        raise ConfigError(
+            f"model={config.model} cannot be found: {_first_line(error)}{_model_hint(config)}"
+        ) from None
+
+
+def _with_lora(model: Any, config: TrainConfig) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    targets = config.lora_target_modules
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=config.lora_dropout,
+        target_modules=_names(targets) or "all-linear",
+        modules_to_save=_names(config.lora_modules_to_save),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        adapted = get_peft_model(model, lora)
+        for parameter in adapted.parameters():
+            if (
+                parameter.requires_grad
+            ):  # also modules trained whole: a 16-bit step would round away
+                parameter.data = parameter.data.float()
+        return adapted
+    except ValueError as error:
+        linear = sorted(
+            {
+                name.rpartition(".")[2]
+                for name, m in model.named_modules()
+                if isinstance(m, torch.nn.Linear)
+            }
+        )
+        raise ConfigError(
+            f"lora_target_modules={targets} cannot be adapted: {_first_line(error)}; this model's "
+            f"linear modules are {', '.join(linear)}"
+        ) from None
+
+
+def _names(text: str | None) -> list[str] | None:
+    return [name.strip() for name in text.split(",")] if text else None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+
+
+def _model_hint(config: TrainConfig) -> str:
+    return f"; give a folder that save_pretrained wrote, a hub id, or `{TINY}`"

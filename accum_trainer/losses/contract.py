@@ -1,0 +1,373 @@
+"""What the loss that a loop passes to `backward` is: a sum or a mean, and over what.
+
+Three kinds of loss are told apart: `causal_lm_loss`, a sum by construction; the number that the
+model itself returned, whose reduction was proven on the model; and one that the user made, of which
+nothing is known but the user's word. A mean is taken only if somebody knows what it averages over,
+and only over the targets that were counted: a loop that changes labels, or the loss, is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from accum_trainer.batch import Batch, halve, num_positions, num_samples, version_of
+from accum_trainer.errors import AccumTrainerError, DataError, EngineError
+from accum_trainer.losses.causal_lm import summed_here
+from accum_trainer.losses.objective import (
+    MEAN,
+    REMEDY,
+    SUM,
+    Objective,
+    batch_statistics,
+    find_objective,
+    unproven,
+)
+from accum_trainer.losses.outputs import Call, OutputWatch
+from accum_trainer.losses.packing_guard import PackingGuard
+from accum_trainer.losses.targets import SHIFTED, CountTargets
+
+# Ways of counting that are remembered, the oldest forgotten first.
+_MOST_FOUND = 8
+# A proof needs no more samples, and the logits of few take little memory.
+_MOST_SAMPLES = 4
+
+
+# Arguments of a call that change what a model's own loss is.
+_CHANGE_THE_LOSS = ("num_items_in_batch", "shift_labels", "output_router_logits")
+
+# (`sum` or `mean`, the loss over targets, a router's term or None)
+Split = tuple[str, torch.Tensor, "torch.Tensor | None"]
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A loss as a loop passed it.
+
+    Attributes:
+        loss: shape ().
+        reduction: what the user says it is, or None.
+        microbatch: the micro-batch in hand (`window.MicroBatch`).
+        objective: of the windows that it comes from.
+        counts_given: the user said how targets are counted.
+    """
+
+    loss: torch.Tensor
+    reduction: str | None
+    microbatch: Any
+    objective: Objective | None
+    counts_given: bool
+
+    @property
+    def counts(self) -> bool:
+        """Whether this micro-batch has a part in the window's gradient."""
+        return bool(self.microbatch.planned.weight)
+
+
+class LossContract:
+    """Knows the models of a loop, and what each loss of theirs is.
+
+    Args:
+        engine: of the accumulator.
+
+    Attributes:
+        allow_batch_norm: accept that BatchNorm makes an update depend on its cut.
+        objective: what the model's own loss was last found to sum over; None before `decide`.
+    """
+
+    def __init__(self, engine: Any, allow_batch_norm: bool = False) -> None:
+        self.objective: Objective | None = None
+        self.allow_batch_norm = allow_batch_norm
+        self._engine = engine
+        self._models: list[torch.nn.Module] = []
+        self._found: dict[CountTargets | None, Objective] = {}
+        self._outputs = OutputWatch()
+        self._packing = PackingGuard(engine)
+
+    @property
+    def _is_cut(self) -> bool:
+        plan = self._engine.plan
+        return plan.gradient_accumulation_steps * plan.world_size > 1
+
+    def watch(self, models: Sequence[torch.nn.Module]) -> None:
+        """Know these models, as the loop calls them."""
+        known = {id(self._engine.unwrap(model)) for model in self._models}
+        new = [model for model in models if id(self._engine.unwrap(model)) not in known]
+        self._models += new
+        if new:
+            self._found.clear()  # what was found, was found on another set of models
+        for model in new:  # not also what a wrapper wraps: one call would be noted twice
+            self._outputs.watch(model)
+
+    def begin_micro_batch(self, is_first: bool) -> None:
+        """Look at what a loop may have changed since the last one: the modes of BatchNorm, before a
+        window."""
+        self._outputs.begin()
+        if is_first:
+            self.check_batch_norm()
+
+    def forget_outputs(self) -> None:
+        """Let go of what the models returned."""
+        self._outputs.clear()
+
+    # --- finding the objective ---
+
+    def decide(
+        self, batches: Sequence[Batch], given: CountTargets | None = None
+    ) -> Objective | None:
+        """Find what the model's own loss sums over, before a first window is counted. Collective.
+
+        Returns None if no process has a batch. Found once for each way of counting.
+
+        Args:
+            batches: this process's micro-batches, if it has any; the one with most in it, on the
+                first process that has one, is what all processes run.
+            given: the user's own count, to be compared with the model's own loss.
+
+        Raises:
+            DataError: no count is given, and the batch has no labels.
+            EngineError: BatchNorm in train mode, and windows of several micro-batches.
+        """
+        self.watch(self._engine.prepared_models())
+        self._packing.decide(self._models, batches)
+        self.check_batch_norm()
+        if given not in self._found:
+            if len(self._found) >= _MOST_FOUND:  # a function made anew in each epoch
+                del self._found[next(iter(self._found))]
+            batch = self._engine.first_of(max(batches, key=num_positions, default=None))
+            if batch is None:
+                return None
+            self._found[given] = self._agreed(batch, given)
+        self.objective = self._found[given]
+        return self.objective
+
+    def _agreed(self, batch: Batch, given: CountTargets | None) -> Objective:
+        """What all processes find; the worst verdict holds, and what one raises ends all."""
+        found: Objective | None = None
+        failure: Exception | None = None
+        try:
+            found = self._find(self._engine.to_device(_few_samples(batch)), given)
+        except Exception as error:  # also of the user's own count
+            failure = error
+        self._engine.agree(failure)
+        assert found is not None
+        verdicts = self._engine.gather_objects(found.verdict)
+        if any(other != found.verdict for other in verdicts):
+            return replace(found, reduction="", reason=f"differs between processes: {verdicts}")
+        return found
+
+    def _find(self, batch: Batch, given: CountTargets | None) -> Objective:
+        if len(self._models) == 1:
+            model = self._engine.unwrap(self._models[0])
+            return find_objective(model, batch, given, self._engine.mixed_precision != "no")
+        reason = f"cannot be proven: {len(self._models)} models were prepared"
+        return unproven(batch, given, reason)
+
+    def check_batch_norm(self) -> None:
+        """Raise an EngineError for BatchNorm in train mode, unless it is accepted or nothing is
+        cut."""
+        if self.allow_batch_norm or not self._is_cut:
+            return
+        names = [name for model in self._models for name in batch_statistics(model)]
+        if names:
+            raise EngineError(
+                f"the model has {len(names)} BatchNorm modules in train mode "
+                f"({', '.join(names[:3])}): each micro-batch would be normalised by its own "
+                "statistics, so the update depends on how the batch is cut. Freeze them "
+                "(module.eval() after model.train()), use GroupNorm, or accept it with "
+                "Accumulator(allow_batch_norm=True)"
+            )
+
+    # --- a loss, as it is passed to backward ---
+
+    def split(self, passed: Passed, has_auxiliary: bool = False) -> Split:
+        """What the loss is: its reduction, its part over targets, and a router's part or None.
+
+        Args:
+            has_auxiliary: the user passed a second term, which takes the router's place.
+
+        Raises:
+            AccumTrainerError: nobody knows what the loss is, or it is not what the user says.
+            DataError: the model ran on other targets than were counted; or padding changes its own
+                loss, and this batch has another length.
+        """
+        call = self._outputs.call
+        made = summed_here(passed.loss)
+        if made is not None:
+            return self._summed(passed, made.labels, call, has_auxiliary)
+        if call is not None and self._outputs.is_own(passed.loss):
+            return self._own(passed, call)
+        if passed.reduction is None:
+            raise AccumTrainerError(
+                "backward() got a loss that is neither causal_lm_loss nor what the model returned, "
+                'unchanged; say what it is: reduction="sum" or reduction="mean" over the '
+                "micro-batch's targets"
+            )
+        if passed.reduction == MEAN and not passed.counts_given:
+            raise AccumTrainerError(
+                "backward() got a mean that the model did not return, and nobody knows what it "
+                f"averages over; {REMEDY}, or pass the model's own loss as the model returned it"
+            )
+        objective = passed.objective
+        is_counted = objective is None or bool(objective.reduction or objective.is_only_way)
+        if not passed.counts_given and not is_counted:
+            raise AccumTrainerError(
+                "backward() got a sum that the model did not return, and nobody knows how many "
+                f"targets it sums over: the model's own loss {_why(objective)}; {REMEDY}"
+            )
+        return passed.reduction, passed.loss, self._router(call, has_auxiliary)
+
+    def _summed(
+        self, passed: Passed, labels: torch.Tensor, call: Call | None, has_auxiliary: bool
+    ) -> Split:
+        if passed.reduction == MEAN:
+            raise AccumTrainerError(
+                'causal_lm_loss is a sum over targets; leave reduction out, or say "sum"'
+            )
+        objective, planned = passed.objective, passed.microbatch.planned
+        is_known = objective is not None and objective.reduction and not passed.counts_given
+        if objective is not None and is_known and objective.counting != SHIFTED:
+            raise AccumTrainerError(
+                "causal_lm_loss shifts the labels by one, but this model's own loss is a "
+                f"{objective.describe()}; pass model(**batch).loss instead"
+            )
+        if passed.counts:
+            handed = passed.microbatch.targets.get("labels")
+            if passed.counts_given or handed is None or not _is_as_handed(labels, handed):
+                _check_count(
+                    SHIFTED.count({"labels": labels}), planned.num_targets, "causal_lm_loss"
+                )
+        return SUM, passed.loss, self._router(call, has_auxiliary)
+
+    def _own(self, passed: Passed, call: Call) -> Split:
+        objective, reduction = passed.objective, passed.reduction
+        if objective is None or not objective.reduction:
+            return self._by_word(passed)
+        batch = passed.microbatch.planned.batch
+        objective.check_length(batch)
+        _check_call(call, batch)
+        if passed.counts and not passed.counts_given:
+            _check_targets(objective, passed, call)
+        if reduction not in (None, objective.reduction):
+            raise AccumTrainerError(
+                f"reduction={reduction!r}, but the model's own loss is a {objective.describe()}; "
+                "leave reduction out"
+            )
+        if objective.reduction == SUM and not passed.counts_given:
+            raise AccumTrainerError(
+                f"the model's own loss is a {objective.describe()}, and an update has to divide it "
+                "by something; pass count_targets=function(batch) -> number of terms to divide by"
+            )
+        if not objective.has_router_term:
+            return objective.reduction, passed.loss, None
+        if call.router_term is None:
+            raise AccumTrainerError(
+                "the model's own loss holds a router's loss, which this call does not return "
+                "beside "
+                "it (return_dict=False?), so the two cannot be weighed apart; call model(**batch)"
+            )
+        return objective.reduction, passed.loss - call.router_term, call.router_term
+
+    def _by_word(self, passed: Passed) -> Split:
+        """The model's own loss, of which nothing is proven: what the user says, unless it was
+        disproven."""
+        objective, reduction = passed.objective, passed.reduction
+        is_disproven = objective is not None and objective.is_disproven and self._is_cut
+        if reduction is not None and not is_disproven and (reduction == SUM or passed.counts_given):
+            return reduction, passed.loss, None
+        if is_disproven:
+            remedy = "pass a loss that is a sum over targets, with count_targets"
+            if passed.counts_given:
+                remedy = "pass the count_targets that fits, or the sum of your loss over targets"
+        elif passed.counts_given:
+            remedy = 'say reduction="mean" or reduction="sum" if you know'
+        else:
+            remedy = f'pass the sum of your loss over targets with reduction="sum", or {REMEDY}'
+        raise AccumTrainerError(
+            f"the model's own loss is not known to be a mean over targets: it {_why(objective)}; "
+            f"{remedy}"
+        )
+
+    def _router(self, call: Call | None, has_auxiliary: bool) -> torch.Tensor | None:
+        if call is not None and call.has_unknown_router and not has_auxiliary:
+            raise AccumTrainerError(
+                "the model returned a router's loss (aux_loss) and its configuration names no "
+                "coefficient for it; pass auxiliary=coefficient * outputs.aux_loss, or switch "
+                "output_router_logits off"
+            )
+        if call is None or call.router_term is None or has_auxiliary:
+            return None
+        if call.num_routed > 1:
+            raise AccumTrainerError(
+                f"the model ran {call.num_routed} times in this micro-batch, and each time with a "
+                "router's loss: which "
+                "of them belongs to this loss is not known; pass auxiliary=coefficient * "
+                "outputs.aux_loss"
+            )
+        return call.router_term
+
+
+def _why(objective: Objective | None) -> str:
+    return "is not known" if objective is None else objective.reason
+
+
+def _check_call(call: Call, batch: Batch) -> None:
+    """Raise an AccumTrainerError if the model was called with what was not there at the proof."""
+    given = batch if isinstance(batch, Mapping) else {}
+    for name, value in call.inputs.items():
+        is_new = name not in given and value is not None
+        if is_new and (name in _CHANGE_THE_LOSS or "loss" in name):
+            raise AccumTrainerError(
+                f"the model was called with {name}, which changes what its own loss is, and that "
+                "was "
+                f"proven without it; leave {name} out: acc.backward() gives the loss its weight"
+            )
+
+
+def _check_targets(objective: Objective, passed: Passed, call: Call) -> None:
+    """Raise a DataError if the model ran on other targets than were counted.
+
+    The very tensors that the window gave, unchanged, need no look at their values, for which a
+    device would be waited.
+    """
+    handed = passed.microbatch.targets
+    used = {key: call.inputs.get(key) for key in handed}
+    if all(_is_as_handed(used[key], handed[key]) for key in handed):
+        return  # or targets of another name, of which nothing is known
+    if any(value is None for value in used.values()):
+        raise DataError(
+            f"the model's own loss was made without the batch's {', '.join(handed)}; pass the "
+            "batch as it is"
+        )
+    _check_count(
+        objective.counting.count(call.inputs), passed.microbatch.planned.num_targets, "the model"
+    )
+
+
+def _is_as_handed(found: Any, handed: tuple[torch.Tensor, int]) -> bool:
+    return found is handed[0] and version_of(handed[0]) == handed[1]
+
+
+def _check_count(found: float, planned: float, what: str) -> None:
+    if found != planned:
+        raise DataError(
+            f"{what} ran on {found:g} targets, and {planned:g} were counted in the micro-batch "
+            "before "
+            "the window began, by which its loss is weighed: the loop changed labels or samples, "
+            "or "
+            "count_targets counts otherwise. Change them in collate_fn, or before the batches "
+            "reach acc.windows()"
+        )
+
+
+def _few_samples(batch: Batch) -> Batch:
+    """The first samples of a batch, if it can be cut."""
+    while num_samples(batch) > _MOST_SAMPLES:
+        try:
+            batch = halve(batch)[0]
+        except DataError:
+            return batch
+    return batch

@@ -1,0 +1,133 @@
+"""What a model returned: its own loss, and the loss of a mixture of experts' router.
+
+The accumulator watches the models that it prepared, so that a loss passed to `backward` is known
+for what it is: the model's own, or one that the user made.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from accum_trainer.batch import version_of
+
+
+def own_loss(outputs: Any) -> torch.Tensor | None:
+    """The scalar loss that a model returned: `.loss`, the first of a tuple, or its whole output."""
+    found = outputs
+    if isinstance(outputs, Mapping):
+        found = outputs.get("loss")
+    elif isinstance(outputs, (tuple, list)):
+        found = outputs[0] if outputs else None
+    elif not isinstance(outputs, torch.Tensor):
+        found = getattr(outputs, "loss", None)
+    is_scalar = isinstance(found, torch.Tensor) and found.numel() == 1
+    return found if is_scalar and found.is_floating_point() else None
+
+
+def router_loss(outputs: Any) -> torch.Tensor | None:
+    """The load-balancing loss of a mixture of experts, not yet multiplied by its coefficient."""
+    found = getattr(outputs, "aux_loss", None)
+    return found if isinstance(found, torch.Tensor) else None
+
+
+def _named(model: torch.nn.Module, args: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name; of a wrapper's, by the names of what it wraps."""
+    if not args:
+        return inputs
+    plain: Any = model
+    while isinstance(getattr(plain, "module", None), torch.nn.Module):
+        plain = plain.module
+    try:
+        return dict(inspect.signature(plain.forward).bind(*args, **inputs).arguments)
+    except (TypeError, ValueError):
+        return inputs
+
+
+# What models call it: most of transformers', JetMoe and its kind.
+_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
+
+
+def router_coefficient(model: torch.nn.Module) -> float | None:
+    """What the model multiplies its router's loss by; None if it names nothing."""
+    plain: Any = model
+    while not hasattr(plain, "config") and isinstance(
+        getattr(plain, "module", None), torch.nn.Module
+    ):
+        plain = plain.module
+    config = getattr(plain, "config", None)
+    for holder in (plain, getattr(config, "text_config", None), config):
+        for name in _COEFFICIENTS:
+            found = getattr(holder, name, None)
+            if isinstance(found, (int, float)):
+                return float(found)
+    return None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a model by the loop.
+
+    Attributes:
+        inputs: its arguments by name.
+        router_term: the router's loss times its coefficient, with its graph; None if there is none.
+        has_unknown_router: there is a router's loss, and no coefficient that is known.
+        num_routed: calls since `begin` that gave a router's loss, this one counted.
+    """
+
+    inputs: dict[str, Any]
+    router_term: torch.Tensor | None = None
+    has_unknown_router: bool = False
+    num_routed: int = 0
+
+
+class OutputWatch:
+    """The last call, with a gradient, of the models it is hooked to.
+
+    Attributes:
+        call: the last one; None before the first, and after `clear`.
+    """
+
+    def __init__(self) -> None:
+        self.call: Call | None = None
+        self._num_routed = 0
+        self._own: tuple[weakref.ReferenceType[torch.Tensor], int] | None = None
+        self._watched: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+
+    def watch(self, model: torch.nn.Module) -> None:
+        """Note what `model` is given and returns from now on, as the loop calls it."""
+        if model not in self._watched:
+            self._watched.add(model)
+            model.register_forward_hook(self._note, with_kwargs=True)
+
+    def _note(
+        self, model: torch.nn.Module, args: Any, inputs: dict[str, Any], outputs: Any
+    ) -> None:
+        if not torch.is_grad_enabled():
+            return  # a proof, or an evaluation: no loss to go back from
+        loss, router = own_loss(outputs), router_loss(outputs)
+        self._own = None if loss is None else (weakref.ref(loss), version_of(loss))
+        coefficient = 0.0 if router is None else router_coefficient(model)
+        term = router * coefficient if router is not None and coefficient else None
+        self._num_routed += term is not None
+        self.call = Call(_named(model, args, inputs), term, coefficient is None, self._num_routed)
+
+    def begin(self) -> None:
+        """Count calls anew: those before a micro-batch, as in an evaluation, are not its own."""
+        self._num_routed = 0
+
+    def is_own(self, loss: torch.Tensor) -> bool:
+        """Whether `loss` is the very number that a watched model returned last, unchanged."""
+        found = None if self._own is None else self._own[0]()
+        if found is None or self._own is None or version_of(found) != self._own[1]:
+            return False
+        return found is loss or (loss.numel() == 1 and found.data_ptr() == loss.data_ptr())
+
+    def clear(self) -> None:
+        """Let go of the last call."""
+        self._own = self.call = None

@@ -1,0 +1,170 @@
+"""No packed batch runs on a model that has not been proven to keep packed samples apart.
+
+The proof is made with the first packed micro-batch, by all ranks together. A hook on each model of
+the loop lets packed rows through that are like it; others are refused in their forward, before the
+update that they would spoil. A proven model is not asked anything that waits for the device.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from accum_trainer.batch import BOUNDARIES, Batch, is_packed, num_positions, num_samples
+from accum_trainer.errors import DataError
+from accum_trainer.losses.head import inside_wrapper
+from accum_trainer.losses.packing import find_packing, uses_cache, worst_of
+from accum_trainer.losses.packing_proof import Packing
+
+# Tokens of the row of a proof, at least: attention windows up to it are exercised, however short
+# the first real row is.
+_MOST = 4352
+_PADDED = "give it padded batches with an attention_mask"
+
+
+class PackingGuard:
+    """Knows the models of a loop, and which of them may be given packed rows.
+
+    Args:
+        engine: of the accumulator.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._found: weakref.WeakKeyDictionary[torch.nn.Module, Packing] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._is_proving = False
+        self._watched: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+
+    def decide(self, models: Sequence[torch.nn.Module], batches: Sequence[Batch]) -> None:
+        """Prove the models with the first packed row that a rank has, if any has one. Collective.
+
+        Raises:
+            DataError: a batch is packed in a way that no proof covers.
+        """
+        for model in models:
+            if model not in self._watched:
+                self._watched.add(model)
+                model.register_forward_pre_hook(self._check, with_kwargs=True)
+        if len(self._found) == len(models):
+            return
+        problem = self._engine.first_of(next(filter(None, map(_packed_otherwise, batches)), None))
+        if problem is not None:
+            raise DataError(problem)
+        rows = [batch for batch in batches if isinstance(batch, Mapping) and is_packed(batch)]
+        row = self._engine.first_of(max(rows, key=num_positions, default=None))
+        if row is None:
+            return
+        self._is_proving = True
+        try:
+            for model in models:
+                self._found[model] = self._prove(model, row)
+        finally:
+            self._is_proving = False
+
+    def _prove(self, model: torch.nn.Module, row: Mapping[str, Any]) -> Packing:
+        engine = self._engine
+        wrong = _wrong_boundary(row)
+        if wrong:
+            return Packing(False, f"its {wrong} does not fit its position_ids", _boundaries_in(row))
+        return find_packing(
+            engine.unwrap(model),
+            row["input_ids"].to(engine.device),
+            most=max(_MOST, row["input_ids"].numel()),
+            boundaries=_boundaries_in(row),
+            is_16_bit=engine.mixed_precision != "no",
+            backward=not engine.shards_weights,
+            agree=lambda found: worst_of(engine.gather_objects(found)),
+        )
+
+    def _check(self, model: torch.nn.Module, args: Any, inputs: dict[str, Any]) -> None:
+        if self._is_proving or not is_packed(inputs):
+            return
+        found = self._found.get(model)
+        problem = _problem(model, inputs, found)
+        # Only here are values read, which waits for the device; one sample alone sees no other.
+        if problem and num_samples(inputs) > 1:
+            name = type(inside_wrapper(model)).__name__.removeprefix("FSDP")
+            raise DataError(f"a packed batch of {num_samples(inputs)} samples on {name}: {problem}")
+
+
+def _boundaries_in(batch: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(name for name in BOUNDARIES if name in batch)
+
+
+def _wrong_boundary(row: Mapping[str, Any]) -> str:
+    """The first of a row's boundaries that says something else than where its positions begin anew;
+    "" if none does."""
+    begins = (row["position_ids"][0] == 0).nonzero().flatten().tolist()
+    edges = sorted({0, *begins, row["position_ids"].shape[1]})
+    longest = max(end - begin for begin, end in pairwise(edges))
+    for name in _boundaries_in(row):
+        if name.startswith("cu_seq_lens"):
+            fits = row[name].tolist() == edges
+        elif name.startswith("max_length"):
+            fits = int(row[name]) >= longest
+        else:  # whatever it counts from
+            fits = (row[name][0].diff().nonzero().flatten() + 1).tolist() == edges[1:-1]
+        if not fits:
+            return name
+    return ""
+
+
+def _packed_otherwise(batch: Batch) -> str | None:
+    """Why this batch is refused: samples lie end to end in its rows, and it is no single row
+    without a mask."""
+    positions = batch.get("position_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(positions, torch.Tensor) or positions.ndim != 2 or is_packed(batch):
+        return None
+    mask = batch.get("attention_mask")
+    anew = positions[:, 1:] == 0
+    if isinstance(mask, torch.Tensor):
+        if mask.shape != positions.shape:
+            return None  # it says more than which tokens are padding
+        anew = anew & (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
+    if not anew.any():
+        return None
+    return (
+        f"a batch has position_ids of shape {tuple(positions.shape)} that begin anew inside a row"
+        f"{' beside an attention_mask' if mask is not None else ''}: transformers keeps packed "
+        "samples apart on every "
+        "kind of attention only in a single row without a mask; lay them in one row "
+        "(PackingCollator does), or pad them"
+    )
+
+
+def _problem(model: torch.nn.Module, inputs: Mapping[str, Any], found: Packing | None) -> str:
+    """Why this model may not be given this packed row, and the remedy; "" if it may."""
+    if found is None:
+        return (
+            "the micro-batches of the first window held no packed one, so it is not proven that "
+            "the samples do not see "
+            f"each other; let the first window hold one, or {_PADDED}"
+        )
+    if not found.holds:
+        remedy = f"; {_PADDED}"
+        if found.remedy:
+            remedy = f"; collate with PackingCollator(boundaries={found.remedy!r}), or {_PADDED}"
+        return f"its samples see each other: {found.reason}{remedy}"
+    if (
+        found.without_cache
+        and inputs.get("use_cache") is not False
+        and uses_cache(inside_wrapper(model))
+    ):
+        return (
+            "its samples see each other, as transformers does not look for positions that begin "
+            "anew where there is a "
+            "cache; set model.config.use_cache = False before training, or use causal_lm_loss"
+        )
+    given = _boundaries_in(inputs)
+    if given != found.boundaries:
+        return (
+            f"it holds the boundaries {given}, but what is proven is {found.boundaries}; "
+            "collate all batches of a loop alike"
+        )
+    return ""

@@ -1,0 +1,123 @@
+"""Ways to count the terms that a loss sums or averages over, from a batch alone.
+
+A mean loss becomes a sum when it is multiplied by this count, and only then can a window be cut
+anywhere. Which way holds for a model is not known here: `objective` proves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from accum_trainer.batch import IGNORE, Batch, num_samples, version_of
+from accum_trainer.errors import DataError
+
+# Number of terms a batch's loss sums over; the sum of their weights where the loss weighs them.
+CountTargets = Callable[[Batch], float]
+
+
+@dataclass(frozen=True)
+class Counting:
+    """One way to count targets.
+
+    Attributes:
+        name: in the words of the record, such as `shifted labels`.
+        count: batch -> number of terms.
+        reads_labels: a label set to `ignore` is not counted.
+        ignore: the label that marks no target.
+    """
+
+    name: str
+    count: CountTargets
+    reads_labels: bool = False
+    ignore: int = IGNORE
+
+
+def causal_lm_targets(batch: Any) -> int:
+    """Count what `causal_lm_loss` sums over: the labels after the shift that are not -100.
+
+    Labels of one dimension (one class per sample) are counted as they stand.
+
+    Raises:
+        DataError: the batch has no integer `labels`.
+    """
+    labels = _integer_labels(batch)
+    counted = labels[..., 1:] if labels.ndim > 1 else labels
+    return int((counted != IGNORE).sum())
+
+
+SHIFTED = Counting("shifted labels", causal_lm_targets, reads_labels=True)
+
+
+def countings_of(batch: Batch, ignore: int = IGNORE) -> Iterator[Counting]:
+    """The ways in which a model's own loss may count this batch, the most likely first.
+
+    Args:
+        ignore: the label that this model's loss leaves out.
+
+    Raises:
+        DataError: the batch has no labels that any of them reads.
+    """
+    if _has(batch, "start_positions", "end_positions") and not _has(batch, "labels"):
+        yield Counting("answers", _answers)
+        return
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if isinstance(labels, torch.Tensor) and labels.is_floating_point() and labels.ndim > 0:
+        yield Counting("label values", lambda batch: batch["labels"].numel())
+        return
+    labels = _integer_labels(batch)
+    if labels.ndim > 1 and labels.shape[-1] > 1:
+        yield SHIFTED
+    yield Counting("labels", lambda batch: int((batch["labels"] != ignore).sum()), True, ignore)
+    if labels.ndim > 1:  # one term per sample, whatever its labels (a CTC loss)
+        yield Counting("samples", lambda batch: num_samples(batch))
+
+
+# What a loss counts in a batch, by the names that transformers gives it.
+_COUNTED = ("labels", "start_positions", "end_positions")
+
+
+def targets_in(batch: Batch) -> dict[str, tuple[torch.Tensor, int]]:
+    """The tensors that hold a batch's targets, each with its version: changed in place it has
+    another."""
+    if not isinstance(batch, Mapping):
+        return {}
+    found = {key: batch.get(key) for key in _COUNTED}
+    return {key: (t, version_of(t)) for key, t in found.items() if isinstance(t, torch.Tensor)}
+
+
+def _answers(batch: Batch) -> int:
+    """Answer spans inside the text; transformers leaves out a position beyond it.
+
+    Raises:
+        DataError: starts and ends are left out in unequal number, so that one count cannot
+            weigh both terms.
+    """
+    length = next(batch[key].shape[1] for key in ("input_ids", "inputs_embeds") if key in batch)
+    starts, ends = (int((batch[f"{end}_positions"] < length).sum()) for end in ("start", "end"))
+    if starts != ends:
+        raise DataError(
+            f"{starts} start_positions and {ends} end_positions lie inside the {length} tokens of "
+            "a batch, and the model's loss is a mean over each: it cannot be cut exactly; mark an "
+            "answer outside the text in both, or in neither"
+        )
+    return starts
+
+
+def _integer_labels(batch: Any) -> torch.Tensor:
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if isinstance(labels, torch.Tensor) and not labels.is_floating_point() and labels.ndim > 0:
+        return labels
+    is_mapping = isinstance(batch, Mapping)
+    have = f"the keys {sorted(map(str, batch))}" if is_mapping else f"type {type(batch).__name__}"
+    raise DataError(
+        f"cannot count the targets of a batch with {have}: no integer `labels`; "
+        "pass count_targets=function(batch) -> number of terms that your loss sums or averages over"
+    )
+
+
+def _has(batch: Batch, *keys: str) -> bool:
+    return isinstance(batch, Mapping) and all(isinstance(batch.get(k), torch.Tensor) for k in keys)

@@ -1,0 +1,1 @@
+"""Memory per engine and batch size before anything is allocated."""

@@ -1,0 +1,82 @@
+"""Samples to one micro-batch: padded to a rectangle, or packed end to end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from accum_trainer.batch import BOUNDARIES, IGNORE, boundaries_of
+from accum_trainer.errors import ConfigError
+
+Sample = Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class PaddingCollator:
+    """Pad samples on the right to the longest of them, rounded up to a multiple.
+
+    Called with samples of `input_ids` and `labels` (lists of ints), gives tensors of shape
+    (samples, longest), int64: `input_ids` padded with `pad_token_id`, `attention_mask` (1 on
+    tokens, 0 on padding), `labels` padded with -100.
+    """
+
+    pad_token_id: int
+    multiple: int = 1
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        longest = max(len(sample["input_ids"]) for sample in samples)
+        shape = (len(samples), -(-longest // self.multiple) * self.multiple)
+        input_ids = torch.full(shape, self.pad_token_id)
+        attention_mask = torch.zeros(shape, dtype=torch.int64)
+        labels = torch.full(shape, IGNORE)
+        for row, sample in enumerate(samples):
+            length = len(sample["input_ids"])
+            input_ids[row, :length] = torch.tensor(sample["input_ids"])
+            attention_mask[row, :length] = 1
+            labels[row, :length] = torch.tensor(sample["labels"])
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+@dataclass(frozen=True)
+class PackingCollator:
+    """Lay samples end to end in one row, without padding; positions begin anew with each.
+
+    Gives `input_ids`, `labels` and `position_ids` of shape (1, tokens), int64, and no attention
+    mask: from positions that begin anew transformers makes attention block-diagonal. A sample's
+    first label is -100: it would be predicted by the sample before it. Whether a model then keeps
+    the samples apart is proven on the model (`packing`).
+
+    Args:
+        boundaries: names among `BOUNDARIES` of what to give besides, see `boundaries_of`.
+
+    Raises:
+        ConfigError: a name that is not among them.
+    """
+
+    boundaries: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.boundaries if name not in BOUNDARIES]
+        if unknown:
+            raise ConfigError(
+                f"boundaries={self.boundaries} holds {unknown[0]!r}; give some of "
+                f"{', '.join(BOUNDARIES)}"
+            )
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor | int]:
+        ids: list[int] = []
+        labels: list[int] = []
+        positions: list[int] = []
+        for sample in samples:
+            ids += sample["input_ids"]
+            labels += [IGNORE, *sample["labels"][1:]]
+            positions += range(len(sample["input_ids"]))
+        columns = {"input_ids": ids, "labels": labels, "position_ids": positions}
+        row: dict[str, torch.Tensor | int] = {
+            name: torch.tensor([values]) for name, values in columns.items()
+        }
+        if self.boundaries:
+            row |= boundaries_of([len(sample["input_ids"]) for sample in samples], self.boundaries)
+        return row

@@ -1,0 +1,244 @@
+"""A user's DataLoader as windows: its batches in its order, dealt to the ranks in turn."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import zlib
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from accum_trainer.batch import Batch, first_tensor
+from accum_trainer.batch_plan import BatchPlan
+from accum_trainer.seeds import seed_of
+from accum_trainer.sources.drawing import SeededIndices, drawing_from
+from accum_trainer.sources.parts import Announced, Part, Parts, Reading, read_parts
+from accum_trainer.sources.progress import Progress
+
+
+class LoaderSource:
+    """A user's DataLoader: K x W of its batches make a window, batch i goes to rank i % W, each
+    sample once.
+
+    Where the loader has a batch sampler, a rank loads its own batches only; otherwise it reads all
+    and keeps its own. What its sampler and its data draw from the global generators comes from
+    (seed, epoch, position), so that ranks and restarts agree on the order; a generator of the
+    loader's own is used as it is.
+    """
+
+    unit = "batches"
+    alike = True
+    is_read_once = False
+
+    def __init__(
+        self, loader: DataLoader, plan: BatchPlan, rank: int, seed: int, progress: Progress
+    ) -> None:
+        self._loader, self._plan, self._rank, self._seed = loader, plan, rank, seed
+        self._progress = progress
+        self._per_window = plan.gradient_accumulation_steps * plan.world_size
+        # One that can save its state says in it what it has read itself: it is read as it is.
+        is_map_style = loader.batch_sampler is not None and not isinstance(
+            loader.dataset, IterableDataset
+        )
+        self._by_index = is_map_style and not is_stateful(loader)
+        self.knows_counts = False
+        self.reads_ahead = may_be_read_early(loader)
+
+    def num_windows(self) -> int | None:
+        try:
+            return -(-len(self._loader) // self._per_window)
+        except TypeError:
+            return None
+
+    def micro_batches(self, epoch: int) -> tuple[int, list[int], list[int]] | None:
+        try:
+            whole, rest = divmod(len(self._loader), self._per_window)
+        except TypeError:
+            return None
+        w = self._plan.world_size
+        tail = [len(range(rank, rest, w)) for rank in range(w)] if rest else []
+        return whole, [self._plan.gradient_accumulation_steps] * w, tail
+
+    def parts(self, epoch: int, consumed: int) -> Parts:
+        if self._by_index:
+            announced: deque[Announced] = deque()
+            reading = Reading(
+                lambda: iter(self._over(self._mine(epoch, consumed, announced), epoch, consumed))
+            )
+            early = reading if self.reads_ahead else None
+            seed = (
+                None
+                if self._loader.num_workers
+                else lambda at: self._seed_of("data", epoch, at, self._rank)
+            )
+            return Parts(read_parts(reading, announced, consumed, seed), early)
+        reading = Reading(lambda: self._begin(epoch))
+        early = reading if self.reads_ahead else None
+        return Parts(self._dealt_by_reading(reading, epoch, consumed), early, self._plan.world_size)
+
+    def _over(self, batches: Iterator[Any], epoch: int, consumed: int) -> DataLoader:
+        """The user's loader, its class and every option, over other batches of indices."""
+        kept = self._progress.workers.loader
+        if kept is not None:  # its workers are alive
+            kept.batch_sampler.batches = batches
+            return kept
+        loader = copy.copy(self._loader)
+        loader._iterator = None
+        vars(loader)["batch_sampler"] = _Dealt(batches)  # a loader's __setattr__ refuses it
+        loader.generator = torch.Generator().manual_seed(
+            self._seed_of("workers", epoch, consumed, self._rank)
+        )
+        if loader.persistent_workers:
+            self._progress.workers.loader = loader
+        return loader
+
+    def _mine(self, epoch: int, consumed: int, announced: deque[Announced]) -> Iterator[Any]:
+        """This rank's batches of indices. Whoever reads batch i of an epoch draws from the same
+        seeds."""
+        batches: Iterator[Any] = iter(())
+        used = 0
+        while True:
+            with drawing_from(self._seed_of("order", epoch, used)):
+                if used == 0:
+                    tell_epoch(self._loader, epoch)
+                    self._begin_order(epoch)
+                    batches = iter(self._loader.batch_sampler)  # type: ignore[arg-type]
+                window = list(
+                    islice(
+                        batches,
+                        min(self._per_window, consumed - used)
+                        if used < consumed
+                        else self._per_window,
+                    )
+                )
+            if not window:
+                return
+            begin, used = used, used + len(window)
+            if used <= consumed:
+                continue
+            numbered = list(enumerate(window, start=begin))
+            own = numbered[self._rank :: self._plan.world_size]
+            announced.append(Announced(len(own), used, zlib.crc32(repr(window).encode())))
+            for number, indices in own or numbered[:1]:
+                if isinstance(indices, (list, tuple)):
+                    indices = SeededIndices(indices, self._seed_of("data", epoch, number))
+                yield indices
+
+    def _begin_order(self, epoch: int) -> None:
+        """Have the sampler's own generators stand where they stood when this epoch began, and note
+        where that is."""
+        progress, loader = self._progress, self._loader
+        for generator, state in zip(self._generators(), progress.loaded_order or (), strict=False):
+            generator.set_state(state)
+        progress.order, progress.loaded_order = self.order(), None
+        if loader.generator is not None and not (loader.persistent_workers and epoch):
+            # What a loader draws for its workers when they start: the order stays that of a plain
+            # loop over this loader.
+            torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+
+    def order(self) -> list[torch.Tensor] | None:
+        return [generator.get_state() for generator in self._generators()] or None
+
+    def _generators(self) -> list[torch.Generator]:
+        """The loader's own that its order is drawn from."""
+        batch_sampler = self._loader.batch_sampler
+        owners = (
+            (self._loader, batch_sampler, getattr(batch_sampler, "sampler", None))
+            if self._by_index
+            else ()
+        )
+        found = [getattr(owner, "generator", None) for owner in owners]
+        return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
+
+    def _begin(self, epoch: int) -> Iterator[Batch]:
+        tell_epoch(self._loader, epoch)
+        with workers_seeded(self._loader, self._seed_of("workers", epoch, 0)):
+            return iter(self._loader)
+
+    def _dealt_by_reading(
+        self, batches: Iterator[Batch], epoch: int, consumed: int
+    ) -> Generator[Part, None, None]:
+        used = 0
+        while True:
+            with drawing_from(self._seed_of("data", epoch, used)):  # all ranks must read the same
+                window = list(
+                    islice(
+                        batches,
+                        min(self._per_window, consumed - used)
+                        if used < consumed
+                        else self._per_window,
+                    )
+                )
+            if not window:
+                return
+            used += len(window)
+            if used > consumed:
+                own = window[self._rank :: self._plan.world_size]
+                yield Part(own, window[0], used, _content_fingerprint(window))
+
+    def _seed_of(self, purpose: str, epoch: int, position: int, rank: int = 0) -> int:
+        given = self._loader.generator
+        seed = self._seed if given is None else given.initial_seed()
+        return seed_of(purpose, seed, epoch=epoch, rank=rank, position=position)
+
+
+class _Dealt:
+    """The batch sampler of a copied loader: `batches` of the epoch that is read."""
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.batches
+
+
+def is_stateful(loader: DataLoader) -> bool:
+    """Whether the loader can save where it stands; accelerate's always have the method and say
+    themselves if it works."""
+    return getattr(loader, "use_stateful_dataloader", hasattr(loader, "state_dict"))
+
+
+def may_be_read_early(loader: Any) -> bool:
+    """Whether batches may be taken from `loader` before the update in hand: workers have begun
+    them anyway, and know nothing of it."""
+    return isinstance(loader, DataLoader) and loader.num_workers > 0 and not is_stateful(loader)
+
+
+def tell_epoch(loader: Any, epoch: int) -> None:
+    """Tell whatever shuffles by epoch which one it is: accelerate's loaders, DistributedSampler,
+    streams of `datasets`."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    sampler = getattr(batch_sampler, "sampler", getattr(loader, "sampler", None))
+    for part in (loader, batch_sampler, sampler, getattr(loader, "dataset", None)):
+        if part is not None and hasattr(part, "set_epoch"):
+            part.set_epoch(epoch)
+
+
+@contextlib.contextmanager
+def workers_seeded(loader: DataLoader, seed: int) -> Iterator[None]:
+    """Let workers that are started inside be seeded by `seed`, where the loader has no generator
+    of its own."""
+    lent = loader.generator is None
+    if lent:
+        loader.generator = torch.Generator().manual_seed(seed)
+    try:
+        yield
+    finally:
+        if lent:
+            loader.generator = None
+
+
+def _content_fingerprint(batches: Iterable[Batch]) -> int:
+    fingerprint = 0
+    for batch in batches:
+        tensor = first_tensor(batch)
+        if tensor is not None:
+            fingerprint = zlib.crc32(
+                tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), fingerprint
+            )
+    return fingerprint

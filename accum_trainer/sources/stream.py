@@ -1,0 +1,136 @@
+"""Batches that are this rank's already, and what shows that two ranks were given the same ones."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
+from itertools import islice
+
+import torch
+
+from accum_trainer.batch import Batch, tensors_of
+from accum_trainer.batch_plan import BatchPlan
+from accum_trainer.sources.loader import may_be_read_early, tell_epoch, workers_seeded
+from accum_trainer.sources.parts import Part, Parts, Reading
+
+# Streams that hold so many different samples, in at least two different batches, and agree in all
+# of them from their start are one stream: by chance ranks that draw from N samples would agree
+# with N ** -8, and N is at least 8.
+ENOUGH_SAMPLES = 8
+# A stream that shows no more than that in so many batches is constant, or nearly: whether it is
+# the same is no question.
+MOST_BATCHES = 128
+
+
+class StreamSource:
+    """Batches that are this rank's already, K at a time; ranks may run out at different windows."""
+
+    unit = "batches"
+    knows_counts = alike = False
+
+    def __init__(
+        self,
+        batches: Iterable[Batch],
+        plan: BatchPlan,
+        workers_seed: Callable[[int], int] | None = None,
+        early: bool = True,
+    ) -> None:
+        """`workers_seed` gives the seed of an epoch for the workers of a DataLoader, which are
+        read early if `early`."""
+        self._batches, self._plan, self._workers_seed = batches, plan, workers_seed
+        self.is_read_once = hasattr(batches, "__next__")
+        self.reads_ahead = early and may_be_read_early(
+            batches
+        )  # any other may make its batches as they are asked for
+        self._read_before = 0  # of what is read only once
+
+    def num_windows(self) -> int | None:
+        if self._plan.world_size > 1 or not isinstance(self._batches, Sized):
+            return None  # another rank's stream may be longer
+        return -(-len(self._batches) // self._plan.gradient_accumulation_steps)
+
+    def order(self) -> None:
+        """A stream's order is its own affair."""
+
+    def micro_batches(self, epoch: int) -> tuple[int, list[int], list[int]] | None:
+        if self._plan.world_size > 1 or not isinstance(self._batches, Sized):
+            return None
+        return 0, [], [len(self._batches)]
+
+    def parts(self, epoch: int, consumed: int) -> Parts:
+        reading = Reading(lambda: self._begin(epoch))
+        return Parts(self._read(reading, consumed), reading if self.reads_ahead else None)
+
+    def _read(self, batches: Iterator[Batch], consumed: int) -> Generator[Part, None, None]:
+        for _ in islice(batches, max(0, consumed - self._read_before)):
+            pass
+        filler, content = None, Content() if self._plan.world_size > 1 else None
+        while window := list(islice(batches, self._plan.gradient_accumulation_steps)):
+            consumed += len(window)
+            self._read_before = consumed if self.is_read_once else 0
+            filler = window[-1]
+            yield Part(
+                window, filler, consumed, content.told_by(window) if content is not None else 0
+            )
+        while True:  # other ranks may still have data; the accumulator ends the epoch when none has
+            yield Part([], filler, consumed)
+
+    def _begin(self, epoch: int) -> Iterator[Batch]:
+        tell_epoch(self._batches, epoch)
+        if self._workers_seed is None:
+            return iter(self._batches)
+        with workers_seeded(self._batches, self._workers_seed(epoch)):  # type: ignore[arg-type]
+            return iter(self._batches)
+
+
+class Content:
+    """What a stream has given since its start, as one number, once it is enough to tell streams
+    apart.
+
+    One batch that is the same on several ranks says nothing (overfitting on one batch, constant
+    data), nor do many with a few samples between them.
+    """
+
+    def __init__(self) -> None:
+        self._digest = hashlib.blake2b(
+            digest_size=6
+        )  # 48 bits: exact in the float64 that ranks exchange
+        self._batches: set[bytes] = set()
+        self._samples: set[bytes] = set()
+        self._num_batches = 0
+        self._ended = False
+
+    def told_by(self, batches: list[Batch]) -> int:
+        """The number after `batches`, the first time that it tells; 0 before and afterwards."""
+        for batch in [] if self._ended else batches:
+            self._add(batch)
+        if self._ended:
+            return 0
+        if len(self._batches) > 1 and len(self._samples) >= ENOUGH_SAMPLES:
+            self._ended = True
+            return int.from_bytes(self._digest.digest(), "big") or 1
+        self._ended = self._num_batches >= MOST_BATCHES
+        return 0
+
+    def _add(self, batch: Batch) -> None:
+        rows = [
+            _rows(tensor)
+            for tensor in tensors_of(batch)
+            if tensor.layout == torch.strided and tensor.numel()
+        ]
+        whole = hashlib.blake2b(
+            b"".join(row for of_tensor in rows for row in of_tensor), digest_size=16
+        ).digest()
+        self._digest.update(whole)
+        self._batches.add(whole)
+        self._num_batches += 1
+        size = len(rows[0]) if rows else 0
+        samples = zip(*(of_tensor for of_tensor in rows if len(of_tensor) == size), strict=True)
+        self._samples.update(b"".join(sample) for sample in islice(samples, ENOUGH_SAMPLES))
+
+
+def _rows(tensor: torch.Tensor) -> list[bytes]:
+    """The bytes of each row of a tensor."""
+    plain = tensor.detach().cpu().contiguous()
+    rows = plain.reshape(plain.shape[0] if plain.ndim else 1, -1)
+    return [row.tobytes() for row in rows.view(torch.uint8).numpy()]

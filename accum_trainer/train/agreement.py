@@ -1,0 +1,156 @@
+"""What all processes of a run must have in common before its first update.
+
+The same options, one run directory on a file system that all see, one checkpoint that rank 0 chose,
+and after loading it the same position and the same weights. Each is compared; where a process
+differs, all end with an error that names it and its host. Called by every rank in the same order;
+with one process there is nothing to compare.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import socket
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from accum_trainer.config import TrainConfig
+from accum_trainer.errors import CheckpointError, ConfigError, EngineError
+from accum_trainer.train.checkpoint import MANIFEST, find_checkpoint
+from accum_trainer.train.records import LOGS
+
+# Seconds that a file may take to be seen by another machine, whose NFS client remembers for a while
+# what was not there.
+_SEEN_WITHIN = 30.0
+# On one machine it is there at once. Containers may share a host name, so this is not 0.
+_SEEN_HERE_WITHIN = 3.0
+# Paths may differ between machines: what is in these files is compared elsewhere, and rank 0 alone
+# writes the log.
+_MAY_DIFFER = {"dataset_file", "eval_file", "model", "log_file"}
+
+
+def check_same_options(engine: Any, config: TrainConfig) -> None:
+    """Raise a ConfigError on all ranks unless they were given the same options."""
+    options = {name: v for name, v in dataclasses.asdict(config).items() if name not in _MAY_DIFFER}
+    everyones = engine.gather_objects((options, socket.gethostname()))
+    first, first_host = everyones[0]  # another version of this package may know other options
+    for rank, (others, host) in enumerate(everyones):
+        for name, value in others.items():
+            if value != first.get(name):
+                raise ConfigError(
+                    f"{name}={value} on process {rank} ({host}), {name}={first.get(name)} on "
+                    f"process 0 ({first_host}): all "
+                    "processes of a run take the same options; does a variable of the shell differ "
+                    "between them?"
+                )
+
+
+def check_shared(engine: Any, folder: Path) -> None:
+    """Raise a ConfigError on all ranks unless each sees in `folder` what rank 0 writes there.
+    Nothing is left behind.
+
+    Only rank 0 writes into a run directory, so a run on folders of their own would train; but
+    continuing it, the others would find no checkpoint, or an old one.
+    """
+    if engine.world_size == 1:
+        return
+    here, logs = (
+        socket.gethostname(),
+        folder / LOGS,
+    )  # the one folder that a run directory may have before its run
+    note = f".seen-by-all-{uuid.uuid4().hex}"
+    made: list[Path] | None = engine.on_main(_leave, logs, note)
+    try:
+        note, writer, where = engine.gather_objects((note, here, str(folder.absolute())))[0]
+        engine.together(_look_for, folder, note, engine.rank, here, writer, where)
+    finally:
+        if made is not None:
+            (logs / note).unlink(missing_ok=True)
+            for path in made:
+                with contextlib.suppress(OSError):  # something else is in it by now
+                    path.rmdir()
+
+
+def _leave(logs: Path, note: str) -> list[Path]:
+    """Write a note into `logs`; return the folders that were made for it, innermost first."""
+    missing = [path for path in [logs.absolute(), *logs.absolute().parents] if not path.exists()]
+    logs.mkdir(parents=True, exist_ok=True)
+    (logs / note).touch()
+    return missing
+
+
+def _look_for(folder: Path, note: str, rank: int, here: str, writer: str, where: str) -> None:
+    if not _is_seen(folder / LOGS / note, _SEEN_HERE_WITHIN if here == writer else _SEEN_WITHIN):
+        raise ConfigError(
+            f"output_dir={folder} is a folder of its own on process {rank} ({here}, "
+            f"{folder.absolute()}): it does not show "
+            f"what process 0 wrote there ({writer}, {where}), so the run could not be continued; "
+            "give an output_dir on a "
+            "file system that all processes share"
+        )
+
+
+def _is_seen(path: Path, within: float) -> bool:
+    end = time.monotonic() + within
+    while not path.exists():
+        if time.monotonic() > end:
+            return False
+        with contextlib.suppress(OSError), os.scandir(path.parent):
+            pass  # opening a folder has NFS ask the server again
+        time.sleep(0.05)
+    return True
+
+
+def choose_checkpoint(engine: Any, resume: str, folder: Path | None) -> Path | None:
+    """The checkpoint that rank 0 finds (`find_checkpoint`), on every rank; None where the run
+    starts anew.
+
+    Raises:
+        CheckpointError: there is none where one is asked for; or a rank does not have the same one
+            at that path.
+    """
+    found = engine.on_main(find_checkpoint, resume, folder)
+    mine = (found, socket.gethostname(), _digest(found / MANIFEST) if found is not None else "")
+    chosen, writer, digest = engine.gather_objects(mine)[0]
+    if chosen is not None:
+        engine.together(_check_has, chosen, digest, engine.rank, writer)
+    return chosen
+
+
+def _check_has(path: Path, digest: str, rank: int, writer: str) -> None:
+    here, manifest = socket.gethostname(), path / MANIFEST
+    seen = _is_seen(manifest, _SEEN_HERE_WITHIN if here == writer else _SEEN_WITHIN)
+    if not seen or _digest(manifest) != digest:
+        what = "holds another checkpoint" if seen else "holds none"
+        raise CheckpointError(
+            f"process 0 ({writer}) continues from {path}, and on process {rank} ({here}) "
+            f"{path.absolute()} {what}; keep "
+            "checkpoints on a file system that all processes share"
+        )
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def check_same_start(engine: Any, start: dict[str, Any]) -> None:
+    """Raise an EngineError on all ranks unless `start` (counters, position, checksums) is the same
+    on each."""
+    everyones = engine.gather_objects((start, socket.gethostname()))
+    first = everyones[0][0]
+    for rank, (others, host) in enumerate(everyones):
+        differing = [
+            f"{key} {others[key]} instead of {first[key]}"
+            for key in first
+            if others[key] != first[key]
+        ]
+        if differing:
+            raise EngineError(
+                f"process {rank} ({host}) would start from another state than process 0: "
+                f"{', '.join(differing)}; are all "
+                "processes given the same model, data and checkpoint?"
+            )

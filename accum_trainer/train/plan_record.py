@@ -1,0 +1,103 @@
+"""What is decided before training, for plan.json and for people."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from accum_trainer import __version__
+from accum_trainer.lm.model import count_parameters
+from accum_trainer.train.setup import Parts
+
+
+def plan_record(parts: Parts, resumed_from: Path | None) -> dict[str, Any]:
+    """What is decided before training, as plan.json has it."""
+    engine, config, plan, cut = (
+        parts.accumulator.engine,
+        parts.config,
+        parts.plan,
+        parts.cutting.cut,
+    )
+    plain_model = engine.unwrap(parts.model)
+    all_parameters, trained = count_parameters(plain_model)
+    return {
+        "physical_batch_size": cut.micro_batch_size,
+        "max_tokens_per_micro_batch": cut.max_tokens,
+        "batch_size_found": parts.cutting.fit.as_record()
+        if parts.cutting.fit is not None
+        else None,
+        "gradient_accumulation_steps": plan.gradient_accumulation_steps
+        if cut.max_tokens is None
+        else None,
+        "world_size": plan.world_size,
+        "effective_batch_size": plan.global_batch_size,
+        # No gradient is made in evaluation; recorded so that a reader of the records need not
+        # guess.
+        "eval_gradient_accumulation_steps": 1,
+        "num_samples": plan.num_samples,
+        "updates_per_epoch": plan.updates_per_epoch,
+        "tail_samples": plan.tail_samples,
+        "total_updates": parts.total_updates,
+        "warmup_updates": parts.warmup,
+        "lr": parts.peak_lr,
+        "weight_decay": config.weight_decay,
+        "scheduler": config.scheduler,
+        "max_grad_norm": config.max_grad_norm,
+        "layout": "packed" if cut.packed else "padded",
+        "layout_reason": parts.cutting.layout_reason,
+        "pad_to_multiple_of": cut.multiple,
+        "objective": parts.objective,
+        "loss_path": dataclasses.asdict(parts.loss_path),
+        "attention": getattr(plain_model.config, "_attn_implementation", None),
+        "compiled_blocks": parts.compiled_blocks,
+        "cost": dataclasses.asdict(cut.cost),
+        "rank_weights": cut.rank_weights,
+        "engine": engine.name,
+        "grad_sync": engine.grad_sync,
+        "grad_sync_reason": engine.grad_sync_reason,
+        "accumulation_dtype": config.accumulation_dtype,
+        "mixed_precision": engine.mixed_precision,
+        "device": str(engine.device.type),
+        "parameters": all_parameters,
+        "trained_parameters": trained,
+        "initial_weights": parts.initial_weights,
+        "seed": config.seed,
+        "data": parts.identity["data"],
+        "shard": config.shard,
+        "resumed_from": str(resumed_from) if resumed_from else None,
+        "versions": {
+            "accum_trainer": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+    }
+
+
+def describe(plan: dict[str, Any], parts: Parts) -> str:
+    """The same in the lines that are shown before training."""
+    sized = f"{plan['updates_per_epoch']} updates per epoch of {plan['num_samples']} samples"
+    tail = f", the last of {plan['tail_samples']} samples" if plan["tail_samples"] else ""
+    batch = parts.plan.describe()
+    if plan["max_tokens_per_micro_batch"] is not None:
+        limit = f"at most {plan['max_tokens_per_micro_batch']:,} tokens per micro-batch"
+        batch = f"{limit}, W {plan['world_size']}, effective batch {plan['effective_batch_size']}"
+    if plan["rank_weights"] is not None:
+        shares = ", ".join(f"{weight:g}" for weight in plan["rank_weights"])
+        batch += f"; shares of the processes {shares}"
+    lines = [
+        batch,
+        f"{sized}{tail}; {plan['total_updates']} updates in all, {plan['warmup_updates']} of them "
+        f"warm-up, lr {plan['lr']:g}",
+        f"engine {plan['engine']}, grad_sync {plan['grad_sync']}, {plan['device']}, precision "
+        f"{plan['mixed_precision']}; "
+        f"{plan['trained_parameters']:,} of {plan['parameters']:,} parameters trained",
+        f"loss: {parts.objective}",
+        *(f"note: {note}" for note in parts.notes),
+    ]
+    return "\n".join(lines)
