@@ -137,7 +137,7 @@ class Accumulator:
             micro_batch_size, gradient_accumulation_steps, self.engine.world_size, global_batch_size
         )
         self.engine.configure(self.plan, Settings(max_grad_norm, accumulation_dtype))
-        self.engine.exchange_apart = recover_from_oom == "always"
+        self.engine.defer_grad_reduction = recover_from_oom == "always"
         self.max_grad_norm = max_grad_norm
         self.recover_from_oom = recover_from_oom
         self.num_updates = 0
@@ -477,7 +477,7 @@ class Accumulator:
             f"a micro-batch of {num_samples(batch)} sample(s), {num_positions(batch)} "
             "positions, ran out of memory"
         )
-        obstacle = self.engine.why_not_again(microbatch.is_last)
+        obstacle = self.engine.retry_blocker(microbatch.is_last)
         if obstacle:
             raise EngineError(f"{what} and cannot be run again in parts: {obstacle}") from error
         from_start = self._accumulated == window._started
@@ -489,9 +489,9 @@ class Accumulator:
                 "checkpointing, a 16-bit "
                 "precision or an engine that shards"
             ) from error
-        self.engine.back_out(error)
+        self.engine.abort_micro_batch(error)
         if from_start:
-            self.engine.forget(self._models)
+            self.engine.discard_local_grads(self._models)
             self._loss_sum = 0.0
         self._accumulated = window._started
         self._microbatch = None
@@ -562,9 +562,9 @@ class Accumulator:
                 optimizer.accelerated, self._numbers(window)
             )
             return self._close(window, table, grad_norm, stepped, "" if stepped else "non-finite")
-        self.engine.drop(optimizer.accelerated)
+        self.engine.discard_window_grads(optimizer.accelerated)
         return self._close(
-            window, self.engine.gather(self._numbers(window)), math.nan, False, "empty"
+            window, self.engine.all_gather_floats(self._numbers(window)), math.nan, False, "empty"
         )
 
     def _finish_unowned(self) -> None:
@@ -591,7 +591,9 @@ class Accumulator:
         self._check_same_window(window, table[:, 4])
         self._windows._reader.learn_ahead(table[:, 5:])
         if splits:
-            self.engine.exchange_apart = True  # a second failure may come in a last micro-batch
+            self.engine.defer_grad_reduction = (
+                True  # a second failure may come in a last micro-batch
+            )
         self.num_updates += stepped
         self.num_micro_batches += len(window)
         self._windows._finished(window)

@@ -77,7 +77,7 @@ class Cut:
     equal_counts: bool = False
     rank_weights: tuple[float, ...] | None = None
 
-    def deal(self, lengths: np.ndarray, world_size: int) -> Dealt:
+    def assign_to_ranks(self, lengths: np.ndarray, world_size: int) -> Dealt:
         """Cut a window and deal it to `world_size` ranks.
 
         Sorted by length, so that neighbours need little padding; longest micro-batch first, so that
@@ -254,9 +254,9 @@ class Cut:
 
 
 def cut_window(lengths: np.ndarray, micro_batch_size: int, world_size: int) -> Dealt:
-    """`Cut(micro_batch_size).deal(lengths, world_size)`: the fewest micro-batches of at most B
-    samples, dealt evenly."""
-    return Cut(micro_batch_size).deal(lengths, world_size)
+    """`Cut(micro_batch_size).assign_to_ranks(lengths, world_size)`: the fewest micro-batches of at
+    most B samples, dealt evenly."""
+    return Cut(micro_batch_size).assign_to_ranks(lengths, world_size)
 
 
 def _first_fit(lengths: np.ndarray, limit: int, max_tokens: int | None) -> list[int]:

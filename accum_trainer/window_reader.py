@@ -16,7 +16,7 @@ from accum_trainer.batch import Batch, num_samples, num_tokens
 from accum_trainer.errors import DataError
 from accum_trainer.losses.objective import Objective
 from accum_trainer.losses.targets import CountTargets
-from accum_trainer.sources.parts import Part, Source
+from accum_trainer.sources.shares import Source, WindowShare
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class CountedWindow:
     if each reads its own data.
     """
 
-    part: Part
+    part: WindowShare
     targets: list[float]
     table: np.ndarray
     fingerprint: int
@@ -78,7 +78,7 @@ class WindowReader:
         self._knows_counts, self._alike = source.knows_counts, source.alike
         self._wants_ahead = source.reads_ahead and engine.world_size > 1
         self._reads_ahead = False  # until all ranks have said so
-        self._parts = source.parts(epoch, consumed)
+        self._parts = source.shares(epoch, consumed)
         self._read: _Read | None = None  # of the next window, before the one in hand was finished
         self._table: np.ndarray | None = None  # what all ranks said of it
 
@@ -102,7 +102,7 @@ class WindowReader:
                 else self._counted(read, cast(np.ndarray, read.part.table))
             )
         if table is None:
-            table = self._engine.gather(read.numbers)
+            table = self._engine.all_gather_floats(read.numbers)
         if read.error is not None:
             raise read.error
         failed = np.flatnonzero(table[:, 1] < 0)
@@ -132,7 +132,7 @@ class WindowReader:
         return self._counted(read, table)
 
     def _counted(self, read: _Read, table: np.ndarray) -> CountedWindow:
-        part = cast(Part, read.part)
+        part = cast(WindowShare, read.part)
         return CountedWindow(part, read.targets, table, part.fingerprint if self._alike else 0)
 
     def _next_part(self) -> _Read:
@@ -202,13 +202,13 @@ class _Read:
     run at all.
     """
 
-    part: Part | None
+    part: WindowShare | None
     targets: list[float]
     numbers: list[float]
     error: Exception | None = None
 
 
-def _numbers(part: Part, targets: list[float]) -> list[float]:
+def _numbers(part: WindowShare, targets: list[float]) -> list[float]:
     tokens = [num_tokens(batch) for batch in part.batches]
     return [
         sum(targets),

@@ -14,8 +14,8 @@ from accum_trainer.batch import Batch
 from accum_trainer.errors import DataError
 from accum_trainer.losses.objective import Objective
 from accum_trainer.losses.targets import CountTargets
-from accum_trainer.sources.parts import Source
 from accum_trainer.sources.progress import Progress
+from accum_trainer.sources.shares import Source
 from accum_trainer.window import Window
 from accum_trainer.window_reader import Counter, WindowReader
 

@@ -123,7 +123,7 @@ def measure(engine: str, policy: str, k: int) -> dict[str, float]:
         acc.step(optimizer)
     return {
         "reductions": exchanged,
-        "gb": max(acc.engine.gather([peak_gb(acc.device) - before])[:, 0]),
+        "gb": max(acc.engine.all_gather_floats([peak_gb(acc.device) - before])[:, 0]),
         "trained": trained,
     }
 

@@ -84,7 +84,7 @@ def planned(cut: Cut, size: int, world_size: int) -> tuple[float, float]:
     spent, runs = 0.0, 0
     while runs < 3 or (spent < 0.5 and runs < 50):
         argsort = min(argsort, seconds(lambda: np.argsort(-lengths, kind="stable")))
-        took = seconds(lambda: cut.deal(lengths, world_size))
+        took = seconds(lambda: cut.assign_to_ranks(lengths, world_size))
         best, spent, runs = min(best, took), spent + took, runs + 1
         if took > TOO_LONG_SEC:
             break
@@ -96,7 +96,7 @@ def memory(cut: Cut, size: int, world_size: int) -> tuple[int, int]:
     lengths = skewed_lengths(size)
     gc.collect()
     tracemalloc.start()
-    dealt = cut.deal(lengths, world_size)
+    dealt = cut.assign_to_ranks(lengths, world_size)
     kept, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert sum(len(part) for own in dealt for part in own) == size
@@ -163,7 +163,11 @@ def memory_table(sizes: list[int], ranks: list[int]) -> list[str]:
             cells = []
             for w in ends:
                 if (
-                    seconds(lambda n=size, w=w, cut=CUTS[name]: cut.deal(skewed_lengths(n), w))
+                    seconds(
+                        lambda n=size, w=w, cut=CUTS[name]: cut.assign_to_ranks(
+                            skewed_lengths(n), w
+                        )
+                    )
                     > TOO_LONG_SEC
                 ):  # type: ignore[misc]
                     cells.append("not run")
@@ -216,7 +220,7 @@ def loaded(cut: Cut, size: int, world_size: int, pairs: int) -> dict[str, float]
     if world_size > 1:
         sampler = DistributedSampler(rows, world_size, 0)  # type: ignore[arg-type]
     loader: DataLoader = DataLoader(rows, B, sampler=sampler, collate_fn=collate)  # type: ignore[arg-type]
-    parts, plain = source.parts(0, 0), iter(loader)
+    parts, plain = source.shares(0, 0), iter(loader)
     held: list[float] = []
 
     def ours() -> None:
@@ -234,7 +238,7 @@ def loaded(cut: Cut, size: int, world_size: int, pairs: int) -> dict[str, float]
             mine, other = seconds(ours), seconds(theirs)
         window = lengths[pair * size : (pair + 1) * size]
         if pair:  # the first ones start the iterators
-            took.append((mine, seconds(lambda w=window: cut.deal(w, world_size)), other))  # type: ignore[misc]
+            took.append((mine, seconds(lambda w=window: cut.assign_to_ranks(w, world_size)), other))  # type: ignore[misc]
     mine, plan, other = (statistics.median(column) for column in zip(*took, strict=True))
     ratio = statistics.median(mine / other for mine, _, other in took)
     return {

@@ -22,7 +22,7 @@ import torch
 from accum_trainer import Accumulator, EngineError, causal_lm_loss
 from accum_trainer.losses.head import decide_loss_path
 from accum_trainer.sources.collating import PaddingCollator
-from accum_trainer.speed.fit import Memory, find_fit
+from accum_trainer.speed.batch_size import Memory, find_batch_size
 from tests.engine import cases
 from tests.engine.cases import Probe, accumulator, lengths, planned, rank, world_size
 from tests.reference import big_batch, make_model, make_rows, pad, relative_error
@@ -278,7 +278,9 @@ def fitted(fits: int, out_of_memory_on: int | None = None) -> dict[str, Any]:
     acc = accumulator(B, global_batch_size=batch)
     probe = Probe(acc, make_model("llama"), lr=LR)
     reserve = float(
-        acc.engine.gather([acc.engine.optimizer_bytes(probe.optimizer.accelerated)]).max()
+        acc.engine.all_gather_floats(
+            [acc.engine.optimizer_bytes(probe.optimizer.accelerated)]
+        ).max()
     )
     memory = MadeUpMemory(105e3 + 10e3 * fits + reserve)
     if out_of_memory_on is not None:
@@ -287,7 +289,9 @@ def fitted(fits: int, out_of_memory_on: int | None = None) -> dict[str, Any]:
     elif rank() == 0:
         memory.per_sample = 1.0
     before = acc.engine.rng_state()["torch"]
-    found = find_fit(acc.engine, probe.model, probe.optimizer, memory.collate, 16, 12, memory)
+    found = find_batch_size(
+        acc.engine, probe.model, probe.optimizer, memory.collate, 16, 12, memory
+    )
     untouched = bool(torch.equal(before, acc.engine.rng_state()["torch"])) and probe.left() == 0
     window = next(iter(acc.windows(_rows(batch, 1), collate_fn=pad)))
     for part in window:

@@ -12,7 +12,7 @@ import torch
 from accum_trainer import Accumulator, ConfigError, EngineError, TrainConfig
 from accum_trainer.engine import base
 from accum_trainer.sources.collating import PaddingCollator
-from accum_trainer.speed.fit import Memory, find_fit
+from accum_trainer.speed.batch_size import Memory, find_batch_size
 from accum_trainer.train import updates
 from tests.recovering import MadeUpMemory
 from tests.reference import make_model
@@ -31,7 +31,7 @@ def made(kind="llama"):
 
 def search(memory, most=12, longest=16, parts=None):
     engine, model, optimizer = parts or made()
-    return find_fit(engine, model, optimizer, memory.collate, longest, most, memory)
+    return find_batch_size(engine, model, optimizer, memory.collate, longest, most, memory)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_resident_memory_of_real_forwards():
     def tried(room):
         memory = Room(torch.device("cpu"))
         memory.room = room
-        return find_fit(*parts, PaddingCollator(0), 256, 8, memory)
+        return find_batch_size(*parts, PaddingCollator(0), 256, 8, memory)
 
     free = tried(1e12)
     assert list(free.tried) == [1, 2, 4, 8]

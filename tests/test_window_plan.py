@@ -113,7 +113,7 @@ def cheapest_by_trying_all(cut, lengths):
 )
 def test_no_contiguous_cut_costs_less(cut, seed):
     lengths = np.random.RandomState(seed).lognormal(3, 1, 14).astype(int).clip(1, 200)
-    dealt = cut.deal(lengths, 1)[0]
+    dealt = cut.assign_to_ranks(lengths, 1)[0]
     assert sorted(np.concatenate(dealt).tolist()) == list(range(14))
     for micro_batch in dealt:
         if len(micro_batch) > 1:
@@ -137,12 +137,12 @@ def test_b_alone_makes_the_fewest_micro_batches_with_the_least_padding():
 
 def test_packed_fills_up_to_the_limits():
     lengths = np.array([50, 40, 30, 20, 10, 10])
-    by_tokens = Cut(max_tokens=90, packed=True).deal(lengths, 1)[0]
+    by_tokens = Cut(max_tokens=90, packed=True).assign_to_ranks(lengths, 1)[0]
     assert [lengths[micro_batch].tolist() for micro_batch in by_tokens] == [
         [50, 40],
         [30, 20, 10, 10],
     ]
-    by_samples = Cut(4, packed=True).deal(lengths, 1)[0]
+    by_samples = Cut(4, packed=True).assign_to_ranks(lengths, 1)[0]
     assert [lengths[micro_batch].tolist() for micro_batch in by_samples] == [
         [50, 40, 30, 20],
         [10, 10],
@@ -160,7 +160,7 @@ def test_r55_shares_follow_the_weights(weights, equal_counts):
     cut = Cut(4, rank_weights=weights, equal_counts=equal_counts)
     for _ in range(50):
         lengths = rng.lognormal(4.6, 0.5, 128).astype(int).clip(10, 400)
-        dealt = cut.deal(lengths, len(weights))
+        dealt = cut.assign_to_ranks(lengths, len(weights))
         assert sorted(np.concatenate([m for rank in dealt for m in rank]).tolist()) == list(
             range(128)
         )
@@ -182,7 +182,7 @@ def test_r55_shares_follow_the_weights(weights, equal_counts):
 )
 def test_equal_counts_where_there_are_samples_for_it(cut, samples, world_size):
     lengths = np.random.RandomState(samples).randint(1, 300, samples)
-    counts = [len(rank) for rank in cut.deal(lengths, world_size)]
+    counts = [len(rank) for rank in cut.assign_to_ranks(lengths, world_size)]
     assert max(counts) - min(counts) == (0 if samples >= world_size else 1)
 
 
@@ -194,6 +194,9 @@ def test_ranks_are_balanced():
         over = []
         for _ in range(50):
             lengths = rng.lognormal(4.9, 0.5, 128).astype(int).clip(10, 512)
-            costs = [sum(cost_of(cut, lengths[m]) for m in rank) for rank in cut.deal(lengths, 2)]
+            costs = [
+                sum(cost_of(cut, lengths[m]) for m in rank)
+                for rank in cut.assign_to_ranks(lengths, 2)
+            ]
             over.append(max(costs) / np.mean(costs))
         assert np.mean(over) < 1.03

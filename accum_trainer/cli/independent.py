@@ -13,14 +13,14 @@ from accum_trainer.config import Composed
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from accum_trainer.runs.independent import Member, SideBySide
+    from accum_trainer.runs.independent import IndependentRun, IndependentRunner
 
 _COLUMNS = ("run", "", "device", "state", "update", "loss", "tokens/s")
 
 
 def train_side_by_side(composed: Composed) -> int:
     """Train the independent runs that the configuration asks for; returns the exit status."""
-    from accum_trainer.runs.independent import SideBySide, label, plan_members
+    from accum_trainer.runs.independent import IndependentRunner, label, plan_members
     from accum_trainer.train.records import new_run_folder
 
     config = composed.config
@@ -38,7 +38,7 @@ def train_side_by_side(composed: Composed) -> int:
             click.echo(f"{member.name}  {label(member)}", err=True)
         click.echo("dry run: nothing was trained and nothing written", err=True)
         return 0
-    side_by_side = SideBySide(members, devices, on_gpu, folder, config.max_restarts)
+    side_by_side = IndependentRunner(members, devices, on_gpu, folder, config.max_restarts)
     status = _show_while(side_by_side)
     if status == 2:
         for reason in dict.fromkeys(member.reason for member in members):
@@ -48,7 +48,7 @@ def train_side_by_side(composed: Composed) -> int:
     return status
 
 
-def _show_while(side_by_side: SideBySide) -> int:
+def _show_while(side_by_side: IndependentRunner) -> int:
     """Run under a live table, or with a line for each change where there is no terminal."""
     from rich.console import Console
     from rich.live import Live
@@ -77,7 +77,7 @@ def _show_while(side_by_side: SideBySide) -> int:
     return side_by_side.run(tell)
 
 
-def _table(members: list[Member]) -> Table:
+def _table(members: list[IndependentRun]) -> Table:
     from rich.table import Table
 
     table = Table()
@@ -90,7 +90,7 @@ def _table(members: list[Member]) -> Table:
     return table
 
 
-def _row(member: Member) -> tuple[str, str, str, str, str, str, str]:
+def _row(member: IndependentRun) -> tuple[str, str, str, str, str, str, str]:
     from accum_trainer.runs.independent import FAILED, label
 
     record, total = member.last_record(), member.total_updates()
@@ -103,7 +103,7 @@ def _row(member: Member) -> tuple[str, str, str, str, str, str, str]:
     return member.name, label(member), member.device or "", state, update, loss, speed
 
 
-def _show_end(side_by_side: SideBySide, status: int) -> None:
+def _show_end(side_by_side: IndependentRunner, status: int) -> None:
     from accum_trainer.runs.independent import DONE, FAILED
 
     members, folder = side_by_side.members, side_by_side.folder

@@ -69,7 +69,7 @@ def command(
         )
     # accelerate and torch take seconds to import: only now that the options are known to be right.
     from accum_trainer.launch.launch_file import read_launch_file
-    from accum_trainer.launch.run import Place, launch
+    from accum_trainer.launch.run import NodePlacement, launch
     from accum_trainer.train.records import LOGS, check_output_dir, new_run_folder
 
     file = read_launch_file(path, composed.cpu)
@@ -79,7 +79,9 @@ def command(
                 f"{config} has {file.num_machines} nodes, which must agree on one --output-dir; "
                 "give it after --"
             )
-        place = Place(machine_rank or 0, file.num_machines, main_process_ip, main_process_port)
+        place = NodePlacement(
+            machine_rank or 0, file.num_machines, main_process_ip, main_process_port
+        )
         if machine_rank is None:
             raise ConfigError(
                 f"{config} has {file.num_machines} nodes; say which one this is with --machine-rank"
@@ -96,7 +98,7 @@ def command(
             if port is click.core.ParameterSource.COMMANDLINE
             else file.main_process_port
         )
-        place = Place(main_process_port=named or None)
+        place = NodePlacement(main_process_port=named or None)
     place.check()
     folder = Path(composed.output_dir) if composed.output_dir else new_run_folder(composed.model)
     check_output_dir(folder, composed.resume)

@@ -65,9 +65,9 @@ class Engine(Ranks):
         equal_micro_batches: every rank must run the same number of micro-batches, because each
             exchanges something.
         shards_weights: no process holds the whole model, so that none can run it by itself.
-        exchange_apart: exchange gradients after a window's last backward where the engine would do
-            so during it, so that no other rank waits for a backward that fails. Set between
-            windows, on all ranks together.
+        defer_grad_reduction: exchange gradients after a window's last backward where the engine
+            would do so during it, so that no other rank waits for a backward that fails. Set
+            between windows, on all ranks together.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Engine(Ranks):
     grad_sync_reason: str = "asked for"
     equal_micro_batches: bool = False
     shards_weights: bool = False
-    exchange_apart: bool = False
+    defer_grad_reduction: bool = False
 
     def __init__(self, accelerator: Accelerator, grad_sync: str) -> None:
         self.accelerator = accelerator
@@ -148,7 +148,7 @@ class Engine(Ranks):
         needed = size * sum(
             getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad
         )
-        free = float(self.gather([free_bytes(self.device)])[:, 0].min())
+        free = float(self.all_gather_floats([free_bytes(self.device)])[:, 0].min())
         self.grad_sync = "once-per-window" if needed <= free / 2 else "every-microbatch"
         self.grad_sync_reason = (
             f"a full local gradient takes {needed / 1e9:.2f} GB, {free / 1e9:.1f} GB are free"
@@ -209,16 +209,16 @@ class Engine(Ranks):
             text in str(error) for text in _OUT_OF_MEMORY
         )
 
-    def why_not_again(self, is_last: bool) -> str:
+    def retry_blocker(self, is_last: bool) -> str:
         """Why a micro-batch that failed cannot be run again, on this rank alone, in the same
         window; "" where it can."""
         return ""
 
-    def back_out(self, error: Exception) -> None:
+    def abort_micro_batch(self, error: Exception) -> None:
         """Be ready for another micro-batch after `error` ended one."""
         self.accelerator.sync_gradients = False
 
-    def forget(self, models: Iterable[torch.nn.Module]) -> None:
+    def discard_local_grads(self, models: Iterable[torch.nn.Module]) -> None:
         """Throw away what this rank alone has accumulated in this window, of which nothing was
         exchanged yet."""
         for model in models:
@@ -273,13 +273,13 @@ class Engine(Ranks):
             torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.max_grad_norm, total)
         with self._in_weights_dtype(optimizer):
             stepped = self._step(optimizer, is_finite)
-        self.drop(optimizer)
+        self.discard_window_grads(optimizer)
         return norm, stepped, table[:, 1:]
 
     def end_window(self, numbers: Sequence[float]) -> np.ndarray:
-        """The one small exchange at the end of a window: every rank's `numbers`, as `gather` gives
-        them."""
-        return self.gather(numbers)
+        """The one small exchange at the end of a window: every rank's `numbers`, as
+        `all_gather_floats` gives them."""
+        return self.all_gather_floats(numbers)
 
     @contextlib.contextmanager
     def _in_weights_dtype(self, optimizer: AcceleratedOptimizer) -> Iterator[None]:
@@ -337,7 +337,7 @@ class Engine(Ranks):
         optimizer.step()
         return not optimizer.step_was_skipped
 
-    def drop(self, optimizer: AcceleratedOptimizer) -> None:
+    def discard_window_grads(self, optimizer: AcceleratedOptimizer) -> None:
         """Throw this window's gradient away."""
         self.accelerator.sync_gradients = True
         optimizer.zero_grad()

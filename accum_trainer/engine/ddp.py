@@ -90,13 +90,13 @@ class DDPEngine(Engine):
         if (
             model.find_unused_parameters
             or model.static_graph
-            or (self.exchange_apart and not self.equal_micro_batches)
+            or (self.defer_grad_reduction and not self.equal_micro_batches)
         ):
             return True
         dtype = getattr(torch, self.settings.accumulation_dtype)
         return any(p.dtype != dtype for p in model.parameters() if p.requires_grad)
 
-    def why_not_again(self, is_last: bool) -> str:
+    def retry_blocker(self, is_last: bool) -> str:
         if self.equal_micro_batches:
             return (
                 "with grad_sync=every-microbatch the other processes wait for its gradients; lower "
@@ -112,8 +112,8 @@ class DDPEngine(Engine):
             )
         return ""
 
-    def back_out(self, error: Exception) -> None:
-        super().back_out(error)
+    def abort_micro_batch(self, error: Exception) -> None:
+        super().abort_micro_batch(error)
         # Before the first forward after an exchange DDP sends rank 0's buffers around. Where that
         # forward failed, the one in its place must not send them again: the other ranks are
         # elsewhere.
@@ -143,7 +143,7 @@ class DDPEngine(Engine):
             _Zeros.apply(*left_out).backward()
 
     def end_window(self, numbers: Sequence[float]) -> np.ndarray:
-        table = self.gather([float(len(self._only_zeros)), *numbers])
+        table = self.all_gather_floats([float(len(self._only_zeros)), *numbers])
         if table[:, 0].all():  # each rank left some out: the same?
             used = torch.tensor(
                 [p not in self._only_zeros for p in self._trained],
@@ -158,8 +158,8 @@ class DDPEngine(Engine):
                     )
         return table[:, 1:]
 
-    def drop(self, optimizer: AcceleratedOptimizer) -> None:
-        super().drop(optimizer)
+    def discard_window_grads(self, optimizer: AcceleratedOptimizer) -> None:
+        super().discard_window_grads(optimizer)
         self._only_zeros.clear()
 
     def _exchange(self, parameters: list[torch.nn.Parameter]) -> None:

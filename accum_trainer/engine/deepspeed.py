@@ -147,7 +147,7 @@ class DeepSpeedEngine(Engine):
             )
         self.accelerator.sync_gradients = is_last
         self._reduces = is_last or self.grad_sync == "every-microbatch"
-        coalesce = self._reduces_apart()
+        coalesce = self._reduces_deferred()
         if is_first:
             self._leave_window()
             if coalesce:
@@ -160,10 +160,10 @@ class DeepSpeedEngine(Engine):
                 self._compare_usage()
             self._leave_window()
 
-    def _reduces_apart(self) -> bool:
+    def _reduces_deferred(self) -> bool:
         """Whether gradients are reduced after a window's last backward and not during it."""
         if self.stage == 1:
-            return self.exchange_apart and hasattr(self._engine, "coalesce_grad_reduction")
+            return self.defer_grad_reduction and hasattr(self._engine, "coalesce_grad_reduction")
         return self.stage >= 2 and self.grad_sync == "once-per-window"
 
     def _leave_window(self) -> None:
@@ -185,7 +185,7 @@ class DeepSpeedEngine(Engine):
                     lambda *args, flush=flush: flush(*args) if self._is_leaving else None,
                 )
 
-    def why_not_again(self, is_last: bool) -> str:
+    def retry_blocker(self, is_last: bool) -> str:
         lower = "lower the micro-batch (the effective batch stays)"
         if self.stage == 0:
             return f"ZeRO stage 0 is not made for it; {lower}, or use plain DDP"
@@ -200,7 +200,7 @@ class DeepSpeedEngine(Engine):
                 f"all processes; {lower}, or use "
                 "grad_sync=once-per-window"
             )
-        if is_last and not self._reduces_apart():
+        if is_last and not self._reduces_deferred():
             return (
                 "it is the last of its window, whose backward exchanges gradients with the other "
                 "processes; "
@@ -209,18 +209,18 @@ class DeepSpeedEngine(Engine):
             )
         return ""
 
-    def back_out(self, error: Exception) -> None:
-        super().back_out(error)
+    def abort_micro_batch(self, error: Exception) -> None:
+        super().abort_micro_batch(error)
         if hasattr(self._engine.optimizer, "exit_backward"):
             # An interrupted backward did not, and the next would count itself as nested in it.
             self._engine.optimizer.exit_backward()
 
-    def forget(self, models: Iterable[torch.nn.Module]) -> None:
+    def discard_local_grads(self, models: Iterable[torch.nn.Module]) -> None:
         self._engine.optimizer.zero_grad(set_to_none=True)
 
     def backward(self, loss: torch.Tensor) -> None:
         self._usage.watch(
-            loss, self._compare_usage if self._reduces and not self._reduces_apart() else None
+            loss, self._compare_usage if self._reduces and not self._reduces_deferred() else None
         )
         self._engine.backward(loss, scale_wrt_gas=False)
         if self.stage == 3 and not self._has_gone_back:
@@ -240,7 +240,7 @@ class DeepSpeedEngine(Engine):
         return float(norm), self._engine.skipped_steps == skipped, table
 
     def end_window(self, numbers: Sequence[float]) -> np.ndarray:
-        table = self.gather([float(self._left_some_out), *numbers])
+        table = self.all_gather_floats([float(self._left_some_out), *numbers])
         self._asks_others = bool(table[:, 0].any())
         self._usage.used.clear()
         return table[:, 1:]
@@ -254,7 +254,7 @@ class DeepSpeedEngine(Engine):
         """
         if self.world_size == 1:
             return
-        used = self._usage.used if self._reduces_apart() else self._usage.used_now
+        used = self._usage.used if self._reduces_deferred() else self._usage.used_now
         unused = self._usage.left_out(used)
         self._left_some_out = self._left_some_out or bool(unused)
         if self._asks_others:
@@ -270,13 +270,13 @@ class DeepSpeedEngine(Engine):
         norm = math.sqrt(self._square_sum(list(self._engine.module.parameters())))
         table = self.end_window([float(not math.isfinite(norm)), *numbers])
         if table[:, 0].any():
-            self.drop(optimizer)
+            self.discard_window_grads(optimizer)
             return norm, False, table[:, 1:]
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.step()
         return norm, True, table[:, 1:]
 
-    def drop(self, optimizer: AcceleratedOptimizer) -> None:
+    def discard_window_grads(self, optimizer: AcceleratedOptimizer) -> None:
         self._leave_window()
         self._usage.used.clear()
         sharded = self._engine.optimizer
@@ -431,8 +431,8 @@ class DeepSpeedEngine(Engine):
             self._engine.optimizer.loss_scaler.cur_scale = state["loss_scale"]
 
 
-# What `drop` and the checkpoints read and write of DeepSpeed's own objects, by stage: names that
-# may change.
+# What `discard_window_grads` and the checkpoints read and write of DeepSpeed's own objects, by
+# stage: names that may change.
 _NAMES = {
     1: (
         "averaged_gradients",

@@ -127,7 +127,7 @@ class FSDPEngine(Engine):
 
     def end_window(self, numbers: Sequence[float]) -> np.ndarray:
         unused = self._usage.left_out(self._usage.used)
-        table = self.gather([float(len(unused)), *numbers])
+        table = self.all_gather_floats([float(len(unused)), *numbers])
         if table[:, 0].any() and not self._reduces_unused:
             refuse_difference(self, unused, self.name)
         if table[:, 0].all():  # each rank left some out: the same?
@@ -137,11 +137,11 @@ class FSDPEngine(Engine):
                 ].grad = None  # used by no rank: an optimizer leaves it alone, as in one process
         return table[:, 1:]
 
-    def drop(self, optimizer: AcceleratedOptimizer) -> None:
-        super().drop(optimizer)
+    def discard_window_grads(self, optimizer: AcceleratedOptimizer) -> None:
+        super().discard_window_grads(optimizer)
         self._usage.used.clear()
 
-    def why_not_again(self, is_last: bool) -> str:
+    def retry_blocker(self, is_last: bool) -> str:
         return (
             "FSDP2 gathers weights from all processes in every forward, so none can run one by "
             "itself; lower the micro-batch "

@@ -49,7 +49,7 @@ class Ranks:
     def device(self) -> torch.device:
         return self.accelerator.device
 
-    def gather(self, values: Sequence[float]) -> np.ndarray:
+    def all_gather_floats(self, values: Sequence[float]) -> np.ndarray:
         """Every rank's `values`: shape (world_size, len(values)), float64, equal on all ranks."""
         if self.world_size == 1:
             return np.asarray([values], dtype=np.float64)

@@ -37,7 +37,7 @@ _LAST_LINES = 40
 
 
 @dataclass(frozen=True)
-class Place:
+class NodePlacement:
     """Where this launcher stands among the nodes, and where the processes meet."""
 
     machine_rank: int = 0
@@ -92,7 +92,11 @@ def _check_free(port: int) -> None:
 
 
 def launch(
-    config: Path, place: Place, train: Sequence[str], logs: Path, deepspeed_file: Path | None = None
+    config: Path,
+    place: NodePlacement,
+    train: Sequence[str],
+    logs: Path,
+    deepspeed_file: Path | None = None,
 ) -> int:
     """Run `train` with the arguments `train` under the accelerate configuration `config`.
 

@@ -113,7 +113,7 @@ def summed_loss(
     path = PLAIN if head is None else _decide(inner, head, inputs.get("input_ids")).path
     if head is None or path == PLAIN:
         return _aligned_loss(_logits(model(**inputs)), targets, label_smoothing)
-    stand_in = _StandIn(head, path, targets, label_smoothing)
+    stand_in = PatchedHead(head, path, targets, label_smoothing)
     with stand_in.in_place():
         logits = _logits(model(**inputs))
     return stand_in.loss_of(logits)
@@ -136,7 +136,7 @@ def logits_at(
         return _logits(model(**inputs))[0, positions]
     targets = torch.full_like(inputs["input_ids"], IGNORE)
     targets[0, positions] = 0
-    stand_in = _StandIn(head, SELECTED, targets, 0.0)
+    stand_in = PatchedHead(head, SELECTED, targets, 0.0)
     with stand_in.in_place():
         logits = _logits(model(**inputs))
     return logits[0] if stand_in.path == SELECTED else logits[0, positions]
@@ -230,7 +230,7 @@ def is_compiled(module: Any) -> bool:
     )
 
 
-class _StandIn:
+class PatchedHead:
     """The forward that takes the place of the head's during one call of the model.
 
     Attributes:
@@ -345,8 +345,8 @@ def _prove(model: torch.nn.Module, head: torch.nn.Module, input_ids: torch.Tenso
     targets = ids.flip(1).clone()  # not what a trained model expects, so that no loss is nearly 0
     targets[0, :3] = targets[1, 5:] = IGNORE
     is_linear = type(head).forward is torch.nn.Linear.forward and "forward" not in head.__dict__
-    selected = _StandIn(head, SELECTED, targets, 0.0)
-    chunked = _StandIn(head, CHUNKED if is_linear else SELECTED, targets, 0.0, proving=True)
+    selected = PatchedHead(head, SELECTED, targets, 0.0)
+    chunked = PatchedHead(head, CHUNKED if is_linear else SELECTED, targets, 0.0, proving=True)
     try:
         with undisturbed(model, input_ids.device):
             exact = cross_entropy(_logits(model(input_ids=ids)), targets, 0.0)

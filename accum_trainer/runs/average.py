@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from accum_trainer.errors import CheckpointError, ConfigError
-from accum_trainer.runs.parts import read_json
+from accum_trainer.runs.merge_inputs import read_json
 
 ADAPTER_CONFIG, ADAPTER, MODEL = "adapter_config.json", "adapter_model.safetensors", "model.safetensors"
 _LORA = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")

@@ -31,7 +31,7 @@ from accum_trainer.train import records as files
 from accum_trainer.config import ENVIRONMENT_PREFIX, OTHER_ENVIRONMENT, TrainConfig
 from accum_trainer.errors import ConfigError
 from accum_trainer.launch.files import combinations
-from accum_trainer.runs.parts import INDEPENDENT, best_run
+from accum_trainer.runs.merge_inputs import INDEPENDENT, best_run
 from accum_trainer.launch.rank import follow_parent
 from accum_trainer.launch.run import ASK_AGAIN, LOOK_EVERY, STOPPED_AND_SAVED, make_folder, remove_folders, stopping
 
@@ -45,7 +45,7 @@ WAITING, RUNNING, DONE, STOPPED, FAILED = "waiting", "running", "done", "stopped
 
 
 @dataclass
-class Member:
+class IndependentRun:
     """One of the runs.
 
     Attributes:
@@ -125,7 +125,7 @@ class Member:
         return next((line for line in reversed(lines) if line.startswith("error")), lines[-1] if lines else "")
 
 
-def plan_members(config: TrainConfig, folder: Path) -> tuple[list[Member], list[str], bool]:
+def plan_members(config: TrainConfig, folder: Path) -> tuple[list[IndependentRun], list[str], bool]:
     """The runs that `config` asks for, the devices (or slots) to run them on, and whether those are GPUs.
 
     Raises:
@@ -161,7 +161,7 @@ def plan_members(config: TrainConfig, folder: Path) -> tuple[list[Member], list[
     for i, own in enumerate(settings):
         name = f"part-{i}"
         varied = base.varied([*(f"{key}={value}" for key, value in own.items()), f"output_dir={folder / name}"])
-        members.append(Member(name, own, varied, folder / name, folder / files.LOGS / f"{name}.log"))
+        members.append(IndependentRun(name, own, varied, folder / name, folder / files.LOGS / f"{name}.log"))
     _check_folder(folder, members, config.resume)
     return members, devices, on_gpu
 
@@ -181,7 +181,7 @@ def _devices(text: str | None, gpus: int | None) -> list[str]:
     return devices
 
 
-def _check_folder(folder: Path, members: list[Member], resume: str) -> None:
+def _check_folder(folder: Path, members: list[IndependentRun], resume: str) -> None:
     manifest = folder / INDEPENDENT
     if not manifest.is_file():
         files.check_output_dir(folder, resume)
@@ -206,7 +206,7 @@ def _summary(runs: dict[str, dict[str, str]]) -> str:
     return f"{len(runs)} runs ({'; '.join(shown[:3])}{'; ...' if len(shown) > 3 else ''})"
 
 
-class SideBySide:
+class IndependentRunner:
     """Runs members on devices, each as a process of its own, until all have ended.
 
     Args:
@@ -218,7 +218,7 @@ class SideBySide:
     """
 
     def __init__(
-        self, members: list[Member], devices: list[str], on_gpu: bool, folder: Path, max_restarts: int
+        self, members: list[IndependentRun], devices: list[str], on_gpu: bool, folder: Path, max_restarts: int
     ) -> None:
         self.members, self.folder = members, folder
         self._devices, self._on_gpu, self._max_restarts = devices, on_gpu, max_restarts
@@ -280,7 +280,7 @@ class SideBySide:
                 member.state = STOPPED if member.state == WAITING else member.state
         return any(member.state in (WAITING, RUNNING) for member in self.members)
 
-    def _ended(self, member: Member, stopped: bool) -> None:
+    def _ended(self, member: IndependentRun, stopped: bool) -> None:
         assert member.process is not None and member.device is not None
         member.status, member.process = member.process.returncode, None
         result = member.result()
@@ -343,12 +343,12 @@ class SideBySide:
         remove_folders(made)
 
 
-def label(member: Member) -> str:
+def label(member: IndependentRun) -> str:
     """What sets a run apart, in a few words: `shard 0/4`, `lr=1e-4`."""
     return " ".join(f"{key} {value}" if key == "shard" else f"{key}={value}" for key, value in member.settings.items())
 
 
-def _wants_more(member: Member) -> bool:
+def _wants_more(member: IndependentRun) -> bool:
     """Whether the run is now asked to train longer than when it was done."""
     before = TrainConfig.from_yaml(member.folder / files.CONFIG)
     return (before.steps, before.epochs) != (member.config.steps, member.config.epochs)

@@ -31,7 +31,7 @@ from accum_trainer.data.files import check_file
 from accum_trainer.data.tokenizing import TokenizedRows
 from accum_trainer.errors import ConfigError
 from accum_trainer.runs.average import ADAPTER_CONFIG, SavedModel, adapter_scale, add_adapters, average_models, check_alike, concat_adapters
-from accum_trainer.runs.parts import INDEPENDENT, Part, find_parts
+from accum_trainer.runs.merge_inputs import INDEPENDENT, MergeInput, find_merge_inputs
 from accum_trainer.lm.model import TINY, fingerprint, load_model, load_tokenizer
 from accum_trainer.train.loop import micro_batch_losses
 from accum_trainer.window_plan import Cut
@@ -54,7 +54,7 @@ class Merged:
 
     folder: Path
     method: str
-    parts: tuple[Part, ...]
+    parts: tuple[MergeInput, ...]
     evaluated_on: str | None
     part_losses: tuple[float | None, ...]
     loss: float | None
@@ -117,7 +117,7 @@ def merge(
         CheckpointError: a run whose files are missing or damaged.
         DataError: rows to evaluate on that cannot be read.
     """
-    parts, notes = find_parts(runs, allow_unfinished)
+    parts, notes = find_merge_inputs(runs, allow_unfinished)
     folder = _output_folder(runs, output, force)
     models = [SavedModel(part.folder / files.MODEL, part.name) for part in parts]
     check_alike(models)
@@ -293,7 +293,7 @@ def _evaluate(folder: Path, rows: TokenizedRows, origin: _Origin) -> float:
     device = torch.device("cuda" if torch.cuda.is_available() and not origin.config.cpu else "cpu")
     config = origin.config
     size = config.batch_size if isinstance(config.batch_size, int) else None if config.max_tokens_per_micro_batch else 4
-    micro_batches = Cut(size, config.max_tokens_per_micro_batch).deal(rows.lengths, 1)[0]
+    micro_batches = Cut(size, config.max_tokens_per_micro_batch).assign_to_ranks(rows.lengths, 1)[0]
     pad = PaddingCollator(origin.tokenizer.pad_token_id or 0)
 
     def batches() -> Iterator[dict[str, torch.Tensor]]:

@@ -1,6 +1,6 @@
 """Sources of windows: this rank's micro-batches of each update. No rank talks to another here.
 
-parts       the contract: what a source gives to one rank of each window
+shares      the contract: what a source gives to one rank of each window
 dataset     a map-style data set, in the global order, cut by `window_plan`
 loader      a DataLoader: its batches in its order, dealt to the ranks in turn
 stream      batches that are this rank's already

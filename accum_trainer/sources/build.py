@@ -14,9 +14,9 @@ from accum_trainer.errors import DataError
 from accum_trainer.seeds import seed_of
 from accum_trainer.sources.dataset import Collate, PlannedSource
 from accum_trainer.sources.loader import LoaderSource
-from accum_trainer.sources.parts import Source
 from accum_trainer.sources.prefetched import Prefetched
 from accum_trainer.sources.progress import Progress
+from accum_trainer.sources.shares import Source
 from accum_trainer.sources.stream import StreamSource
 from accum_trainer.window_plan import Cut
 

@@ -18,7 +18,7 @@ from accum_trainer.errors import DataError
 from accum_trainer.seeds import seed_of
 from accum_trainer.sources.collating import PackingCollator, PaddingCollator
 from accum_trainer.sources.drawing import SeededIndices
-from accum_trainer.sources.parts import Announced, Parts, Reading, read_parts
+from accum_trainer.sources.shares import Announced, Reading, WindowShares, read_shares
 from accum_trainer.window_plan import Cut, global_order, windows_of
 
 Collate = Callable[[list[Any]], Batch]
@@ -120,7 +120,11 @@ class PlannedSource:
 
     def _counts_of(self, window: np.ndarray) -> list[int]:
         """How many micro-batches each rank runs of a window; [] of none."""
-        dealt = self._cut.deal(self._lengths[window], self._plan.world_size) if len(window) else []
+        dealt = (
+            self._cut.assign_to_ranks(self._lengths[window], self._plan.world_size)
+            if len(window)
+            else []
+        )
         return [len(own) for own in dealt]
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -129,7 +133,7 @@ class PlannedSource:
             self._shard
         ]
 
-    def parts(self, epoch: int, consumed: int) -> Parts:
+    def shares(self, epoch: int, consumed: int) -> WindowShares:
         announced: deque[Announced] = deque()
         loader = DataLoader(
             self._dataset,
@@ -144,8 +148,8 @@ class PlannedSource:
         )
         reading = Reading(lambda: iter(loader))
         seed = (lambda at: self._seed_of("data", epoch, at)) if self._draws_here else None
-        return Parts(
-            read_parts(reading, announced, consumed, seed), reading if self.reads_ahead else None
+        return WindowShares(
+            read_shares(reading, announced, consumed, seed), reading if self.reads_ahead else None
         )
 
     def _seed_of(self, purpose: str, epoch: int, position: int) -> int:
@@ -165,7 +169,7 @@ class PlannedSource:
         plan = self._plan
         for window in windows_of(self._order(epoch), plan.global_batch_size, start=consumed):
             lengths = self._lengths[window]
-            dealt = self._cut.deal(lengths, plan.world_size)
+            dealt = self._cut.assign_to_ranks(lengths, plan.world_size)
             mine = dealt[self._rank]
             begin, consumed = consumed, consumed + len(window)
             table = None

@@ -17,8 +17,8 @@ from accum_trainer.batch import Batch, first_tensor
 from accum_trainer.batch_plan import BatchPlan
 from accum_trainer.seeds import seed_of
 from accum_trainer.sources.drawing import SeededIndices, drawing_from
-from accum_trainer.sources.parts import Announced, Part, Parts, Reading, read_parts
 from accum_trainer.sources.progress import Progress
+from accum_trainer.sources.shares import Announced, Reading, WindowShare, WindowShares, read_shares
 
 
 class LoaderSource:
@@ -64,7 +64,7 @@ class LoaderSource:
         tail = [len(range(rank, rest, w)) for rank in range(w)] if rest else []
         return whole, [self._plan.gradient_accumulation_steps] * w, tail
 
-    def parts(self, epoch: int, consumed: int) -> Parts:
+    def shares(self, epoch: int, consumed: int) -> WindowShares:
         if self._by_index:
             announced: deque[Announced] = deque()
             reading = Reading(
@@ -76,10 +76,12 @@ class LoaderSource:
                 if self._loader.num_workers
                 else lambda at: self._seed_of("data", epoch, at, self._rank)
             )
-            return Parts(read_parts(reading, announced, consumed, seed), early)
+            return WindowShares(read_shares(reading, announced, consumed, seed), early)
         reading = Reading(lambda: self._begin(epoch))
         early = reading if self.reads_ahead else None
-        return Parts(self._dealt_by_reading(reading, epoch, consumed), early, self._plan.world_size)
+        return WindowShares(
+            self._dealt_by_reading(reading, epoch, consumed), early, self._plan.world_size
+        )
 
     def _over(self, batches: Iterator[Any], epoch: int, consumed: int) -> DataLoader:
         """The user's loader, its class and every option, over other batches of indices."""
@@ -162,7 +164,7 @@ class LoaderSource:
 
     def _dealt_by_reading(
         self, batches: Iterator[Batch], epoch: int, consumed: int
-    ) -> Generator[Part, None, None]:
+    ) -> Generator[WindowShare, None, None]:
         used = 0
         while True:
             with drawing_from(self._seed_of("data", epoch, used)):  # all ranks must read the same
@@ -179,7 +181,7 @@ class LoaderSource:
             used += len(window)
             if used > consumed:
                 own = window[self._rank :: self._plan.world_size]
-                yield Part(own, window[0], used, _content_fingerprint(window))
+                yield WindowShare(own, window[0], used, _content_fingerprint(window))
 
     def _seed_of(self, purpose: str, epoch: int, position: int, rank: int = 0) -> int:
         given = self._loader.generator

@@ -1,4 +1,4 @@
-"""Parts of another source, made in a thread."""
+"""WindowShares of another source, made in a thread."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import queue
 import threading
 from collections.abc import Generator
 
-from accum_trainer.sources.parts import Part, Parts, Source
+from accum_trainer.sources.shares import Source, WindowShare, WindowShares
 
 
 class Prefetched:
@@ -35,14 +35,14 @@ class Prefetched:
     def micro_batches(self, epoch: int) -> tuple[int, list[int], list[int]] | None:
         return self._source.micro_batches(epoch)
 
-    def parts(self, epoch: int, consumed: int) -> Parts:
-        return Parts(self._made(epoch, consumed))
+    def shares(self, epoch: int, consumed: int) -> WindowShares:
+        return WindowShares(self._made(epoch, consumed))
 
-    def _made(self, epoch: int, consumed: int) -> Generator[Part, None, None]:
-        ready: queue.Queue[Part | BaseException | None] = queue.Queue(maxsize=1)
+    def _made(self, epoch: int, consumed: int) -> Generator[WindowShare, None, None]:
+        ready: queue.Queue[WindowShare | BaseException | None] = queue.Queue(maxsize=1)
         given_up = threading.Event()
 
-        def put(item: Part | BaseException | None) -> None:
+        def put(item: WindowShare | BaseException | None) -> None:
             while not given_up.is_set():
                 with contextlib.suppress(queue.Full):
                     ready.put(item, timeout=0.1)
@@ -50,7 +50,7 @@ class Prefetched:
 
         def make() -> None:
             try:
-                for part in self._source.parts(epoch, consumed):
+                for part in self._source.shares(epoch, consumed):
                     put(part)
                     if given_up.is_set():
                         return

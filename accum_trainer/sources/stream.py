@@ -11,7 +11,7 @@ import torch
 from accum_trainer.batch import Batch, tensors_of
 from accum_trainer.batch_plan import BatchPlan
 from accum_trainer.sources.loader import may_be_read_early, tell_epoch, workers_seeded
-from accum_trainer.sources.parts import Part, Parts, Reading
+from accum_trainer.sources.shares import Reading, WindowShare, WindowShares
 
 # Streams that hold so many different samples, in at least two different batches, and agree in all
 # of them from their start are one stream: by chance ranks that draw from N samples would agree
@@ -57,11 +57,11 @@ class StreamSource:
             return None
         return 0, [], [len(self._batches)]
 
-    def parts(self, epoch: int, consumed: int) -> Parts:
+    def shares(self, epoch: int, consumed: int) -> WindowShares:
         reading = Reading(lambda: self._begin(epoch))
-        return Parts(self._read(reading, consumed), reading if self.reads_ahead else None)
+        return WindowShares(self._read(reading, consumed), reading if self.reads_ahead else None)
 
-    def _read(self, batches: Iterator[Batch], consumed: int) -> Generator[Part, None, None]:
+    def _read(self, batches: Iterator[Batch], consumed: int) -> Generator[WindowShare, None, None]:
         for _ in islice(batches, max(0, consumed - self._read_before)):
             pass
         filler, content = None, Content() if self._plan.world_size > 1 else None
@@ -69,11 +69,11 @@ class StreamSource:
             consumed += len(window)
             self._read_before = consumed if self.is_read_once else 0
             filler = window[-1]
-            yield Part(
+            yield WindowShare(
                 window, filler, consumed, content.told_by(window) if content is not None else 0
             )
         while True:  # other ranks may still have data; the accumulator ends the epoch when none has
-            yield Part([], filler, consumed)
+            yield WindowShare([], filler, consumed)
 
     def _begin(self, epoch: int) -> Iterator[Batch]:
         tell_epoch(self._batches, epoch)

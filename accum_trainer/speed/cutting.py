@@ -20,8 +20,8 @@ from accum_trainer.errors import ConfigError
 from accum_trainer.lm.model import is_flash
 from accum_trainer.losses.packing import find_packing, worst_of
 from accum_trainer.sources.collating import PaddingCollator
+from accum_trainer.speed.batch_size import Fit, find_batch_size
 from accum_trainer.speed.cost import measured_cost, seconds_of
-from accum_trainer.speed.fit import Fit, find_fit
 from accum_trainer.window_plan import Cost, Cut
 
 # Without a GPU launching a kernel costs little, and a micro-batch need not be large to be worth it.
@@ -167,7 +167,7 @@ def _find_fit(
     longest = -(-int(rows.lengths.max()) // multiple) * multiple
     most = accumulator.plan.micro_batch_size  # of the whole share of a process at once
     collate = PaddingCollator(0, multiple)
-    return find_fit(accumulator.engine, model, optimizer, collate, longest, most)
+    return find_batch_size(accumulator.engine, model, optimizer, collate, longest, most)
 
 
 def _cost(config: TrainConfig, engine: Any, model: Any, max_tokens: int | None) -> Cost:
@@ -197,7 +197,7 @@ def _rank_weights(config: TrainConfig, engine: Any, model: Any) -> tuple[float, 
                 "give the shares as numbers"
             )
         engine.barrier()  # all at once: what they share slows them as it will in training
-        speeds = 1 / engine.gather([seconds_of(model, 1, config.max_seq_len)])[:, 0]
+        speeds = 1 / engine.all_gather_floats([seconds_of(model, 1, config.max_seq_len)])[:, 0]
         return tuple(round(float(speed), 2) for speed in speeds / speeds.min())
     if len(weights) != engine.world_size:
         raise ConfigError(

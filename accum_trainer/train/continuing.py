@@ -1,7 +1,7 @@
 """A continued run: what must be as it was, what the run goes on with, and what the new command
 decides from here on.
 
-The objective and the windows must be the same (`Parts.identity`, compared by
+The objective and the windows must be the same (`Training.identity`, compared by
 `checkpoint.check_same_run`). The optimizer goes on with its own learning rate and weight decay.
 Clipping, schedule and precision are the new command's. The record of the run states what is in
 force, and a note says each value that differs.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from accum_trainer.train.setup import Parts
+from accum_trainer.train.setup import Training
 
 # The optimizer's own, which a checkpoint brings along.
 KEPT = ("lr", "lr_scaling", "lr_base_batch_size", "weight_decay")
@@ -27,7 +27,7 @@ _NEW = (
 )
 
 
-def options_of(parts: Parts) -> dict[str, Any]:
+def options_of(parts: Training) -> dict[str, Any]:
     """What a checkpoint notes of the options that do not decide what the run is."""
     names = [name for name in (*KEPT, *_NEW) if hasattr(parts.config, name)]
     engine = parts.accumulator.engine
@@ -35,7 +35,7 @@ def options_of(parts: Parts) -> dict[str, Any]:
     return found | {"total_updates": parts.total_updates, "mixed_precision": engine.mixed_precision}
 
 
-def in_force(parts: Parts, saved: dict[str, Any], saved_group: dict[str, Any]) -> Parts:
+def in_force(parts: Training, saved: dict[str, Any], saved_group: dict[str, Any]) -> Training:
     """`parts` with the options that the run goes on with, and a note for each that is not what was
     asked or was before.
 

@@ -88,7 +88,7 @@ class Run:
         """Train to the end, or to a signal, or to the time limit; see `updates`."""
         parts, acc = self.parts, self.parts.accumulator
         # Signals outside: another one that comes while the run is saved must not end it there.
-        with signals.turned_into(self._on_signal), self._open():
+        with signals.shutdown_on_signal(self._on_signal), self._open():
             last_ended = time.perf_counter()
             while not self._is_done():
                 for window in parts.windows:
@@ -141,7 +141,7 @@ class Run:
         and means nothing."""
         rows, engine = self.parts.eval_rows, self.engine
         assert rows is not None
-        dealt = self.parts.cutting.cut.deal(rows.lengths, engine.world_size)
+        dealt = self.parts.cutting.cut.assign_to_ranks(rows.lengths, engine.world_size)
         mine = dealt[engine.rank]
         # All ranks run as many forwards: an engine that shards weights gathers them in each.
         idle = [np.array([0])] * (max(map(len, dealt)) - len(mine))
@@ -151,7 +151,9 @@ class Run:
         )
         # DDP's own forward would exchange buffers.
         losses = micro_batch_losses(engine.unwrap(self.parts.model), batches)
-        return float(engine.gather([sum(losses[: len(mine)])]).sum() / rows.num_targets.sum())
+        return float(
+            engine.all_gather_floats([sum(losses[: len(mine)])]).sum() / rows.num_targets.sum()
+        )
 
     # --- records ---
 

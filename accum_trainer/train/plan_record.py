@@ -12,10 +12,10 @@ import torch
 
 from accum_trainer import __version__
 from accum_trainer.lm.model import count_parameters
-from accum_trainer.train.setup import Parts
+from accum_trainer.train.setup import Training
 
 
-def plan_record(parts: Parts, resumed_from: Path | None) -> dict[str, Any]:
+def plan_record(parts: Training, resumed_from: Path | None) -> dict[str, Any]:
     """What is decided before training, as plan.json has it."""
     engine, config, plan, cut = (
         parts.accumulator.engine,
@@ -79,7 +79,7 @@ def plan_record(parts: Parts, resumed_from: Path | None) -> dict[str, Any]:
     }
 
 
-def describe(plan: dict[str, Any], parts: Parts) -> str:
+def describe(plan: dict[str, Any], parts: Training) -> str:
     """The same in the lines that are shown before training."""
     sized = f"{plan['updates_per_epoch']} updates per epoch of {plan['num_samples']} samples"
     tail = f", the last of {plan['tail_samples']} samples" if plan["tail_samples"] else ""

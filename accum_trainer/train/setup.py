@@ -36,12 +36,12 @@ from accum_trainer.losses.head import LossPath, decide_loss_path
 from accum_trainer.losses.targets import SHIFTED
 from accum_trainer.seeds import seed_of
 from accum_trainer.sources.collating import PackingCollator, PaddingCollator
+from accum_trainer.speed.batch_size import Fit
 from accum_trainer.speed.cutting import Cutting, decide_cut, decide_layout
-from accum_trainer.speed.fit import Fit
 
 
 @dataclass(frozen=True)
-class Parts:
+class Training:
     """What a training is made of.
 
     Attributes:
@@ -103,7 +103,7 @@ def make_accumulator(config: TrainConfig) -> Accumulator:
     )
 
 
-def assemble(config: TrainConfig, accumulator: Accumulator | None = None) -> Parts:
+def assemble(config: TrainConfig, accumulator: Accumulator | None = None) -> Training:
     """Make the parts of the training that `config` describes, on every process alike.
 
     Args:
@@ -168,7 +168,7 @@ def assemble(config: TrainConfig, accumulator: Accumulator | None = None) -> Par
     collate = (
         PackingCollator(layout.boundaries) if cut.packed else PaddingCollator(pad, cut.multiple)
     )
-    return Parts(
+    return Training(
         config=config,
         accumulator=accumulator,
         model=model,

@@ -10,7 +10,7 @@ from types import FrameType
 
 
 @contextlib.contextmanager
-def turned_into(handle: Callable[[str], None]) -> Iterator[None]:
+def shutdown_on_signal(handle: Callable[[str], None]) -> Iterator[None]:
     """Turn SIGTERM, SIGUSR1 and the first Ctrl-C into `handle(name)`; a second Ctrl-C interrupts at
     once."""
     if threading.current_thread() is not threading.main_thread():

@@ -18,7 +18,7 @@ from accum_trainer.engine.base import Engine
 from accum_trainer.errors import DataError
 from accum_trainer.lm.model import load_model
 from accum_trainer.losses.causal_lm import causal_lm_loss
-from accum_trainer.train.setup import Parts
+from accum_trainer.train.setup import Training
 from accum_trainer.verify.big_batch import (
     BigBatch,
     Gradient,
@@ -127,7 +127,7 @@ class Subject:
     seed: int = 0
 
     @classmethod
-    def of(cls, parts: Parts) -> Subject:
+    def of(cls, parts: Training) -> Subject:
         """The subject that `assemble(config)` made; checkpointing, and attention that needs a GPU,
         are left out of the reference."""
         plain = dataclasses.replace(parts.config, gradient_checkpointing=False, attention=None)
@@ -285,7 +285,7 @@ class _Session:
                 update.skipped and self.engine.mixed_precision == "fp16"
             ):  # a skip halves fp16's loss scale
                 break
-        by_rank = self.engine.gather([sum(squares)])[:, 0]
+        by_rank = self.engine.all_gather_floats([sum(squares)])[:, 0]
         is_sharded = self.engine.name not in ("single", "ddp", "zero0")
         given = math.sqrt(float(by_rank.sum() if is_sharded else by_rank[0]))
         return gradient, update, given, self._exchanges[0] - before

@@ -114,7 +114,7 @@ def _batch_size_auto(setting: Setting, result: Result) -> None:
     """A GPU that is nearly full, so that what is found is a limit and not the effective batch."""
     filled = None
     if not setting.cpu:
-        from accum_trainer.speed.fit import MARGIN
+        from accum_trainer.speed.batch_size import MARGIN
 
         free, total = torch.cuda.mem_get_info()
         filled = torch.empty(

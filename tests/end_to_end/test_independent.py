@@ -307,7 +307,7 @@ def test_shards_hold_each_sample_once_in_every_epoch(size, shards):
         source = PlannedSource(
             data, BatchPlan(2, 2, 1), 0, None, None, 5, True, 0, False, (shard, shards)
         )
-        parts = list(source.parts(epoch, 0))
+        parts = list(source.shares(epoch, 0))
         assert len(parts) == source.num_windows()
         return [int(i) for part in parts for batch in part.batches for i in batch["x"]]
 

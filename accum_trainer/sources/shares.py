@@ -1,4 +1,4 @@
-"""Parts: what a source of windows gives to one rank, and how batches become parts.
+"""WindowShares: what a source of windows gives to one rank, and how batches become parts.
 
 Knows nothing of data sets, of loaders' options, or of the other ranks.
 """
@@ -18,7 +18,7 @@ from accum_trainer.sources.drawing import drawing_from
 
 
 @dataclass(frozen=True)
-class Part:
+class WindowShare:
     """This rank's part of one window.
 
     Attributes:
@@ -75,7 +75,7 @@ class Reading(Iterator[Batch]):
         self._early.clear()
 
 
-class Parts(Iterator[Part]):
+class WindowShares(Iterator[WindowShare]):
     """This rank's parts of the windows of an epoch, one per `next`.
 
     Args:
@@ -84,11 +84,14 @@ class Parts(Iterator[Part]):
     """
 
     def __init__(
-        self, parts: Generator[Part, None, None], reading: Reading | None = None, times: int = 1
+        self,
+        parts: Generator[WindowShare, None, None],
+        reading: Reading | None = None,
+        times: int = 1,
     ) -> None:
         self._parts, self._reading, self._times = parts, reading, times
 
-    def __next__(self) -> Part:
+    def __next__(self) -> WindowShare:
         return next(self._parts)
 
     def read_early(self, most: int) -> None:
@@ -126,7 +129,7 @@ class Source(Protocol):
     alike: bool
     is_read_once: bool
 
-    def parts(self, epoch: int, consumed: int) -> Parts:
+    def shares(self, epoch: int, consumed: int) -> WindowShares:
         """This rank's parts of the windows of `epoch`, from where `consumed` units are used up."""
 
     def num_windows(self) -> int | None:
@@ -152,12 +155,12 @@ class Announced:
     table: np.ndarray | None = None
 
 
-def read_parts(
+def read_shares(
     reading: Iterator[Batch],
     announced: deque[Announced],
     begin: int,
     seed: Callable[[int], int] | None,
-) -> Generator[Part, None, None]:
+) -> Generator[WindowShare, None, None]:
     """Group what a loader yields into parts, as its batch sampler announced them.
 
     Args:
@@ -177,11 +180,11 @@ def read_parts(
         yield part
 
 
-def _part(batches: Iterator[Batch], announced: deque[Announced]) -> Part | None:
+def _part(batches: Iterator[Batch], announced: deque[Announced]) -> WindowShare | None:
     """The next part, or None at the end."""
     first = list(islice(batches, 1))
     if not first:
         return None
     window = announced.popleft()
     mine = first + list(islice(batches, window.num_batches - 1)) if window.num_batches else []
-    return Part(mine, (mine or first)[-1], window.consumed, window.fingerprint, window.table)
+    return WindowShare(mine, (mine or first)[-1], window.consumed, window.fingerprint, window.table)

@@ -20,7 +20,7 @@ INDEPENDENT = "independent.json"
 
 
 @dataclass(frozen=True)
-class Part:
+class MergeInput:
     """One of the runs that are merged.
 
     Attributes:
@@ -38,7 +38,7 @@ class Part:
     plan: dict[str, Any]
 
 
-def find_parts(runs: Sequence[str | Path], allow_unfinished: bool = False) -> tuple[list[Part], list[str]]:
+def find_merge_inputs(runs: Sequence[str | Path], allow_unfinished: bool = False) -> tuple[list[MergeInput], list[str]]:
     """The parts of `runs`, and what to note about them.
 
     Raises:
@@ -143,7 +143,7 @@ def _is_run(folder: Path) -> bool:
     return (folder / files.CONFIG).is_file() and (folder / files.PLAN).is_file()
 
 
-def _read_part(name: str, folder: Path) -> Part:
+def _read_part(name: str, folder: Path) -> MergeInput:
     plan = read_json(folder / files.PLAN)
     result = read_json(folder / files.RESULT) if (folder / files.RESULT).is_file() else None
     if result is not None:
@@ -160,10 +160,10 @@ def _read_part(name: str, folder: Path) -> Part:
         raise CheckpointError(f"{folder / files.RESULT} does not say num_samples, on how many samples it was trained")
     done = result is not None and result.get("done") is True
     progress = "" if done else f"{stopped} after {updates} of {plan.get('total_updates')} updates"
-    return Part(name, folder, num_samples, progress, plan)
+    return MergeInput(name, folder, num_samples, progress, plan)
 
 
-def _overlaps(parts: Sequence[Part]) -> list[str]:
+def _overlaps(parts: Sequence[MergeInput]) -> list[str]:
     """Shares i/n and j/m have samples in common where i = j modulo gcd(n, m). Whole runs are meant to see the same."""
     shards = [(part.name, part.plan["shard"]) for part in parts if part.plan.get("shard")]
     notes = []

@@ -105,7 +105,7 @@ class Memory:
         return (1 - MARGIN) * (free / processes + self.in_use())
 
 
-def find_fit(
+def find_batch_size(
     engine: Engine,
     model: torch.nn.Module,
     optimizer: Any,
@@ -133,7 +133,7 @@ def find_fit(
     """
     memory = memory or Memory(engine.device)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", engine.world_size))
-    limit = float(engine.gather([memory.limit(here)])[:, 0].min())
+    limit = float(engine.all_gather_floats([memory.limit(here)])[:, 0].min())
     trial = _Trial(engine, model, optimizer, collate, longest, memory)
     tried: dict[int, float] = {0: 0.0}
     good, bad, size = 0, most + 1, 1
@@ -219,13 +219,13 @@ class _Trial:
                     "go on where one process "
                     "has failed; give batch_size as a number below that"
                 ) from error
-            engine.back_out(error)
+            engine.abort_micro_batch(error)
         if not engine.equal_micro_batches:
-            engine.forget(
+            engine.discard_local_grads(
                 [self._model]
             )  # not exchanged: a rank that failed would have nothing to exchange
-        engine.drop(self._optimizer.accelerated)
-        most = engine.gather([held + self._reserve, needed + self._reserve]).max(axis=0)
+        engine.discard_window_grads(self._optimizer.accelerated)
+        most = engine.all_gather_floats([held + self._reserve, needed + self._reserve]).max(axis=0)
         return float(most[0]), float(most[1])
 
     def _run_one(self, batch: Batch, is_first: bool) -> None:
