@@ -275,7 +275,10 @@ def _loader_cells(sizes: list[int], ranks: list[int]) -> Iterator[tuple[str, int
             for w in ranks:
                 if (
                     size % (B * w) == 0
-                    and seconds(lambda n=size, w=w, c=CUTS[name]: c.deal(skewed_lengths(n), w)) < 1
+                    and seconds(
+                        lambda n=size, w=w, c=CUTS[name]: c.assign_to_ranks(skewed_lengths(n), w)
+                    )
+                    < 1
                 ):  # type: ignore[misc]
                     yield name, size, w
 

@@ -307,7 +307,7 @@ def test_memory_that_really_runs_out():
 
 
 def test_the_trainer_records_it(tmp_path, monkeypatch):
-    import accum_trainer.train as module
+    import accum_trainer.train.loop as module
     from accum_trainer import TrainConfig
 
     failed = []

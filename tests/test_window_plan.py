@@ -127,7 +127,7 @@ def test_b_alone_makes_the_fewest_micro_batches_with_the_least_padding():
     """Seven samples in threes are three micro-batches, whatever they cost; the cheapest such cut is
     100 | 9 9 9 | 2 2 2."""
     lengths = np.array([9, 2, 100, 9, 2, 9, 2])
-    cut = Cut(3, cost=Cost(0.0, 0.0)).deal(lengths, 1)[0]
+    cut = Cut(3, cost=Cost(0.0, 0.0)).assign_to_ranks(lengths, 1)[0]
     assert [sorted(lengths[micro_batch].tolist()) for micro_batch in cut] == [
         [100],
         [9, 9, 9],

@@ -1,4 +1,5 @@
-"""Independent runs side by side: N complete trainings on one machine, one process and one device each.
+"""Independent runs side by side: N complete trainings on one machine, one process and one device
+each.
 
     runs/<name>/
       independent.json   the runs and what differs between them
@@ -6,9 +7,9 @@
       logs/              what each printed, and the configuration it was started with
       summary.json       how they ended; loss.png, all their curves
 
-No gradient is exchanged. Either each trains on its own share of the samples (`--shard i/N`, so that every sample is trained
-exactly once) or each on all of them with settings of its own (`--vary`). One that crashes is restarted from its checkpoint
-and leaves the others alone.
+No gradient is exchanged. Either each trains on its own share of the samples (`--shard i/N`, so that
+every sample is trained exactly once) or each on all of them with settings of its own (`--vary`).
+One that crashes is restarted from its checkpoint and leaves the others alone.
 """
 
 from __future__ import annotations
@@ -27,13 +28,20 @@ from typing import Any
 
 import torch
 
-from accum_trainer.train import records as files
 from accum_trainer.config import ENVIRONMENT_PREFIX, OTHER_ENVIRONMENT, TrainConfig
 from accum_trainer.errors import ConfigError
 from accum_trainer.launch.files import combinations
-from accum_trainer.runs.merge_inputs import INDEPENDENT, best_run
 from accum_trainer.launch.rank import follow_parent
-from accum_trainer.launch.run import ASK_AGAIN, LOOK_EVERY, STOPPED_AND_SAVED, make_folder, remove_folders, stopping
+from accum_trainer.launch.run import (
+    ASK_AGAIN,
+    LOOK_EVERY,
+    STOPPED_AND_SAVED,
+    make_folder,
+    remove_folders,
+    stopping,
+)
+from accum_trainer.runs.merge_inputs import INDEPENDENT, best_run
+from accum_trainer.train import records as files
 
 SUMMARY = "summary.json"
 # What all runs share, or the launcher gives to each by itself.
@@ -50,7 +58,8 @@ class IndependentRun:
 
     Attributes:
         settings: what differs from the others, option to text.
-        state: `waiting` (for a device), `running`, `done`, `stopped` (saved, to be continued) or `failed`.
+        state: `waiting` (for a device), `running`, `done`, `stopped` (saved, to be continued) or
+            `failed`.
         device: where it runs now.
         restarts: how often it was restarted after a crash.
         reason: why it failed, in its own words.
@@ -100,7 +109,9 @@ class IndependentRun:
                 lines = file.read().split(b"\n")[:-1]
             if not lines:
                 return None
-            with contextlib.suppress(ValueError):  # the first line of the tail may be the end of a longer one
+            with contextlib.suppress(
+                ValueError
+            ):  # the first line of the tail may be the end of a longer one
                 self._records = size, json.loads(lines[-1])
         return self._records[1] if self._records is not None else None
 
@@ -122,24 +133,33 @@ class IndependentRun:
         with open(self.log, errors="replace") as file:
             file.seek(self._log_begins)
             lines = [line.strip() for line in file.read().splitlines() if line.strip()]
-        return next((line for line in reversed(lines) if line.startswith("error")), lines[-1] if lines else "")
+        return next(
+            (line for line in reversed(lines) if line.startswith("error")),
+            lines[-1] if lines else "",
+        )
 
 
 def plan_members(config: TrainConfig, folder: Path) -> tuple[list[IndependentRun], list[str], bool]:
-    """The runs that `config` asks for, the devices (or slots) to run them on, and whether those are GPUs.
+    """The runs that `config` asks for, the devices (or slots) to run them on, and whether those are
+    GPUs.
 
     Raises:
-        ConfigError: devices that are not there, settings that cannot vary, or a folder that holds something else.
+        ConfigError: devices that are not there, settings that cannot vary, or a folder that holds
+            something else.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
-            f"parallel_independent starts single processes by itself, but runs as one of {os.environ['WORLD_SIZE']} of a "
+            "parallel_independent starts single processes by itself, but runs as one of "
+            f"{os.environ['WORLD_SIZE']} of a "
             "launcher; start it with `accum-trainer train`"
         )
     for name in ("log_file", "resume"):
         value = getattr(config, name)
         if value is not None and not (name == "resume" and value in ("auto", "never")):
-            raise ConfigError(f"{name}={value} is one place, and parallel_independent has several runs; leave it out")
+            raise ConfigError(
+                f"{name}={value} is one place, and parallel_independent has several runs; leave it "
+                "out"
+            )
     on_gpu = torch.cuda.is_available() and not config.cpu
     devices = _devices(config.cuda_ids, torch.cuda.device_count() if on_gpu else None)
     if config.vary is not None:
@@ -160,8 +180,12 @@ def plan_members(config: TrainConfig, folder: Path) -> tuple[list[IndependentRun
     members = []
     for i, own in enumerate(settings):
         name = f"part-{i}"
-        varied = base.varied([*(f"{key}={value}" for key, value in own.items()), f"output_dir={folder / name}"])
-        members.append(IndependentRun(name, own, varied, folder / name, folder / files.LOGS / f"{name}.log"))
+        varied = base.varied(
+            [*(f"{key}={value}" for key, value in own.items()), f"output_dir={folder / name}"]
+        )
+        members.append(
+            IndependentRun(name, own, varied, folder / name, folder / files.LOGS / f"{name}.log")
+        )
     _check_folder(folder, members, config.resume)
     return members, devices, on_gpu
 
@@ -169,7 +193,9 @@ def plan_members(config: TrainConfig, folder: Path) -> tuple[list[IndependentRun
 def _devices(text: str | None, gpus: int | None) -> list[str]:
     if text is None:
         if gpus is None:
-            raise ConfigError("parallel_independent on a CPU needs cuda_ids, the names of its slots, such as 0,1")
+            raise ConfigError(
+                "parallel_independent on a CPU needs cuda_ids, the names of its slots, such as 0,1"
+            )
         return [str(i) for i in range(gpus)]
     devices = [part.strip() for part in text.split(",")]
     if not all(device.isdecimal() for device in devices):
@@ -186,23 +212,30 @@ def _check_folder(folder: Path, members: list[IndependentRun], resume: str) -> N
     if not manifest.is_file():
         files.check_output_dir(folder, resume)
         if (folder / files.CONFIG).is_file():
-            raise ConfigError(f"output_dir={folder} holds a run of its own, not a set of runs; choose another folder")
+            raise ConfigError(
+                f"output_dir={folder} holds a run of its own, not a set of runs; choose another "
+                "folder"
+            )
         return
     if resume == "never":
         raise ConfigError(
-            f"output_dir={folder} already holds runs and resume=never; choose another folder, or resume=auto"
+            f"output_dir={folder} already holds runs and resume=never; choose another folder, or "
+            "resume=auto"
         )
     held = {run["name"]: run["settings"] for run in json.loads(manifest.read_text())["runs"]}
     wanted = {member.name: member.settings for member in members}
     if held != wanted:
         raise ConfigError(
-            f"output_dir={folder} holds {_summary(held)}, and {_summary(wanted)} are asked for now; give the same "
+            f"output_dir={folder} holds {_summary(held)}, and {_summary(wanted)} are asked for "
+            "now; give the same "
             "devices and vary as then, or another output_dir"
         )
 
 
 def _summary(runs: dict[str, dict[str, str]]) -> str:
-    shown = [" ".join(f"{key}={value}" for key, value in settings.items()) for settings in runs.values()]
+    shown = [
+        " ".join(f"{key}={value}" for key, value in settings.items()) for settings in runs.values()
+    ]
     return f"{len(runs)} runs ({'; '.join(shown[:3])}{'; ...' if len(shown) > 3 else ''})"
 
 
@@ -218,7 +251,12 @@ class IndependentRunner:
     """
 
     def __init__(
-        self, members: list[IndependentRun], devices: list[str], on_gpu: bool, folder: Path, max_restarts: int
+        self,
+        members: list[IndependentRun],
+        devices: list[str],
+        on_gpu: bool,
+        folder: Path,
+        max_restarts: int,
     ) -> None:
         self.members, self.folder = members, folder
         self._devices, self._on_gpu, self._max_restarts = devices, on_gpu, max_restarts
@@ -227,7 +265,8 @@ class IndependentRunner:
     def run(self, show: Callable[[], None]) -> int:
         """Run all to their ends, calling `show` now and then; returns the exit status of the whole.
 
-        0 where all are done, 75 where some were stopped and saved, 2 where their input was wrong, 1 where some failed.
+        0 where all are done, 75 where some were stopped and saved, 2 where their input was wrong, 1
+        where some failed.
         """
         made = make_folder(self.folder / files.LOGS)
         self._begin()
@@ -265,13 +304,21 @@ class IndependentRunner:
     def _begin(self) -> None:
         files.write_json(self.folder / INDEPENDENT, {"runs": self._listed()})
         for member in self.members:
-            if (result := member.result()) is not None and result["done"] and not _wants_more(member):
+            if (
+                (result := member.result()) is not None
+                and result["done"]
+                and not _wants_more(member)
+            ):
                 member.state = DONE
 
     def _step(self, stopped: bool) -> bool:
         """Look after every run once; False where none runs and none may start."""
         for member in self.members:
-            if member.state == RUNNING and member.process is not None and member.process.poll() is not None:
+            if (
+                member.state == RUNNING
+                and member.process is not None
+                and member.process.poll() is not None
+            ):
                 self._ended(member, stopped)
             if member.state == WAITING and not stopped and self._free:
                 member.start(device := self._free.pop(0), self._environment(device))
@@ -297,7 +344,8 @@ class IndependentRunner:
         self._free.append(member.device)
 
     def _environment(self, device: str) -> dict[str, str]:
-        # The configuration is composed; an option in the environment would beat the file that says it.
+        # The configuration is composed; an option in the environment would beat the file that says
+        # it.
         kept = {
             name: value
             for name, value in os.environ.items()
@@ -305,7 +353,9 @@ class IndependentRunner:
         }
         if self._on_gpu:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-            return kept | {"CUDA_VISIBLE_DEVICES": visible.split(",")[int(device)] if visible else device}
+            return kept | {
+                "CUDA_VISIBLE_DEVICES": visible.split(",")[int(device)] if visible else device
+            }
         threads = max(1, (os.cpu_count() or 1) // len(self._devices))
         return {"OMP_NUM_THREADS": str(threads)} | kept
 
@@ -319,9 +369,16 @@ class IndependentRunner:
         runs = []
         for member in self.members:
             result = member.result() or {}
-            shown = {key: result.get(key) for key in ("updates", "num_samples", "loss", "eval_loss")}
+            shown = {
+                key: result.get(key) for key in ("updates", "num_samples", "loss", "eval_loss")
+            }
             runs.append(
-                {"name": member.name, "settings": member.settings, "state": member.state, "restarts": member.restarts}
+                {
+                    "name": member.name,
+                    "settings": member.settings,
+                    "state": member.state,
+                    "restarts": member.restarts,
+                }
                 | shown
                 | {"reason": member.reason}
             )
@@ -332,7 +389,11 @@ class IndependentRunner:
             if (made := files.read_records(member.folder / files.METRICS))
         }
         if curves:
-            files.draw_loss(curves, self.folder / files.PICTURE, f"{self.folder.name}: {len(curves)} independent runs")
+            files.draw_loss(
+                curves,
+                self.folder / files.PICTURE,
+                f"{self.folder.name}: {len(curves)} independent runs",
+            )
 
     def _unmake(self, made: list[Path]) -> None:
         """All were refused before they began: leave nothing behind."""
@@ -345,7 +406,10 @@ class IndependentRunner:
 
 def label(member: IndependentRun) -> str:
     """What sets a run apart, in a few words: `shard 0/4`, `lr=1e-4`."""
-    return " ".join(f"{key} {value}" if key == "shard" else f"{key}={value}" for key, value in member.settings.items())
+    return " ".join(
+        f"{key} {value}" if key == "shard" else f"{key}={value}"
+        for key, value in member.settings.items()
+    )
 
 
 def _wants_more(member: IndependentRun) -> bool:
@@ -358,4 +422,6 @@ def _died(status: int) -> str:
     if status >= 0:
         return f"ended with status {status}"
     name = signal.Signals(-status).name
-    return f"killed by {name}" + (", as the kernel does when memory runs out" if name == "SIGKILL" else "")
+    return f"killed by {name}" + (
+        ", as the kernel does when memory runs out" if name == "SIGKILL" else ""
+    )

@@ -2,10 +2,11 @@
 
     runs/NAME/independent.json     {"runs": [{"name": "part-0", "settings": {"shard": "0/4"}}, ...]}
     runs/NAME/part-0/ ...          an ordinary run directory each
-    runs/NAME/merged/              what `from_pretrained` loads, and merge.json: of what it was made, and how good it is
+    runs/NAME/merged/       what `from_pretrained` loads, and merge.json: of what it was made, and
+                          how good it is
 
-`parts` says which runs have a common mean, `average` makes it; here is where it goes, and the evaluation of the parts and
-of the merge on the same rows.
+`parts` says which runs have a common mean, `average` makes it; here is where it goes, and the
+evaluation of the parts and of the merge on the same rows.
 """
 
 from __future__ import annotations
@@ -23,17 +24,25 @@ from typing import Any
 import torch
 
 from accum_trainer import __version__
-from accum_trainer.train import records as files
-from accum_trainer.train.setup import load_rows
 from accum_trainer.config import TrainConfig
-from accum_trainer.sources.collating import PaddingCollator
 from accum_trainer.data.files import check_file
 from accum_trainer.data.tokenizing import TokenizedRows
 from accum_trainer.errors import ConfigError
-from accum_trainer.runs.average import ADAPTER_CONFIG, SavedModel, adapter_scale, add_adapters, average_models, check_alike, concat_adapters
-from accum_trainer.runs.merge_inputs import INDEPENDENT, MergeInput, find_merge_inputs
 from accum_trainer.lm.model import TINY, fingerprint, load_model, load_tokenizer
+from accum_trainer.runs.average import (
+    ADAPTER_CONFIG,
+    SavedModel,
+    adapter_scale,
+    add_adapters,
+    average_models,
+    check_alike,
+    concat_adapters,
+)
+from accum_trainer.runs.merge_inputs import INDEPENDENT, MergeInput, find_merge_inputs
+from accum_trainer.sources.collating import PaddingCollator
+from accum_trainer.train import records as files
 from accum_trainer.train.loop import micro_batch_losses
+from accum_trainer.train.setup import load_rows
 from accum_trainer.window_plan import Cut
 
 MERGED, REPORT = "merged", "merge.json"
@@ -45,7 +54,8 @@ class Merged:
 
     Attributes:
         folder: with the merged model, and this report as merge.json.
-        method: `mean` of whole models; of adapters `concat` (one adapter) or `product` (a whole model).
+        method: `mean` of whole models; of adapters `concat` (one adapter) or `product` (a whole
+            model).
         evaluated_on: the rows of the losses; None where nothing was evaluated.
         part_losses: mean loss per target of each part.
         loss: the same of the merged model.
@@ -102,13 +112,16 @@ def merge(
     allow_unfinished: bool = False,
     force: bool = False,
 ) -> Merged:
-    """Merge runs, each weighted by the samples it was trained on; nothing is written where anything is refused.
+    """Merge runs, each weighted by the samples it was trained on; nothing is written where anything
+    is refused.
 
     Args:
         runs: the folder of a parallel-independent run, or two or more run directories.
-        output: folder of the result. Default: `merged` in the folder of the parallel-independent run.
+        output: folder of the result. Default: `merged` in the folder of the parallel-independent
+            run.
         adapter: how LoRA adapters are merged, `concat` (default) or `product`; see `average`.
-        eval_file: rows to evaluate on. Default: the runs' own, or the embedded corpus's where they trained on it.
+        eval_file: rows to evaluate on. Default: the runs' own, or the embedded corpus's where they
+            trained on it.
         allow_unfinished: take runs that did not come to their end as they stand.
         force: replace an earlier merge.
 
@@ -123,7 +136,9 @@ def merge(
     check_alike(models)
     method = _method(adapter, models)
     origin = _Origin(
-        TrainConfig.from_yaml(parts[0].folder / files.CONFIG), models[0].folder, parts[0].plan["initial_weights"]
+        TrainConfig.from_yaml(parts[0].folder / files.CONFIG),
+        models[0].folder,
+        parts[0].plan["initial_weights"],
     )
     evaluated_on, note = _choose_rows(origin.config, eval_file)
     if models[0].is_adapter and (evaluated_on is not None or method == "product"):
@@ -143,8 +158,12 @@ def merge(
     try:
         notes += _write(method, models, [part.num_samples for part in parts], partial, origin)
         written = [*(model.folder for model in models), partial]
-        *part_losses, loss = [None if rows is None else _evaluate(path, rows, origin) for path in written]
-        merged = Merged(folder, method, tuple(parts), evaluated_on, tuple(part_losses), loss, tuple(notes))
+        *part_losses, loss = [
+            None if rows is None else _evaluate(path, rows, origin) for path in written
+        ]
+        merged = Merged(
+            folder, method, tuple(parts), evaluated_on, tuple(part_losses), loss, tuple(notes)
+        )
         files.write_json(partial / REPORT, merged.to_dict())
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
@@ -156,26 +175,38 @@ def merge(
 def _output_folder(runs: Sequence[str | Path], output: str | Path | None, force: bool) -> Path:
     if output is None:
         if len(runs) > 1 or not (Path(runs[0]) / INDEPENDENT).is_file():
-            raise ConfigError("runs named one by one have no folder in common; say with -o DIR where the merge goes")
+            raise ConfigError(
+                "runs named one by one have no folder in common; say with -o DIR where the merge "
+                "goes"
+            )
         output = Path(runs[0]) / MERGED
     folder = Path(output)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         if not (folder / REPORT).is_file():
-            raise ConfigError(f"output={folder} exists and is no merge ({REPORT} is missing); choose another folder")
+            raise ConfigError(
+                f"output={folder} exists and is no merge ({REPORT} is missing); choose another "
+                "folder"
+            )
         if not force:
             raise ConfigError(
-                f"output={folder} holds a merge already; choose another folder, or replace it with --force"
+                f"output={folder} holds a merge already; choose another folder, or replace it with "
+                "--force"
             )
     existing = next(parent for parent in folder.absolute().parents if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"output={folder} cannot be written: {existing} is no folder that may be written to")
+        raise ConfigError(
+            f"output={folder} cannot be written: {existing} is no folder that may be written to"
+        )
     return folder
 
 
 def _method(adapter: str | None, models: Sequence[SavedModel]) -> str:
     if not models[0].is_adapter:
         if adapter is not None:
-            raise ConfigError(f"adapter={adapter} is for LoRA adapters, but the parts are whole models; leave it out")
+            raise ConfigError(
+                f"adapter={adapter} is for LoRA adapters, but the parts are whole models; leave it "
+                "out"
+            )
         return "mean"
     for model in models:
         adapter_scale(model)  # refuses what cannot be merged
@@ -211,7 +242,11 @@ class _Origin:
     def __init__(self, config: TrainConfig, model: Path, initial_weights: str) -> None:
         # The first run's tokenizer was saved with its chat template.
         self.config = replace(
-            config, gradient_checkpointing=False, merge_adapter=False, attention=None, chat_template=None
+            config,
+            gradient_checkpointing=False,
+            merge_adapter=False,
+            attention=None,
+            chat_template=None,
         )
         self._model, self._initial_weights = model, initial_weights
         self._tokenizer: Any = None
@@ -224,13 +259,16 @@ class _Origin:
         return self._tokenizer
 
     def check(self) -> None:
-        """Raise a ConfigError unless the runs' initial weights, adapters included, can be made again here."""
+        """Raise a ConfigError unless the runs' initial weights, adapters included, can be made
+        again here."""
         with _seeded(self.config.seed):
             found = fingerprint(load_model(self.config, self.tokenizer))
         if found != self._initial_weights:
             raise ConfigError(
-                f"the runs started from weights {self._initial_weights}, but model={self.config.model} gives {found} here: "
-                "it has changed, or this version of torch draws other random numbers; give back the model that was trained"
+                f"the runs started from weights {self._initial_weights}, but "
+                f"model={self.config.model} gives {found} here: "
+                "it has changed, or this version of torch draws other random numbers; give back "
+                "the model that was trained"
             )
 
     def load(self) -> Any:
@@ -278,7 +316,9 @@ def _load_rows(origin: _Origin, chosen: str) -> TokenizedRows:
         rows = load_rows(replace(origin.config, eval_every=1), origin.tokenizer)[1]
         assert rows is not None
         return rows
-    only = replace(origin.config, dataset_file=chosen, dataset=None, eval_file=None, eval_every=None)
+    only = replace(
+        origin.config, dataset_file=chosen, dataset=None, eval_file=None, eval_every=None
+    )
     return load_rows(only, origin.tokenizer)[0]
 
 
@@ -289,16 +329,27 @@ def _evaluate(folder: Path, rows: TokenizedRows, origin: _Origin) -> float:
 
         model = PeftModel.from_pretrained(origin.load(), str(folder))
     else:
-        model = load_model(replace(origin.config.without_peft(), model=str(folder)), origin.tokenizer)
+        model = load_model(
+            replace(origin.config.without_peft(), model=str(folder)), origin.tokenizer
+        )
     device = torch.device("cuda" if torch.cuda.is_available() and not origin.config.cpu else "cpu")
     config = origin.config
-    size = config.batch_size if isinstance(config.batch_size, int) else None if config.max_tokens_per_micro_batch else 4
+    size = (
+        config.batch_size
+        if isinstance(config.batch_size, int)
+        else None
+        if config.max_tokens_per_micro_batch
+        else 4
+    )
     micro_batches = Cut(size, config.max_tokens_per_micro_batch).assign_to_ranks(rows.lengths, 1)[0]
     pad = PaddingCollator(origin.tokenizer.pad_token_id or 0)
 
     def batches() -> Iterator[dict[str, torch.Tensor]]:
         for micro_batch in micro_batches:
-            yield {key: value.to(device) for key, value in pad([rows[int(i)] for i in micro_batch]).items()}
+            yield {
+                key: value.to(device)
+                for key, value in pad([rows[int(i)] for i in micro_batch]).items()
+            }
 
     return sum(micro_batch_losses(model.to(device), batches())) / int(rows.num_targets.sum())
 

@@ -14,12 +14,12 @@ import os
 import signal
 import sys
 
-import accum_trainer.checkpoint as checkpoint
 import datasets  # noqa: F401
 import peft  # noqa: F401
 import torch
 
-import accum_trainer.train as train
+import accum_trainer.train.checkpoint as checkpoint
+import accum_trainer.train.loop as train
 from accum_trainer.cli import main
 
 

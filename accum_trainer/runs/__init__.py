@@ -1,0 +1,1 @@
+"""Independent runs side by side, and models merged from them."""
