@@ -22,12 +22,13 @@ if TYPE_CHECKING:
         EngineError,
     )
     from accum_trainer.losses.causal_lm import causal_lm_loss
-    from accum_trainer.window import Update, Window
+    from accum_trainer.update import Update
+    from accum_trainer.window import Window
     from accum_trainer.windows import Windows
 
 _HOME = {
     "Accumulator": "accumulator",
-    "Update": "window",
+    "Update": "update",
     "Window": "window",
     "Windows": "windows",
     "BatchPlan": "batch_plan",

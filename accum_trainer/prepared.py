@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils.data import DataLoader
 
-from accum_trainer.errors import AccumTrainerError, EngineError
+from accum_trainer.errors import AccumTrainerError, ConfigError, EngineError
 
 
 class PreparedOptimizer(torch.optim.Optimizer):
@@ -59,12 +61,13 @@ class PreparedOptimizer(torch.optim.Optimizer):
                 "a closure would run the micro-batches again inside step(); optimizers that need "
                 "one cannot accumulate"
             )
-        if self._accumulator._at_window_end():
+        window = self._accumulator.window
+        if window is not None and window.is_complete:
             self._accumulator.step(self)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing inside a window, whose gradient is still being made; `step` zeroes at its end."""
-        if self._accumulator._window is None:
+        if self._accumulator.window is None:
             self.optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
@@ -101,6 +104,18 @@ class PreparedScheduler:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.scheduler, name)
+
+
+def refuse_schedulers(accelerator: Any, world_size: int) -> None:
+    """Raise a ConfigError for a scheduler that accelerate prepared and steps once per process."""
+    for scheduler in accelerator._schedulers:
+        by_process = scheduler.step_with_optimizer and not scheduler.split_batches
+        if world_size > 1 and by_process:
+            raise ConfigError(
+                f"accelerate steps the scheduler it prepared {world_size} times per update, once "
+                "per process; prepare the scheduler with acc.prepare(), or leave it unprepared and "
+                "step it after each update"
+            )
 
 
 class ScheduleWatch:
@@ -159,3 +174,42 @@ def _schedulers_of(optimizer: torch.optim.Optimizer) -> list[Any]:
         if isinstance(thing, kinds) and getattr(thing, "optimizer", None) is optimizer
     }
     return list(found.values())
+
+
+def prepare_all(
+    accumulator: Any, objects: Sequence[Any]
+) -> tuple[tuple[Any, ...], list[PreparedOptimizer], list[torch.nn.Module]]:
+    """Prepare what `Accumulator.prepare` got, with the accumulator's engine.
+
+    Returns:
+        The prepared objects in their order; among them the new optimizers; and the models.
+
+    Raises:
+        EngineError: an object that cannot be prepared.
+    """
+    models = [thing for thing in objects if isinstance(thing, torch.nn.Module)]
+    optimizers = [
+        thing
+        for thing in objects
+        if isinstance(thing, torch.optim.Optimizer) and not isinstance(thing, PreparedOptimizer)
+    ]
+    ready_models, accelerated = accumulator.engine.prepare(models, optimizers)
+    ready_optimizers = [PreparedOptimizer(accumulator, optimizer) for optimizer in accelerated]
+    both = zip([*models, *optimizers], [*ready_models, *ready_optimizers], strict=True)
+    ready = {id(thing): prepared for thing, prepared in both}
+    in_order = tuple(
+        ready[id(thing)] if id(thing) in ready else _prepare_other(accumulator, thing)
+        for thing in objects
+    )
+    return in_order, ready_optimizers, ready_models
+
+
+def _prepare_other(accumulator: Any, thing: Any) -> Any:
+    if isinstance(thing, (PreparedOptimizer, PreparedScheduler, DataLoader)):
+        return thing
+    if hasattr(thing, "step") and hasattr(thing, "state_dict"):
+        return PreparedScheduler(accumulator, thing)
+    raise EngineError(
+        f"prepare() got a {type(thing).__name__}; it takes a model, an optimizer, a scheduler or a "
+        "DataLoader"
+    )

@@ -1,48 +1,52 @@
-"""Epochs of windows: `Windows`, which a loop iterates, and `Batches`, for a loop that has no
-windows.
+"""`Windows`, which a loop iterates, and `Batches`, for a loop that has no windows.
 
-Here is where training stands in a source: the position is what finished windows used up.
+Here training's position in a source is kept: the epoch, and what finished windows consumed.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from accum_trainer.batch import Batch
 from accum_trainer.errors import DataError
 from accum_trainer.losses.objective import Objective
-from accum_trainer.losses.targets import CountTargets
 from accum_trainer.sources.progress import Progress
 from accum_trainer.sources.shares import Source
 from accum_trainer.window import Window
-from accum_trainer.window_reader import Counter, WindowReader
+from accum_trainer.window_reader import CountedWindow, Counter, WindowReader
 
 
 class Windows:
-    """The windows of a source, epoch after epoch: each `for` loop over them is one epoch, the one
-    after the last begun.
+    """The windows of a source. Each `for` loop over them is one epoch, after the last begun.
 
-    An epoch that was left early is not taken up again, but by `load_state_dict(state_dict())`. What
-    can be read only once, as a generator, is read on. All windows of one source share its position,
-    which counts what finished windows used up: it can be saved after any update and loaded into a
-    run with another number of processes.
+    An epoch that was left early is resumed only by `load_state_dict(state_dict())`. A source that
+    can be read only once, such as a generator, is read on. All windows of one source share its
+    position, which counts what finished windows consumed: save it after any update and load it into
+    a run with another number of processes.
+
+    Args:
+        begin: makes a window the one in hand.
+        engine: of the accumulator.
+        source: gives this rank's shares.
+        counter: counts targets.
+        progress: the position in the source.
     """
 
     def __init__(
         self,
-        accumulator: Any,
+        begin: Callable[[CountedWindow, WindowReader, Progress], Window],
+        engine: Any,
         source: Source,
-        count_targets: CountTargets | None,
-        progress: Progress | None = None,
+        counter: Counter,
+        progress: Progress,
     ) -> None:
-        self._accumulator = accumulator
+        self._begin = begin
+        self._engine = engine
         self._source = source
-        self._counter = Counter(accumulator, count_targets)
-        self._progress = progress or Progress()
-        self._epoch = 0  # of the loop that runs
-        self._reader: WindowReader | None = None
+        self._counter = counter
+        self._progress = progress
 
     @property
     def counts_given(self) -> bool:
@@ -60,15 +64,14 @@ class Windows:
         return self._progress.epoch
 
     def __len__(self) -> int:
-        """Windows in one epoch; TypeError where the source has no length."""
+        """Windows in one epoch; TypeError if the source has no length."""
         length = self._source.num_windows()
         if length is None:
             raise TypeError("this source of windows has no length")
         return length
 
     def num_micro_batches(self) -> int | None:
-        """Micro-batches that this process runs in the epoch of the position, if none is split; None
-        where it is not known."""
+        """Micro-batches that this process runs in this epoch if none is split; None if unknown."""
         found = self._source.micro_batches(self.epoch)
         if found is None:
             return None
@@ -76,17 +79,15 @@ class Windows:
         return windows * self._mine(of_one) + self._mine(of_tail)
 
     def _mine(self, counts: list[int]) -> int:
-        """Micro-batches that this process runs of a window of which the ranks have `counts`; 0 of
-        none."""
-        engine = self._accumulator.engine
+        """Micro-batches that this process runs of a window whose ranks have `counts`."""
+        engine = self._engine
         if not counts or engine.equal_micro_batches:
             return max(counts, default=0)
         return max(1, counts[engine.rank])
 
     def state_dict(self) -> dict[str, Any]:
-        """The position: the epoch, and the samples (or batches, of a loader or stream) that its
-        updates consumed; also `order`, the states of a loader's own generators where its epoch
-        began."""
+        """The position: the epoch, and the samples (batches of a loader or stream) that its updates
+        consumed; also `order`, the states of a loader's own generators when its epoch began."""
         progress = self._progress
         order = self._source.order() if progress.order is None else progress.order
         position = {"epoch": self.epoch, f"{self._source.unit}_consumed": progress.consumed}
@@ -98,37 +99,29 @@ class Windows:
         if key not in state:
             raise DataError(
                 f"the saved position {state} does not count {self._source.unit}, as this source "
-                "does; "
-                "resume with the kind of source that was saved"
+                "does; resume with the kind of source that was saved"
             )
         self._progress.load(int(state["epoch"]), int(state[key]), state.get("order"))
 
     def __iter__(self) -> Iterator[Window]:
-        accumulator = self._accumulator
         epoch, consumed = self._progress.begin(self._source.is_read_once)
         found_any = consumed > 0
-        reader = WindowReader(accumulator.engine, self._source, self._counter, epoch, consumed)
-        self._reader, self._epoch = reader, epoch
+        reader = WindowReader(self._engine, self._source, self._counter, epoch, consumed)
         with contextlib.closing(reader):
             while (counted := reader.next()) is not None:
                 found_any = True
-                window = Window(accumulator, counted, self._counter, reader.read_early)
-                accumulator._begin(window, self)
+                window = self._begin(counted, reader, self._progress)
                 yield window
-                accumulator._check_finished()
+                window.check_finished()
         if not found_any:
             raise DataError(
                 "the source gave no batch in this epoch; is it a generator that is already used up?"
             )
         self._progress.reach(epoch + 1, 0)
 
-    def _finished(self, window: Window) -> None:
-        self._progress.reach(self._epoch, window._consumed)
-
 
 class Batches:
-    """This process's micro-batches, one after another: each `for` loop over them is one epoch, as
-    of `Windows`.
+    """This process's micro-batches, one after another; each `for` loop is one epoch.
 
     Attributes:
         windows: the windows that they belong to.

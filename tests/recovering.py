@@ -108,7 +108,7 @@ def train(
         for number, part in enumerate(window):
             given.append(len(part["input_ids"]))
             with acc.accumulate(probe.model):
-                last = LAST if acc._microbatch.is_last else number  # type: ignore[union-attr]
+                last = LAST if acc.window.micro_batch.is_last else number  # type: ignore[union-attr]
                 run_micro_batch(
                     acc, probe.model, part, due.pop((index, number), due.pop((index, last), None))
                 )

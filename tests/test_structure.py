@@ -15,7 +15,16 @@ PACKAGE = Path(accum_trainer.__file__).parent
 # The core: windows, what a loss sums over, sources, engines. It knows none of the rooms.
 CORE = {
     *("errors", "seeds", "batch_plan", "window_plan", "batch", "sources", "losses", "engine"),
-    *("window_reader", "window", "windows", "prepared", "accumulator"),
+    *(
+        "exchanged",
+        "window_reader",
+        "oom",
+        "window",
+        "windows",
+        "update",
+        "prepared",
+        "accumulator",
+    ),
 }
 # Rooms on top of it; each imports from the core and from rooms before it.
 ROOMS = ["config", "data", "lm", "speed", "plan", "launch", "train", "verify", "runs", "cli"]

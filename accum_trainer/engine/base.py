@@ -28,7 +28,7 @@ from accelerate.utils.memory import clear_device_cache
 
 from accum_trainer.batch_plan import BatchPlan
 from accum_trainer.engine.ranks import Ranks
-from accum_trainer.errors import EngineError
+from accum_trainer.errors import ConfigError, EngineError
 
 # How libraries say that memory ran out where they do not raise torch.OutOfMemoryError. The same
 # list as in accelerate's find_executable_batch_size, without the cuDNN error that may mean
@@ -42,6 +42,9 @@ _OUT_OF_MEMORY = (
 )
 
 
+ACCUMULATION_DTYPES = ("float32", "bfloat16")
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the user wants of every engine alike.
@@ -53,6 +56,17 @@ class Settings:
 
     max_grad_norm: float | None = None
     accumulation_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ConfigError(
+                f"max_grad_norm={self.max_grad_norm} must be above 0; give None for no clipping"
+            )
+        if self.accumulation_dtype not in ACCUMULATION_DTYPES:
+            raise ConfigError(
+                f"accumulation_dtype={self.accumulation_dtype!r} is not known; give one of "
+                f"{', '.join(ACCUMULATION_DTYPES)}"
+            )
 
 
 class Engine(Ranks):

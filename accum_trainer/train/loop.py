@@ -25,7 +25,7 @@ from accum_trainer.train import records as files
 from accum_trainer.train.plan_record import describe, plan_record
 from accum_trainer.train.records import Record, RecordWriter
 from accum_trainer.train.setup import assemble, make_accumulator
-from accum_trainer.window import Update
+from accum_trainer.update import Update
 
 # So many windows in a row without an update mean that training has diverged; fp16 needs about 16 to
 # find its scale.

@@ -576,8 +576,8 @@ def i16_consumed_as_planned_and_equal_exchanges() -> dict[str, Any]:
     probe = Probe(acc, make_model("llama"))
     exchanged = _count_exchanges(probe)
     gathers = []
-    gather = acc.engine.gather
-    acc.engine.gather = lambda values: gathers.append(len(values)) or gather(values)  # type: ignore[method-assign]
+    gather = acc.engine.all_gather_floats
+    acc.engine.all_gather_floats = lambda values: gathers.append(len(values)) or gather(values)  # type: ignore[method-assign]
     ran = planned_batches = 0
     for window in acc.windows(rows, collate_fn=pad, lengths=lengths(rows)):
         planned_batches += window.num_micro_batches
@@ -616,8 +616,8 @@ def counts_of_the_next_window_travel_with_the_end_of_this() -> dict[str, Any]:
         acc = accumulator(2, global_batch_size=8)
         probe = Probe(acc, make_model("llama"))
         gathers: list[int] = []
-        gather = acc.engine.gather
-        acc.engine.gather = lambda values, to=gathers, gather=gather: (
+        gather = acc.engine.all_gather_floats
+        acc.engine.all_gather_floats = lambda values, to=gathers, gather=gather: (
             to.append(len(values)) or gather(values)
         )  # type: ignore[method-assign]
         windows = acc.windows(rows, collate_fn=pad, lengths=lengths(rows), **options)

@@ -1,0 +1,70 @@
+"""The few numbers that ranks exchange: one row per rank, before a window begins and at its end.
+
+Knows the columns of both exchanges, and nothing of sources, engines or tensors.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class WindowCounts(NamedTuple):
+    """Counts of one rank's share of a window, exchanged before the window begins.
+
+    Attributes:
+        num_targets: terms of the loss in it; a sum of weights if the loss weighs them.
+        num_micro_batches, num_samples: as planned.
+        num_tokens, num_positions: of `input_ids`, without and with padding.
+        fingerprint: of the samples it read.
+        can_read_ahead: the rank can count its next window before this one has ended.
+        has_nothing: the rank has no batch at all, not even one to run with weight 0.
+        has_failed: the rank could not read its share.
+    """
+
+    num_targets: float
+    num_micro_batches: float
+    num_samples: float
+    num_tokens: float
+    num_positions: float
+    fingerprint: float = 0.0
+    can_read_ahead: float = 0.0
+    has_nothing: float = 0.0
+    has_failed: float = 0.0
+
+    def to_row(self) -> list[float]:
+        return [float(value) for value in self]
+
+    @classmethod
+    def from_rows(cls, table: np.ndarray) -> list[WindowCounts]:
+        """Every rank's counts, from shape (ranks, columns); columns that are missing are 0."""
+        return [cls(*row) for row in table.tolist()]
+
+
+class WindowEnd(NamedTuple):
+    """One rank's numbers in the exchange that ends a window.
+
+    Attributes:
+        loss_sum: the rank's losses, summed over targets.
+        stop_requested: `request_stop` was called there.
+        num_splits: micro-batches that it cut in two.
+        num_micro_batches: micro-batches that it ran.
+        position: a checksum of the window's `Position`; 0 if each rank reads its own data.
+    """
+
+    loss_sum: float
+    stop_requested: float
+    num_splits: float
+    num_micro_batches: float
+    position: float
+
+    def to_row(self, counts_ahead: list[float]) -> list[float]:
+        """The row; `counts_ahead`, the counts of the next window, travel behind it."""
+        return [*(float(value) for value in self), *counts_ahead]
+
+    @classmethod
+    def from_rows(cls, table: np.ndarray) -> tuple[list[WindowEnd], np.ndarray]:
+        """Every rank's numbers, and what travelled behind them: shape (ranks, columns)."""
+        size = len(cls._fields)
+        return [cls(*row) for row in table[:, :size].tolist()], table[:, size:]

@@ -1,0 +1,112 @@
+"""The end of a window: one exchange of a few numbers, and `Update`, the record of the update."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from accum_trainer.errors import EngineError
+from accum_trainer.exchanged import WindowEnd
+from accum_trainer.window import Position, Window
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one window did.
+
+    Attributes:
+        step: optimizer updates made so far, this one included; a skipped window makes none.
+        loss: mean over the window's targets over all ranks, unscaled; nan for an empty window.
+        grad_norm: 2-norm of the averaged, unscaled gradient before clipping; nan for an empty
+            window.
+        num_targets: N, targets of the window over all ranks; the sum of their weights if the loss
+            weighs them.
+        num_samples: samples of the window over all ranks.
+        num_tokens: tokens of `input_ids` over all ranks, without padding; 0 for batches without
+            `input_ids`.
+        num_positions: the same with padding: the positions that were computed.
+        num_micro_batches: micro-batches of the window over all ranks.
+        gradient_accumulation_steps: the most micro-batches that one rank ran: K, fewer in a tail
+            window, more after splits.
+        skipped: the optimizer did not step.
+        reason: why it was skipped: "empty" (no target), "non-finite" (inf or nan in the gradient),
+            else "".
+        stop_requested: some rank called `request_stop`; all ranks see it at the same update.
+        num_splits: splits of micro-batches over all ranks, because one ran out of memory,
+            including pre-emptive ones at a size that already ran out.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    num_targets: float
+    num_samples: int
+    num_tokens: int
+    num_positions: int
+    num_micro_batches: int
+    gradient_accumulation_steps: int
+    skipped: bool = False
+    reason: str = ""
+    stop_requested: bool = False
+    num_splits: int = 0
+
+
+def end_row(window: Window, stop_requested: bool) -> list[float]:
+    """This rank's numbers for the exchange that ends `window`, with the next window's counts."""
+    end = WindowEnd(
+        loss_sum=float(window.loss_sum),
+        stop_requested=stop_requested,
+        num_splits=window.num_splits,
+        num_micro_batches=len(window),
+        position=window.position.checksum(),
+    )
+    return end.to_row(window.reader.counts_ahead())
+
+
+def conclude(
+    engine: Any, window: Window, table: np.ndarray, grad_norm: float, stepped: bool, reason: str
+) -> Update:
+    """The record of a window, from every rank's `end_row`, shape (ranks, numbers).
+
+    Raises:
+        EngineError: on all ranks, if one was in another window than rank 0.
+    """
+    ends, counts_ahead = WindowEnd.from_rows(table)
+    _check_same_window(engine, window.position, [end.position for end in ends])
+    window.reader.learn_ahead(counts_ahead)
+    num_splits = int(sum(end.num_splits for end in ends))
+    loss_sum = sum(end.loss_sum for end in ends)
+    return Update(
+        step=window.position.num_updates + stepped,
+        loss=loss_sum / window.num_targets if window.num_targets > 0 else math.nan,
+        grad_norm=grad_norm,
+        num_targets=window.num_targets,
+        num_samples=window.num_samples,
+        num_tokens=window.num_tokens,
+        num_positions=window.num_positions,
+        num_micro_batches=window.num_micro_batches + num_splits,
+        gradient_accumulation_steps=int(max(end.num_micro_batches for end in ends)),
+        skipped=not stepped,
+        reason=reason,
+        stop_requested=any(end.stop_requested for end in ends),
+        num_splits=num_splits,
+    )
+
+
+def _check_same_window(engine: Any, position: Position, checksums: list[float]) -> None:
+    others = [rank for rank, checksum in enumerate(checksums) if checksum != checksums[0]]
+    if not others:
+        return
+    positions = enumerate(engine.gather_objects(tuple(position)))
+    said = [
+        f"process {rank}: {updates} updates, epoch {epoch}, {consumed} consumed, window "
+        f"{fingerprint:08x}"
+        for rank, (updates, epoch, consumed, fingerprint) in positions
+    ]
+    raise EngineError(
+        f"process {others[0]} trained on another window than process 0 ({'; '.join(said)}), so "
+        "this update would belong to no batch; give all processes the same data, seed and position"
+    )
