@@ -18,11 +18,12 @@ from accum_trainer.batch_plan import BatchPlan
 from accum_trainer.engine.base import Settings
 from accum_trainer.engine.build import build_engine
 from accum_trainer.errors import AccumTrainerError, ConfigError, EngineError
+from accum_trainer.guards import GradientWatch, TrainedWatch, refuse_schedulers
 from accum_trainer.losses.contract import LossContract, Passed
 from accum_trainer.losses.objective import MEAN, SUM
 from accum_trainer.losses.targets import CountTargets
 from accum_trainer.oom import OomRecovery, releasing_graph_on_failure
-from accum_trainer.prepared import PreparedOptimizer, prepare_all, refuse_schedulers
+from accum_trainer.prepared import PreparedOptimizer, prepare_all
 from accum_trainer.sources.build import as_source
 from accum_trainer.sources.dataset import Collate
 from accum_trainer.sources.progress import Progress, Remembered
@@ -65,6 +66,7 @@ class Accumulator:
         num_updates: optimizer updates made.
         num_micro_batches: micro-batches that this process has run.
         last_update: the record of the last finished window.
+        last_optimizer: the one that finished it.
 
     Raises:
         ConfigError: sizes that contradict each other or another source of K.
@@ -104,10 +106,13 @@ class Accumulator:
         self.max_grad_norm = max_grad_norm
         self.num_updates = self.num_micro_batches = 0
         self.last_update: Update | None = None
+        self.last_optimizer: PreparedOptimizer | None = None
         self._oom = OomRecovery(self.engine, recover_from_oom)
         self._optimizers: list[PreparedOptimizer] = []
         self._models: set[torch.nn.Module] = set()
         self._sources = Remembered()
+        self._gradients, self._trained = GradientWatch(), TrainedWatch()
+        self._reader: WindowReader | None = None  # of the epoch in progress
         self._stop = False
 
     @property
@@ -132,6 +137,7 @@ class Accumulator:
         """
         ready, optimizers, models = prepare_all(self, objects)
         self.losses.watch(models)
+        self._trained.note(models)
         self._optimizers += optimizers
         return ready[0] if len(ready) == 1 else ready
 
@@ -242,8 +248,10 @@ class Accumulator:
             raise AccumTrainerError(
                 "accumulate() ran before for this micro-batch, whose gradient would count twice"
             )
+        is_new_epoch, self._reader = window.reader is not self._reader, window.reader
         for optimizer in self._optimizers:
-            optimizer.watch_schedule(micro_batch.is_first)
+            optimizer.watch_schedule(micro_batch.is_first, is_new_epoch)
+        self._gradients.check()
         self.losses.begin_micro_batch(micro_batch.is_first)
         self._models.update(models)
         try:
@@ -264,7 +272,9 @@ class Accumulator:
                 "there, not loss.backward() or accelerator.backward(loss), or this micro-batch has "
                 "the wrong weight"
             )
-        if micro_batch.is_last and not self._optimizers:
+        if not micro_batch.is_last:
+            self._gradients.note(self._models)
+        elif not self._optimizers:
             self._finish_for_accelerate(window)
 
     def backward(
@@ -341,7 +351,9 @@ class Accumulator:
             self.engine.discard_window_grads(optimizer.accelerated)
             table = self.engine.all_gather_floats(end_row(window, self._stop))
             grad_norm, stepped, reason = math.nan, False, "empty"
+        self._discard_unowned(optimizer)
         update = self._conclude(window, table, grad_norm, stepped, reason)
+        self.last_optimizer = optimizer
         if scheduler is not None and stepped:
             scheduler.step()
         return update
@@ -353,16 +365,26 @@ class Accumulator:
     # --- the life of a window ---
 
     def _begin(self, counted: CountedWindow, reader: WindowReader, progress: Progress) -> Window:
-        if self.window is not None:
+        if self.window is not None and not self.window.was_left:
             raise AccumTrainerError(
                 "a new window began before the last was finished; finish each before the next"
             )
+        if self.window is not None:  # the loop broke out of it; its gradient is void
+            for optimizer in self._optimizers:
+                self.engine.discard_window_grads(optimizer.accelerated)
+        self._gradients.forget()
+        self._trained.check(self.engine)
         refuse_schedulers(self.accelerator, self.engine.world_size)
         self.window = Window(counted, reader, progress, self.engine, self._oom, self.num_updates)
         return self.window
 
     def _finish_for_accelerate(self, window: Window) -> None:
         """End a window whose optimizer accelerate prepared, and steps."""
+        if not self.accelerator._optimizers:
+            raise AccumTrainerError(
+                "no optimizer was prepared, so an optimizer.step() after each micro-batch acts K "
+                "times per update; write model, optimizer = acc.prepare(model, optimizer)"
+            )
         if self.max_grad_norm is not None:
             raise ConfigError(
                 f"max_grad_norm={self.max_grad_norm} is applied by acc.step() or "
@@ -371,6 +393,14 @@ class Accumulator:
             )
         table = self.engine.end_window(end_row(window, self._stop))
         self._conclude(window, table, math.nan, True, "")
+
+    def _discard_unowned(self, optimizer: PreparedOptimizer) -> None:
+        """Parameters of the models that the optimizer does not hold start each window at zero."""
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for model in self._models:
+            for parameter in model.parameters():
+                if parameter.grad is not None and id(parameter) not in owned:
+                    parameter.grad = None
 
     def _conclude(
         self, window: Window, table: np.ndarray, grad_norm: float, stepped: bool, reason: str

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
-from accum_trainer.errors import AccumTrainerError, ConfigError, EngineError
+from accum_trainer.errors import AccumTrainerError, EngineError
+from accum_trainer.guards import ScheduleWatch
 
 
 class PreparedOptimizer(torch.optim.Optimizer):
@@ -27,7 +25,7 @@ class PreparedOptimizer(torch.optim.Optimizer):
     ) -> None:  # the base class must not run: it owns nothing
         self._accumulator = accumulator
         self.accelerated = accelerated
-        self._schedule = ScheduleWatch(self.optimizer)
+        self._schedule = ScheduleWatch(self.optimizer, self)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -46,11 +44,11 @@ class PreparedOptimizer(torch.optim.Optimizer):
     def defaults(self) -> Any:  # type: ignore[override]
         return self.optimizer.defaults
 
-    def watch_schedule(self, is_first: bool) -> None:
+    def watch_schedule(self, is_first: bool, is_new_epoch: bool) -> None:
         """Raise an AccumTrainerError if the learning rate was stepped since the window's first
         micro-batch."""
         if is_first:
-            self._schedule.note()
+            self._schedule.note(is_new_epoch)
         else:
             self._schedule.check()
 
@@ -64,6 +62,12 @@ class PreparedOptimizer(torch.optim.Optimizer):
         window = self._accumulator.window
         if window is not None and window.is_complete:
             self._accumulator.step(self)
+        elif window is None and self._accumulator.last_optimizer not in (None, self):
+            raise AccumTrainerError(
+                "another optimizer has finished this window: a window is one update of one "
+                "optimizer, and this one would never step. Put all parameters into one optimizer, "
+                "as parameter groups"
+            )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing inside a window, whose gradient is still being made; `step` zeroes at its end."""
@@ -104,76 +108,6 @@ class PreparedScheduler:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.scheduler, name)
-
-
-def refuse_schedulers(accelerator: Any, world_size: int) -> None:
-    """Raise a ConfigError for a scheduler that accelerate prepared and steps once per process."""
-    for scheduler in accelerator._schedulers:
-        by_process = scheduler.step_with_optimizer and not scheduler.split_batches
-        if world_size > 1 and by_process:
-            raise ConfigError(
-                f"accelerate steps the scheduler it prepared {world_size} times per update, once "
-                "per process; prepare the scheduler with acc.prepare(), or leave it unprepared and "
-                "step it after each update"
-            )
-
-
-class ScheduleWatch:
-    """Finds a scheduler that steps per micro-batch: one that `prepare` did not return.
-
-    torch's optimizers do not know their schedulers, but these know their optimizer: they are looked
-    for among its referrers, once. A learning rate set by hand is seen by its value.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
-        self._schedulers: list[weakref.ReferenceType[Any]] | None = None
-        self._before: dict[Any, Any] = {}
-
-    def note(self) -> None:
-        """Remember the learning rates and the schedulers' steps, as a window's first micro-batch
-        begins."""
-        if self._schedulers is None:
-            self._schedulers = [weakref.ref(found) for found in _schedulers_of(self._optimizer)]
-        self._before = self._state()
-
-    def check(self) -> None:
-        """Raise an AccumTrainerError if they are not as they were noted."""
-        now = self._state()
-        # One that is gone by now has not stepped.
-        if any(now.get(key, value) != value for key, value in self._before.items()):
-            raise AccumTrainerError(
-                "the learning rate was stepped between two micro-batches of one window: a "
-                "scheduler "
-                "that acc.prepare() did not return steps per micro-batch, K times per update. "
-                "Prepare it (model, optimizer, scheduler = acc.prepare(...)), or step it once "
-                "after "
-                "each window"
-            )
-
-    def _state(self) -> dict[Any, Any]:
-        """Each scheduler's steps, and each group's learning rate."""
-        schedulers = [found() for found in self._schedulers or []]
-        steps = {
-            id(scheduler): scheduler.last_epoch for scheduler in schedulers if scheduler is not None
-        }
-        rates = [group.get("lr") for group in self._optimizer.param_groups]
-        # A tensor's value waits for the device; its version tells that it was written to.
-        written = [r._version if isinstance(r, torch.Tensor) else r for r in rates]
-        return steps | {("lr", index): rate for index, rate in enumerate(written)}
-
-
-def _schedulers_of(optimizer: torch.optim.Optimizer) -> list[Any]:
-    # Depending on the Python version an object's own dictionary stands between the two.
-    referrers = gc.get_referrers(optimizer)
-    owners = gc.get_referrers(*(r for r in referrers if isinstance(r, dict)))
-    kinds = (LRScheduler, ReduceLROnPlateau)
-    found = {
-        id(thing): thing
-        for thing in (*referrers, *owners)
-        if isinstance(thing, kinds) and getattr(thing, "optimizer", None) is optimizer
-    }
-    return list(found.values())
 
 
 def prepare_all(

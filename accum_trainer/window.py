@@ -13,6 +13,7 @@ makes the result exact. Nothing else in this package divides a loss.
 
 from __future__ import annotations
 
+import logging
 import math
 import zlib
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,8 @@ from accum_trainer.losses.targets import targets_in
 from accum_trainer.oom import OomRecovery
 from accum_trainer.sources.progress import Progress
 from accum_trainer.window_reader import CountedWindow, Counter, WindowReader
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class Window:
         micro_batch: the one in hand; None before the first and after a failed one.
         is_running: the loop is inside `accumulate`.
         is_finished: the optimizer has stepped or skipped.
+        was_left: the loop broke out before the window was finished.
         reader: read and counted this window, and counts the next.
     """
 
@@ -117,7 +121,7 @@ class Window:
         self.num_splits = 0
         self.loss_sum: torch.Tensor | float = 0.0
         self.micro_batch: MicroBatch | None = None
-        self.is_running = self.is_finished = False
+        self.is_running = self.is_finished = self.was_left = False
         self._engine, self._oom, self._progress = engine, oom, progress
         self._started = self._accumulated = 0
         self._was_begun = self._ran_out = False
@@ -199,8 +203,18 @@ class Window:
             self.loss_sum = self.loss_sum + seen * terms
         elif auxiliary is None and not self._others_wait():
             return None  # a mean over no target is nan, and must not touch the gradient
+        elif self.num_targets > 0 and not bool(loss.isfinite()):  # but here a backward is due
+            loss = self._zero(loss, auxiliary)
         total = loss * (planned.weight * terms)
         return total if auxiliary is None else total + auxiliary * planned.auxiliary_weight
+
+    def _zero(self, loss: torch.Tensor, auxiliary: torch.Tensor | None) -> torch.Tensor:
+        if auxiliary is None:
+            raise AccumTrainerError(
+                f"the loss of a micro-batch without targets is {loss.item()}, and the other "
+                "processes wait for its backward; make it 0, as with total / count.clamp(min=1)"
+            )
+        return torch.zeros_like(auxiliary)
 
     def _others_wait(self) -> bool:
         assert self.micro_batch is not None
@@ -224,6 +238,17 @@ class Window:
                 "the window's gradient was not used: call acc.step(optimizer) after the window's "
                 "micro-batches, or optimizer.step() after each micro-batch with the optimizer that "
                 "acc.prepare() returned"
+            )
+
+    def leave(self) -> None:
+        """The loop broke out: what was accumulated is discarded when the next window begins."""
+        self.was_left = not self.is_finished
+        if self.was_left and self._was_begun:
+            logger.warning(
+                "a loop was left after %d of a window's %d micro-batches: their gradient belongs "
+                "to no update and is discarded",
+                self._accumulated,
+                len(self),
             )
 
     def finish(self) -> None:

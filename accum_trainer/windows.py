@@ -111,7 +111,11 @@ class Windows:
             while (counted := reader.next()) is not None:
                 found_any = True
                 window = self._begin(counted, reader, self._progress)
-                yield window
+                try:
+                    yield window
+                except GeneratorExit:
+                    window.leave()
+                    raise
                 window.check_finished()
         if not found_any:
             raise DataError(

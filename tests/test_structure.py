@@ -23,6 +23,7 @@ CORE = {
         "windows",
         "update",
         "prepared",
+        "guards",
         "accumulator",
     ),
 }

@@ -78,6 +78,7 @@ class Engine(Ranks):
         grad_sync_reason: why it is this one.
         equal_micro_batches: every rank must run the same number of micro-batches, because each
             exchanges something.
+        can_change_trained: parameters may be frozen and unfrozen after `prepare`.
         shards_weights: no process holds the whole model, so that none can run it by itself.
         defer_grad_reduction: exchange gradients after a window's last backward where the engine
             would do so during it, so that no other rank waits for a backward that fails. Set
@@ -89,6 +90,7 @@ class Engine(Ranks):
     grad_sync_reason: str = "asked for"
     equal_micro_batches: bool = False
     shards_weights: bool = False
+    can_change_trained: bool = True
     defer_grad_reduction: bool = False
 
     def __init__(self, accelerator: Accelerator, grad_sync: str) -> None:

@@ -34,6 +34,7 @@ class DDPEngine(Engine):
     """Under `once-per-window` ranks may hold different numbers of micro-batches: only the last of
     each is exchanged."""
 
+    can_change_trained = False
     name = "ddp"
 
     def __init__(self, accelerator: Accelerator, grad_sync: str) -> None:

@@ -43,6 +43,8 @@ class DeepSpeedEngine(Engine):
     memory; every-microbatch reduces and shards them after each backward, the least memory.
     """
 
+    can_change_trained = False
+
     def __init__(self, accelerator: Accelerator, grad_sync: str) -> None:
         super().__init__(accelerator, grad_sync)
         plugin = accelerator.state.deepspeed_plugin

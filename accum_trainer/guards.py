@@ -1,0 +1,143 @@
+"""What a loop must not do inside a window, found before it makes an update wrong."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from accum_trainer.batch import version_of
+from accum_trainer.errors import AccumTrainerError, ConfigError, EngineError
+
+# Gradients whose versions are compared; clipping changes all of them.
+_NUM_WATCHED = 4
+
+
+def refuse_schedulers(accelerator: Any, world_size: int) -> None:
+    """Raise a ConfigError for a scheduler that accelerate prepared and steps once per process."""
+    for scheduler in accelerator._schedulers:
+        by_process = scheduler.step_with_optimizer and not scheduler.split_batches
+        if world_size > 1 and by_process:
+            raise ConfigError(
+                f"accelerate steps the scheduler it prepared {world_size} times per update, once "
+                "per process; prepare the scheduler with acc.prepare(), or leave it unprepared and "
+                "step it after each update"
+            )
+
+
+class ScheduleWatch:
+    """Finds a scheduler that steps per micro-batch: one that `prepare` did not return.
+
+    torch's optimizers do not know their schedulers, but these know their optimizer: they are looked
+    for among the referrers of the user's optimizer and of the prepared one, once per epoch. A
+    learning rate set by hand is seen by its value.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, prepared: torch.optim.Optimizer) -> None:
+        self._optimizer, self._prepared = optimizer, prepared
+        self._schedulers: list[weakref.ReferenceType[Any]] | None = None
+        self._before: dict[Any, Any] = {}
+
+    def note(self, search: bool) -> None:
+        """Remember learning rates and schedulers' steps, as a window's first micro-batch begins."""
+        if self._schedulers is None or search:
+            owned = (*_schedulers_of(self._optimizer), *_schedulers_of(self._prepared))
+            self._schedulers = [weakref.ref(found) for found in owned]
+        self._before = self._state()
+
+    def check(self) -> None:
+        """Raise an AccumTrainerError if they are not as they were noted."""
+        now = self._state()
+        # One that is gone by now has not stepped.
+        if any(now.get(key, value) != value for key, value in self._before.items()):
+            raise AccumTrainerError(
+                "the learning rate was stepped between two micro-batches of one window: a "
+                "scheduler that acc.prepare() did not return steps per micro-batch, K times per "
+                "update. Prepare it (model, optimizer, scheduler = acc.prepare(...)), or step it "
+                "once after each window"
+            )
+
+    def _state(self) -> dict[Any, Any]:
+        """Each scheduler's steps, and each group's learning rate."""
+        schedulers = [found() for found in self._schedulers or []]
+        steps = {
+            id(scheduler): scheduler.last_epoch for scheduler in schedulers if scheduler is not None
+        }
+        rates = [group.get("lr") for group in self._optimizer.param_groups]
+        # A tensor's value waits for the device; its version tells that it was written to.
+        written = [version_of(r) if isinstance(r, torch.Tensor) else r for r in rates]
+        return steps | {("lr", index): rate for index, rate in enumerate(written)}
+
+
+def _schedulers_of(optimizer: torch.optim.Optimizer) -> list[Any]:
+    # Depending on the Python version an object's own dictionary stands between the two.
+    referrers = gc.get_referrers(optimizer)
+    owners = gc.get_referrers(*(r for r in referrers if isinstance(r, dict)))
+    kinds = (LRScheduler, ReduceLROnPlateau)
+    found = {
+        id(thing): thing
+        for thing in (*referrers, *owners)
+        if isinstance(thing, kinds) and getattr(thing, "optimizer", None) is optimizer
+    }
+    return list(found.values())
+
+
+class GradientWatch:
+    """Finds a loop that changes gradients between two micro-batches, as by clipping them there.
+
+    A gradient changed in place has another version, which costs nothing to read. Sharded gradients
+    have no version of their own and are not watched.
+    """
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[torch.Tensor, int]] = []
+
+    def note(self, models: Iterable[torch.nn.Module]) -> None:
+        """Remember a few gradients, after a backward."""
+        gradients = (p.grad for model in models for p in model.parameters() if p.grad is not None)
+        plain = (g for g in gradients if type(g) is torch.Tensor)
+        self._seen = [(g, version_of(g)) for g in islice(plain, _NUM_WATCHED)]
+
+    def check(self) -> None:
+        """Raise an AccumTrainerError if one was changed since, before the next micro-batch."""
+        if any(version_of(gradient) != version for gradient, version in self._seen):
+            raise AccumTrainerError(
+                "the gradient was changed between two micro-batches of one window, so clipping or "
+                "scaling acts on a part of the sum. Pass Accumulator(max_grad_norm=...), or change "
+                "it after the last micro-batch only (if acc.accelerator.sync_gradients)"
+            )
+
+    def forget(self) -> None:
+        """Begin another window."""
+        self._seen = []
+
+
+class TrainedWatch:
+    """Finds parameters that were frozen or unfrozen after an engine was told which are trained."""
+
+    def __init__(self) -> None:
+        self._trained: list[tuple[str, torch.nn.Parameter, bool]] = []
+
+    def note(self, models: Sequence[torch.nn.Module]) -> None:
+        """Remember which parameters of prepared models are trained."""
+        self._trained += [
+            (name, p, p.requires_grad) for model in models for name, p in model.named_parameters()
+        ]
+
+    def check(self, engine: Any) -> None:
+        """Raise an EngineError if that has changed and the engine cannot follow."""
+        if engine.can_change_trained:
+            return
+        for name, parameter, was_trained in self._trained:
+            if parameter.requires_grad != was_trained:
+                now, before = ("frozen", "trained") if was_trained else ("trained", "frozen")
+                raise EngineError(
+                    f"{name} is {now} now and was {before} when acc.prepare() got the model; "
+                    f"{engine.name} reduces the gradients of the parameters that were trained "
+                    "then. Freeze or unfreeze before acc.prepare(), or use FSDP2"
+                )

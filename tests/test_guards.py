@@ -1,0 +1,242 @@
+"""A loop that makes updates wrong by what it does between micro-batches is refused, or exact.
+
+The truth is a loop by hand on the whole batch in float64.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import ConstantLR, MultiStepLR, StepLR
+from torch.utils.data import DataLoader, TensorDataset
+
+from accum_trainer import AccumTrainerError, Accumulator
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+B, K, SAMPLES = 2, 4, 32
+
+
+def data() -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(
+        torch.randn(SAMPLES, 3, generator=generator), torch.randn(SAMPLES, 2, generator=generator)
+    )
+
+
+def network() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+
+
+def squares(model: torch.nn.Module, batch) -> torch.Tensor:
+    inputs, wanted = batch
+    return ((model(inputs) - wanted) ** 2).sum()
+
+
+def count(batch) -> int:
+    return len(batch[0])
+
+
+def start(optimizers=1, prepare=True, **options):
+    model = network()
+    halves = [list(model[0].parameters()), list(model[2].parameters())]
+    groups = halves if optimizers == 2 else [[p for half in halves for p in half]]
+    raw = [torch.optim.SGD(group, lr=0.1) for group in groups]
+    acc = Accumulator(micro_batch_size=B, gradient_accumulation_steps=K, **options)
+    if prepare:
+        model, *raw = acc.prepare(model, *raw)
+    return acc, model, raw
+
+
+def batches(acc):
+    return acc.batches(DataLoader(data(), batch_size=B), count_targets=count)
+
+
+def accumulate(acc, model, batch):
+    with acc.accumulate(model):
+        acc.backward(squares(model, batch), reduction="sum")
+
+
+def update_by_hand(model, optimizer, window):
+    """One update from the whole window."""
+    optimizer.zero_grad()
+    (squares(model, window) / len(window[0])).backward()
+    optimizer.step()
+
+
+def windows_by_hand():
+    inputs, wanted = data().tensors
+    step = B * K
+    for begin in range(0, SAMPLES, step):
+        yield inputs[begin : begin + step].double(), wanted[begin : begin + step].double()
+
+
+SCHEDULERS = {
+    "StepLR": lambda optimizer: StepLR(optimizer, step_size=8, gamma=0.5),
+    "ConstantLR": lambda optimizer: ConstantLR(optimizer, factor=0.5, total_iters=8),
+    "MultiStepLR": lambda optimizer: MultiStepLR(optimizer, [12], gamma=0.1),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of")
+@pytest.mark.parametrize("kind", SCHEDULERS)
+@pytest.mark.parametrize("made", ["on the prepared one", "on the raw one, in the second epoch"])
+def test_a_scheduler_that_was_not_prepared_may_not_step_inside_a_window(kind, made):
+    acc, model, (optimizer,) = start()
+    scheduler = SCHEDULERS[kind](optimizer) if made == "on the prepared one" else None
+    with pytest.raises(AccumTrainerError, match=r"the learning rate was stepped between two"):
+        for _ in range(2):
+            for batch in batches(acc):
+                accumulate(acc, model, batch)
+                optimizer.step()
+                if scheduler is not None:
+                    scheduler.step()
+            scheduler = scheduler or SCHEDULERS[kind](optimizer.optimizer)
+
+
+def test_an_optimizer_that_would_never_step_is_refused():
+    acc, model, (first, second) = start(optimizers=2)
+    with pytest.raises(AccumTrainerError, match="another optimizer has finished this window"):
+        for batch in batches(acc):
+            accumulate(acc, model, batch)
+            first.step()
+            second.step()
+    assert acc.num_updates == 1
+
+
+def test_two_optimizers_may_take_turns_and_see_their_own_windows_only():
+    """As the two players of a GAN do: each window is an update of one, also in what it leaves."""
+    acc, model, optimizers = start(optimizers=2)
+    exact = network().double()
+    by_hand = [torch.optim.SGD(exact[i].parameters(), lr=0.1) for i in (0, 2)]
+    for number, window in enumerate(
+        acc.windows(DataLoader(data(), batch_size=B), count_targets=count)
+    ):
+        for batch in window:
+            accumulate(acc, model, batch)
+        acc.step(optimizers[number % 2])
+    for number, window in enumerate(windows_by_hand()):
+        exact.zero_grad()
+        update_by_hand(exact, by_hand[number % 2], window)
+    for found, truth in zip(model.parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(found.double(), truth, rtol=1e-6, atol=1e-7)
+
+
+def test_parameters_that_join_the_optimizer_bring_no_gradient_of_earlier_windows():
+    acc = Accumulator(micro_batch_size=B, gradient_accumulation_steps=K)
+    model = network()
+    exact = copy.deepcopy(model).double()
+    model, optimizer = acc.prepare(model, torch.optim.SGD(model[2].parameters(), lr=0.1))
+    by_hand = torch.optim.SGD(exact[2].parameters(), lr=0.1)
+    source = DataLoader(data(), batch_size=B)
+    windows = acc.windows(source, count_targets=count)
+    for number, (window, whole) in enumerate(zip(windows, windows_by_hand(), strict=True)):
+        if number == 2:
+            optimizer.add_param_group({"params": list(model[0].parameters()), "lr": 0.1})
+            by_hand.add_param_group({"params": list(exact[0].parameters()), "lr": 0.1})
+        for batch in window:
+            accumulate(acc, model, batch)
+        acc.step(optimizer)
+        exact.zero_grad()
+        update_by_hand(exact, by_hand, whole)
+    for found, truth in zip(model.parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(found.double(), truth, rtol=1e-6, atol=1e-7)
+
+
+def test_an_optimizer_that_was_not_prepared_is_refused():
+    acc, model, (optimizer,) = start(prepare=False)
+    model = acc.prepare(model)
+    with pytest.raises(AccumTrainerError, match="no optimizer was prepared"):
+        for batch in batches(acc):
+            accumulate(acc, model, batch)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("by", ["torch", "accelerate"])
+def test_clipping_between_micro_batches_is_refused(by):
+    acc, model, (optimizer,) = start()
+    clip = torch.nn.utils.clip_grad_norm_ if by == "torch" else acc.accelerator.clip_grad_norm_
+    with pytest.raises(AccumTrainerError, match=r"changed between two micro-batches.*max_grad_n"):
+        for batch in batches(acc):
+            accumulate(acc, model, batch)
+            clip(model.parameters(), 0.5)
+            optimizer.step()
+
+
+def test_clipping_after_the_last_micro_batch_is_that_of_max_grad_norm():
+    found = []
+    for clips_in_loop in (True, False):
+        acc, model, (optimizer,) = start(**({} if clips_in_loop else {"max_grad_norm": 0.5}))
+        for batch in batches(acc):
+            accumulate(acc, model, batch)
+            if clips_in_loop and acc.accelerator.sync_gradients:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+        found.append([p.detach().clone() for p in model.parameters()])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_a_window_that_a_loop_left_belongs_to_no_update_and_is_reported(caplog):
+    acc, model, (optimizer,) = start()
+    exact = network().double()
+    by_hand = torch.optim.SGD(exact.parameters(), lr=0.1)
+    with caplog.at_level(logging.WARNING):
+        for number, batch in enumerate(batches(acc)):
+            accumulate(acc, model, batch)
+            optimizer.step()
+            if number == 5:  # one update, and two micro-batches of the next window
+                break
+    assert "left after 2 of a window's 4 micro-batches" in caplog.text
+    for batch in batches(acc):
+        accumulate(acc, model, batch)
+        optimizer.step()
+    first, *_ = windows_by_hand()
+    for window in (first, *windows_by_hand()):
+        update_by_hand(exact, by_hand, window)
+    assert acc.num_updates == 5
+    for found, truth in zip(model.parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(found.double(), truth, rtol=1e-6, atol=1e-7)
+
+
+def test_two_windows_at_once_are_refused():
+    acc, _, _ = start()
+    first = iter(acc.windows(DataLoader(data(), batch_size=B), count_targets=count))
+    second = iter(acc.windows(DataLoader(data(), batch_size=B), count_targets=count))
+    next(first)
+    with pytest.raises(AccumTrainerError, match="a new window began before the last was finished"):
+        next(second)
+
+
+def test_accumulating_a_micro_batch_twice_is_refused():
+    acc, model, _ = start()
+    for batch in batches(acc):
+        accumulate(acc, model, batch)
+        with pytest.raises(AccumTrainerError, match="ran before for this micro-batch"):
+            accumulate(acc, model, batch)
+        break
+
+
+def masked_mean(model, batch):
+    inputs, wanted, mask = batch
+    return (((model(inputs) - wanted) ** 2).sum(1) * mask).sum() / mask.sum()
+
+
+def test_a_window_whose_mean_is_over_no_target_is_skipped_and_said():
+    acc = Accumulator(micro_batch_size=B, gradient_accumulation_steps=1)
+    model = network()
+    model, optimizer = acc.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    before = copy.deepcopy(model).state_dict()
+    empty = (torch.zeros(B, 3), torch.zeros(B, 2), torch.zeros(B))
+    for batch in acc.batches(iter([empty]), count_targets=lambda batch: float(batch[2].sum())):
+        with acc.accumulate(model):
+            acc.backward(masked_mean(model, batch), reduction="mean")
+        optimizer.step()
+    assert acc.last_update.skipped and acc.last_update.reason == "empty"
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, before[name])
