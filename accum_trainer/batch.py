@@ -1,4 +1,7 @@
-"""What can be read off any batch: its tensors, samples, tokens; and a batch cut in two."""
+"""Counts of any batch (tensors, samples, tokens), and a batch split in two.
+
+Knows transformers' keys of packed samples, but no model and no window.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,8 @@ from accum_trainer.errors import DataError
 Batch = Any
 # A label that is no target: cross-entropy's ignore_index.
 IGNORE = -100
-# What transformers' models may take beside `position_ids`: samples' ends for flash attention and
-# linear attention, and each token's sample for convolutions and state-space layers.
+# Optional inputs of transformers' models besides `position_ids`: the samples' ends, for flash and
+# linear attention, and the sample of each token, for convolutions and state-space layers.
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
@@ -41,8 +44,10 @@ def tensors_of(batch: Batch) -> Iterator[torch.Tensor]:
 
 
 def num_samples(batch: Batch) -> int:
-    """Samples of a batch: the first dimension of its first tensor (1 where it has none); where they
-    lie end to end in one row, as many as `position_ids` begin anew."""
+    """Samples of a batch: the first dimension of its first tensor, or 1 without a tensor.
+
+    In a packed row, each 0 in `position_ids` starts a sample.
+    """
     if isinstance(batch, Mapping) and is_packed(batch):
         return int((batch["position_ids"] == 0).sum())
     tensor = first_tensor(batch)
@@ -50,7 +55,7 @@ def num_samples(batch: Batch) -> int:
 
 
 def is_packed(batch: Mapping[str, Any]) -> bool:
-    """Whether the samples lie end to end in one row, each with positions that begin at 0."""
+    """Whether the samples lie end to end in one row, each with positions that start at 0."""
     positions = batch.get("position_ids")
     return (
         isinstance(positions, torch.Tensor)
@@ -60,8 +65,7 @@ def is_packed(batch: Mapping[str, Any]) -> bool:
 
 
 def num_tokens(batch: Batch) -> tuple[int, int]:
-    """(tokens, positions) of a batch's `input_ids`: without and with padding; (0, 0) where it has
-    none."""
+    """(tokens, positions) of a batch's `input_ids`, without and with padding; (0, 0) without it."""
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     if not isinstance(ids, torch.Tensor):
         return 0, 0
@@ -70,18 +74,17 @@ def num_tokens(batch: Batch) -> tuple[int, int]:
 
 
 def version_of(tensor: torch.Tensor) -> int:
-    """How often a tensor was changed in place; 0 of one made in inference mode, which keeps no
-    count."""
-    return 0 if tensor.is_inference() else tensor._version
+    """How often a tensor was changed in place; 0 in inference mode, which does not count."""
+    # Autograd counts changes in place under this name only.
+    return 0 if tensor.is_inference() else tensor._version  # noqa: SLF001
 
 
 def halve(batch: Batch) -> tuple[Batch, Batch]:
-    """The first and the second half of a micro-batch's samples; an odd one is in the first.
+    """Split a micro-batch's samples in two; of an odd number, the first half has one more.
 
-    Tensors are cut along their first dimension, and a list with one entry per sample is cut as they
-    are. What has no samples of its own (a number, a tensor of first dimension 1) goes to both
-    halves. Samples that lie end to end in one row are cut where `position_ids` begin anew, nearest
-    to the middle, and their boundaries are made anew.
+    Tensors, and lists with one entry per sample, are split along their first dimension. A value
+    without samples (a number, a tensor of first dimension 1) goes to both halves. A packed row is
+    split at the start of a sample, the nearest to the middle, and its boundaries are recomputed.
 
     Raises:
         DataError: there is one sample, or a tensor whose first dimension is not the samples.
@@ -98,15 +101,21 @@ def halve(batch: Batch) -> tuple[Batch, Batch]:
 
 
 def num_positions(batch: Batch) -> int:
-    """What a batch costs to compute: positions of its `input_ids`, padding counted; else numbers in
-    its first tensor."""
+    """Size of a batch's computation: positions of its `input_ids`, padding included.
+
+    Without `input_ids`, the numbers in its first tensor.
+    """
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     tensor = ids if isinstance(ids, torch.Tensor) else first_tensor(batch)
     return 0 if tensor is None else tensor.numel()
 
 
 def _taken(name: str, value: Any, size: int, part: slice) -> Any:
-    """The samples `part` of a batch of `size`, or of something in it called `name`."""
+    """The samples `part` of `value`, which belongs to a batch of `size` samples.
+
+    Raises:
+        DataError: naming `name`, whose first dimension is not the samples.
+    """
     if isinstance(value, (torch.Tensor, np.ndarray)):
         if value.ndim == 0 or value.shape[0] == 1:
             return value
@@ -164,12 +173,16 @@ def _halve_row(batch: Mapping[str, Any]) -> tuple[Batch, Batch]:
 def boundaries_of(
     lengths: Sequence[int], names: Sequence[str] = BOUNDARIES
 ) -> dict[str, torch.Tensor | int]:
-    """Where samples of these lengths, laid end to end in one row, begin and end, under
-    transformers' names.
+    """The boundaries of samples laid end to end in one row, under transformers' names.
 
-    Gives `cu_seq_lens_q` and `cu_seq_lens_k` of shape (samples + 1,) and `seq_idx` of shape (1,
-    tokens), int32, and `max_length_q` and `max_length_k`, plain numbers, which no kernel has to ask
-    the device for.
+    Args:
+        lengths: tokens of each sample.
+        names: the entries to return.
+
+    Returns:
+        `cu_seq_lens_q` and `cu_seq_lens_k` of shape (samples + 1,), and `seq_idx` of shape (1,
+        tokens), int32; `max_length_q` and `max_length_k` as plain ints, so that no kernel waits for
+        the device.
     """
     sizes = torch.tensor(lengths, dtype=torch.int32)
     ends = torch.nn.functional.pad(sizes.cumsum(0, dtype=torch.int32), (1, 0))

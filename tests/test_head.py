@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_leaves
 
 import accum_trainer
 from accum_trainer import causal_lm_loss
-from accum_trainer.losses import head
-from accum_trainer.losses.head import CHUNKED, PLAIN, SELECTED, LossPath, decide_loss_path
+from accum_trainer.losses import chunked, patched_head
+from accum_trainer.losses.head import LossPath, decide_loss_path, set_loss_path
+from accum_trainer.losses.patched_head import CHUNKED, PLAIN, SELECTED
 from tests.reference import (
     IGNORE,
     VOCABULARY,
@@ -98,7 +99,7 @@ def gradient(
 
 
 def forced(model: torch.nn.Module, path: str) -> torch.nn.Module:
-    head._remember(model, model.get_output_embeddings(), LossPath(path, "by the test"))
+    set_loss_path(model, LossPath(path, "by the test"))
     return model
 
 
@@ -109,7 +110,7 @@ def path_of(model: torch.nn.Module) -> str:
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of three targets."""
-    monkeypatch.setattr(head, "CHUNK", 3 * VOCABULARY)
+    monkeypatch.setattr(chunked, "CHUNK", 3 * VOCABULARY)
 
 
 # --- exactness ---
@@ -152,7 +153,9 @@ def test_two_targets_by_hand():
     with torch.no_grad():
         linear.weight.copy_(torch.eye(2))
     hidden = torch.tensor([[0.0, 0.0], [3.0, 1.0]]).log().nan_to_num(neginf=0.0).requires_grad_()
-    loss = head._chunked_loss(hidden, linear, torch.tensor([0, 1]), 0.0, torch.float32)
+    loss = chunked.chunked_loss(
+        hidden, linear.weight, None, torch.tensor([0, 1]), 0.0, torch.float32
+    )
     loss.backward()
     assert loss.item() == pytest.approx(torch.tensor([2.0, 4.0]).log().sum().item())
     assert hidden.grad.tolist() == [pytest.approx([-0.5, 0.5]), pytest.approx([0.75, -0.75])]
@@ -260,15 +263,15 @@ def test_bf16_is_as_near_as_the_plain_path(name, how, small_chunks):
 
 def test_heads_gradient_is_added_up_in_float32(monkeypatch):
     """Chunks of one target whose gradients are 128, then 1 many times: bf16 would stay at 128."""
-    monkeypatch.setattr(head, "CHUNK", 1)
+    monkeypatch.setattr(chunked, "CHUNK", 1)
     linear = torch.nn.Linear(1, 2, bias=False, dtype=torch.bfloat16)
     linear.weight.grad_dtype = torch.float32
     torch.nn.init.zeros_(
         linear.weight
     )  # softmax is 1/2: the gradient of each target is half of its hidden state
     hidden = torch.tensor([256.0] + [2.0] * 100, dtype=torch.bfloat16).unsqueeze(1)
-    head._chunked_loss(
-        hidden, linear, torch.zeros(101, dtype=torch.int64), 0.0, torch.bfloat16
+    chunked.chunked_loss(
+        hidden, linear.weight, None, torch.zeros(101, dtype=torch.int64), 0.0, torch.bfloat16
     ).backward()
     assert linear.weight.grad.flatten().tolist() == [-228.0, 228.0]
 
@@ -278,7 +281,7 @@ def test_float16_leaves_the_loss_to_the_loss_scale(monkeypatch):
     found = decide_loss_path(model, torch.tensor([[5, 6, 7]]))
     assert found.path == SELECTED
     assert "float16" in found.reason
-    monkeypatch.setattr(head, "_chunked_loss", None)
+    monkeypatch.setattr(patched_head, "chunked_loss", None)
     assert (
         gradient(forced(model, CHUNKED))[0] == gradient(forced(model, SELECTED))[0]
     )  # decided in another precision
@@ -372,7 +375,7 @@ def test_compiled_models_keep_their_head():
     model = make("Llama")
     compiled = torch.compile(model, backend="eager")
     assert decide_loss_path(compiled, None) == LossPath(
-        PLAIN, "the model is compiled, with its head as it was"
+        PLAIN, "the model is compiled together with its output head"
     )
     model.lm_head.compile(backend="eager")
     assert decide_loss_path(model, None) == LossPath(PLAIN, "the output head is compiled")
@@ -458,7 +461,7 @@ def test_a_forward_that_fails_leaves_the_head_as_it_was():
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_evaluation_without_a_gradient(mode, monkeypatch):
-    monkeypatch.setattr(head, "_add_product", None)  # nothing is made for a backward
+    monkeypatch.setattr(chunked, "add_product", None)  # nothing is computed for a backward
     model = make("Llama").eval()
     with mode():
         loss = causal_lm_loss(model, pad(ROWS))
@@ -523,7 +526,7 @@ def test_logits_are_as_many_as_the_path_says(small_chunks):
     assert at_targets < whole / 2
     assert largest(forced(model, PLAIN), batch) == whole
     assert largest(forced(model, SELECTED), batch) == at_targets
-    assert largest(forced(model, CHUNKED), batch) == head.CHUNK == 3 * VOCABULARY
+    assert largest(forced(model, CHUNKED), batch) == chunked.CHUNK == 3 * VOCABULARY
 
 
 def test_shapes_without_values_count_every_position():

@@ -54,7 +54,7 @@ SHORT = {
 REFUSED = {
     ("answers", "BERT"): "padding changes this model's own loss",
     ("pictures", "ResNet"): "BatchNorm modules in train mode",
-    ("speech", "wav2vec2"): "has to divide it by something",
+    ("speech", "wav2vec2"): "must divide it by something",
 }
 
 
@@ -238,7 +238,7 @@ def test_i38_a_mean_is_known_for_one_without_being_said():
             lambda m, b: (m(**b)["loss"] * 2,),
             "neither causal_lm_loss nor what the model returned",
         ),
-        (mean, lambda m, b: (m(**b)["loss"] * 2, "mean"), "nobody knows what it averages over"),
+        (mean, lambda m, b: (m(**b)["loss"] * 2, "mean"), "it is not known what it averages over"),
         (
             mean,
             lambda m, b: (causal_lm_loss(m, b),),
@@ -253,7 +253,7 @@ def test_i38_a_mean_is_known_for_one_without_being_said():
         (
             entangled,
             lambda m, b: (m(**b)["logits"].sum(), "sum"),
-            "nobody knows how many targets it sums over",
+            "it is not known how many targets it sums over",
         ),
     ],
 )

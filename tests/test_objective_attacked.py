@@ -374,7 +374,7 @@ def test_router_that_cannot_be_weighed_apart_is_refused():
     kind = family("Mixtral, router")
     rows = kind.rows(4)
     batches = [kind.collate(rows[:2]), kind.collate(rows[2:])]
-    with pytest.raises(AccumTrainerError, match="which this call does not return beside it"):
+    with pytest.raises(AccumTrainerError, match="which this call does not return separately"):
         run(kind.build(), batches, lambda m, b: (m(**b, return_dict=False)[0],))
     silent = kind.build()
     silent.config.output_router_logits = False

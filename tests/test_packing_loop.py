@@ -88,7 +88,7 @@ def test_i40_a_loop_is_told_of_boundaries_that_would_do(fresh_accelerate):
     before, after = run_loop(model, causal_lm_loss, [collate(ROWS[:3]), collate(ROWS[3:])])
     assert relative_error(stepped(before, after), exact) <= 1e-5
     with pytest.raises(
-        DataError, match=r"holds the boundaries \(\), but what is proven is \('seq_idx',\)"
+        DataError, match=r"holds the boundaries \(\), but \('seq_idx',\) are proven"
     ):
         run_loop(Convolution(), causal_lm_loss, [collate(ROWS[:4]), PackingCollator()(ROWS[1:3])])
 
@@ -131,7 +131,8 @@ def test_i40_packed_batches_after_a_window_without_one_are_refused(fresh_acceler
     prepared, optimizer = acc.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
     seen = []
     with pytest.raises(
-        DataError, match="first window held no packed one.*let the first window hold one"
+        DataError,
+        match="first window was packed.*put a packed one into the first window",
     ):
         for window in acc.windows(iter([pad(ROWS), PackingCollator()(ROWS)])):
             for batch in window:
@@ -145,7 +146,7 @@ def test_i40_rows_packed_in_another_way_are_refused(fresh_accelerate):
     row = PackingCollator()(ROWS)
     several = {name: value.repeat(2, 1) for name, value in row.items()}
     masked = row | {"attention_mask": torch.ones_like(row["input_ids"])}
-    says = r"position_ids of shape \({}, 80\) that begin anew inside a row{}: .*lay them in one row"
+    says = r"position_ids of shape \({}, 80\) that restart inside a row{}: .*lay them in one row"
     for batch, message in (
         (several, says.format(2, "")),
         (masked, says.format(1, " beside an attention_mask")),

@@ -1,13 +1,17 @@
-"""What a loss sums over, proven on the user's model; and a summed loss of our own.
+"""What a loss sums over, proven on the user's model; and a summed next-token loss.
 
 targets        ways to count the terms of a loss
-outputs        what the prepared models returned
-probe          one batch, changed so that two ways to count tell apart
+outputs        losses that the prepared models returned
+dry_run        run a model and leave no trace
+chunked        summed cross-entropy of a linear head, few logits at a time
+patched_head   the forward that replaces the output head's
+head           which way to compute the loss holds for a model
+probe          batches that distinguish two ways of counting
+trial          run them and record the losses
 objective      find what the model's own loss averages over, and prove it
-contract       what a loss passed to `backward` is: a sum or a mean, and over what
-head           the output head: logits only at targets
-causal_lm      the summed next-token loss
-packing_proof  whether a model keeps samples apart that lie in one row
+packing_proof  the proof that a model keeps packed samples apart
 packing        which inputs it needs for that
 packing_guard  refuse packed rows that a model would mix
+causal_lm      the summed next-token loss
+contract       what a loss passed to `backward` is: a sum or a mean, and over what
 """

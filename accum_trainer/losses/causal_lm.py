@@ -1,7 +1,8 @@
-"""Losses as sums over targets, and the count of targets they sum over.
+"""`causal_lm_loss`: the next-token loss as a sum over targets.
 
-A sum can be cut anywhere: the accumulator multiplies each micro-batch's sum by one weight that
-makes the window's gradient the mean over all its targets. Nothing here divides.
+A sum can be split anywhere: the accumulator multiplies each micro-batch's sum by one weight, so
+that the window's gradient is the mean over all its targets. Nothing here divides. Knows no engine
+and no window.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from accum_trainer.losses.packing import without_cache
 
 @dataclass(frozen=True)
 class SummedLoss:
-    """A loss that was made here: a sum over the shifted `labels`, as long as it is unchanged.
+    """A loss computed here: a sum over the shifted `labels`, unless it was changed since.
 
     Attributes:
-        loss: weakly, so that no graph is kept alive.
-        version: of the loss; changed in place it is another number.
-        labels: as the loss was given them.
+        loss: held weakly, so that no graph is kept alive.
+        version: of the loss tensor; a change in place raises it.
+        labels: as the loss received them.
     """
 
     loss: weakref.ReferenceType[torch.Tensor]
@@ -36,7 +37,7 @@ class SummedLoss:
     labels: torch.Tensor
 
 
-# The last ones, so that `summed_here` knows one again.
+# The last ones, which `summed_here` recognises.
 _made: deque[SummedLoss] = deque(maxlen=4)
 
 
@@ -45,11 +46,11 @@ def causal_lm_loss(
 ) -> torch.Tensor:
     """Summed next-token cross-entropy of a causal language model on one micro-batch.
 
-    Runs `model` on everything in `batch` but the labels and takes the loss from its logits, so it
-    does not matter what the model itself would average over. Position t predicts label t + 1; the
-    first label of a row is no target. Logits are made only where there are targets, and few at a
-    time, where the model allows it: see `head`. A packed row is run without a cache, which would
-    hide from transformers where its samples begin.
+    Runs `model` on everything in `batch` but the labels and computes the loss from its logits, so
+    the model's own reduction does not matter. Position t predicts label t + 1; the first label of a
+    row is no target. If the model allows it, logits are computed only where there are targets, and
+    few at a time: see `head`. A packed row is run without a cache, since transformers ignores
+    restarting positions if there is one.
 
     Args:
         model: returns logits of shape (samples, tokens, vocabulary), as an attribute `logits` or as
@@ -60,11 +61,14 @@ def causal_lm_loss(
 
     Returns:
         A scalar, float32 (float64 from float64 logits): the sum over `causal_lm_targets(batch)`
-        targets; 0 with a graph where there is none.
+        targets; 0 with a graph if there is none.
+
+    Raises:
+        DataError: the labels or the model do not predict a next token, or the logits are not at the
+            positions of the labels.
     """
     _check(model, batch)
-    # Shift the labels, not the logits: a slice of the logits would be a second copy of the largest
-    # tensor there is.
+    # Shift the labels, not the logits: a slice of the logits would copy the largest tensor.
     targets = F.pad(batch["labels"], (0, 1), value=IGNORE)[:, 1:]
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     if is_packed(batch):
@@ -75,7 +79,7 @@ def causal_lm_loss(
 
 
 def _check(model: Any, batch: Mapping[str, Any]) -> None:
-    """Raise a DataError for what predicts no next token; it would fail later in other words."""
+    """Raise a DataError if nothing here predicts a next token; later errors are less clear."""
     labels = batch.get("labels")
     if not isinstance(labels, torch.Tensor) or labels.ndim != 2 or labels.is_floating_point():
         have = (
@@ -96,5 +100,5 @@ def _check(model: Any, batch: Mapping[str, Any]) -> None:
 
 
 def summed_here(loss: torch.Tensor) -> SummedLoss | None:
-    """What `causal_lm_loss` made this very tensor of, if it did and the tensor is unchanged."""
+    """The record of this very tensor if `causal_lm_loss` returned it and it is unchanged."""
     return next((m for m in _made if m.loss() is loss and m.version == version_of(loss)), None)

@@ -1,9 +1,10 @@
-"""What the loss that a loop passes to `backward` is: a sum or a mean, and over what.
+"""What a loss passed to `backward` is: a sum or a mean, and over what.
 
-Three kinds of loss are told apart: `causal_lm_loss`, a sum by construction; the number that the
-model itself returned, whose reduction was proven on the model; and one that the user made, of which
-nothing is known but the user's word. A mean is taken only if somebody knows what it averages over,
-and only over the targets that were counted: a loop that changes labels, or the loss, is told.
+There are three kinds: `causal_lm_loss`, a sum by construction; the loss that the model itself
+returned, whose reduction was proven on the model; and a loss that the user computed, of which only
+the user's statement is known. A mean is accepted only if it is known what it averages over, and
+only over the targets that were counted: a loop that changes labels or the loss gets an error.
+Knows the engine's ranks and a micro-batch's counts, but weighs and runs nothing.
 """
 
 from __future__ import annotations
@@ -30,13 +31,11 @@ from accum_trainer.losses.outputs import Call, OutputWatch
 from accum_trainer.losses.packing_guard import PackingGuard
 from accum_trainer.losses.targets import SHIFTED, CountTargets
 
-# Ways of counting that are remembered, the oldest forgotten first.
+# Most ways of counting whose proofs are kept; the oldest is dropped first.
 _MOST_FOUND = 8
-# A proof needs no more samples, and the logits of few take little memory.
+# Samples of a proof: more are not needed, and the logits of few take little memory.
 _MOST_SAMPLES = 4
-
-
-# Arguments of a call that change what a model's own loss is.
+# Arguments of a call that change a model's own loss.
 _CHANGE_THE_LOSS = ("num_items_in_batch", "shift_labels", "output_router_logits")
 
 # (`sum` or `mean`, the loss over targets, a router's term or None)
@@ -49,10 +48,10 @@ class Passed:
 
     Attributes:
         loss: shape ().
-        reduction: what the user says it is, or None.
-        microbatch: the micro-batch in hand (`window.MicroBatch`).
-        objective: of the windows that it comes from.
-        counts_given: the user said how targets are counted.
+        reduction: `sum` or `mean` as the user states, or None.
+        microbatch: the current micro-batch (`window.MicroBatch`).
+        objective: of the windows that it belongs to.
+        counts_given: the user passed `count_targets`.
     """
 
     loss: torch.Tensor
@@ -63,19 +62,19 @@ class Passed:
 
     @property
     def counts(self) -> bool:
-        """Whether this micro-batch has a part in the window's gradient."""
+        """Whether this micro-batch contributes to the window's gradient."""
         return bool(self.microbatch.planned.weight)
 
 
 class LossContract:
-    """Knows the models of a loop, and what each loss of theirs is.
+    """Knows the models of a loop and what each of their losses is.
 
     Args:
         engine: of the accumulator.
 
     Attributes:
-        allow_batch_norm: accept that BatchNorm makes an update depend on its cut.
-        objective: what the model's own loss was last found to sum over; None before `decide`.
+        allow_batch_norm: accept that BatchNorm makes an update depend on how the batch is split.
+        objective: of the model's own loss, as last found; None before `decide`.
     """
 
     def __init__(self, engine: Any, allow_batch_norm: bool = False) -> None:
@@ -88,29 +87,32 @@ class LossContract:
         self._packing = PackingGuard(engine)
 
     @property
-    def _is_cut(self) -> bool:
+    def _is_split(self) -> bool:
         plan = self._engine.plan
         return plan.gradient_accumulation_steps * plan.world_size > 1
 
     def watch(self, models: Sequence[torch.nn.Module]) -> None:
-        """Know these models, as the loop calls them."""
+        """Watch these models, as the loop calls them."""
         known = {id(self._engine.unwrap(model)) for model in self._models}
         new = [model for model in models if id(self._engine.unwrap(model)) not in known]
         self._models += new
         if new:
-            self._found.clear()  # what was found, was found on another set of models
-        for model in new:  # not also what a wrapper wraps: one call would be noted twice
+            self._found.clear()  # it was found on another set of models
+        for model in new:  # not the model inside a wrapper too: one call would be recorded twice
             self._outputs.watch(model)
 
     def begin_micro_batch(self, is_first: bool) -> None:
-        """Look at what a loop may have changed since the last one: the modes of BatchNorm, before a
-        window."""
+        """Restart the count of calls; before a window, check BatchNorm's modes again.
+
+        Raises:
+            EngineError: as `check_batch_norm`.
+        """
         self._outputs.begin()
         if is_first:
             self.check_batch_norm()
 
     def forget_outputs(self) -> None:
-        """Let go of what the models returned."""
+        """Drop the references to the models' outputs."""
         self._outputs.clear()
 
     # --- finding the objective ---
@@ -118,24 +120,24 @@ class LossContract:
     def decide(
         self, batches: Sequence[Batch], given: CountTargets | None = None
     ) -> Objective | None:
-        """Find what the model's own loss sums over, before a first window is counted. Collective.
+        """Find what the model's own loss sums over, before the first window is counted. Collective.
 
-        Returns None if no process has a batch. Found once for each way of counting.
+        Found once for each way of counting. Returns None if no process has a batch.
 
         Args:
-            batches: this process's micro-batches, if it has any; the one with most in it, on the
-                first process that has one, is what all processes run.
-            given: the user's own count, to be compared with the model's own loss.
+            batches: this process's micro-batches; may be none. All processes run the largest one
+                of the first process that has any.
+            given: the user's count, to be compared with the model's own loss.
 
         Raises:
             DataError: no count is given, and the batch has no labels.
-            EngineError: BatchNorm in train mode, and windows of several micro-batches.
+            EngineError: BatchNorm in training mode, and windows of several micro-batches.
         """
         self.watch(self._engine.prepared_models())
         self._packing.decide(self._models, batches)
         self.check_batch_norm()
         if given not in self._found:
-            if len(self._found) >= _MOST_FOUND:  # a function made anew in each epoch
+            if len(self._found) >= _MOST_FOUND:  # a function created in each epoch
                 del self._found[next(iter(self._found))]
             batch = self._engine.first_of(max(batches, key=num_positions, default=None))
             if batch is None:
@@ -145,12 +147,12 @@ class LossContract:
         return self.objective
 
     def _agreed(self, batch: Batch, given: CountTargets | None) -> Objective:
-        """What all processes find; the worst verdict holds, and what one raises ends all."""
+        """The worst verdict of all processes; an error on one is raised on all."""
         found: Objective | None = None
         failure: Exception | None = None
         try:
             found = self._find(self._engine.to_device(_few_samples(batch)), given)
-        except Exception as error:  # also of the user's own count
+        except Exception as error:  # the user's count may raise too
             failure = error
         self._engine.agree(failure)
         assert found is not None
@@ -167,16 +169,19 @@ class LossContract:
         return unproven(batch, given, reason)
 
     def check_batch_norm(self) -> None:
-        """Raise an EngineError for BatchNorm in train mode, unless it is accepted or nothing is
-        cut."""
-        if self.allow_batch_norm or not self._is_cut:
+        """Check that no BatchNorm would normalise over parts of a split batch.
+
+        Raises:
+            EngineError: one is in training mode, that is not accepted, and batches are split.
+        """
+        if self.allow_batch_norm or not self._is_split:
             return
         names = [name for model in self._models for name in batch_statistics(model)]
         if names:
             raise EngineError(
                 f"the model has {len(names)} BatchNorm modules in train mode "
                 f"({', '.join(names[:3])}): each micro-batch would be normalised by its own "
-                "statistics, so the update depends on how the batch is cut. Freeze them "
+                "statistics, so the update depends on how the batch is split. Freeze them "
                 "(module.eval() after model.train()), use GroupNorm, or accept it with "
                 "Accumulator(allow_batch_norm=True)"
             )
@@ -184,13 +189,14 @@ class LossContract:
     # --- a loss, as it is passed to backward ---
 
     def split(self, passed: Passed, has_auxiliary: bool = False) -> Split:
-        """What the loss is: its reduction, its part over targets, and a router's part or None.
+        """Separate a loss into its reduction, its part over targets and a router's part or None.
 
         Args:
-            has_auxiliary: the user passed a second term, which takes the router's place.
+            passed: the loss, and what the user states about it.
+            has_auxiliary: the user passed a second term, which replaces the router's.
 
         Raises:
-            AccumTrainerError: nobody knows what the loss is, or it is not what the user says.
+            AccumTrainerError: it is not known what the loss is, or not what the user states.
             DataError: the model ran on other targets than were counted; or padding changes its own
                 loss, and this batch has another length.
         """
@@ -208,14 +214,14 @@ class LossContract:
             )
         if passed.reduction == MEAN and not passed.counts_given:
             raise AccumTrainerError(
-                "backward() got a mean that the model did not return, and nobody knows what it "
+                "backward() got a mean that the model did not return, and it is not known what it "
                 f"averages over; {REMEDY}, or pass the model's own loss as the model returned it"
             )
         objective = passed.objective
         is_counted = objective is None or bool(objective.reduction or objective.is_only_way)
         if not passed.counts_given and not is_counted:
             raise AccumTrainerError(
-                "backward() got a sum that the model did not return, and nobody knows how many "
+                "backward() got a sum that the model did not return, and it is not known how many "
                 f"targets it sums over: the model's own loss {_why(objective)}; {REMEDY}"
             )
         return passed.reduction, passed.loss, self._router(call, has_auxiliary)
@@ -258,24 +264,23 @@ class LossContract:
             )
         if objective.reduction == SUM and not passed.counts_given:
             raise AccumTrainerError(
-                f"the model's own loss is a {objective.describe()}, and an update has to divide it "
+                f"the model's own loss is a {objective.describe()}, and an update must divide it "
                 "by something; pass count_targets=function(batch) -> number of terms to divide by"
             )
         if not objective.has_router_term:
             return objective.reduction, passed.loss, None
         if call.router_term is None:
             raise AccumTrainerError(
-                "the model's own loss holds a router's loss, which this call does not return "
-                "beside "
-                "it (return_dict=False?), so the two cannot be weighed apart; call model(**batch)"
+                "the model's own loss contains a router's loss, which this call does not return "
+                "separately (return_dict=False?), so the two cannot be weighed separately; call "
+                "model(**batch)"
             )
         return objective.reduction, passed.loss - call.router_term, call.router_term
 
     def _by_word(self, passed: Passed) -> Split:
-        """The model's own loss, of which nothing is proven: what the user says, unless it was
-        disproven."""
+        """The model's own loss without a proof: as the user states, unless that is disproven."""
         objective, reduction = passed.objective, passed.reduction
-        is_disproven = objective is not None and objective.is_disproven and self._is_cut
+        is_disproven = objective is not None and objective.is_disproven and self._is_split
         if reduction is not None and not is_disproven and (reduction == SUM or passed.counts_given):
             return reduction, passed.loss, None
         if is_disproven:
@@ -295,17 +300,16 @@ class LossContract:
         if call is not None and call.has_unknown_router and not has_auxiliary:
             raise AccumTrainerError(
                 "the model returned a router's loss (aux_loss) and its configuration names no "
-                "coefficient for it; pass auxiliary=coefficient * outputs.aux_loss, or switch "
+                "coefficient for it; pass auxiliary=coefficient * outputs.aux_loss, or turn "
                 "output_router_logits off"
             )
         if call is None or call.router_term is None or has_auxiliary:
             return None
         if call.num_routed > 1:
             raise AccumTrainerError(
-                f"the model ran {call.num_routed} times in this micro-batch, and each time with a "
-                "router's loss: which "
-                "of them belongs to this loss is not known; pass auxiliary=coefficient * "
-                "outputs.aux_loss"
+                f"the model ran {call.num_routed} times in this micro-batch, each time with a "
+                "router's loss, and it is not known which of them belongs to this loss; pass "
+                "auxiliary=coefficient * outputs.aux_loss"
             )
         return call.router_term
 
@@ -315,14 +319,13 @@ def _why(objective: Objective | None) -> str:
 
 
 def _check_call(call: Call, batch: Batch) -> None:
-    """Raise an AccumTrainerError if the model was called with what was not there at the proof."""
+    """Raise an AccumTrainerError for an argument that changes the loss and was not proven."""
     given = batch if isinstance(batch, Mapping) else {}
     for name, value in call.inputs.items():
         is_new = name not in given and value is not None
         if is_new and (name in _CHANGE_THE_LOSS or "loss" in name):
             raise AccumTrainerError(
-                f"the model was called with {name}, which changes what its own loss is, and that "
-                "was "
+                f"the model was called with {name}, which changes its own loss, and that was "
                 f"proven without it; leave {name} out: acc.backward() gives the loss its weight"
             )
 
@@ -330,17 +333,17 @@ def _check_call(call: Call, batch: Batch) -> None:
 def _check_targets(objective: Objective, passed: Passed, call: Call) -> None:
     """Raise a DataError if the model ran on other targets than were counted.
 
-    The very tensors that the window gave, unchanged, need no look at their values, for which a
-    device would be waited.
+    The window's own tensors, unchanged, need no look at their values, which would wait for the
+    device.
     """
     handed = passed.microbatch.targets
     used = {key: call.inputs.get(key) for key in handed}
     if all(_is_as_handed(used[key], handed[key]) for key in handed):
-        return  # or targets of another name, of which nothing is known
+        return  # also if the batch holds no targets under a known name
     if any(value is None for value in used.values()):
         raise DataError(
-            f"the model's own loss was made without the batch's {', '.join(handed)}; pass the "
-            "batch as it is"
+            f"the model's own loss was computed without the batch's {', '.join(handed)}; pass "
+            "the batch as it is"
         )
     _check_count(
         objective.counting.count(call.inputs), passed.microbatch.planned.num_targets, "the model"
@@ -351,20 +354,18 @@ def _is_as_handed(found: Any, handed: tuple[torch.Tensor, int]) -> bool:
     return found is handed[0] and version_of(handed[0]) == handed[1]
 
 
-def _check_count(found: float, planned: float, what: str) -> None:
+def _check_count(found: float, planned: float, who: str) -> None:
     if found != planned:
         raise DataError(
-            f"{what} ran on {found:g} targets, and {planned:g} were counted in the micro-batch "
-            "before "
-            "the window began, by which its loss is weighed: the loop changed labels or samples, "
-            "or "
-            "count_targets counts otherwise. Change them in collate_fn, or before the batches "
-            "reach acc.windows()"
+            f"{who} ran on {found:g} targets, and {planned:g} were counted in the micro-batch "
+            "before the window began, which gave its loss the weight: the loop changed labels or "
+            "samples, or count_targets counts otherwise. Change them in collate_fn, or before the "
+            "batches reach acc.windows()"
         )
 
 
 def _few_samples(batch: Batch) -> Batch:
-    """The first samples of a batch, if it can be cut."""
+    """The first samples of a batch, if it can be split."""
     while num_samples(batch) > _MOST_SAMPLES:
         try:
             batch = halve(batch)[0]

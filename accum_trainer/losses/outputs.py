@@ -1,7 +1,7 @@
-"""What a model returned: its own loss, and the loss of a mixture of experts' router.
+"""Losses that a model returned: its own, and that of a mixture of experts' router.
 
-The accumulator watches the models that it prepared, so that a loss passed to `backward` is known
-for what it is: the model's own, or one that the user made.
+The prepared models are watched, so that `backward` can tell the model's own loss from one that the
+user computed. Knows how models of transformers return losses; knows no engine and no window.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from accum_trainer.batch import version_of
 
 
 def own_loss(outputs: Any) -> torch.Tensor | None:
-    """The scalar loss that a model returned: `.loss`, the first of a tuple, or its whole output."""
+    """The scalar loss in a model's output: `.loss`, the first of a tuple, or the output itself."""
     found = outputs
     if isinstance(outputs, Mapping):
         found = outputs.get("loss")
@@ -37,7 +37,7 @@ def router_loss(outputs: Any) -> torch.Tensor | None:
 
 
 def _named(model: torch.nn.Module, args: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by name; of a wrapper's, by the names of what it wraps."""
+    """All arguments of a call by name; for a wrapper, by the names of the wrapped forward."""
     if not args:
         return inputs
     plain: Any = model
@@ -49,12 +49,12 @@ def _named(model: torch.nn.Module, args: Any, inputs: dict[str, Any]) -> dict[st
         return inputs
 
 
-# What models call it: most of transformers', JetMoe and its kind.
+# The coefficient's names: most models of transformers; JetMoe and similar ones.
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 
 
 def router_coefficient(model: torch.nn.Module) -> float | None:
-    """What the model multiplies its router's loss by; None if it names nothing."""
+    """The factor of the router's loss in the model's own loss; None if the model names none."""
     plain: Any = model
     while not hasattr(plain, "config") and isinstance(
         getattr(plain, "module", None), torch.nn.Module
@@ -76,8 +76,8 @@ class Call:
     Attributes:
         inputs: its arguments by name.
         router_term: the router's loss times its coefficient, with its graph; None if there is none.
-        has_unknown_router: there is a router's loss, and no coefficient that is known.
-        num_routed: calls since `begin` that gave a router's loss, this one counted.
+        has_unknown_router: there is a router's loss without a known coefficient.
+        num_routed: calls since `begin` that returned a router's loss, including this one.
     """
 
     inputs: dict[str, Any]
@@ -87,10 +87,10 @@ class Call:
 
 
 class OutputWatch:
-    """The last call, with a gradient, of the models it is hooked to.
+    """The last call under autograd of the watched models.
 
     Attributes:
-        call: the last one; None before the first, and after `clear`.
+        call: the last one; None before the first and after `clear`.
     """
 
     def __init__(self) -> None:
@@ -100,7 +100,7 @@ class OutputWatch:
         self._watched: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
     def watch(self, model: torch.nn.Module) -> None:
-        """Note what `model` is given and returns from now on, as the loop calls it."""
+        """Record the inputs and outputs of `model` from now on, as the loop calls it."""
         if model not in self._watched:
             self._watched.add(model)
             model.register_forward_hook(self._note, with_kwargs=True)
@@ -109,7 +109,7 @@ class OutputWatch:
         self, model: torch.nn.Module, args: Any, inputs: dict[str, Any], outputs: Any
     ) -> None:
         if not torch.is_grad_enabled():
-            return  # a proof, or an evaluation: no loss to go back from
+            return  # a proof or an evaluation: nothing to differentiate
         loss, router = own_loss(outputs), router_loss(outputs)
         self._own = None if loss is None else (weakref.ref(loss), version_of(loss))
         coefficient = 0.0 if router is None else router_coefficient(model)
@@ -118,11 +118,11 @@ class OutputWatch:
         self.call = Call(_named(model, args, inputs), term, coefficient is None, self._num_routed)
 
     def begin(self) -> None:
-        """Count calls anew: those before a micro-batch, as in an evaluation, are not its own."""
+        """Restart the count of calls: those before a micro-batch do not belong to it."""
         self._num_routed = 0
 
     def is_own(self, loss: torch.Tensor) -> bool:
-        """Whether `loss` is the very number that a watched model returned last, unchanged."""
+        """Whether `loss` is the loss that a watched model returned last, unchanged."""
         found = None if self._own is None else self._own[0]()
         if found is None or self._own is None or version_of(found) != self._own[1]:
             return False

@@ -1,9 +1,10 @@
-"""Whether a model keeps samples apart that lie end to end in one row, and what it needs for it.
+"""Whether a model keeps packed samples apart, and which inputs it needs for that.
 
-transformers tells samples by positions that begin anew, in attention, if there is no cache. Layers
-that keep a state, convolve over time or window by other means see the sample before, unless they
-take the samples' boundaries, and the kernels at hand use them. Nothing is read off a class name:
-each way is proven on the model (`packing_proof`). Knows no engine and no window.
+Packed samples lie end to end in one row. transformers separates them in attention by positions
+that restart at 0, if there is no cache. Layers with a state, a convolution over time or another
+kind of window see the sample before, unless they receive the samples' boundaries and the installed
+kernels use them. Nothing is read off a class name: each way is proven on the model
+(`packing_proof`). Knows how engines wrap a model (`dry_run`), but no class of model and no window.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from typing import Any
 import torch
 
 from accum_trainer.batch import BOUNDARIES
-from accum_trainer.losses.head import inside_wrapper
+from accum_trainer.losses.dry_run import inside_wrapper
 from accum_trainer.losses.packing_proof import Packing, Proof, accepts
 
-# Tokens of a sample of a proof, if real ones are not shorter.
+# Fewest tokens of a sample in a proof, unless real ones are shorter.
 _FEWEST = 16
 _Run = Callable[..., Packing]
-# By model; then by what the outcome depends on. Weakly: a hook may hold the whole model.
+# Cache keyed by model, weakly, then by everything else that the outcome depends on.
 _decided: weakref.WeakKeyDictionary[torch.nn.Module, dict[Any, Packing]] = (
     weakref.WeakKeyDictionary()
 )
@@ -39,23 +40,23 @@ def find_packing(
     backward: bool = True,
     agree: Callable[[Packing], Packing] = lambda found: found,
 ) -> Packing:
-    """Prove that the model keeps packed samples apart, or find what it would need; decided once.
+    """Prove that the model keeps packed samples apart, or find what it needs; decided once.
 
-    Six forwards of a row for each way that is tried, and six small backwards; the random state, the
-    model's modes and its buffers are left as they were, and no parameter gets a gradient.
+    Each way takes six forwards of a row and six small backwards. The random state, the model's
+    modes and its buffers are restored, and no parameter gets a gradient.
 
     Args:
         model: as one process calls it.
-        tokens: any tokens of the model, int64, where it is; the same on all processes.
-        most: tokens of the longest row there will be; windows of attention are exercised up to it.
-        longest: tokens of the longest sample there will be, if known.
-        boundaries: what batches hold beside `position_ids`; None to find what the model needs.
+        tokens: any tokens of the model, int64, on its device; equal on all processes.
+        most: tokens of the longest row to expect; attention windows are exercised up to it.
+        longest: tokens of the longest sample to expect, if known.
+        boundaries: keys that batches hold besides `position_ids`; None to find the ones needed.
         is_16_bit: the forward runs under 16-bit autocast.
-        backward: one process can run a backward of its own. Without it the gradient is not looked
-            at: logits that do not depend on other samples have none there, so only a kernel whose
-            backward contradicts its forward, or a layer behind a weight that is still 0, would go
-            unseen.
-        agree: makes one verdict of every process' own, so that all go on in the same way.
+        backward: one process may run a backward without the others. Without it gradients are not
+            compared. Logits that do not depend on other samples have no gradient there, so only a
+            kernel whose backward contradicts its forward, or a layer behind a weight that is still
+            0, could go unnoticed.
+        agree: combines the verdicts of all processes into one, so that all try the same ways.
     """
     inner = inside_wrapper(model)
     attention = getattr(getattr(inner, "config", None), "_attn_implementation", None)
@@ -76,12 +77,12 @@ def find_packing(
         )
         known[key] = found
         if found.holds:
-            known[(found.boundaries, *how)] = found  # batches will hold them
+            known[(found.boundaries, *how)] = found  # batches will hold these
     return known[key]
 
 
 def worst_of(verdicts: Sequence[Packing]) -> Packing:
-    """What holds on all ranks."""
+    """The verdict that holds on all ranks."""
     failed = [verdict for verdict in verdicts if not verdict.holds]
     if failed or len(set(verdicts)) == 1:
         return failed[0] if failed else verdicts[0]
@@ -93,7 +94,7 @@ def worst_of(verdicts: Sequence[Packing]) -> Packing:
 
 
 def uses_cache(model: torch.nn.Module) -> bool:
-    """Whether a forward of this model fills a cache unless it is called with `use_cache=False`."""
+    """Whether the model fills a cache unless it is called with `use_cache=False`."""
     configs = (getattr(model, "config", None), _text_config(model))
     return any(getattr(config, "use_cache", False) is True for config in configs)
 
@@ -110,7 +111,7 @@ def without_cache(model: torch.nn.Module, inputs: dict[str, Any]) -> dict[str, A
 
 
 def _given(run: _Run, model: torch.nn.Module, boundaries: tuple[str, ...]) -> Packing:
-    """What holds of batches that are as they are."""
+    """The verdict on batches as they are; a failure names the boundaries that would help."""
     found = run(boundaries)
     if found.holds:
         return found
@@ -127,8 +128,10 @@ def _given(run: _Run, model: torch.nn.Module, boundaries: tuple[str, ...]) -> Pa
 
 
 def _needed(run: _Run, model: torch.nn.Module, attention: str | None) -> Packing:
-    """The fewest boundaries that do; flash attention gets its own in any case, without which it
-    waits for the device."""
+    """The fewest boundaries that suffice.
+
+    Flash attention gets its own in any case: without them it waits for the device.
+    """
     found = run(())
     taken = _boundaries_taken(model)
     if found.holds:
@@ -152,8 +155,10 @@ def _neither(found: Packing, bounded: Packing) -> Packing:
 
 
 def _lengths(model: torch.nn.Module, most: int, longest: int | None) -> list[int]:
-    """Samples of a row that is longer than the model's windows, if real rows are; unequal, each at
-    least 2 tokens."""
+    """Unequal lengths of the samples of a row, each at least 2 tokens.
+
+    The row exceeds the model's attention windows if real rows do.
+    """
     most = max(most, 2 * _FEWEST)
     window = max((size for size in _windows(model) if size < most), default=0)
     positions = getattr(_text_config(model), "max_position_embeddings", None) or most
@@ -166,8 +171,7 @@ def _lengths(model: torch.nn.Module, most: int, longest: int | None) -> list[int
 
 
 def _windows(model: torch.nn.Module) -> Iterator[int]:
-    """Sizes in the model's configuration that a row may exceed: windows of attention, chunks of a
-    scan."""
+    """Sizes in the model's configuration that a row may exceed: attention windows, scan chunks."""
     for name, size in getattr(_text_config(model), "__dict__", {}).items():
         if (
             ("window" in name or "chunk" in name)
@@ -178,7 +182,7 @@ def _windows(model: torch.nn.Module) -> Iterator[int]:
 
 
 def _text_config(model: torch.nn.Module) -> Any:
-    """The configuration of the model, or of its part that reads text."""
+    """The configuration of the model's text part, or of the model."""
     config = getattr(model, "config", None)
     text = getattr(config, "get_text_config", None)
     return text() if callable(text) else config

@@ -1,8 +1,8 @@
-"""No packed batch runs on a model that has not been proven to keep packed samples apart.
+"""Refuse packed rows on a model that is not proven to keep packed samples apart.
 
-The proof is made with the first packed micro-batch, by all ranks together. A hook on each model of
-the loop lets packed rows through that are like it; others are refused in their forward, before the
-update that they would spoil. A proven model is not asked anything that waits for the device.
+All ranks prove it together on the first packed micro-batch. A hook on each model of the loop then
+accepts packed rows like that one and refuses others in their forward, before they spoil an update.
+On a proven model the hook never waits for the device. Knows the engine's ranks, but no window.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import torch
 
 from accum_trainer.batch import BOUNDARIES, Batch, is_packed, num_positions, num_samples
 from accum_trainer.errors import DataError
-from accum_trainer.losses.head import inside_wrapper
+from accum_trainer.losses.dry_run import inside_wrapper
 from accum_trainer.losses.packing import find_packing, uses_cache, worst_of
 from accum_trainer.losses.packing_proof import Packing
 
-# Tokens of the row of a proof, at least: attention windows up to it are exercised, however short
-# the first real row is.
+# Fewest tokens in the row of a proof: it exercises attention windows up to this size, even if the
+# first real row is short.
 _MOST = 4352
 _PADDED = "give it padded batches with an attention_mask"
 
 
 class PackingGuard:
-    """Knows the models of a loop, and which of them may be given packed rows.
+    """Knows the models of a loop and which of them may run packed rows.
 
     Args:
         engine: of the accumulator.
@@ -42,7 +42,11 @@ class PackingGuard:
         self._watched: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
     def decide(self, models: Sequence[torch.nn.Module], batches: Sequence[Batch]) -> None:
-        """Prove the models with the first packed row that a rank has, if any has one. Collective.
+        """Prove the models on the first packed row of any rank, if there is one. Collective.
+
+        Args:
+            models: as the loop calls them.
+            batches: this rank's micro-batches; may be none.
 
         Raises:
             DataError: a batch is packed in a way that no proof covers.
@@ -87,7 +91,7 @@ class PackingGuard:
             return
         found = self._found.get(model)
         problem = _problem(model, inputs, found)
-        # Only here are values read, which waits for the device; one sample alone sees no other.
+        # Only now read values, which waits for the device. A single sample sees no other.
         if problem and num_samples(inputs) > 1:
             name = type(inside_wrapper(model)).__name__.removeprefix("FSDP")
             raise DataError(f"a packed batch of {num_samples(inputs)} samples on {name}: {problem}")
@@ -98,8 +102,7 @@ def _boundaries_in(batch: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _wrong_boundary(row: Mapping[str, Any]) -> str:
-    """The first of a row's boundaries that says something else than where its positions begin anew;
-    "" if none does."""
+    """The first of a row's boundaries that contradicts its position_ids; "" if none does."""
     begins = (row["position_ids"][0] == 0).nonzero().flatten().tolist()
     edges = sorted({0, *begins, row["position_ids"].shape[1]})
     longest = max(end - begin for begin, end in pairwise(edges))
@@ -108,7 +111,7 @@ def _wrong_boundary(row: Mapping[str, Any]) -> str:
             fits = row[name].tolist() == edges
         elif name.startswith("max_length"):
             fits = int(row[name]) >= longest
-        else:  # whatever it counts from
+        else:  # from any first number
             fits = (row[name][0].diff().nonzero().flatten() + 1).tolist() == edges[1:-1]
         if not fits:
             return name
@@ -116,8 +119,7 @@ def _wrong_boundary(row: Mapping[str, Any]) -> str:
 
 
 def _packed_otherwise(batch: Batch) -> str | None:
-    """Why this batch is refused: samples lie end to end in its rows, and it is no single row
-    without a mask."""
+    """Why this batch is refused, or None: it is packed, but not in a single row without a mask."""
     positions = batch.get("position_ids") if isinstance(batch, Mapping) else None
     if not isinstance(positions, torch.Tensor) or positions.ndim != 2 or is_packed(batch):
         return None
@@ -125,26 +127,24 @@ def _packed_otherwise(batch: Batch) -> str | None:
     anew = positions[:, 1:] == 0
     if isinstance(mask, torch.Tensor):
         if mask.shape != positions.shape:
-            return None  # it says more than which tokens are padding
+            return None  # a mask of another shape says more than which tokens are padding
         anew = anew & (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
     if not anew.any():
         return None
     return (
-        f"a batch has position_ids of shape {tuple(positions.shape)} that begin anew inside a row"
-        f"{' beside an attention_mask' if mask is not None else ''}: transformers keeps packed "
-        "samples apart on every "
-        "kind of attention only in a single row without a mask; lay them in one row "
-        "(PackingCollator does), or pad them"
+        f"a batch has position_ids of shape {tuple(positions.shape)} that restart inside a row"
+        f"{' beside an attention_mask' if mask is not None else ''}: only in a single row without "
+        "a mask does transformers keep packed samples apart on every kind of attention; lay them "
+        "in one row (PackingCollator does), or pad them"
     )
 
 
 def _problem(model: torch.nn.Module, inputs: Mapping[str, Any], found: Packing | None) -> str:
-    """Why this model may not be given this packed row, and the remedy; "" if it may."""
+    """Why this model may not run this packed row, and the remedy; "" if it may."""
     if found is None:
         return (
-            "the micro-batches of the first window held no packed one, so it is not proven that "
-            "the samples do not see "
-            f"each other; let the first window hold one, or {_PADDED}"
+            "no micro-batch of the first window was packed, so it is not proven that the samples "
+            f"do not see each other; put a packed one into the first window, or {_PADDED}"
         )
     if not found.holds:
         remedy = f"; {_PADDED}"
@@ -157,14 +157,13 @@ def _problem(model: torch.nn.Module, inputs: Mapping[str, Any], found: Packing |
         and uses_cache(inside_wrapper(model))
     ):
         return (
-            "its samples see each other, as transformers does not look for positions that begin "
-            "anew where there is a "
-            "cache; set model.config.use_cache = False before training, or use causal_lm_loss"
+            "its samples see each other: with a cache, transformers ignores positions that "
+            "restart; set model.config.use_cache = False before training, or use causal_lm_loss"
         )
     given = _boundaries_in(inputs)
     if given != found.boundaries:
         return (
-            f"it holds the boundaries {given}, but what is proven is {found.boundaries}; "
-            "collate all batches of a loop alike"
+            f"it holds the boundaries {given}, but {found.boundaries} are proven; collate all "
+            "batches of a loop alike"
         )
     return ""

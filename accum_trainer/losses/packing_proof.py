@@ -1,21 +1,21 @@
-"""The proof that a model keeps samples apart that lie end to end in one row: a few small runs of
-it.
+"""The proof that a model keeps packed samples apart: a few small runs of the model.
 
-    apart      a packed sample's logits are those of the sample alone, as it would be padded
-    other      other tokens in the samples before change no bit of the last sample's logits; as a
-               control, other tokens in the last sample change none of the first one's
-    elsewhere  the last sample's loss has no gradient at the sample before, whose tokens change
-               nothing of that loss' gradient
-    gradient   of the row, is that of its samples alone
+Packed samples lie end to end in one row. Four comparisons:
 
-The second and the third need no tolerance for rounding, and so see a small leak in 16 bits too.
-They run in the model's own mode (fused kernels differ between training and evaluation) with one
-seed for dropout. Knows no configuration, no engine and no window.
+    apart      a packed sample's logits equal those of the sample alone, as padding would give it
+    other      other tokens in the earlier samples change no bit of the last sample's logits; as a
+               control, other tokens in the last sample change none of the first sample's
+    elsewhere  the last sample's loss has no gradient at the earlier sample, and the earlier
+               sample's tokens do not change the gradient of that loss
+    gradient   the row's gradient equals the sum of its samples' gradients, each run alone
+
+The second and third need no tolerance for rounding, so they also see a small leak in 16 bits. They
+run in the model's current mode, since fused kernels differ between training and evaluation, with
+one seed for dropout. Knows the collator's rows, but no configuration and no window.
 """
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,31 +25,40 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 
-from accum_trainer.losses.head import inside_wrapper, logits_at, undisturbed
+from accum_trainer.losses.dry_run import (
+    buffers_kept,
+    in_modes,
+    inside_wrapper,
+    modes_of,
+    undisturbed,
+    without_checkpointing,
+)
+from accum_trainer.losses.head import logits_at
 from accum_trainer.sources.collating import PackingCollator
 
-# Relative to the largest logit. Products of other shapes round anew; the first sample, which sees
-# no other, shows how much, up to ROUNDING (a GPU may multiply float32 numbers of 10 bits, TF32).
+# Relative to the largest logit. Products of different shapes round differently; the first sample,
+# which sees no other, shows how much, up to _ROUNDING (TF32 keeps 10 bits of a float32).
 _APART, _APART_16_BIT = 1e-5, 1e-2
 _ROUNDING, _ROUNDING_16_BIT = 1e-3, 5e-2
-# Between rows of one shape. Experts regroup their tokens and may round anew, which a control shows.
+# Between rows of one shape. Experts regroup their tokens and may round differently; the control
+# shows how much.
 _OTHER = 1e-6
-# Of packed and separate gradients, which the kernels' backward computes in other shapes.
+# Between packed and separate gradients, whose kernels run on different shapes.
 _SAME_GRADIENT, _SAME_GRADIENT_16_BIT = 1e-4, 1e-1
-# Tokens of a sample whose logits are compared, at its beginning and at its end.
+# Tokens at each end of a sample whose logits are compared.
 _EDGE = 16
 
 
 @dataclass(frozen=True)
 class Packing:
-    """What was found about packed samples of a model.
+    """The verdict on packed samples of a model.
 
     Attributes:
         holds: they do not see each other.
-        reason: what the proof rests on, or what was measured instead.
-        boundaries: names of what the batch must hold beside `position_ids`.
+        reason: evidence of the proof, or the measured difference.
+        boundaries: keys that the batch must hold besides `position_ids`.
         without_cache: it holds only with `use_cache=False`.
-        remedy: boundaries that the batch does not hold, with which it would hold.
+        remedy: boundaries that the batch lacks and that would make it hold.
     """
 
     holds: bool
@@ -60,8 +69,7 @@ class Packing:
 
 
 def accepts(model: torch.nn.Module, name: str) -> bool:
-    """Whether the forward of this model, and of the one inside an adapter, takes an argument of
-    this name."""
+    """Whether the forward takes this argument, of the model and of one inside an adapter."""
     inside = getattr(model, "get_base_model", None)
     for module in (model, inside() if callable(inside) else model):
         parameters = inspect.signature(module.forward).parameters
@@ -74,7 +82,11 @@ class Proof:
     """Compares rows of one model.
 
     Args:
-        lengths: of the samples of the row; the last one is looked at.
+        model: as one process calls it.
+        tokens: any tokens of the model, int64, on its device; repeated to fill the samples.
+        lengths: of the samples of the row, in tokens.
+        is_16_bit: the forward runs under 16-bit autocast; 16-bit weights are seen without it.
+        backward: also compare gradients.
     """
 
     def __init__(
@@ -97,36 +109,42 @@ class Proof:
         self._boundaries: tuple[str, ...] = ()
 
     def run(self, boundaries: tuple[str, ...], use_cache: bool | None = None) -> Packing:
-        """Try it with these boundaries. All that may wait for other processes runs, whatever is
-        found."""
+        """Try a row with these boundaries; failures of the model become a verdict, not an error.
+
+        Every forward that may wait for other processes runs, whatever the others show.
+
+        Args:
+            boundaries: keys of the row besides `position_ids`.
+            use_cache: passed to the model; None passes nothing.
+        """
         self._boundaries = boundaries
         self._options = {} if use_cache is None else {"use_cache": use_cache}
         if not accepts(inside_wrapper(self._model), "position_ids"):
             return Packing(False, "its forward takes no position_ids")
-        modes = [(module, module.training) for module in self._model.modules()]
+        modes = modes_of(self._model)
         try:
             with (
-                _buffers_kept(self._model),
-                _without_checkpointing(self._model),
+                buffers_kept(self._model),
+                without_checkpointing(self._model),
                 undisturbed(self._model, self._device),
             ):
                 problems = [*self._apart()]
-                with _modes(modes):
+                with in_modes(modes):
                     problems += self._other()
                 if self._embeddings is not None and not problems:
-                    with _modes(modes):
+                    with in_modes(modes):
                         problems += self._gradient_elsewhere()
                     problems += self._gradient()
         except torch.OutOfMemoryError:
             problems = [f"a row of {sum(map(len, self._samples))} tokens ran out of memory"]
-        except Exception as error:  # of any type: it is the model's own code
+        except Exception as error:  # of any type: the model's own code
             problems = [f"it cannot be tried: {type(error).__name__}: {str(error).strip()[:200]}"]
         if problems:
             return Packing(False, problems[0], boundaries)
-        what = "logits" if self._embeddings is None else "logits and gradient"
+        compared = "logits" if self._embeddings is None else "logits and gradient"
         return Packing(
             True,
-            f"{what} of packed samples are those of each alone",
+            f"{compared} of packed samples are those of each alone",
             boundaries,
             use_cache is False,
         )
@@ -136,7 +154,7 @@ class Proof:
         packed_first, packed_last = self._ends_of(self._samples)
         alone_first, alone_last = self._alone(first), self._alone(last)
         if self._embeddings is None and not alone_last.any():
-            yield "all its logits are 0, so that nothing can be seen in them"
+            yield "all its logits are 0, so they show nothing"
         noise = _difference(packed_first, alone_first)
         if not noise <= (_ROUNDING_16_BIT if self._is_16_bit else _ROUNDING):
             yield (
@@ -166,15 +184,14 @@ class Proof:
             )
 
     def _gradient_elsewhere(self) -> Iterator[str]:
-        """Of the last sample's loss: none at the sample before it, and what is trained sees nothing
-        of that sample."""
+        """The last sample's loss has no gradient from the sample before it."""
         first, last = self._short()
         embedded, *trained = self._gradients([first, last], begin=len(first))
         elsewhere = embedded[:, : len(first)].norm()
         if not elsewhere <= _OTHER * embedded.norm():
             ratio = float(elsewhere / embedded.norm())
             yield f"a sample's loss has a gradient at the sample before it, {ratio:.1g} of all"
-        # Kernels that add in any order do not give the same bits twice.
+        # Kernels that add in any order do not return the same bits twice.
         again = self._gradients([first, last], begin=len(first))[1:]
         seen = self._gradients([_others(first), last], begin=len(first))[1:]
         leak = _distance(seen, trained)
@@ -200,7 +217,7 @@ class Proof:
     # --- running the model ---
 
     def _row(self, samples: Sequence[Sequence[int]], alone: bool = False) -> dict[str, Any]:
-        """A packed row as the collator makes it; or one sample as it would be padded."""
+        """A packed row as the collator makes it; or one sample, as padding would give it."""
         columns = [{"input_ids": ids, "labels": ids} for ids in samples]
         row = PackingCollator(self._boundaries)(columns)
         del row["labels"]
@@ -215,8 +232,8 @@ class Proof:
         return on_device | self._options
 
     def _logits(self, row: Mapping[str, Any], positions: Sequence[int]) -> torch.Tensor:
-        """Shape (positions, vocabulary)."""
-        torch.manual_seed(0)  # rows of one shape have the same dropout
+        """Shape (positions, vocabulary), float32."""
+        torch.manual_seed(0)  # rows of one shape get the same dropout
         return logits_at(
             self._model, row, torch.tensor(list(positions), device=self._device)
         ).float()
@@ -232,16 +249,16 @@ class Proof:
         return self._logits(self._row([sample], alone=True), _edges(len(sample)))
 
     def _short(self) -> list[list[int]]:
-        """Two samples of few tokens: a backward with all that it keeps must fit."""
+        """Two samples of few tokens: a backward with its activations must fit in memory."""
         return [self._samples[0][: 2 * _EDGE], self._samples[-1][: 2 * _EDGE]]
 
     def _gradients(
         self, samples: Sequence[Sequence[int]], begin: int = 0, alone: bool = False
     ) -> list[torch.Tensor]:
-        """Of the loss from token `begin` on: at the embeddings, and at some of what is trained.
+        """Gradients of the loss from token `begin` on, at the embeddings and some parameters.
 
-        That is vectors and convolutions, whose gradient a kernel makes itself, and matrices that
-        are still 0, behind which logits show nothing; another matrix' gradient follows from its
+        These are vectors and convolutions, whose gradient a kernel computes, and matrices that are
+        still 0, behind which logits show nothing. The gradient of another matrix follows from its
         inputs and outputs. `autograd.grad` leaves `.grad` and the engine's hooks alone.
         """
         embedded: list[torch.Tensor] = []
@@ -288,58 +305,15 @@ def _others(sample: Sequence[int]) -> list[int]:
 
 
 def _difference(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """The largest difference, relative to the largest logit; nan if either holds one."""
+    """The largest difference, relative to the largest logit; nan if either contains nan."""
     difference = float((found - exact).abs().max())
     return difference / float(exact.abs().max()) if difference else 0.0
 
 
 def _distance(found: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> float:
-    """The norm of the difference of all together, relative to that of `exact`."""
+    """The norm of the difference over all tensors, relative to that of `exact`."""
     difference, norm = (
         sum(float(t.double().square().sum()) for t in tensors) ** 0.5
         for tensors in ([a - b for a, b in zip(found, exact, strict=True)], exact)
     )
     return difference / norm if difference else 0.0
-
-
-@contextlib.contextmanager
-def _modes(modes: Sequence[tuple[torch.nn.Module, bool]]) -> Iterator[None]:
-    """Each module in its own mode inside, in eval mode afterwards."""
-    for module, training in modes:
-        module.training = training
-    try:
-        yield
-    finally:
-        for module, _ in modes:
-            module.training = False
-
-
-@contextlib.contextmanager
-def _buffers_kept(model: torch.nn.Module) -> Iterator[None]:
-    """Afterwards buffers hold what they held, also those that a forward in train mode moves."""
-    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in kept:
-                if not torch.equal(buffer, value):  # one that is an expanded view takes no copy
-                    buffer.copy_(value)
-
-
-@contextlib.contextmanager
-def _without_checkpointing(model: torch.nn.Module) -> Iterator[None]:
-    """Activations are kept: reentrant checkpointing knows no `autograd.grad`, and warns where there
-    is no gradient."""
-    on = [
-        module
-        for module in model.modules()
-        if getattr(module, "gradient_checkpointing", False) is True
-    ]
-    for module in on:
-        module.gradient_checkpointing = False  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for module in on:
-            module.gradient_checkpointing = True  # type: ignore[assignment]

@@ -1,12 +1,13 @@
-"""Batches that show what a loss sums over: a real one, its halves, and the same by hidden labels.
+"""Batches that show what a loss sums over: a real one, its halves, the same with hidden labels.
 
     whole          the batch, with unequal numbers of targets in its halves
-    halves         its samples in two
-    hidden         `whole` with the labels of one half hidden, and of the other
-    first_column   the first label of each row alone, which a loss that shifts does not count
+    halves         its samples in two parts
+    hidden         `whole` with the labels of one half hidden, then of the other
+    first_column   only the first label of each row, which a loss that shifts does not count
     wider          `whole` with more padding
 
-Knows how batches of transformers look; runs nothing and judges nothing (`objective` does).
+Knows the keys of transformers' batches. Runs nothing (`trial` does) and judges nothing
+(`objective` does).
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import torch
 from accum_trainer.batch import IGNORE, Batch, halve, is_packed, num_samples
 from accum_trainer.errors import DataError
 
-_FEWEST_TARGETS = 6  # of a batch whose labels are hidden in parts
-_MORE_PADDING = 3  # columns, to see whether they change the loss
+_FEWEST_TARGETS = 6  # in a batch whose labels are hidden in parts
+_MORE_PADDING = 3  # columns of `wider`
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,12 @@ class Probe:
 
     Attributes:
         whole: the batch, with unequal halves.
-        halves: its samples in two; None if it cannot be cut.
-        hidden: `whole` with all labels but those of one half hidden, twice; None if none can be.
-        first_column: `whole` with the first label of each row alone, which a shift drops.
-        wider: `whole` with more columns of padding.
+        halves: its samples in two parts; None if it cannot be split.
+        hidden: `whole` with only the labels of the first half, and of the second; None if no label
+            can be hidden.
+        first_column: `whole` with only the first label of each row, which a shift drops; None if
+            rows have one label or labels cannot be hidden.
+        wider: `whole` with more columns of padding; None if its length is not known.
         is_row: the samples lie end to end in one row.
     """
 
@@ -45,19 +48,28 @@ class Probe:
     is_row: bool = False
 
     def batches(self) -> Iterator[tuple[str, Batch]]:
+        """(name, batch) of each run, in order."""
         yield "whole", self.whole
         for name in ("halves", "hidden"):
             for index, batch in enumerate(getattr(self, name) or ()):
                 yield f"{name}{index}", batch
-        yield "noisy", self.whole  # what halves and hidden ones are compared with
+        yield "noisy", self.whole  # halves and hidden ones are compared with it
         for name in ("first_column", "wider"):
             if getattr(self, name) is not None:
                 yield name, getattr(self, name)
 
 
 def probe_of(model: Any, batch: Batch, ignore: int) -> Probe:
-    """Make the probe of a batch; raises DataError if there is nothing to cut and nothing to
-    hide."""
+    """Build the probe of a batch.
+
+    Args:
+        model: as one process calls it.
+        batch: a real micro-batch, with labels.
+        ignore: the label that marks no target.
+
+    Raises:
+        DataError: the batch can neither be split nor have labels hidden.
+    """
     is_row = isinstance(batch, Mapping) and is_packed(batch)
     if not is_row and num_samples(batch) == 1:
         batch = _twice(batch, ignore)
@@ -90,7 +102,7 @@ def probe_of(model: Any, batch: Batch, ignore: int) -> Probe:
 
 
 def _can_hide(model: Any, labels: Any, ignore: int) -> bool:
-    """Whether `ignore` is sure to mean "no target": on a GPU a wrong label ends the process."""
+    """Whether `ignore` surely means "no target": on a GPU a wrong label ends the process."""
     if not isinstance(labels, torch.Tensor) or not _is_whole(labels) or labels.numel() < 2:
         return False
     return hasattr(model, "loss_function") or bool((labels == ignore).any())
@@ -101,7 +113,7 @@ def _is_whole(labels: torch.Tensor) -> bool:
 
 
 def _filled_up(batch: Mapping[str, Any], ignore: int) -> torch.Tensor:
-    """The labels; if hardly any is a target, with class 0, which every loss knows, in the gaps."""
+    """The labels; with few targets, the gaps are filled with class 0, which every loss knows."""
     labels, mask = batch["labels"], batch.get("attention_mask")
     if int((labels != ignore).sum()) >= _FEWEST_TARGETS:
         return labels
@@ -112,15 +124,14 @@ def _filled_up(batch: Mapping[str, Any], ignore: int) -> torch.Tensor:
 
 
 def is_padded_left(mask: Any) -> bool:
-    """Whether a mask of shape (samples, tokens) hides tokens at the begin of rows, and none at
-    their end."""
+    """Whether a mask of shape (samples, tokens) hides the start of rows and not their end."""
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         return False
     return bool(mask[:, -1].all()) and not bool(mask[:, 0].all())
 
 
 def _with_first(labels: torch.Tensor, ignore: int) -> torch.Tensor:
-    """The labels, the very first a target: what counts it and what does not shall differ."""
+    """The labels, with the very first as a target: counts with and without a shift then differ."""
     real = labels[labels != ignore]
     if labels.ndim < 2 or labels.shape[-1] < 2 or len(real) == 0:
         return labels
@@ -130,7 +141,7 @@ def _with_first(labels: torch.Tensor, ignore: int) -> torch.Tensor:
 
 
 def _varied(labels: torch.Tensor, ignore: int) -> torch.Tensor:
-    """The labels, not all of one class: else a weight per class would cancel out."""
+    """The labels, not all of one class: otherwise a weight per class would cancel out."""
     real = labels[labels != ignore]
     if len(real) < 2 or bool((real != real[0]).any()):
         return labels
@@ -140,14 +151,12 @@ def _varied(labels: torch.Tensor, ignore: int) -> torch.Tensor:
     return varied.view_as(labels)
 
 
-# The keys that say how long a batch's samples are, and the padding of each; more than 3 positions
-# of a sound, of which a model makes one frame from several.
+# The keys that tell how long a batch's samples are, and the padding value of each.
 _LENGTHS = {"input_ids": 0, "inputs_embeds": 0, "input_values": 0.0, "input_features": 0.0}
 
 
 def length_of(batch: Batch) -> tuple[str, tuple[int, ...]] | None:
-    """What says how far a batch is padded: a key and its shape without the samples; None if nothing
-    does."""
+    """A batch's padded length: a key and its shape without the samples; None if unknown."""
     if not isinstance(batch, Mapping):
         return None
     for key in _LENGTHS:
@@ -158,8 +167,7 @@ def length_of(batch: Batch) -> tuple[str, tuple[int, ...]] | None:
 
 
 def _wider(model: Any, batch: Mapping[str, Any], ignore: int) -> Batch | None:
-    """The batch with more padding, on the side where it has some; None if its length says
-    nothing."""
+    """The batch with more padding, on the side that has some; None if its length is not known."""
     found = length_of(batch)
     if found is None or "position_ids" in batch:
         return None
@@ -174,9 +182,9 @@ def _wider(model: Any, batch: Mapping[str, Any], ignore: int) -> Batch | None:
         else -1
     )
     length = values.shape[along]
-    more = (
-        _MORE_PADDING if key in ("input_ids", "inputs_embeds") else max(_MORE_PADDING, length // 4)
-    )
+    # A model makes one frame from several positions of a sound.
+    is_text = key in ("input_ids", "inputs_embeds")
+    more = _MORE_PADDING if is_text else max(_MORE_PADDING, length // 4)
     on_left = is_padded_left(mask)
     pad_token = getattr(getattr(model, "config", None), "pad_token_id", None)
     fillings = {**_LENGTHS, "labels": ignore}
@@ -199,7 +207,7 @@ def _wider(model: Any, batch: Mapping[str, Any], ignore: int) -> Batch | None:
 
 
 def _first_half(labels: torch.Tensor, ignore: int) -> torch.Tensor:
-    """True on the first rows, up to half of the targets; inside a row if only one has any."""
+    """True on the first rows, up to half of the targets; splits a row if only one has targets."""
     first = torch.zeros_like(labels, dtype=torch.bool)
     is_target = labels != ignore
     by_row = is_target.reshape(len(labels), -1).sum(1).cumsum(0)
@@ -213,10 +221,10 @@ def _first_half(labels: torch.Tensor, ignore: int) -> torch.Tensor:
 
 
 def _thinned(labels: torch.Tensor, first: torch.Tensor, ignore: int) -> torch.Tensor:
-    """The labels with two of three targets of the first half hidden: the halves are unequal."""
+    """The labels with two of three targets of the first half hidden, so that halves are unequal."""
     flat = labels.flatten().clone()
     targets = ((flat != ignore) & first.flatten()).nonzero().flatten()
-    kept = targets[0::3] if len(targets) > 2 else targets  # the very first label among them
+    kept = targets[0::3] if len(targets) > 2 else targets  # including the very first label
     hidden = torch.ones_like(targets, dtype=torch.bool)
     hidden[torch.isin(targets, kept)] = False
     flat[targets[hidden]] = ignore
@@ -231,9 +239,9 @@ def _halves_or_none(batch: Batch) -> tuple[Batch, Batch] | None:
 
 
 def _twice(batch: Batch, ignore: int) -> Batch:
-    """A batch of one sample as a batch of two; a single label is another class in the second.
+    """A batch of one sample as a batch of two; a single label gets another class in the second.
 
-    With equal samples a weight per sample, whatever it is, would cancel out.
+    With equal samples, any weight per sample would cancel out.
     """
 
     def twice(value: Any, name: str = "") -> Any:
@@ -247,8 +255,7 @@ def _twice(batch: Batch, ignore: int) -> Batch:
             if "label" in name and value.numel() == 1 and _is_whole(value):
                 second[...] = 0 if int(value) != 0 else 1
             elif name == "labels" and _is_whole(value) and int(value.max()) > 0:
-                # A loss that leaves out class 0, which is padding to some, counts more in the
-                # second.
+                # Some losses take class 0 for padding and count more in the second.
                 second[second == 0] = value.max()
             return torch.cat([value, second], sample)
         if isinstance(value, Mapping):
@@ -262,8 +269,7 @@ def _twice(batch: Batch, ignore: int) -> Batch:
 
 
 def _with_decoder_inputs(model: Any, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Encoder-decoders make their decoder's input from the labels: hiding some must not change
-    it."""
+    """The batch with the decoder's input, which hidden labels would change otherwise."""
     if "decoder_input_ids" in batch or "decoder_inputs_embeds" in batch:
         return batch
     config = getattr(model, "config", None)
@@ -284,6 +290,7 @@ def _with_decoder_inputs(model: Any, batch: Mapping[str, Any]) -> Mapping[str, A
 
 
 def ignored_label(model: Any) -> int:
+    """The label that marks no target for this model's own loss; -100 unless it names another."""
     found = getattr(getattr(model, "config", None), "semantic_loss_ignore_index", None)
     return found if isinstance(found, int) and _segments(model) else IGNORE
 

@@ -1,7 +1,7 @@
 """Ways to count the terms that a loss sums or averages over, from a batch alone.
 
-A mean loss becomes a sum when it is multiplied by this count, and only then can a window be cut
-anywhere. Which way holds for a model is not known here: `objective` proves it.
+A mean times this count is a sum, and only a sum lets a window be split anywhere. Does not know
+which way holds for a model: `objective` proves it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from accum_trainer.batch import IGNORE, Batch, num_samples, version_of
 from accum_trainer.errors import DataError
 
-# Number of terms a batch's loss sums over; the sum of their weights where the loss weighs them.
+# Number of terms that a batch's loss sums over; the sum of their weights if the loss has weights.
 CountTargets = Callable[[Batch], float]
 
 
@@ -24,9 +24,9 @@ class Counting:
     """One way to count targets.
 
     Attributes:
-        name: in the words of the record, such as `shifted labels`.
+        name: as it appears in records, such as `shifted labels`.
         count: batch -> number of terms.
-        reads_labels: a label set to `ignore` is not counted.
+        reads_labels: a label set to `ignore` does not count.
         ignore: the label that marks no target.
     """
 
@@ -37,9 +37,9 @@ class Counting:
 
 
 def causal_lm_targets(batch: Any) -> int:
-    """Count what `causal_lm_loss` sums over: the labels after the shift that are not -100.
+    """Count the terms of `causal_lm_loss`: the labels after the shift that are not -100.
 
-    Labels of one dimension (one class per sample) are counted as they stand.
+    Labels of one dimension (one class per sample) are counted without a shift.
 
     Raises:
         DataError: the batch has no integer `labels`.
@@ -56,10 +56,11 @@ def countings_of(batch: Batch, ignore: int = IGNORE) -> Iterator[Counting]:
     """The ways in which a model's own loss may count this batch, the most likely first.
 
     Args:
+        batch: a micro-batch with labels.
         ignore: the label that this model's loss leaves out.
 
     Raises:
-        DataError: the batch has no labels that any of them reads.
+        DataError: the batch has no labels that any way can read.
     """
     if _has(batch, "start_positions", "end_positions") and not _has(batch, "labels"):
         yield Counting("answers", _answers)
@@ -72,17 +73,16 @@ def countings_of(batch: Batch, ignore: int = IGNORE) -> Iterator[Counting]:
     if labels.ndim > 1 and labels.shape[-1] > 1:
         yield SHIFTED
     yield Counting("labels", lambda batch: int((batch["labels"] != ignore).sum()), True, ignore)
-    if labels.ndim > 1:  # one term per sample, whatever its labels (a CTC loss)
+    if labels.ndim > 1:  # one term per sample, with any number of labels (a CTC loss)
         yield Counting("samples", lambda batch: num_samples(batch))
 
 
-# What a loss counts in a batch, by the names that transformers gives it.
+# Keys of the targets in a batch of transformers.
 _COUNTED = ("labels", "start_positions", "end_positions")
 
 
 def targets_in(batch: Batch) -> dict[str, tuple[torch.Tensor, int]]:
-    """The tensors that hold a batch's targets, each with its version: changed in place it has
-    another."""
+    """The tensors that hold a batch's targets, each with its version, which a change raises."""
     if not isinstance(batch, Mapping):
         return {}
     found = {key: batch.get(key) for key in _COUNTED}
@@ -90,19 +90,19 @@ def targets_in(batch: Batch) -> dict[str, tuple[torch.Tensor, int]]:
 
 
 def _answers(batch: Batch) -> int:
-    """Answer spans inside the text; transformers leaves out a position beyond it.
+    """Count answer spans inside the text; transformers ignores a position beyond it.
 
     Raises:
-        DataError: starts and ends are left out in unequal number, so that one count cannot
-            weigh both terms.
+        DataError: unequal numbers of starts and ends lie inside, so that one count cannot weigh
+            both terms.
     """
     length = next(batch[key].shape[1] for key in ("input_ids", "inputs_embeds") if key in batch)
     starts, ends = (int((batch[f"{end}_positions"] < length).sum()) for end in ("start", "end"))
     if starts != ends:
         raise DataError(
             f"{starts} start_positions and {ends} end_positions lie inside the {length} tokens of "
-            "a batch, and the model's loss is a mean over each: it cannot be cut exactly; mark an "
-            "answer outside the text in both, or in neither"
+            "a batch, and the model's loss is a mean over each: it cannot be split exactly; mark "
+            "an answer outside the text in both, or in neither"
         )
     return starts
 

@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState
 from torch.utils.data import DataLoader
 
 from accum_trainer import Accumulator, DataError, EngineError, causal_lm_loss
-from accum_trainer.losses import head
+from accum_trainer.losses import chunked, head
 from accum_trainer.losses.packing import find_packing, worst_of
 from accum_trainer.sources.collating import PackingCollator, PaddingCollator
 from accum_trainer.window_plan import Cost, Cut, global_order, windows_of
@@ -1404,7 +1404,7 @@ def logits_at_targets_in_chunks() -> dict[str, Any]:
         "turned off": make_model("llama"),
     }
     result = {}
-    before, head.CHUNK = head.CHUNK, 4 * 97
+    before, chunked.CHUNK = chunked.CHUNK, 4 * 97
     try:
         for name, model in models.items():
             acc = accumulator(2, global_batch_size=8)
@@ -1417,7 +1417,7 @@ def logits_at_targets_in_chunks() -> dict[str, Any]:
             path = head.decide_loss_path(probe.model, None).path
             result[name] = {"path": path, "errors": found["errors"] + found["loss_errors"]}
     finally:
-        head.CHUNK = before
+        chunked.CHUNK = before
     return result
 
 
