@@ -25,7 +25,7 @@ from accum_trainer.losses.targets import CountTargets
 from accum_trainer.oom import OomRecovery, releasing_graph_on_failure
 from accum_trainer.prepared import PreparedOptimizer, prepare_all
 from accum_trainer.sources.build import as_source
-from accum_trainer.sources.dataset import Collate
+from accum_trainer.sources.options import Collate, SourceOptions
 from accum_trainer.sources.progress import Progress, Remembered
 from accum_trainer.update import Update, conclude, end_row
 from accum_trainer.window import Window
@@ -193,23 +193,20 @@ class Accumulator:
         """
         share = (seed, shuffle, shard)
         progress = Progress() if hasattr(source, "__next__") else self._sources.of(source, share)
-        found = as_source(
-            source,
-            self.plan,
-            self.engine.rank,
+        options = SourceOptions(
             collate_fn=collate_fn,
             lengths=lengths,
-            seed=seed,
             shuffle=shuffle,
+            seed=seed,
+            shard=shard,
+            cut=cut,
             num_workers=num_workers,
+            prefetch=prefetch,
             pin_memory=self.device.type == "cuda",
             already_sharded=self.engine.gives_this_ranks_batches(source),
             read_together=self.engine.reads_with_the_others(source),
-            shard=shard,
-            cut=cut,
-            prefetch=prefetch,
-            progress=progress,
         )
+        found = as_source(source, self.plan, self.engine.rank, options, progress)
         counter = Counter(self.losses, count_targets)
         return Windows(self._begin, self.engine, found, counter, progress)
 

@@ -39,6 +39,7 @@ from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 from accum_trainer import BatchPlan
 from accum_trainer.sources.collating import PaddingCollator
 from accum_trainer.sources.dataset import PlannedSource
+from accum_trainer.sources.options import SourceOptions
 from accum_trainer.window_plan import Cut
 
 SIZES = (64, 256, 1024, 4096, 16384, 65536)
@@ -204,18 +205,8 @@ def loaded(cut: Cut, size: int, world_size: int, pairs: int) -> dict[str, float]
     rows = Rows(lengths)
     k = size // (B * world_size)
     collate = PaddingCollator(pad_token_id=0)
-    source = PlannedSource(
-        rows,
-        BatchPlan(B, k, world_size),
-        rank=0,
-        collate_fn=collate,
-        lengths=None,
-        seed=0,
-        shuffle=True,
-        num_workers=0,
-        pin_memory=False,
-        cut=cut,
-    )
+    options = SourceOptions(collate_fn=collate, cut=cut)
+    source = PlannedSource(rows, BatchPlan(B, k, world_size), 0, options)
     sampler: Any = RandomSampler(rows, generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
     if world_size > 1:
         sampler = DistributedSampler(rows, world_size, 0)  # type: ignore[arg-type]

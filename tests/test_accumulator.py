@@ -203,7 +203,7 @@ def test_sources_that_are_none():
         acc.windows(3)
     with pytest.raises(DataError, match="the data set is empty"):
         acc.windows([])
-    with pytest.raises(DataError, match="a DataLoader collates by its own"):
+    with pytest.raises(DataError, match="a DataLoader has its own"):
         acc.windows(DataLoader(ones(2)), collate_fn=list)
     with pytest.raises(DataError, match="a stream yields batches"):
         acc.windows(iter(ones(2)), collate_fn=list)

@@ -102,16 +102,21 @@ def test_i43_a_list_of_samples_is_a_data_set(samples):
 SIZE, B, B_EFF = 22, 2, 8  # windows of 8, 8 and 6 samples
 
 
+def reset_accelerate():
+    """accelerate keeps its state in its classes, and names no other way to reset it."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001
+    GradientState._reset_state()  # noqa: SLF001
+
+
 def accumulator():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
     acc = Accumulator(micro_batch_size=B, global_batch_size=B_EFF, cpu=True)
     model = torch.nn.Linear(1, 1)
     return acc, *acc.prepare(model, torch.optim.SGD(model.parameters(), lr=1e-6))
 
 
 def trained(acc, model, optimizer, batches, updates=100):
-    """The samples of a loop over `batches` that is left after so many updates."""
+    """The samples of a loop over `batches` that stops after this many updates."""
     seen, before = [], acc.num_updates
     for batch in batches:
         seen += batch.flatten().int().tolist()
@@ -388,8 +393,7 @@ class LoggedSampler(SequentialSampler):
 def test_a_loader_that_all_processes_read_together_is_not_read_while_one_of_them_trains(together):
     """accelerate's dispatcher talks to the other processes for each batch: in the middle of a
     window they may be elsewhere."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
     accelerator = Accelerator(
         cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=together)
     )

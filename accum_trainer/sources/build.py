@@ -1,86 +1,61 @@
-"""From what a user passes to a source of windows: a data set, a DataLoader or a stream."""
+"""Choose the source of windows for a data set, a DataLoader or a stream.
+
+Refuses data that cannot make the windows that were asked for. Knows the kinds of sources, but
+reads none.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from accum_trainer.batch_plan import BatchPlan
 from accum_trainer.errors import DataError
 from accum_trainer.seeds import seed_of
-from accum_trainer.sources.dataset import Collate, PlannedSource
+from accum_trainer.sources.dataset import PlannedSource
 from accum_trainer.sources.loader import LoaderSource
+from accum_trainer.sources.options import SourceOptions
 from accum_trainer.sources.prefetched import Prefetched
 from accum_trainer.sources.progress import Progress
 from accum_trainer.sources.shares import Source
 from accum_trainer.sources.stream import StreamSource
-from accum_trainer.window_plan import Cut
 
 
 def as_source(
     data: Any,
     plan: BatchPlan,
     rank: int,
-    *,
-    collate_fn: Collate | None,
-    lengths: np.ndarray | None,
-    seed: int,
-    shuffle: bool,
-    num_workers: int,
-    pin_memory: bool,
-    already_sharded: bool,
-    read_together: bool = False,
-    shard: tuple[int, int] = (0, 1),
-    cut: Cut | None = None,
-    prefetch: bool = False,
+    options: SourceOptions,
     progress: Progress | None = None,
 ) -> Source:
-    """Pick the kind of source that `data` is.
+    """The source of windows for `data`.
 
-    `already_sharded` says that a loader gives this rank's batches only, `read_together` that all
-    ranks talk when one is read; `progress` is where a loader keeps its workers.
+    Args:
+        data: a map-style data set, a DataLoader, or an iterable of this rank's batches.
+        plan: B, K, W and the global batch size.
+        rank: of this process.
+        options: how to read it.
+        progress: the position in `data`, which also keeps a loader's workers alive.
+
+    Raises:
+        DataError: `data` is no source of windows, or does not fit the plan or the options.
     """
     if isinstance(data, DataLoader):
-        if collate_fn is not None:
-            raise DataError(
-                "collate_fn is given, but a DataLoader collates by its own; set it there"
-            )
-        _check_whole(plan)
-        if already_sharded:
-            return StreamSource(data, plan, early=not read_together)
-        _check_batch_size(data, plan)
-        if _splits_by_rank(data):
-            return StreamSource(
-                data, plan, lambda epoch: seed_of("workers", seed, epoch=epoch, rank=rank)
-            )
-        return LoaderSource(data, plan, rank, seed, progress or Progress())
+        return _loader_source(data, plan, rank, options, progress or Progress())
     if hasattr(data, "__getitem__") and isinstance(data, Sized):
-        if isinstance(data, (list, tuple)) and collate_fn is None:
+        if isinstance(data, (list, tuple)) and options.collate_fn is None:
             _check_samples(data, plan)
-        source = PlannedSource(
-            data,
-            plan,
-            rank,
-            collate_fn,
-            lengths,
-            seed,
-            shuffle,
-            num_workers,
-            pin_memory,
-            shard,
-            cut,
-            prefetch,
-        )
-        return Prefetched(source) if prefetch else source
-    if shard != (0, 1) or cut is not None:
+        source = PlannedSource(data, plan, rank, options)
+        return Prefetched(source) if options.prefetch else source
+    shard = options.shard
+    if shard != (0, 1) or options.cut is not None:
         what = f"shard={shard} is a share" if shard != (0, 1) else "cut decides the micro-batches"
         raise DataError(f"{what} of a map-style data set; {type(data).__name__} is none")
     if isinstance(data, Iterable):
-        if collate_fn is not None:
+        if options.collate_fn is not None:
             raise DataError(
                 "collate_fn is given, but a stream yields batches, not samples; collate before"
             )
@@ -92,40 +67,55 @@ def as_source(
     )
 
 
+def _loader_source(
+    loader: DataLoader, plan: BatchPlan, rank: int, options: SourceOptions, progress: Progress
+) -> Source:
+    if options.collate_fn is not None:
+        raise DataError(
+            "collate_fn is given, but a DataLoader has its own; pass it to the DataLoader"
+        )
+    _check_whole(plan)
+    if options.already_sharded:
+        return StreamSource(loader, plan, early=not options.read_together)
+    _check_batch_size(loader, plan)
+    if _splits_by_rank(loader):
+        seed = options.seed
+        return StreamSource(
+            loader, plan, lambda epoch: seed_of("workers", seed, epoch=epoch, rank=rank)
+        )
+    return LoaderSource(loader, plan, rank, options.seed, progress)
+
+
 def _check_whole(plan: BatchPlan) -> None:
-    """Ready batches are the micro-batches; a window that needs a smaller one can be cut from
-    samples only."""
+    """Refuse a global batch that ready batches cannot make, since only samples can be split."""
     if plan.is_whole:
         return
     step = plan.micro_batch_size * plan.world_size
     below, above = plan.global_batch_size // step * step, plan.gradient_accumulation_steps * step
     raise DataError(
         f"global_batch_size={plan.global_batch_size} is not a multiple of B "
-        f"{plan.micro_batch_size} x W {plan.world_size} = "
-        f"{step}, and ready batches cannot be cut; use {f'{below} or ' if below else ''}{above}, "
-        "or pass the data set itself"
+        f"{plan.micro_batch_size} x W {plan.world_size} = {step}, and ready batches cannot be "
+        f"split; use {f'{below} or ' if below else ''}{above}, or pass the data set itself"
     )
 
 
 def _check_batch_size(loader: DataLoader, plan: BatchPlan) -> None:
-    """The batches of a loader are the micro-batches: with another size an update would not see the
-    batch that was named."""
+    """Refuse a loader whose batches are not micro-batches of B samples."""
     size, b = loader.batch_size, plan.micro_batch_size
     if size is not None and size != b:
         seen = size * plan.gradient_accumulation_steps * plan.world_size
         raise DataError(
             f"the DataLoader has batch_size={size}, and B is {b}, so that an update would see "
-            f"{seen} samples instead of "
-            f"{plan.global_batch_size}; give the DataLoader batch_size={b}, or the Accumulator "
-            f"micro_batch_size={size}"
+            f"{seen} samples instead of {plan.global_batch_size}; give the DataLoader "
+            f"batch_size={b}, or the Accumulator micro_batch_size={size}"
         )
 
 
 def _check_samples(data: Sequence[Any], plan: BatchPlan) -> None:
     """Refuse a list of ready batches, which would be collated into batches of batches.
 
-    Seen by `input_ids` of two dimensions, which no sample has, or by nothing but tensors that all
-    have B rows.
+    The first element is a batch if its `input_ids` have two dimensions, or if it holds nothing but
+    tensors that all have B rows.
     """
     for element in data[:1]:
         b = plan.micro_batch_size
@@ -147,20 +137,17 @@ def _check_samples(data: Sequence[Any], plan: BatchPlan) -> None:
         if has_b_rows or (isinstance(ids, torch.Tensor) and ids.ndim > 1):
             raise DataError(
                 f"the {type(data).__name__} holds batches, not samples: the first has tensors of "
-                "shape "
-                f"{', '.join(map(str, shapes))}, and B is {b}. Pass iter(batches) for batches that "
-                "are this process's own "
-                "already, or a data set of single samples; where these are samples, say so with "
-                "collate_fn=torch.utils.data.default_collate"
+                f"shape {', '.join(map(str, shapes))}, and B is {b}. Pass iter(batches) if the "
+                "batches are this process's own, or a data set of single samples; if these are "
+                "samples, say so with collate_fn=torch.utils.data.default_collate"
             )
 
 
 def _splits_by_rank(loader: DataLoader) -> bool:
-    """Whether this loader already gives each rank a share of its own (as DistributedSampler
-    does)."""
+    """Whether this loader gives each rank its own share, as DistributedSampler does."""
     sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
-    by_sampler = hasattr(sampler, "num_replicas")
-    by_dataset = (
-        getattr(loader.dataset, "_distributed", None) is not None
-    )  # datasets.distributed.split_dataset_by_node
-    return by_sampler or by_dataset
+    # `datasets.distributed.split_dataset_by_node` sets `_distributed`.
+    return (
+        hasattr(sampler, "num_replicas")
+        or getattr(loader.dataset, "_distributed", None) is not None
+    )

@@ -1,4 +1,7 @@
-"""Samples to one micro-batch: padded to a rectangle, or packed end to end."""
+"""Samples to one micro-batch: padded to a rectangle, or packed end to end.
+
+Knows the keys of transformers' batches, but no tokenizer and no window.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,13 @@ Sample = Mapping[str, Sequence[int]]
 class PaddingCollator:
     """Pad samples on the right to the longest of them, rounded up to a multiple.
 
-    Called with samples of `input_ids` and `labels` (lists of ints), gives tensors of shape
+    Called with samples of `input_ids` and `labels` (lists of ints), returns tensors of shape
     (samples, longest), int64: `input_ids` padded with `pad_token_id`, `attention_mask` (1 on
     tokens, 0 on padding), `labels` padded with -100.
+
+    Args:
+        pad_token_id: fills `input_ids`.
+        multiple: the padded length is a multiple of it, in tokens.
     """
 
     pad_token_id: int
@@ -41,18 +48,18 @@ class PaddingCollator:
 
 @dataclass(frozen=True)
 class PackingCollator:
-    """Lay samples end to end in one row, without padding; positions begin anew with each.
+    """Lay samples end to end in one row, without padding; positions restart with each sample.
 
-    Gives `input_ids`, `labels` and `position_ids` of shape (1, tokens), int64, and no attention
-    mask: from positions that begin anew transformers makes attention block-diagonal. A sample's
-    first label is -100: it would be predicted by the sample before it. Whether a model then keeps
-    the samples apart is proven on the model (`packing`).
+    Returns `input_ids`, `labels` and `position_ids` of shape (1, tokens), int64, and no attention
+    mask: transformers makes attention block-diagonal when positions restart. A sample's first label
+    is -100, since the sample before would predict it. `losses.packing` proves on the model that it
+    keeps the samples apart.
 
     Args:
-        boundaries: names among `BOUNDARIES` of what to give besides, see `boundaries_of`.
+        boundaries: further keys of the row, from `BOUNDARIES`; see `boundaries_of`.
 
     Raises:
-        ConfigError: a name that is not among them.
+        ConfigError: an unknown boundary.
     """
 
     boundaries: tuple[str, ...] = ()

@@ -1,32 +1,31 @@
-"""A map-style data set as windows: the global order, cut and dealt to the ranks by
-`window_plan`."""
+"""A map-style data set as windows: the global order, split over ranks by `window_plan`.
+
+Knows no model and no other rank: each rank computes the plan of all from the same numbers.
+"""
 
 from __future__ import annotations
 
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from accum_trainer.batch import Batch
 from accum_trainer.batch_plan import BatchPlan
 from accum_trainer.errors import DataError
 from accum_trainer.seeds import seed_of
 from accum_trainer.sources.collating import PackingCollator, PaddingCollator
 from accum_trainer.sources.drawing import SeededIndices
+from accum_trainer.sources.options import SourceOptions
 from accum_trainer.sources.shares import Announced, Reading, WindowShares, read_shares
 from accum_trainer.window_plan import Cut, global_order, windows_of
 
-Collate = Callable[[list[Any]], Batch]
-
 
 class CountedRows:
-    """A data set that knows what its batches will hold, so that nothing has to be counted or
-    exchanged.
+    """A data set that knows the counts of its batches: no counting, no communication.
 
     Attributes:
         lengths: tokens of each sample, shape (samples,), int64.
@@ -38,19 +37,17 @@ class CountedRows:
 
 
 class PlannedSource:
-    """A map-style data set: the global order from (seed, epoch), windows of B_eff samples, cut and
-    dealt by `cut`.
+    """Windows of B_eff samples in the global order from (seed, epoch), split by a `Cut`.
 
     Args:
-        dataset: has `__getitem__` and `__len__`; its attribute `lengths`, if any, is used where
-            `lengths` is None.
-        lengths: tokens of each sample, shape (len(dataset),); lets the cut avoid padding.
-        shuffle: False keeps the data set's own order.
-        shard: (i, n), every n-th sample of the order from the i-th; the n shards hold each sample
-            exactly once.
-        cut: how windows become micro-batches.
-        in_thread: parts are asked for in a thread, which must leave the global random generators
-            alone.
+        dataset: has `__getitem__` and `__len__`.
+        plan: B, K, W and the global batch size.
+        rank: of this process.
+        options: how to read it. With `prefetch`, shares are made in a thread, which leaves the
+            global random generators alone.
+
+    Raises:
+        DataError: the data set or its shard is empty, or there are not as many lengths as samples.
     """
 
     unit = "samples"
@@ -62,19 +59,13 @@ class PlannedSource:
         dataset: Any,
         plan: BatchPlan,
         rank: int,
-        collate_fn: Collate | None,
-        lengths: np.ndarray | None,
-        seed: int,
-        shuffle: bool,
-        num_workers: int,
-        pin_memory: bool,
-        shard: tuple[int, int] = (0, 1),
-        cut: Cut | None = None,
-        in_thread: bool = False,
+        options: SourceOptions,
     ) -> None:
         if len(dataset) == 0:
             raise DataError("the data set is empty; there is no window to train on")
-        given = lengths if lengths is not None else getattr(dataset, "lengths", None)
+        given = options.lengths
+        if given is None:
+            given = getattr(dataset, "lengths", None)
         self._lengths = (
             np.ones(len(dataset), dtype=np.int64) if given is None else np.asarray(given)
         )
@@ -82,22 +73,20 @@ class PlannedSource:
             raise DataError(
                 f"{len(self._lengths)} lengths are given for a data set of {len(dataset)} samples"
             )
-        self._dataset, self._plan, self._rank = dataset, plan, rank
-        self._collate_fn, self._seed, self._shuffle = collate_fn, seed, shuffle
-        self._num_workers, self._pin_memory = num_workers, pin_memory
-        self._cut = cut or Cut(plan.micro_batch_size)
-        # Known on every rank alike.
-        ours = isinstance(dataset, CountedRows) and isinstance(
-            collate_fn, (PaddingCollator, PackingCollator)
+        self._dataset, self._plan, self._rank, self._options = dataset, plan, rank, options
+        self._cut = options.cut or Cut(plan.micro_batch_size)
+        # Every rank knows the counts of all: these collators neither add nor drop a target.
+        self.knows_counts = isinstance(dataset, CountedRows) and isinstance(
+            options.collate_fn, (PaddingCollator, PackingCollator)
         )
-        self._num_targets = dataset.num_targets if ours else None
-        self.knows_counts = ours
-        self.reads_ahead = num_workers > 0
-        self._draws_here = num_workers == 0 and not in_thread
-        self._shard = slice(shard[0], None, shard[1])
+        self._num_targets = dataset.num_targets if self.knows_counts else None
+        self.reads_ahead = options.num_workers > 0
+        self._draws_here = not self.reads_ahead and not options.prefetch
+        first, shards = options.shard
+        self._shard = slice(first, None, shards)
         if not range(len(dataset))[self._shard]:
             raise DataError(
-                f"shard {shard[0]}/{shard[1]} of {len(dataset)} samples is empty; use at most "
+                f"shard {first}/{shards} of {len(dataset)} samples is empty; use at most "
                 f"{len(dataset)}"
             )
 
@@ -105,45 +94,41 @@ class PlannedSource:
         return -(-len(range(len(self._dataset))[self._shard]) // self._plan.global_batch_size)
 
     def order(self) -> None:
-        """(seed, epoch) says it all."""
+        """None: (seed, epoch) gives the order."""
 
     def micro_batches(self, epoch: int) -> tuple[int, list[int], list[int]] | None:
         plan = self._plan
         if self._cut.max_tokens is not None or self._cut.rank_weights is not None:
             return None
         if not (plan.is_whole or plan.world_size == 1 or self._cut.equal_counts):
-            return None  # which rank runs one more, the lengths decide
+            return None  # the lengths decide which rank runs one more
         order = self._order(epoch)
         whole, rest = divmod(len(order), plan.global_batch_size)
         first, last = order[: plan.global_batch_size if whole else 0], order[len(order) - rest :]
         return whole, self._counts_of(first), self._counts_of(last)
 
     def _counts_of(self, window: np.ndarray) -> list[int]:
-        """How many micro-batches each rank runs of a window; [] of none."""
-        dealt = (
-            self._cut.assign_to_ranks(self._lengths[window], self._plan.world_size)
-            if len(window)
-            else []
-        )
-        return [len(own) for own in dealt]
+        """Micro-batches of a window on each rank; [] for an empty window."""
+        if not len(window):
+            return []
+        by_rank = self._cut.assign_to_ranks(self._lengths[window], self._plan.world_size)
+        return [len(own) for own in by_rank]
 
     def _order(self, epoch: int) -> np.ndarray:
-        size = len(self._dataset)
-        return (global_order(size, self._seed, epoch) if self._shuffle else np.arange(size))[
-            self._shard
-        ]
+        size, options = len(self._dataset), self._options
+        order = global_order(size, options.seed, epoch) if options.shuffle else np.arange(size)
+        return order[self._shard]
 
     def shares(self, epoch: int, consumed: int) -> WindowShares:
         announced: deque[Announced] = deque()
         loader = DataLoader(
             self._dataset,
             batch_sampler=self._micro_batches(epoch, consumed, announced),
-            collate_fn=self._collate_fn,
-            num_workers=self._num_workers,
-            pin_memory=self._pin_memory,
-            # A generator of its own: the loader draws its workers' seed at each start, and must not
-            # draw it from the stream that dropout uses, or a resumed run would differ from one
-            # never stopped.
+            collate_fn=self._options.collate_fn,
+            num_workers=self._options.num_workers,
+            pin_memory=self._options.pin_memory,
+            # The loader draws its workers' seed at each start. Drawn from the stream that dropout
+            # uses, it would make a resumed run differ from one never stopped.
             generator=torch.Generator().manual_seed(self._seed_of("workers", epoch, consumed)),
         )
         reading = Reading(lambda: iter(loader))
@@ -153,36 +138,33 @@ class PlannedSource:
         )
 
     def _seed_of(self, purpose: str, epoch: int, position: int) -> int:
-        shard = self._shard.start
-        return seed_of(
-            purpose, self._seed, epoch=epoch, rank=self._rank, shard=shard, position=position
-        )
+        seed, shard = self._options.seed, self._shard.start
+        return seed_of(purpose, seed, epoch=epoch, rank=self._rank, shard=shard, position=position)
 
     def _micro_batches(
         self, epoch: int, consumed: int, announced: deque[Announced]
     ) -> Iterator[list[int]]:
-        """Yield this rank's micro-batches as lists of sample indices, announcing each window in
-        `announced`.
+        """Yield this rank's micro-batches as lists of sample indices; announce each window.
 
-        A rank with no sample of a window loads one of it as filler: its shortest.
+        A rank without a sample of a window loads the window's shortest one as a filler.
         """
         plan = self._plan
         for window in windows_of(self._order(epoch), plan.global_batch_size, start=consumed):
             lengths = self._lengths[window]
-            dealt = self._cut.assign_to_ranks(lengths, plan.world_size)
-            mine = dealt[self._rank]
+            by_rank = self._cut.assign_to_ranks(lengths, plan.world_size)
+            mine = by_rank[self._rank]
             begin, consumed = consumed, consumed + len(window)
             table = None
             if self._num_targets is not None:
                 targets = self._num_targets[window]
                 table = np.array(
-                    [self._counts(targets, lengths, own) for own in dealt], dtype=float
+                    [self._counts(targets, lengths, own) for own in by_rank], dtype=float
                 )
             announced.append(Announced(len(mine), consumed, zlib.crc32(window.tobytes()), table))
             filler = [[int(window[lengths.argmin()])]]
             batches = [window[micro_batch].tolist() for micro_batch in mine] or filler
-            if self._draws_here or self._num_workers:
-                # A window has at least as many samples as micro-batches: no position is used twice.
+            if self._draws_here or self.reads_ahead:
+                # A window has at least as many samples as micro-batches, so no position is reused.
                 batches = [
                     SeededIndices(b, self._seed_of("data", epoch, begin + i))
                     for i, b in enumerate(batches)
@@ -190,7 +172,7 @@ class PlannedSource:
             yield from batches
 
     def _counts(self, targets: np.ndarray, lengths: np.ndarray, own: list[np.ndarray]) -> list[int]:
-        """Targets, micro-batches, samples, tokens and positions of one rank's micro-batches."""
+        """One rank's row of `WindowShare.table`."""
         all_own = np.concatenate([np.empty(0, dtype=np.int64), *own])
         positions = sum(self._cut.positions(lengths[micro_batch]) for micro_batch in own)
         return [

@@ -1,9 +1,9 @@
-"""Random numbers that reading draws: each batch from seeds of its own, and training's stream is
-left alone.
+"""Seeds of the random numbers that reading draws; training's random stream stays untouched.
 
-Data that augments draws from the global generators of Python, numpy and torch, in whatever process
-reads it. Here a batch carries its seed to that process, so that what it draws depends on the batch
-and not on the worker that reads it, on what this worker read before, or on where a run was resumed.
+Augmenting data draws from the global generators of Python, numpy and torch, in the process that
+reads it. Here a batch carries its seed to that process. Its numbers then do not depend on the
+worker that reads it, on earlier reads of that worker, or on where a run was resumed. Knows no
+source.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ import torch
 
 
 class SeededIndices(list[Any]):
-    """The sample indices of one batch: a process that begins to read them seeds its global
-    generators.
+    """The sample indices of one batch; iterating seeds the global generators of the process.
 
-    A list to everybody else. It must not seed the process that only passes it on: `__reduce__`
+    Otherwise a plain list. A process that only passes it on must not be seeded: `__reduce__`
     pickles without iterating.
     """
 
@@ -39,8 +38,7 @@ class SeededIndices(list[Any]):
 
 @contextlib.contextmanager
 def drawing_from(seed: int) -> Iterator[None]:
-    """Let what runs inside draw from generators of `seed`; training's streams go on afterwards as
-    if nothing was drawn."""
+    """Seed the global generators inside; afterwards they continue as if nothing was drawn."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     _seed_generators(seed)
     try:
@@ -53,7 +51,6 @@ def drawing_from(seed: int) -> Iterator[None]:
 
 def _seed_generators(seed: int) -> None:
     random.seed(seed)
-    np.random.seed(
-        [seed & 0xFFFFFFFF, seed >> 32, 1]
-    )  # of the same two words Python's own would be the same stream
+    # A third word, since Python's generator would give the same stream from the same two.
+    np.random.seed([seed & 0xFFFFFFFF, seed >> 32, 1])
     torch.default_generator.manual_seed(seed)  # not the device's: data is read on the CPU

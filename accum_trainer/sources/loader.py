@@ -1,4 +1,7 @@
-"""A user's DataLoader as windows: its batches in its order, dealt to the ranks in turn."""
+"""A user's DataLoader as windows: its batches in its order, batch i to rank i % W.
+
+Knows torch's DataLoader and its samplers, but no other rank.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +25,19 @@ from accum_trainer.sources.shares import Announced, Reading, WindowShare, Window
 
 
 class LoaderSource:
-    """A user's DataLoader: K x W of its batches make a window, batch i goes to rank i % W, each
-    sample once.
+    """K x W batches of a user's DataLoader make a window; each sample is trained once.
 
-    Where the loader has a batch sampler, a rank loads its own batches only; otherwise it reads all
-    and keeps its own. What its sampler and its data draw from the global generators comes from
-    (seed, epoch, position), so that ranks and restarts agree on the order; a generator of the
-    loader's own is used as it is.
+    If the loader has a batch sampler, a rank loads only its own batches; otherwise it reads all and
+    keeps its own. The loader's own generator is used as it is. Anything that its sampler and data
+    draw from the global generators comes from (seed, epoch, position), so that ranks and restarts
+    agree on the order.
+
+    Args:
+        loader: not sharded.
+        plan: B, K, W and the global batch size.
+        rank: of this process.
+        seed: replaces that of a loader without a generator.
+        progress: the position in the loader; it keeps the workers of persistent ones.
     """
 
     unit = "batches"
@@ -41,7 +50,7 @@ class LoaderSource:
         self._loader, self._plan, self._rank, self._seed = loader, plan, rank, seed
         self._progress = progress
         self._per_window = plan.gradient_accumulation_steps * plan.world_size
-        # One that can save its state says in it what it has read itself: it is read as it is.
+        # A stateful loader counts its reads, so it must do the reading.
         is_map_style = loader.batch_sampler is not None and not isinstance(
             loader.dataset, IterableDataset
         )
@@ -80,18 +89,18 @@ class LoaderSource:
         reading = Reading(lambda: self._begin(epoch))
         early = reading if self.reads_ahead else None
         return WindowShares(
-            self._dealt_by_reading(reading, epoch, consumed), early, self._plan.world_size
+            self._shares_of_all(reading, epoch, consumed), early, self._plan.world_size
         )
 
     def _over(self, batches: Iterator[Any], epoch: int, consumed: int) -> DataLoader:
-        """The user's loader, its class and every option, over other batches of indices."""
+        """The user's loader, its class and options, over these batches of indices."""
         kept = self._progress.workers.loader
         if kept is not None:  # its workers are alive
             kept.batch_sampler.batches = batches
             return kept
         loader = copy.copy(self._loader)
-        loader._iterator = None
-        vars(loader)["batch_sampler"] = _Dealt(batches)  # a loader's __setattr__ refuses it
+        loader._iterator = None  # noqa: SLF001 the copy must not share torch's persistent workers
+        vars(loader)["batch_sampler"] = _GivenBatches(batches)  # DataLoader.__setattr__ refuses it
         loader.generator = torch.Generator().manual_seed(
             self._seed_of("workers", epoch, consumed, self._rank)
         )
@@ -100,14 +109,13 @@ class LoaderSource:
         return loader
 
     def _mine(self, epoch: int, consumed: int, announced: deque[Announced]) -> Iterator[Any]:
-        """This rank's batches of indices. Whoever reads batch i of an epoch draws from the same
-        seeds."""
+        """This rank's batches of indices; batch i of an epoch has the same seed on every rank."""
         batches: Iterator[Any] = iter(())
         used = 0
         while True:
             with drawing_from(self._seed_of("order", epoch, used)):
                 if used == 0:
-                    tell_epoch(self._loader, epoch)
+                    set_epoch(self._loader, epoch)
                     self._begin_order(epoch)
                     batches = iter(self._loader.batch_sampler)  # type: ignore[arg-type]
                 window = list(
@@ -132,22 +140,20 @@ class LoaderSource:
                 yield indices
 
     def _begin_order(self, epoch: int) -> None:
-        """Have the sampler's own generators stand where they stood when this epoch began, and note
-        where that is."""
+        """Restore the loader's own generators to the start of this epoch; record their state."""
         progress, loader = self._progress, self._loader
         for generator, state in zip(self._generators(), progress.loaded_order or (), strict=False):
             generator.set_state(state)
         progress.order, progress.loaded_order = self.order(), None
         if loader.generator is not None and not (loader.persistent_workers and epoch):
-            # What a loader draws for its workers when they start: the order stays that of a plain
-            # loop over this loader.
+            # A loader draws its workers' seed here; drawing it too keeps the order of a plain loop.
             torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
 
     def order(self) -> list[torch.Tensor] | None:
         return [generator.get_state() for generator in self._generators()] or None
 
     def _generators(self) -> list[torch.Generator]:
-        """The loader's own that its order is drawn from."""
+        """The loader's own generators that its order is drawn from."""
         batch_sampler = self._loader.batch_sampler
         owners = (
             (self._loader, batch_sampler, getattr(batch_sampler, "sampler", None))
@@ -158,16 +164,16 @@ class LoaderSource:
         return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
 
     def _begin(self, epoch: int) -> Iterator[Batch]:
-        tell_epoch(self._loader, epoch)
+        set_epoch(self._loader, epoch)
         with workers_seeded(self._loader, self._seed_of("workers", epoch, 0)):
             return iter(self._loader)
 
-    def _dealt_by_reading(
+    def _shares_of_all(
         self, batches: Iterator[Batch], epoch: int, consumed: int
     ) -> Generator[WindowShare, None, None]:
         used = 0
         while True:
-            with drawing_from(self._seed_of("data", epoch, used)):  # all ranks must read the same
+            with drawing_from(self._seed_of("data", epoch, used)):  # equal on all ranks
                 window = list(
                     islice(
                         batches,
@@ -189,8 +195,8 @@ class LoaderSource:
         return seed_of(purpose, seed, epoch=epoch, rank=rank, position=position)
 
 
-class _Dealt:
-    """The batch sampler of a copied loader: `batches` of the epoch that is read."""
+class _GivenBatches:
+    """The batch sampler of a copied loader: the batches of the current epoch."""
 
     def __init__(self, batches: Iterator[Any]) -> None:
         self.batches = batches
@@ -200,20 +206,26 @@ class _Dealt:
 
 
 def is_stateful(loader: DataLoader) -> bool:
-    """Whether the loader can save where it stands; accelerate's always have the method and say
-    themselves if it works."""
+    """Whether the loader can save its position.
+
+    accelerate's loaders always have the method; an attribute says if it works.
+    """
     return getattr(loader, "use_stateful_dataloader", hasattr(loader, "state_dict"))
 
 
 def may_be_read_early(loader: Any) -> bool:
-    """Whether batches may be taken from `loader` before the update in hand: workers have begun
-    them anyway, and know nothing of it."""
+    """Whether the next batches may be taken before the current update.
+
+    Workers have started them anyway, and they do not depend on the update.
+    """
     return isinstance(loader, DataLoader) and loader.num_workers > 0 and not is_stateful(loader)
 
 
-def tell_epoch(loader: Any, epoch: int) -> None:
-    """Tell whatever shuffles by epoch which one it is: accelerate's loaders, DistributedSampler,
-    streams of `datasets`."""
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Call `set_epoch` on everything in `loader` that shuffles by epoch.
+
+    That is accelerate's loaders, DistributedSampler and streams of `datasets`.
+    """
     batch_sampler = getattr(loader, "batch_sampler", None)
     sampler = getattr(batch_sampler, "sampler", getattr(loader, "sampler", None))
     for part in (loader, batch_sampler, sampler, getattr(loader, "dataset", None)):
@@ -223,19 +235,19 @@ def tell_epoch(loader: Any, epoch: int) -> None:
 
 @contextlib.contextmanager
 def workers_seeded(loader: DataLoader, seed: int) -> Iterator[None]:
-    """Let workers that are started inside be seeded by `seed`, where the loader has no generator
-    of its own."""
-    lent = loader.generator is None
-    if lent:
+    """Seed the workers that start inside by `seed`, if the loader has no generator."""
+    is_lent = loader.generator is None
+    if is_lent:
         loader.generator = torch.Generator().manual_seed(seed)
     try:
         yield
     finally:
-        if lent:
+        if is_lent:
             loader.generator = None
 
 
 def _content_fingerprint(batches: Iterable[Batch]) -> int:
+    """A CRC-32 of the first tensor of each batch."""
     fingerprint = 0
     for batch in batches:
         tensor = first_tensor(batch)

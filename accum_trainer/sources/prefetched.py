@@ -1,4 +1,4 @@
-"""WindowShares of another source, made in a thread."""
+"""Another source's shares, made in a thread. Knows no data, only the contract of `shares`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from accum_trainer.sources.shares import Source, WindowShare, WindowShares
 
 
 class Prefetched:
-    """Another source's parts, each made in a thread while the one before it is trained on.
+    """Another source's shares, each made in a thread while the previous one is trained on.
 
-    Reading, cutting, collating and pinning happen off the critical path. One part is ready and one
-    is being made, beside one that may have been asked for ahead; more would only hold memory.
-    Draws from the global random generators in a data set's `__getitem__` would interleave with the
-    training's own: such data is read without this.
+    Reading, splitting, collating and pinning leave the critical path. One share queued, one in
+    production; more would only hold memory. `__getitem__` must not use the global random
+    generators, whose draws would interleave with the training's.
     """
 
     def __init__(self, source: Source) -> None:
@@ -30,7 +29,7 @@ class Prefetched:
         return self._source.num_windows()
 
     def order(self) -> None:
-        """As of the source: none."""
+        """None, as for the source."""
 
     def micro_batches(self, epoch: int) -> tuple[int, list[int], list[int]] | None:
         return self._source.micro_batches(epoch)
@@ -50,12 +49,12 @@ class Prefetched:
 
         def make() -> None:
             try:
-                for part in self._source.shares(epoch, consumed):
-                    put(part)
+                for share in self._source.shares(epoch, consumed):
+                    put(share)
                     if given_up.is_set():
                         return
                 put(None)
-            except BaseException as error:  # raised again where the part is asked for
+            except BaseException as error:  # raised again in the consumer
                 put(error)
 
         def stop() -> None:
@@ -64,8 +63,7 @@ class Prefetched:
 
         maker = threading.Thread(target=make, name="windows", daemon=True)
         maker.start()
-        # A thread that is inside a library while the interpreter goes down takes the process with
-        # it.
+        # A thread inside a library at interpreter shutdown can crash the process.
         atexit.register(stop)
         try:
             while (item := ready.get()) is not None:

@@ -1,6 +1,6 @@
-"""Where training stands in each source of data: the epoch, and what of it is used up.
+"""The position in each source of data: the epoch, and how much of it is consumed.
 
-Knows sources by their identity only. One source has one position, however often `windows()` or
+Knows sources by identity only. One source has one position, however often `windows()` or
 `batches()` is called on it.
 """
 
@@ -10,25 +10,25 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-# Lists and tuples cannot be referenced weakly: so many of them are kept alive, the last ones used.
+# Lists and tuples allow no weak references: at most this many are kept alive, the last ones used.
 MOST_HELD = 16
 
 
 class Workers:
-    """Keeps a loader, or None, for its living workers."""
+    """Keeps a loader, or None, so that its workers stay alive."""
 
     loader: Any = None
 
 
 class Progress:
-    """The position in one source; it counts what finished windows used up.
+    """The position in one source after the last finished window.
 
     Attributes:
-        epoch, consumed: after the last finished window; consumed in the source's unit.
-        workers: what reads the source where its processes live through epochs; the same for all
-            positions in one source.
-        order: what the order of the epoch that was begun is drawn from, if it is the source's own;
-            None between epochs.
+        epoch: epochs finished or left.
+        consumed: of this epoch, in the source's unit (samples or batches).
+        workers: of a loader whose processes outlive an epoch; shared by all positions in a source.
+        order: states of the source's own generators at the start of this epoch; None between
+            epochs or without such generators.
         loaded_order: the same of a loaded position, until its epoch begins.
     """
 
@@ -37,47 +37,53 @@ class Progress:
         self.workers = workers or Workers()
         self.order: Any = None
         self.loaded_order: Any = None
-        self._next: tuple[int, int] | None = None  # where the next loop begins, if not here
+        self._next: tuple[int, int] | None = None  # start of the next loop, if not here
 
     def begin(self, goes_on: bool) -> tuple[int, int]:
-        """Start a loop; return its epoch and what of it is used up.
+        """Start a loop; return its epoch and how much of it is consumed.
 
-        That is what `load` said, else the epoch after the one last begun, from its start, also
-        where that was left early. `goes_on` is for what can be read only once: it is read on from
-        where it stands.
+        A loaded position comes first. Otherwise the next epoch starts, even if the last one was
+        left early.
+
+        Args:
+            goes_on: the source can be read only once, and continues from here.
         """
         self.epoch, self.consumed = self._next or (self.epoch, self.consumed)
         self._next = None if goes_on else (self.epoch + 1, 0)
         return self.epoch, self.consumed
 
     def reach(self, epoch: int, consumed: int) -> None:
-        """A window was finished, or with `consumed` 0 the epoch before."""
+        """Record a finished window or, with `consumed` 0, a finished epoch."""
         self.epoch, self.consumed = epoch, consumed
         if not consumed:
             self.order = None
 
     def load(self, epoch: int, consumed: int, order: Any = None) -> None:
-        """Have the next loop begin there."""
+        """Start the next loop at this position."""
         self.epoch, self.consumed = epoch, consumed
         self.order = self.loaded_order = order
         self._next = None
 
 
 class Remembered:
-    """The `Progress` of each source, by the source's identity and by `share`: what else decides
-    its order."""
+    """The `Progress` of each source, by its identity and the options that change its order."""
 
     def __init__(self) -> None:
         self._found: dict[int, _Known] = {}
         self._held: dict[int, Any] = {}
 
     def of(self, source: Any, share: Any) -> Progress:
-        """The progress in `source`; a new one where it was never seen."""
+        """The progress in `source`; a new one for an unknown source.
+
+        Args:
+            source: of any type.
+            share: hashable; the options that change its order.
+        """
         key, found = id(source), self._found
         if key not in found or found[key].source() is not source:
             found[key] = _Known(self._reference(key, source))
         if key in self._held:
-            self._held[key] = self._held.pop(key)  # now the last used
+            self._held[key] = self._held.pop(key)  # now the most recently used
         while len(self._held) > MOST_HELD:
             oldest = next(iter(self._held))
             del self._held[oldest], found[oldest]
@@ -93,7 +99,7 @@ class Remembered:
 
 
 class _Known:
-    """What is known of one source: the progress of each share, all with the same workers."""
+    """The progress of each share of one source, all with the same workers."""
 
     def __init__(self, source: Callable[[], Any]) -> None:
         self.source = source

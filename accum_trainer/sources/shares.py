@@ -1,6 +1,6 @@
-"""WindowShares: what a source of windows gives to one rank, and how batches become parts.
+"""`Source`, the contract of sources, and `WindowShares`, one rank's shares of an epoch's windows.
 
-Knows nothing of data sets, of loaders' options, or of the other ranks.
+Knows no data set, no loader's options and no other rank.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ class WindowShare:
 
     Attributes:
         batches: this rank's micro-batches; may be none.
-        filler: a batch to run with weight 0 where an exchange needs this rank and it has none of
-            its own.
-        consumed: what of the epoch is used up once this window is done, in the source's unit.
-        fingerprint: equal on all ranks that cut the same window; where ranks read their own data
-            it must not be equal, but 0 says nothing.
-        table: targets, micro-batches, samples, tokens and positions of each rank, shape (ranks,
-            5), where the source knows them without asking; then nothing has to be exchanged before
-            the window begins.
+        filler: a batch to run with weight 0 if a collective needs this rank and it has no batch.
+        consumed: of the epoch once this window is done, in the source's unit.
+        fingerprint: must be equal on all ranks if they share the data, and unequal if each reads
+            its own; 0 means nothing.
+        table: targets, micro-batches, samples, tokens and positions of each rank, shape (ranks, 5);
+            None if the source does not know them. With it, no communication is needed before the
+            window.
     """
 
     batches: list[Batch]
@@ -41,8 +40,10 @@ class WindowShare:
 
 
 class Reading(Iterator[Batch]):
-    """The batches of `begin()`, which is called when the first is asked for; some may be read
-    before they are due."""
+    """The batches of `begin()`, some of them read before they are needed.
+
+    `begin` is called when the first batch is read.
+    """
 
     def __init__(self, begin: Callable[[], Iterator[Batch]]) -> None:
         self._begin = begin
@@ -60,8 +61,7 @@ class Reading(Iterator[Batch]):
         return next(self._batches)
 
     def read_early(self, most: int) -> None:
-        """Read one batch, unless `most` are there. What fails, or that nothing is left, is told in
-        its turn."""
+        """Read one batch unless `most` are queued. An error or the end is raised in its turn."""
         if self._batches is None or self._failure is not None or len(self._early) >= most:
             return
         try:
@@ -70,57 +70,58 @@ class Reading(Iterator[Batch]):
             self._failure = failure
 
     def close(self) -> None:
-        """Let go of what was begun."""
+        """Drop the iterator and the queued batches."""
         self._batches, self._begin = iter(()), lambda: iter(())
         self._early.clear()
 
 
 class WindowShares(Iterator[WindowShare]):
-    """This rank's parts of the windows of an epoch, one per `next`.
+    """This rank's shares of the windows of an epoch, one per `next`.
 
     Args:
-        reading: what they are made of, where its batches may be read early.
-        times: batches of `reading` that make one micro-batch of this rank.
+        shares: made one at a time.
+        reading: the batches that they are made of, if these may be read early.
+        times: batches of `reading` per micro-batch of this rank.
     """
 
     def __init__(
         self,
-        parts: Generator[WindowShare, None, None],
+        shares: Generator[WindowShare, None, None],
         reading: Reading | None = None,
         times: int = 1,
     ) -> None:
-        self._parts, self._reading, self._times = parts, reading, times
+        self._shares, self._reading, self._times = shares, reading, times
 
     def __next__(self) -> WindowShare:
-        return next(self._parts)
+        return next(self._shares)
 
     def read_early(self, most: int) -> None:
-        """Read what one micro-batch of the next window takes, unless `most` micro-batches of it
-        are there.
+        """Read one micro-batch of the next window, unless `most` micro-batches are queued.
 
-        Workers go on while this process trains only if somebody takes what they made: a window's
-        batches asked for all at once would be waited for.
+        Workers only continue if their batches are taken. Taking a whole window at once would wait
+        for all of its batches.
         """
         if self._reading is not None:
             for _ in range(self._times):
                 self._reading.read_early(most * self._times)
 
     def close(self) -> None:
-        self._parts.close()
+        """Stop reading."""
+        self._shares.close()
         if self._reading is not None:
             self._reading.close()
 
 
 class Source(Protocol):
-    """Where windows come from.
+    """A source of windows.
 
     Attributes:
-        unit: what `consumed` counts: "samples" or "batches".
-        knows_counts: each part has a `table`, so that nothing has to be exchanged.
-        reads_ahead: the next part is made elsewhere and draws no random numbers here, so that it
-            may be asked for before the update of the one in hand.
-        alike: all ranks read the same and take their share of it; otherwise each reads its own.
-        is_read_once: it cannot be begun anew.
+        unit: of `consumed`: "samples" or "batches".
+        knows_counts: each share has a `table`, so no communication is needed.
+        reads_ahead: the next share is made in another process or thread and draws no random numbers
+            here, so it may be taken before the current update.
+        alike: all ranks read the same data and take their shares; otherwise each reads its own.
+        is_read_once: it cannot be restarted.
     """
 
     unit: str
@@ -130,24 +131,33 @@ class Source(Protocol):
     is_read_once: bool
 
     def shares(self, epoch: int, consumed: int) -> WindowShares:
-        """This rank's parts of the windows of `epoch`, from where `consumed` units are used up."""
+        """This rank's shares of the windows of `epoch`, after the first `consumed` units."""
 
     def num_windows(self) -> int | None:
-        """Windows in one epoch, or None where the source has no length."""
+        """Windows in one epoch; None if the source has no length."""
 
     def order(self) -> Any:
-        """What the order of an epoch that begins now would be drawn from besides (seed, epoch):
-        for a saved position; or None."""
+        """States of the generators that an epoch's order is drawn from besides (seed, epoch).
+
+        Part of a saved position; None if there are none.
+        """
 
     def micro_batches(self, epoch: int) -> tuple[int, list[int], list[int]] | None:
-        """(whole windows of `epoch`, each rank's micro-batches in one, each rank's in the tail
-        window); [] where there is none; None where that is not known beforehand."""
+        """Micro-batches of `epoch`, or None if they are not known in advance.
+
+        Returns:
+            (number of whole windows, micro-batches of each rank in one of them, micro-batches of
+            each rank in the tail window); [] for a window that does not exist.
+        """
 
 
 @dataclass(frozen=True)
 class Announced:
-    """A window that a batch sampler has begun: workers load ahead of training, so it is noted when
-    it is sampled."""
+    """A window that a batch sampler has started.
+
+    Workers load ahead of training, so each window is recorded when it is sampled. The fields become
+    those of its `WindowShare`; `num_batches` are this rank's.
+    """
 
     num_batches: int
     consumed: int
@@ -161,27 +171,29 @@ def read_shares(
     begin: int,
     seed: Callable[[int], int] | None,
 ) -> Generator[WindowShare, None, None]:
-    """Group what a loader yields into parts, as its batch sampler announced them.
+    """Group the batches of a loader into the windows that its batch sampler announced.
 
     Args:
-        begin: what of the epoch is used up.
-        seed: of what is read once so much is used up, where it is read in this process; None where
-            workers read.
+        reading: the loader's batches.
+        announced: windows, appended by the batch sampler.
+        begin: units of the epoch that are already consumed.
+        seed: from the consumed units, the seed for reading the next window in this process; None
+            if workers read.
     """
     while True:
         if seed is None:
-            part = _part(reading, announced)
+            share = _next_share(reading, announced)
         else:
             with drawing_from(seed(begin)):
-                part = _part(reading, announced)
-        if part is None:
+                share = _next_share(reading, announced)
+        if share is None:
             return
-        begin = part.consumed
-        yield part
+        begin = share.consumed
+        yield share
 
 
-def _part(batches: Iterator[Batch], announced: deque[Announced]) -> WindowShare | None:
-    """The next part, or None at the end."""
+def _next_share(batches: Iterator[Batch], announced: deque[Announced]) -> WindowShare | None:
+    """The next window's share; None at the end."""
     first = list(islice(batches, 1))
     if not first:
         return None

@@ -1,4 +1,7 @@
-"""Batches that are this rank's already, and what shows that two ranks were given the same ones."""
+"""Batches that are already this rank's, and a fingerprint that reveals two ranks with equal ones.
+
+Knows no other rank: the accumulator compares the fingerprints.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +13,26 @@ import torch
 
 from accum_trainer.batch import Batch, tensors_of
 from accum_trainer.batch_plan import BatchPlan
-from accum_trainer.sources.loader import may_be_read_early, tell_epoch, workers_seeded
+from accum_trainer.sources.loader import may_be_read_early, set_epoch, workers_seeded
 from accum_trainer.sources.shares import Reading, WindowShare, WindowShares
 
-# Streams that hold so many different samples, in at least two different batches, and agree in all
-# of them from their start are one stream: by chance ranks that draw from N samples would agree
-# with N ** -8, and N is at least 8.
+# Two streams are the same if they agree from their start in this many different samples, in at
+# least two different batches. Ranks that draw from N samples agree by chance with probability
+# N ** -8, and N is at least 8.
 ENOUGH_SAMPLES = 8
-# A stream that shows no more than that in so many batches is constant, or nearly: whether it is
-# the same is no question.
+# A stream with fewer different samples in this many batches is (nearly) constant and not compared.
 MOST_BATCHES = 128
 
 
 class StreamSource:
-    """Batches that are this rank's already, K at a time; ranks may run out at different windows."""
+    """Batches that are already this rank's, K per window; ranks may end at different windows.
+
+    Args:
+        batches: of this rank.
+        plan: K and W.
+        workers_seed: from an epoch, the seed of a DataLoader's workers; None leaves them alone.
+        early: workers' batches may be read before they are needed.
+    """
 
     unit = "batches"
     knows_counts = alike = False
@@ -35,14 +44,11 @@ class StreamSource:
         workers_seed: Callable[[int], int] | None = None,
         early: bool = True,
     ) -> None:
-        """`workers_seed` gives the seed of an epoch for the workers of a DataLoader, which are
-        read early if `early`."""
         self._batches, self._plan, self._workers_seed = batches, plan, workers_seed
         self.is_read_once = hasattr(batches, "__next__")
-        self.reads_ahead = early and may_be_read_early(
-            batches
-        )  # any other may make its batches as they are asked for
-        self._read_before = 0  # of what is read only once
+        # Anything but workers may make its batches here, when they are read.
+        self.reads_ahead = early and may_be_read_early(batches)
+        self._read_before = 0  # batches, if they can be read only once
 
     def num_windows(self) -> int | None:
         if self._plan.world_size > 1 or not isinstance(self._batches, Sized):
@@ -50,7 +56,7 @@ class StreamSource:
         return -(-len(self._batches) // self._plan.gradient_accumulation_steps)
 
     def order(self) -> None:
-        """A stream's order is its own affair."""
+        """None: the stream decides its order."""
 
     def micro_batches(self, epoch: int) -> tuple[int, list[int], list[int]] | None:
         if self._plan.world_size > 1 or not isinstance(self._batches, Sized):
@@ -69,14 +75,13 @@ class StreamSource:
             consumed += len(window)
             self._read_before = consumed if self.is_read_once else 0
             filler = window[-1]
-            yield WindowShare(
-                window, filler, consumed, content.told_by(window) if content is not None else 0
-            )
-        while True:  # other ranks may still have data; the accumulator ends the epoch when none has
+            fingerprint = content.add(window) if content is not None else 0
+            yield WindowShare(window, filler, consumed, fingerprint)
+        while True:  # other ranks may have more; the accumulator ends the epoch when none has
             yield WindowShare([], filler, consumed)
 
     def _begin(self, epoch: int) -> Iterator[Batch]:
-        tell_epoch(self._batches, epoch)
+        set_epoch(self._batches, epoch)
         if self._workers_seed is None:
             return iter(self._batches)
         with workers_seeded(self._batches, self._workers_seed(epoch)):  # type: ignore[arg-type]
@@ -84,24 +89,22 @@ class StreamSource:
 
 
 class Content:
-    """What a stream has given since its start, as one number, once it is enough to tell streams
-    apart.
+    """A fingerprint of a stream since its start, once that is enough to distinguish streams.
 
-    One batch that is the same on several ranks says nothing (overfitting on one batch, constant
-    data), nor do many with a few samples between them.
+    One batch that is equal on several ranks proves nothing (overfitting on one batch, constant
+    data); neither do many batches of a few samples.
     """
 
     def __init__(self) -> None:
-        self._digest = hashlib.blake2b(
-            digest_size=6
-        )  # 48 bits: exact in the float64 that ranks exchange
+        # 48 bits are exact in the float64 that ranks exchange.
+        self._digest = hashlib.blake2b(digest_size=6)
         self._batches: set[bytes] = set()
         self._samples: set[bytes] = set()
         self._num_batches = 0
         self._ended = False
 
-    def told_by(self, batches: list[Batch]) -> int:
-        """The number after `batches`, the first time that it tells; 0 before and afterwards."""
+    def add(self, batches: list[Batch]) -> int:
+        """The fingerprint after `batches` once it is conclusive; 0 before and after that."""
         for batch in [] if self._ended else batches:
             self._add(batch)
         if self._ended:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from accum_trainer.batch_plan import BatchPlan
 from accum_trainer.errors import DataError
 from accum_trainer.sources.dataset import PlannedSource
+from accum_trainer.sources.options import SourceOptions
 from accum_trainer.train.records import read_records
 from accum_trainer.window_plan import global_order
 from tests.end_to_end.started import Started, accum_trainer, process_of
@@ -304,9 +305,8 @@ def test_shards_hold_each_sample_once_in_every_epoch(size, shards):
     data = [{"x": torch.tensor(i)} for i in range(size)]
 
     def seen(shard, epoch):
-        source = PlannedSource(
-            data, BatchPlan(2, 2, 1), 0, None, None, 5, True, 0, False, (shard, shards)
-        )
+        options = SourceOptions(seed=5, shard=(shard, shards))
+        source = PlannedSource(data, BatchPlan(2, 2, 1), 0, options)
         parts = list(source.shares(epoch, 0))
         assert len(parts) == source.num_windows()
         return [int(i) for part in parts for batch in part.batches for i in batch["x"]]
@@ -316,7 +316,7 @@ def test_shards_hold_each_sample_once_in_every_epoch(size, shards):
             range(size)
         )
     with pytest.raises(DataError, match="is empty"):
-        PlannedSource(data, BatchPlan(2, 2, 1), 0, None, None, 5, True, 0, False, (size, size + 1))
+        PlannedSource(data, BatchPlan(2, 2, 1), 0, SourceOptions(seed=5, shard=(size, size + 1)))
 
 
 def test_a_share_of_the_data_cannot_be_had_of_a_stream():
