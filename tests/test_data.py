@@ -309,7 +309,7 @@ def test_named_columns(tmp_path, tokenizer):
 
 def test_first_rows_are_looked_at_before_any_is_tokenised(tmp_path, tokenizer, capsys):
     with pytest.raises(
-        DataError, match="rows.jsonl row 3 has the columns .'title'., none of which"
+        DataError, match="rows.jsonl row 3 has the columns .'title'., which make no row format"
     ):
         tokenized(
             tmp_path,

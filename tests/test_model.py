@@ -50,7 +50,7 @@ def test_samples_packed_for_flex_attention_do_not_see_each_other():
     with torch.no_grad():
         alone = sum(causal_lm_loss(exact, PaddingCollator(0)([row])).item() for row in rows)
         packed = causal_lm_loss(model, PackingCollator()(rows)).item()
-    torch._dynamo.reset()  # torch 2.13 compiles it for a CPU at one length, not for any
+    torch.compiler.reset()  # torch 2.13 compiles it for a CPU at one length, not for any
     found = find_packing(model, torch.tensor(tokens[3]), most=200, backward=False)
     assert found.holds, found
     assert packed == pytest.approx(alone, rel=1e-6)
@@ -66,7 +66,7 @@ def test_attention_that_the_models_code_does_not_know_is_refused(tmp_path):
     config = TrainConfig(model=str(tmp_path), attention="sdpa")
     with pytest.raises(
         ConfigError,
-        match="attention=sdpa cannot be used with model=.*no choice of attention, and runs eager",
+        match="attention=sdpa cannot be used with model=.*no choice of attention and runs eager",
     ):
         load_model(config, load_tokenizer(config))
 
@@ -85,7 +85,7 @@ def test_attention_that_the_models_code_does_not_know_is_refused(tmp_path):
 def test_attention_that_a_cpu_cannot_run_is_refused(attention, message, fresh_accelerate):
     config = TrainConfig()
     model = load_model(config, load_tokenizer(config))
-    model.config._attn_implementation = attention  # as where its package is installed
+    model.config._attn_implementation = attention  # noqa: SLF001 as if its package were installed
     with pytest.raises(ConfigError, match=message):
         _check_attention(model, Accumulator(micro_batch_size=1, cpu=True).engine)
 

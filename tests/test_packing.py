@@ -365,9 +365,8 @@ def test_i40_layout_is_decided_by_the_proof(fresh_accelerate):
     ):
         layout_of(make("Lfm2"), layout="packed", model="x")
     mamba = make("Mamba2")
-    mamba.config._attn_implementation = (
-        "flash_attention_2"  # it has no attention; a GPU's default for its siblings
-    )
+    # It has no attention; this is the default of similar models on a GPU.
+    mamba.config._attn_implementation = "flash_attention_2"  # noqa: SLF001
     found = layout_of(mamba)
     assert not found.packed and found.reason.startswith(
         "packed samples would see each other: logits of a packed sample"

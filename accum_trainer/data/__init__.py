@@ -1,9 +1,9 @@
 """From rows in a file to token ids and labels.
 
-rows        the row formats, and which of their characters are trained on
+rows        the row formats, and which part of each is trained on
+literal     CSV and JSON values exactly as written
 files       files and hub data sets, read through `datasets`
-literal     CSV and JSON values exactly as they are written
-counting    rows of a file, without reading it whole
+counting    the number of rows in a file, without torch
 embedded    text and a tokenizer that need no download
 tokenizing  rows -> token ids and labels, cached
 """

@@ -1,5 +1,4 @@
-"""The number of rows in a data file, without torch and without `datasets`: for `accum-trainer
-plan`."""
+"""The number of rows in a data file, without torch or `datasets`; for `accum-trainer plan`."""
 
 from __future__ import annotations
 
@@ -12,10 +11,10 @@ from accum_trainer.errors import DataError
 
 
 def count_rows(path: str | Path) -> int:
-    """Rows that `read_file` would give: objects, records, or lines that are not blank.
+    """The number of rows that `read_file` returns: objects, records, or lines that are not blank.
 
     Raises:
-        DataError: a file that cannot be read, or that has no rows.
+        DataError: the file cannot be read, or has no rows.
     """
     path = check_file(path)
     try:

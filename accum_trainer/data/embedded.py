@@ -1,10 +1,10 @@
-"""Real text and a tokenizer that every CPython carries, so that a first run needs no network.
+"""Real text from every CPython, and a tokenizer for it, so that a first run needs no network.
 
 The rows are the standard library's documentation: each documented function or class as `signature
--> docstring`, and the topics of the language reference (`pydoc_data`). Read from source with `ast`,
-nothing is imported or run. The docstrings' lengths are strongly skewed, as instruction data are.
-The tokenizer is a byte-level BPE trained on the same text in seconds. Both are cached as files, per
-Python version.
+-> docstring`, and the topics of the language reference (`pydoc_data`). The source is parsed with
+`ast`; nothing is imported or run. The docstrings' lengths are strongly skewed, like instruction
+data. The tokenizer is a byte-level BPE, trained on the same text in seconds. Both are cached as
+files per Python version.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 VOCABULARY = 4096
 END_OF_TEXT = "<|endoftext|>"
-# Every 50th row is held back for evaluation.
+# Every 50th row is for evaluation.
 HOLD_BACK = 50
-# Raise when the rows change, so that an old cache is not taken for the new corpus.
+# Increment when the rows change, so that an old cache is not reused.
 _VERSION = 1
-# Parts of the standard library that are tests, vendored or generated.
+# Folders of the standard library that hold tests, vendored or generated code.
 _SKIP = {
     "test",
     "tests",
@@ -45,8 +45,10 @@ _SKIP = {
 
 
 def corpus_files() -> tuple[Path, Path]:
-    """Paths of the training and the evaluation rows (JSON lines of prompt + completion), written
-    when missing."""
+    """Paths of the training and evaluation rows (JSON lines of prompt + completion).
+
+    The files are written if they are missing.
+    """
     folder = _folder()
     train, evaluation = folder / "train.jsonl", folder / "eval.jsonl"
     if not (train.exists() and evaluation.exists()):
@@ -59,8 +61,7 @@ def corpus_files() -> tuple[Path, Path]:
 
 
 def corpus_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer of the embedded model: byte-level BPE of 4,096 pieces, trained once on the
-    training rows."""
+    """The embedded model's tokenizer: byte-level BPE, 4,096 tokens, trained once on the rows."""
     from transformers import PreTrainedTokenizerFast
 
     path = _folder() / f"tokenizer-{VOCABULARY}.json"
@@ -97,7 +98,7 @@ def _documented(path: Path) -> Iterator[dict[str, str]]:
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
-        return  # a template or a deliberately broken file; the corpus needs no single one
+        return  # a template or a deliberately broken file, which the corpus can do without
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             signature = f"def {node.name}({ast.unparse(node.args)}):\n"
@@ -112,8 +113,7 @@ def _documented(path: Path) -> Iterator[dict[str, str]]:
 
 
 def _partial(path: Path) -> Path:
-    """A name to write under; machines and containers that share the cache may share process ids as
-    well."""
+    """A unique name to write under: containers that share the cache may share process ids too."""
     return path.with_name(f"{path.name}.{uuid.uuid4().hex}")
 
 

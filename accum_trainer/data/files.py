@@ -1,5 +1,7 @@
-"""Rows from files and hub data sets, through `datasets`, with errors that name the file and the
-line."""
+"""Rows from files and hub data sets, through `datasets`; errors name the file and the line.
+
+Knows file formats, but not which columns can be trained on (`rows` does).
+"""
 
 from __future__ import annotations
 
@@ -18,21 +20,23 @@ from accum_trainer.errors import DataError
 if TYPE_CHECKING:
     import datasets
 
-# Suffix -> the builder of `datasets` that reads it.
+# Suffix -> builder of `datasets`.
 BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def cache_dir() -> Path:
-    """Where this package keeps what it can make again: $ACCUM_TRAINER_CACHE, else the user's cache
-    folder."""
+    """The folder of reproducible files: $ACCUM_TRAINER_CACHE, else in the user's cache folder."""
     if "ACCUM_TRAINER_CACHE" in os.environ:
         return Path(os.environ["ACCUM_TRAINER_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "accum_trainer"
 
 
 def check_file(path: str | Path) -> Path:
-    """Return `path` if rows can be read from it: it exists, is a file, has a known suffix, is not
-    empty; else DataError."""
+    """Return `path` if it is a file with a known suffix that is not empty.
+
+    Raises:
+        DataError: it is not.
+    """
     path = Path(path)
     if not path.exists():
         raise DataError(f"data file {path} does not exist")
@@ -53,7 +57,7 @@ def _suffixes() -> str:
 
 
 def digest(path: str | Path) -> str:
-    """SHA-256 of a file's content, hexadecimal: what makes two data files the same."""
+    """SHA-256 of a file's content, hexadecimal; equal for equal data files."""
     sha = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -62,13 +66,16 @@ def digest(path: str | Path) -> str:
 
 
 def read_file(path: str | Path, columns: Sequence[str] = ()) -> datasets.Dataset:
-    """Read the rows of a data file. A text file gives one row per line that is not blank.
+    """Read the rows of a data file; in a text file, each line that is not blank is a row.
 
-    Numbers in the columns of text, and in `columns`, are text as the file writes them.
+    Args:
+        path: a file with a suffix of `BUILDERS`.
+        columns: further columns whose numbers are text as the file writes them, like those in
+            `TEXT_COLUMNS`.
 
     Raises:
-        DataError: what `check_file` refuses, content that is not of its format (with the line), or
-            no rows.
+        DataError: `check_file` refuses the file, its content is not of its format (with the line),
+            or it has no rows.
     """
     path = check_file(path)
     if path.suffix != ".parquet":
@@ -84,13 +91,11 @@ def read_file(path: str | Path, columns: Sequence[str] = ()) -> datasets.Dataset
             cache_dir=str(cache_dir() / "rows"),
             **(csv_options(path) if path.suffix == ".csv" else {}),
         )
-    except (
-        Exception
-    ) as error:  # datasets wraps whatever pyarrow, json and csv raise, without the line
+    except Exception as error:  # datasets wraps errors of pyarrow, json and csv, without the line
         wrong = _wrong_json(path) if is_json else ""
         if not is_json or wrong:
             raise DataError(wrong or _unreadable(path, error)) from None
-        rows = read_json(path)  # right as JSON: a column holds numbers here and text there, say
+        rows = read_json(path)  # valid JSON, such as a column of both numbers and text
     else:
         if is_json and is_written_otherwise(rows.features, {*TEXT_COLUMNS, *columns}):
             rows = read_json(path)
@@ -114,7 +119,7 @@ def _check_utf8(path: Path) -> None:
 
 
 def _wrong_json(path: Path) -> str:
-    """What is wrong with a JSON file, with the line; "" if nothing is."""
+    """The error in a JSON file, with the line; "" if there is none."""
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".jsonl":
         for number, line in enumerate(text.splitlines(), start=1):
@@ -138,7 +143,7 @@ def _wrong_json(path: Path) -> str:
 
 
 def _unreadable(path: Path, error: Exception) -> str:
-    """Say what `datasets` did not like about a file; it does not say where."""
+    """The error that `datasets` raised about a file; it names no line."""
     cause = error.__cause__ or error
     return (
         f"data file {path} cannot be read as {path.suffix[1:]}: "
@@ -157,9 +162,7 @@ def read_hub(name: str) -> datasets.Dataset:
     path, _, config = name.partition(":")
     try:
         return datasets.load_dataset(path, config or None, split="train")
-    except (
-        Exception
-    ) as error:  # offline, unknown, gated, no such config: many types, one thing to tell
+    except Exception as error:  # offline, unknown, gated, no such config: many types, one remedy
         first = str(error).splitlines()[0] if str(error) else repr(error)
         raise DataError(
             f"dataset {name} cannot be loaded from the hub: {first}; for a file on this machine "

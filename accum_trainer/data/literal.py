@@ -1,8 +1,7 @@
-"""Values of data files as the file writes them: `007` in a CSV stays `007`, `1.50` in JSON stays
-`1.50`.
+"""Values exactly as a data file writes them: `007` in CSV and `1.50` in JSON stay so.
 
-Parsers turn numbers, dates and words such as NA into values of their own, and text cannot be
-trained on that nobody wrote.
+Parsers convert numbers, dates and words such as NA. A model must not be trained on text that
+nobody wrote.
 """
 
 from __future__ import annotations
@@ -19,12 +18,11 @@ if TYPE_CHECKING:
 
 
 class _Number(str):
-    """A JSON number as it is written."""
+    """A JSON number as the file writes it."""
 
 
 def csv_options(path: Path) -> dict[str, Any]:
-    """Arguments of `datasets.load_dataset("csv", ...)`: every column is text, and only an empty
-    cell is absent."""
+    """Arguments of `datasets.load_dataset("csv", ...)`: all columns are text, empty cells absent."""
     import datasets
     import pandas
 
@@ -34,13 +32,12 @@ def csv_options(path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> datasets.Dataset:
-    """The rows of a .json or .jsonl file, all in memory: numbers and booleans of a row as they are
-    written.
+    """The rows of a .json or .jsonl file, all in memory; numbers and booleans as text.
 
-    What is nested, such as messages, keeps its own types.
+    Nested values, such as messages, keep their types.
 
     Raises:
-        DataError: a column whose nested values are of several kinds.
+        DataError: the nested values of a column have several types.
         ValueError: the file is not JSON.
     """
     import datasets
@@ -63,14 +60,13 @@ def read_json(path: Path) -> datasets.Dataset:
         except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
             raise DataError(
                 f"data file {path}: the values of {name} are of several kinds "
-                f"({str(error).splitlines()[0]}); "
-                "give all rows the same"
+                f"({str(error).splitlines()[0]}); use one kind in all rows"
             ) from None
     return datasets.Dataset(pyarrow.table(arrays))
 
 
 def is_written_otherwise(features: Mapping[str, Any], columns: Collection[str]) -> bool:
-    """Whether one of `columns` holds numbers, booleans or dates, which a parser made."""
+    """Whether a parser converted one of `columns` to numbers, booleans or dates."""
     import datasets
 
     return any(
@@ -86,7 +82,7 @@ def _parsed(text: str) -> Any:
 
 
 def _literal(value: Any) -> Any:
-    """A value of a row as text, if it is a number or boolean; nested ones as JSON has them."""
+    """A number or boolean of a row as text; nested values with their JSON types."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (dict, list)):

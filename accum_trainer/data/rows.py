@@ -1,14 +1,14 @@
-"""The row formats that people have, and which part of each is trained on.
+"""The row formats, and which part of each is trained on.
 
     text                                    all of it
     prompt + completion                     the completion
     question + answer                       the answer
     instruction (+ input) + output          the output
-    messages                                what the assistant says, in the chat template
-    conversations                           the same, as ShareGPT writes it: from and value
+    messages                                the assistant's turns, in the chat template
+    conversations                           the same in ShareGPT's form: from and value
 
-Numbers are text too: 42 is trained on as "42".
-A row becomes *spans*: pieces of text, each with whether it is a target. Tokens are not known here.
+Numbers are text too: 42 is trained on as "42". A row becomes *spans*: pieces of text, each with
+whether it is a target. Knows no tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from accum_trainer.errors import DataError
 
-# A piece of a sample's text and whether the loss counts it.
+# A piece of a sample's text, and whether the loss counts it.
 Span = tuple[str, bool]
 ChatTemplate = Callable[..., str]
 
@@ -36,7 +36,7 @@ TEXT_COLUMNS = (
     "input",
     "output",
 )
-# ShareGPT's names of the speakers.
+# ShareGPT's names of the speakers -> the chat template's roles.
 ROLES = {
     "human": "user",
     "user": "user",
@@ -47,7 +47,7 @@ ROLES = {
 
 
 def format_of(columns: Sequence[str]) -> str | None:
-    """The format that these columns make, or None."""
+    """The name of the format that has these columns, or None."""
     have = set(columns)
     for needed, name in (
         ({"messages"}, "messages"),
@@ -69,17 +69,21 @@ def spans_of(
 
     Args:
         row: column name to value; a None value counts as absent.
-        where: names the row in errors, such as `train.jsonl row 7`.
+        where: the row's name in errors, such as `train.jsonl row 7`.
         chat_template: `tokenizer.apply_chat_template`, needed for `messages`.
 
+    Returns:
+        The spans in order; joined, they are the sample's text.
+
     Raises:
-        DataError: no usable columns, a value that is not text, or messages without a template.
+        DataError: no format has these columns, a value is not text, the tokenizer has no template
+            for messages, or the template refuses or rewrites them.
     """
     present = {key: value for key, value in row.items() if value is not None}
     name = format_of(list(present))
     if name is None:
         raise DataError(
-            f"{where} has the columns {sorted(present)}, none of which can be trained on; expected "
+            f"{where} has the columns {sorted(present)}, which make no row format; expected "
             f"{FORMATS}"
         )
     if name == "messages":
@@ -124,24 +128,22 @@ def _from_conversations(turns: Any, where: str) -> list[dict[str, Any]]:
     if unknown:
         raise DataError(
             f"{where}: conversations are from {', '.join(unknown)}, and known are "
-            f"{', '.join(ROLES)}; "
-            "give rows of messages with the roles of the chat template"
+            f"{', '.join(ROLES)}; give rows of messages with the roles of the chat template"
         )
     return [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in turns]
 
 
 def _message_spans(messages: Any, where: str, chat_template: ChatTemplate | None) -> list[Span]:
-    """Mark what each assistant turn adds to the rendered conversation.
+    """Mark the text that each assistant turn adds to the rendered conversation.
 
-    Rendered twice for each such turn, before (with the generation prompt) and after it; what is
-    between is the turn. Needs no template that marks generations, only one that extends a
-    conversation without rewriting its start.
+    The conversation is rendered twice per turn, before it (with the generation prompt) and after
+    it; the difference is the turn. The template need not mark generations, but it must not rewrite
+    earlier turns.
     """
     if chat_template is None:
         raise DataError(
-            f"{where} has messages, but the tokenizer has no chat template; "
-            "give one with chat_template, use a model with a chat template, or rows of prompt + "
-            "completion"
+            f"{where} has messages, but the tokenizer has no chat template; give one with "
+            "chat_template, use a model with a chat template, or rows of prompt + completion"
         )
     if not isinstance(messages, (list, tuple)) or not all(
         isinstance(m, Mapping) and "role" in m for m in messages
@@ -156,15 +158,14 @@ def _message_spans(messages: Any, where: str, chat_template: ChatTemplate | None
         try:
             before = chat_template(turns[:index], tokenize=False, add_generation_prompt=True)
             after = chat_template(turns[: index + 1], tokenize=False)
-        except Exception as error:  # a template raises what it likes, and Jinja its own
+        except Exception as error:  # of any type: templates and Jinja raise their own
             raise DataError(
                 f"{where}: the chat template refuses the conversation: {error}"
             ) from None
         if not (before.startswith(done) and after.startswith(before)):
             raise DataError(
                 f"{where}: the chat template rewrites earlier turns, so the assistant's part "
-                "cannot be told apart; "
-                "give rows of prompt + completion instead"
+                "cannot be separated; give rows of prompt + completion instead"
             )
         spans += [(before[len(done) :], False), (after[len(before) :], True)]
         done = after

@@ -1,9 +1,9 @@
-"""Rows to token ids and labels, once, cached on disk.
+"""Rows to token ids and labels, computed once and cached on disk.
 
-A label is the token itself where it is a target and IGNORE (-100) where it is not; labels stand on
-their own token's position, the shift by one is the loss's business. Nothing is dropped: a `text`
-row that is too long becomes several samples, a completion that is too long is cut, a row left
-without a target is kept and weighs nothing; the last two are counted and told.
+The label of a target is the token itself, and IGNORE (-100) otherwise. Labels are at their token's
+own position; the loss shifts them. No row is dropped: a `text` row that is too long becomes several
+samples, a completion that is too long is truncated, and a row without a target stays with weight 0.
+The last two are counted in the notes. Knows no model and no window.
 """
 
 from __future__ import annotations
@@ -25,24 +25,23 @@ from accum_trainer.sources.dataset import CountedRows
 if TYPE_CHECKING:
     import datasets
 
-# Raise when the same rows would give other tokens.
+# Increment when the same rows would give other tokens.
 _VERSION = 2
-# So many rows are looked at before all are tokenised: what is wrong with a file mostly shows in its
-# first row.
+# Rows that are checked before all are tokenised: most errors already show in the first row.
 _FIRST_ROWS = 100
 
 
 @dataclass(frozen=True)
 class TokenizedRows(CountedRows):
-    """Samples ready to collate: `rows[i]` is {"input_ids": [int], "labels": [int]}, both of length
-    `lengths[i]`.
+    """Samples ready to collate: {"input_ids": [int], "labels": [int]}, both of `lengths[i]` tokens.
 
     Attributes:
+        table: the samples as columns, with their counts.
         lengths: tokens of each sample, shape (samples,), int64.
-        num_targets: labels that the shifted loss counts, of each sample, shape (samples,), int64.
-        identity: hexadecimal digest of the data, tokenizer and sequence length: equal means the
-            same samples.
-        notes: what a person should know, such as how many completions were cut.
+        num_targets: labels of each sample that the shifted loss counts, shape (samples,), int64.
+        identity: hexadecimal digest of the data, tokenizer and sequence length; equal for equal
+            samples.
+        notes: lines for the user, such as the number of truncated completions.
     """
 
     table: datasets.Dataset
@@ -66,11 +65,15 @@ def take_columns(
     completion: str | None,
     text: str | None,
 ) -> datasets.Dataset:
-    """Rows with the named columns as their `prompt` and `completion`, or `text`, and no others; all
-    of them if none is named.
+    """Keep the named columns only, as `prompt`, `completion` or `text`; all if none is named.
+
+    Args:
+        rows: of `read_file` or `read_hub`.
+        source: the data's name in errors.
+        prompt, completion, text: a column of `rows`, or None.
 
     Raises:
-        DataError: a column that is not there.
+        DataError: a column does not exist.
     """
     wanted = {
         column: name
@@ -89,21 +92,19 @@ def take_columns(
 def tokenize(
     rows: datasets.Dataset, source: str, data_digest: str, tokenizer: Any, max_seq_len: int
 ) -> TokenizedRows:
-    """Tokenise all rows, or load what an earlier run of the same rows, tokenizer and length left in
-    the cache.
+    """Tokenise all rows, or load them from the cache of an earlier run.
 
-    Batches go to the tokenizer whole, which spreads them over the cores; `datasets` shows the
-    progress.
+    The tokenizer gets whole batches and spreads them over the cores; `datasets` shows the progress.
 
     Args:
-        rows: what `read_file` or `read_hub` gave.
-        source: names the data in errors.
-        data_digest: digest of the data's content, part of the cache's key.
+        rows: of `read_file` or `read_hub`.
+        source: the data's name in errors.
+        data_digest: digest of the data's content; part of the cache key, like the two below.
         tokenizer: a tokenizer of transformers.
         max_seq_len: most tokens in one sample.
 
     Raises:
-        DataError: a row that no format fits, or no target in all of the data.
+        DataError: a row has no known format, or no row has a target.
     """
     identity = _identity(data_digest, tokenizer, max_seq_len)
     path = cache_dir() / "tokenized" / f"{identity}.arrow"
@@ -124,8 +125,8 @@ def tokenize(
     if not num_targets.any():
         raise DataError(
             f"{source} has no target in any of its {len(table)} samples, so there is nothing to "
-            "learn; "
-            f"are the completions empty, or the prompts longer than max_seq_len={max_seq_len}?"
+            "learn; are the completions empty, or the prompts longer than "
+            f"max_seq_len={max_seq_len}?"
         )
     return TokenizedRows(
         table, lengths, num_targets, identity, tuple(_notes(table, num_targets, max_seq_len))
@@ -160,7 +161,7 @@ def _identity(data_digest: str, tokenizer: Any, max_seq_len: int) -> str:
 
 
 class _Encoder:
-    """Turns a batch of rows into columns of samples; called by `datasets.map`."""
+    """Converts a batch of rows to columns of samples; called by `datasets.map`."""
 
     def __init__(self, tokenizer: Any, max_seq_len: int, source: str) -> None:
         self.tokenizer = tokenizer
@@ -169,13 +170,12 @@ class _Encoder:
         self.template = (
             tokenizer.apply_chat_template if getattr(tokenizer, "chat_template", None) else None
         )
-        # Some tokenizers open a text with a token of their own; a sample begins as the model was
-        # trained to see it.
+        # Some tokenizers put a BOS token first; samples then start with it, as in pre-training.
         opening = tokenizer("a").input_ids[:1]
         self.opening = opening if opening and opening[0] == tokenizer.bos_token_id else []
 
     def check(self, rows: datasets.Dataset) -> None:
-        """Raise the DataError of the first of the first rows that no format fits."""
+        """Raise a DataError if one of the first rows has no known format."""
         for index in range(min(_FIRST_ROWS, len(rows))):
             spans_of(rows[index], f"{self.source} row {index + 1}", self.template)
 
@@ -210,8 +210,7 @@ class _Encoder:
     def _samples(
         self, row: Mapping[str, Any], spans: list[Span], encoded: Iterator[list[int]]
     ) -> Iterator[tuple[list[int], list[int], bool]]:
-        """Yield (input_ids, labels, whether it was cut) of one row's sample, or samples where its
-        text is split."""
+        """Yield (input_ids, labels, whether truncated) of each sample of one row."""
         from_template = any(row.get(column) is not None for column in ("messages", "conversations"))
         ids: list[int] = [] if from_template else list(self.opening)
         labels = [IGNORE] * len(ids)
@@ -227,7 +226,7 @@ class _Encoder:
         if len(ids) <= limit or not whole_text:
             yield ids[:limit], labels[:limit], len(ids) > limit
             return
-        # The pieces overlap by one token: the first of a piece is never a target, so each target is
-        # trained once.
+        # Pieces overlap by one token. The first token of a piece is never a target, so each target
+        # is trained once.
         for begin in range(0, len(ids) - 1, limit - 1):
             yield ids[begin : begin + limit], labels[begin : begin + limit], False

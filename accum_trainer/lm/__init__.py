@@ -1,1 +1,1 @@
-"""Loading a language model and its tokenizer, LoRA, compiling its blocks."""
+"""Load a language model and its tokenizer, add LoRA, compile its blocks."""

@@ -1,4 +1,7 @@
-"""The model and its tokenizer: loaded or built, adapted with LoRA, checkpointed."""
+"""Load or build the model and its tokenizer, add LoRA, compile blocks, checksum weights.
+
+Knows transformers, peft and the configuration of `train`, but no engine and no data.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,14 @@ from accum_trainer.config import TrainConfig
 from accum_trainer.errors import ConfigError
 
 TINY = "tiny"
+_MODEL_REMEDY = f"; give a folder that save_pretrained wrote, a hub id, or `{TINY}`"
 
 
 def load_tokenizer(config: TrainConfig) -> Any:
-    """The tokenizer that belongs to `config.model`, with the chat template of the configuration if
-    it names one.
+    """The tokenizer of `config.model`, with the configuration's chat template if it names one.
 
     Raises:
-        ConfigError: the model has none, or the template is no Jinja file.
+        ConfigError: the model has no tokenizer, or the template is no Jinja file.
     """
     tokenizer = _tokenizer(config)
     if config.chat_template is not None:
@@ -38,8 +41,7 @@ def _template(path: str) -> str:
         raise ConfigError(
             f"chat_template={path} cannot be read: {getattr(error, 'strerror', None) or error}"
         ) from None
-    # transformers adds a tag of its own, {% generation %}, that marks what is generated and says
-    # nothing here
+    # transformers adds a tag to Jinja, {% generation %}, which does not matter here.
     try:
         Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
             re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text)
@@ -60,9 +62,9 @@ def _tokenizer(config: TrainConfig) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(config.model)
-    except Exception as error:  # hub, file and parser errors of many types; the remedy is the same
+    except Exception as error:  # hub, file and parser errors of many types, one remedy
         raise ConfigError(
-            f"model={config.model} gives no tokenizer: {_first_line(error)}{_model_hint(config)}"
+            f"model={config.model} gives no tokenizer: {_first_line(error)}{_MODEL_REMEDY}"
         ) from None
 
 
@@ -74,16 +76,16 @@ def stored_dtype(config: TrainConfig) -> torch.dtype:
 
     try:
         found = AutoConfig.from_pretrained(config.model).dtype
-    except Exception:  # what is wrong with it, `load_model` says
+    except Exception:  # `load_model` reports it
         return torch.float32
     return found if isinstance(found, torch.dtype) else torch.float32
 
 
 def frozen_dtype(config: TrainConfig, mixed_precision: str) -> torch.dtype:
-    """The dtype in which LoRA keeps the weights that it does not train.
+    """The dtype of the weights that LoRA does not train.
 
-    The checkpoint's, if the forward computes in it anyway: float32 copies would double the memory
-    and say nothing more. Else float32, in which `mixed_precision=no` promises to compute.
+    The checkpoint's dtype if the forward computes in it anyway: float32 copies would double the
+    memory and add no precision. Otherwise float32, as `mixed_precision=no` promises.
     """
     computed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
     stored = stored_dtype(config) if config.use_peft and computed is not None else None
@@ -91,23 +93,22 @@ def frozen_dtype(config: TrainConfig, mixed_precision: str) -> torch.dtype:
 
 
 def load_model(config: TrainConfig, tokenizer: Any, frozen: torch.dtype = torch.float32) -> Any:
-    """Build or load the causal language model in float32, with LoRA and gradient checkpointing as
-    asked.
-
-    Args:
-        frozen: dtype of the weights that LoRA does not train; see `frozen_dtype`.
+    """Build or load the causal language model in float32, as configured.
 
     Random weights (of `tiny`, of new adapters) come from torch's generator: seed it first.
 
+    Args:
+        config: names the model, LoRA, attention and gradient checkpointing.
+        tokenizer: of the model.
+        frozen: dtype of the weights that LoRA does not train; see `frozen_dtype`.
+
     Raises:
-        ConfigError: the model cannot be loaded, is too short for max_seq_len or too small for its
-            tokenizer, or has none of the modules that LoRA shall adapt.
+        ConfigError: the model cannot be loaded, has fewer positions than max_seq_len or fewer
+            embeddings than its tokenizer has tokens, or lacks the modules for LoRA.
     """
     model = _tiny(tokenizer) if config.model == TINY else _pretrained(config, frozen)
     weight = model.get_input_embeddings().weight
-    embeddings = getattr(weight, "ds_shape", weight.shape)[
-        0
-    ]  # under ZeRO-3 it is sharded while it is loaded
+    embeddings = getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 shards while loading
     if len(tokenizer) > embeddings:
         raise ConfigError(
             f"the tokenizer of model={config.model} has {len(tokenizer)} tokens, its embedding "
@@ -117,19 +118,17 @@ def load_model(config: TrainConfig, tokenizer: Any, frozen: torch.dtype = torch.
 
 
 def shape_of_model(config: TrainConfig) -> Any:
-    """The model that `load_model` would give, built from its configuration alone: no weight is
-    read.
+    """The model of `load_model`, built from its configuration without reading a weight.
 
     Call it inside `torch.device("meta")`, where tensors have shapes and no memory.
 
     Raises:
-        ConfigError: the configuration cannot be found, is no causal language model's, or does not
-            take these options.
+        ConfigError: the configuration cannot be found, is not of a causal language model, or does
+            not allow these options.
     """
-    return _ready(
-        _tiny(load_tokenizer(config)) if config.model == TINY else _from_configuration(config),
-        config,
-    )
+    is_tiny = config.model == TINY
+    model = _tiny(load_tokenizer(config)) if is_tiny else _from_configuration(config)
+    return _ready(model, config)
 
 
 def _ready(model: Any, config: TrainConfig) -> Any:
@@ -137,8 +136,7 @@ def _ready(model: Any, config: TrainConfig) -> Any:
     if positions is not None and config.max_seq_len > positions:
         raise ConfigError(
             f"max_seq_len={config.max_seq_len} is more than the {positions} positions of "
-            f"model={config.model}; "
-            f"use max_seq_len={positions} or less"
+            f"model={config.model}; use max_seq_len={positions} or less"
         )
     model.config.use_cache = False
     _set_router_loss(model, config)
@@ -147,13 +145,13 @@ def _ready(model: Any, config: TrainConfig) -> Any:
     if config.use_peft:
         model = _with_lora(model, config)
     if config.gradient_checkpointing:
-        # Reentrant checkpointing runs its own autograd inside backward, where DDP cannot see it.
+        # Reentrant checkpointing runs autograd inside the backward, which DDP does not see.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
 
 
 def _set_router_loss(model: Any, config: TrainConfig) -> None:
-    """Have a mixture of experts give its router's loss, which by default it computes for nobody."""
+    """Make a mixture of experts return its router's loss, if it has a coefficient and is wanted."""
     for holder in (model.config, getattr(model.config, "text_config", None)):
         if holder is not None and hasattr(holder, "output_router_logits"):
             has_coefficient = bool(getattr(holder, "router_aux_loss_coef", 0.0))
@@ -165,22 +163,21 @@ def _set_attention(model: Any, config: TrainConfig) -> None:
     remedy = "; install what is missing, or use sdpa or eager"
     try:
         model.set_attn_implementation(config.attention)
-    except Exception as error:  # a package that is missing, a name that is unknown
+    except Exception as error:  # a missing package, an unknown name
         raise ConfigError(f"{wrong}{_first_line(error)}{remedy}") from None
-    found = model.config._attn_implementation  # older models' code only warns and goes on as before
+    # Older models only warn and keep theirs. transformers has no public name for the one in use.
+    found = model.config._attn_implementation  # noqa: SLF001
     if found != config.attention and not (is_flash(found) and is_flash(str(config.attention))):
-        raise ConfigError(f"{wrong}its code has no choice of attention, and runs {found}{remedy}")
+        raise ConfigError(f"{wrong}its code offers no choice of attention and runs {found}{remedy}")
 
 
 def is_flash(attention: str) -> bool:
-    """Whether transformers means flash attention by this name; kernels of the hub have a path
-    before it."""
+    """Whether this name means flash attention; the hub's kernels put a path before it."""
     return "flash" in attention
 
 
 def blocks_of(model: Any) -> list[torch.nn.Module]:
-    """The repeated blocks of a model of transformers, such as its decoder layers; [] where it names
-    none."""
+    """The repeated blocks of a model, such as decoder layers; [] if it names none."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     return [
         module for module in model.modules() if type(module).__name__.removeprefix("FSDP") in names
@@ -188,14 +185,13 @@ def blocks_of(model: Any) -> list[torch.nn.Module]:
 
 
 def compile_blocks(model: Any, device: torch.device) -> int:
-    """Have torch compile each block at its first call, in place: names, weights and hooks stay;
-    return how many there are.
+    """Compile each block in place at its first call; return the number of blocks.
 
-    Blocks, not the whole model: they share what is compiled, and the output head stays free for the
-    loss path. Dynamic, so that one compilation serves all sizes of micro-batches; there are three
-    in training and as many in evaluation (several samples with and without padding, one sample).
-    torch's own settings are changed: up to 16 compilations of a block, and DDP does not cut blocks
-    to its buckets, for they are small enough.
+    Names, weights and hooks stay. Compiling blocks rather than the whole model lets them share the
+    compiled code and leaves the output head to the loss path. Shapes are dynamic, so one
+    compilation serves all sizes of micro-batches; training needs three and evaluation three more
+    (several samples with and without padding, one sample). Two settings of torch change: up to 16
+    compilations of a block, and DDP does not split the small blocks at its buckets.
 
     Raises:
         ConfigError: torch.compile does not work on this machine, or the model names no blocks.
@@ -203,20 +199,22 @@ def compile_blocks(model: Any, device: torch.device) -> int:
     blocks = blocks_of(model)
     if not blocks:
         raise ConfigError(
-            f"compile=true works on the blocks of a model, and {type(model).__name__} names none "
+            f"compile=true compiles the blocks of a model, and {type(model).__name__} names none "
             "(_no_split_modules); leave it out"
         )
     try:
         torch.compile(torch.sin, dynamic=True)(torch.ones(3, device=device))
-    except Exception as error:  # of many types: no compiler, no Triton, no place for its files
+    except Exception as error:  # of many types: no compiler, no Triton, no writable folder
         raise ConfigError(
             f"compile=true does not work here: {_first_line(error)}; install a C++ compiler (on a "
             "GPU, Triton), or leave it out"
         ) from None
-    # Beyond the limit, 8 by default, torch runs uncompiled. Six are counted on here; hooks and
-    # dtypes may ask for more.
-    torch._dynamo.config.recompile_limit = max(16, torch._dynamo.config.recompile_limit)
-    torch._dynamo.config.optimize_ddp = False
+    import torch._dynamo.config as dynamo
+
+    # Beyond the limit, 8 by default, torch runs uncompiled. Six are expected; hooks and dtypes may
+    # add more.
+    dynamo.recompile_limit = max(16, dynamo.recompile_limit)
+    dynamo.optimize_ddp = False
     for block in blocks:
         block.compile(dynamic=True)
     return len(blocks)
@@ -229,9 +227,9 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
 
 
 def fingerprint(model: torch.nn.Module) -> str | None:
-    """`checksum` of the weights: another seed, another model or further training gives another one.
+    """`checksum` of the weights; it differs for another seed, another model or further training.
 
-    None where the weights were sharded while they were loaded, and no process has them whole.
+    None if the weights were sharded while loading, so that no process has them whole.
     """
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return None
@@ -239,8 +237,7 @@ def fingerprint(model: torch.nn.Module) -> str | None:
 
 
 def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Eight hex digits of named tensors: of at most 4,096 evenly spaced numbers of each, so that it
-    costs little."""
+    """Eight hex digits over named tensors, from at most 4,096 evenly spaced numbers of each."""
     found = 0
     for name, tensor in tensors.items():
         flat = tensor.detach().flatten()
@@ -275,11 +272,9 @@ def _pretrained(config: TrainConfig, dtype: torch.dtype) -> Any:
 
     try:
         return AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype)
-    except (
-        Exception
-    ) as error:  # hub, file, parser and architecture errors of many types; the remedy is the same
+    except Exception as error:  # hub, file, parser and architecture errors, one remedy
         raise ConfigError(
-            f"model={config.model} cannot be loaded: {_first_line(error)}{_model_hint(config)}"
+            f"model={config.model} cannot be loaded: {_first_line(error)}{_MODEL_REMEDY}"
         ) from None
 
 
@@ -292,7 +287,7 @@ def _from_configuration(config: TrainConfig) -> Any:
         )
     except Exception as error:  # as in _pretrained
         raise ConfigError(
-            f"model={config.model} cannot be found: {_first_line(error)}{_model_hint(config)}"
+            f"model={config.model} cannot be found: {_first_line(error)}{_MODEL_REMEDY}"
         ) from None
 
 
@@ -311,9 +306,7 @@ def _with_lora(model: Any, config: TrainConfig) -> Any:
     try:
         adapted = get_peft_model(model, lora)
         for parameter in adapted.parameters():
-            if (
-                parameter.requires_grad
-            ):  # also modules trained whole: a 16-bit step would round away
+            if parameter.requires_grad:  # 16-bit weights would round small updates away
                 parameter.data = parameter.data.float()
         return adapted
     except ValueError as error:
@@ -336,7 +329,3 @@ def _names(text: str | None) -> list[str] | None:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-
-
-def _model_hint(config: TrainConfig) -> str:
-    return f"; give a folder that save_pretrained wrote, a hub id, or `{TINY}`"

@@ -2,6 +2,10 @@
 
 The largest tensor of a causal model is its logits. Here they exist for a few targets at a time,
 and the gradient is computed while they do. Knows tensors only: no model, no engine, no window.
+
+torch 2.13's `F.linear_cross_entropy(options=)` does not replace it. Its chunked path has no label
+smoothing, rounds the sum in bf16 (error 3e-3, here 1e-5), accumulates the weight's gradient in bf16
+and takes 1.6 times as long there on a CPU; in float32 the two are equal. torch 2.11 lacks it.
 """
 
 from __future__ import annotations
