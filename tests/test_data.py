@@ -1,4 +1,4 @@
-"""Rows to tokens to batches, on texts whose answer a person can read off."""
+"""Rows to tokens to batches, on texts small enough to check by eye."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_second_tokenising_comes_from_the_cache(tmp_path, tokenizer):
     assert calls in (
         [],
         ["a"],
-    )  # no row was tokenised again; "a" asks how the tokenizer opens a text
+    )  # no row was tokenised again; "a" finds the tokenizer's first token
 
 
 def test_opening_token_of_a_tokenizer_is_kept(tmp_path, tokenizer):
@@ -206,7 +206,7 @@ ANSWERS = [
 
 
 def test_values_of_a_csv_are_text_as_written(tmp_path):
-    """pandas would read 7, 1.5, 1000.0, nothing for NA; only an empty cell is absent."""
+    """pandas would read 7, 1.5, 1000.0 and None for NA; only an empty cell is absent."""
     path = tmp_path / "rows.csv"
     path.write_text(
         "question,answer,text\n" + "".join(f"q{i},{answer},\n" for i, answer in enumerate(ANSWERS))
@@ -237,7 +237,7 @@ def test_numbers_of_json_are_text_as_written(tmp_path, suffix):
     path = tmp_path / f"rows{suffix}"
     path.write_text("\n".join(rows) if suffix == ".jsonl" else f"[{', '.join(rows)}]")
     assert read_file(path)["completion"][:] == [literal.strip('"') for literal in literals]
-    # All numbers, and dates alone, which the parser takes for timestamps.
+    # Only numbers; and only dates, which the parser converts to timestamps.
     for written in (["1", "2.0"], ['"2020-01-01"', '"2021-02-03"']):
         rows = [f'{{"prompt": "p", "completion": {literal}}}' for literal in written]
         path.write_text("\n".join(rows) if suffix == ".jsonl" else f"[{', '.join(rows)}]")
@@ -284,7 +284,7 @@ def test_conversations_are_messages(tmp_path, tokenizer):
 
 
 def test_named_columns(tmp_path, tokenizer):
-    """Other columns, `text` among them, count for nothing; other columns are other samples."""
+    """Other columns, even `text`, are ignored; naming other columns makes other samples."""
     path = tmp_path / "rows.jsonl"
     path.write_text('{"frage": "two?", "antwort": 2, "text": "no"}\n')
     rows = take_columns(

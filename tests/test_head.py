@@ -1,8 +1,6 @@
-"""Logits only where there are targets: the loss and gradient of the whole logits, on real
-architectures, in less memory.
+"""Logits only where there are targets: loss and gradient of the full logits, in less memory.
 
-Tolerance: relative 2e-6 against one float64 big batch, as everywhere; LOW is what the plain path
-has in bf16."""
+Tolerance: relative 2e-6 against one float64 big batch; in bf16, the error of the plain path."""
 
 from __future__ import annotations
 
@@ -262,7 +260,7 @@ def test_bf16_is_as_near_as_the_plain_path(name, how, small_chunks):
 
 
 def test_heads_gradient_is_added_up_in_float32(monkeypatch):
-    """Chunks of one target whose gradients are 128, then 1 many times: bf16 would stay at 128."""
+    """Chunks of one target with gradients 128, then 1 many times: bf16 would stay at 128."""
     monkeypatch.setattr(chunked, "CHUNK", 1)
     linear = torch.nn.Linear(1, 2, bias=False, dtype=torch.bfloat16)
     linear.weight.grad_dtype = torch.float32
@@ -389,8 +387,7 @@ def test_turned_off():
 
 
 def test_hidden_states_of_another_shape_go_through_as_they_are(small_chunks):
-    """Decided on one shape, run on another: the model comes to drop its last position, which
-    predicts nothing."""
+    """Proven on one shape, run on another: the model later drops its last position."""
     model = Wrapped(lambda model, logits: logits)
     assert path_of(model) == CHUNKED
     exact = causal_lm_loss(model, pad(ROWS)).item()
@@ -490,8 +487,7 @@ def test_a_graph_that_is_kept_gives_the_gradient_twice():
 
 
 class LargestLogits(TorchDispatchMode):
-    """Numbers in the largest tensor over the vocabulary that any operation gives, forward or
-    backward; weights left out."""
+    """Size of the largest tensor over the vocabulary, forward or backward, without weights."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
@@ -519,7 +515,7 @@ def largest(model: torch.nn.Module, batch: dict) -> int:
 
 
 def test_logits_are_as_many_as_the_path_says(small_chunks):
-    """Whole; at the targets; and a bound that does not grow with the targets."""
+    """All positions; the targets; a bound that does not grow with the targets."""
     rows = make_rows(32, longest=60)
     batch, model = pad(rows), make("Llama")
     whole, at_targets = batch["labels"].numel() * VOCABULARY, num_targets(rows) * VOCABULARY
@@ -530,7 +526,7 @@ def test_logits_are_as_many_as_the_path_says(small_chunks):
 
 
 def test_shapes_without_values_count_every_position():
-    """What a plan of memory runs on: fake tensors have no targets to look for."""
+    """A memory plan runs on fake tensors, whose labels have no values."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():

@@ -1,5 +1,4 @@
-"""Models as they are asked for: the attention that is named is in force, or the run does not
-start."""
+"""Models as configured: the named attention is in force, or the run does not start."""
 
 from __future__ import annotations
 
@@ -34,7 +33,7 @@ def test_attention_asked_for_is_in_force(tmp_path, fresh_accelerate):
 
 
 def test_samples_packed_for_flex_attention_do_not_see_each_other():
-    """Its loss, whose gradient only a GPU makes, against each sample alone in float64."""
+    """Its loss against each sample alone in float64; only a GPU computes the gradient."""
     config = TrainConfig(attention="flex_attention")
     tokenizer = load_tokenizer(config)
     torch.manual_seed(0)

@@ -30,7 +30,7 @@ from benchmarks.families_rows import VOCABULARY
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 OWN, OURS, LOADER, _ = LOOPS
-# One of each way to count, and of each architecture that the proof treats apart.
+# One of each way to count, and of each architecture that the proof treats differently.
 SHORT = {
     ("causal", "Llama"),
     ("causal", "Llama, LoRA"),
@@ -73,7 +73,7 @@ def test_i38_i39_every_family_is_exact_or_refused(short_table):
 
 
 def test_i38_i39_the_models_own_mean_is_exact(short_table):
-    """Nothing is refused but what must be, and each in words that name the reason."""
+    """Only what must be refused is refused, with a message that names the reason."""
     for cell in short_table:
         if cell.loop == OWN:
             reason = REFUSED.get((cell.kind, cell.family))
@@ -91,7 +91,7 @@ def test_i38_our_loss_is_exact_where_labels_shift_and_refused_elsewhere(short_ta
 
 
 class Lookup(nn.Module):
-    """Logits from a table, a loss of one's choice: (logits, labels) -> loss."""
+    """Logits from a table, any loss: (logits, labels) -> loss."""
 
     def __init__(self, loss, classes: int = 11) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ def test_proof_tells_what_a_loss_is(loss, found):
 
 
 def test_proof_needs_no_lucky_batch():
-    """A batch without any target, with one, and of one sample prove as much as another."""
+    """A batch without targets, with one target, or of one sample proves as much as any other."""
     nothing, one = ids_and_labels(), ids_and_labels()
     nothing["labels"][:] = -100
     one["labels"][:] = -100
@@ -166,8 +166,8 @@ def test_proof_needs_no_lucky_batch():
     for batch in (nothing, one, single):
         for loss, name in ((shifted, "shifted labels"), (mean, "labels")):
             model = Lookup(loss)
-            # torch's mean over no target is nan: transformers' models, which know -100, are what is
-            # filled up.
+            # torch's mean over no target is nan. Only for transformers' models, which know -100,
+            # are labels filled up.
             model.loss_function = None
             objective = find_objective(model, batch)
             assert (objective.reduction, objective.counting.name) == ("mean", name)

@@ -162,7 +162,7 @@ def test_i38_count_that_does_not_fit_is_refused_for_our_loss_too():
 
 
 class Classifier(nn.Module):
-    """Classes of single numbers, each with a weight of its own in the loss."""
+    """Classifies single numbers; each class has its own weight in the loss."""
 
     def __init__(self, zero: bool = False, weight: torch.Tensor | None = None) -> None:
         super().__init__()
@@ -349,8 +349,7 @@ def test_batch_norm_that_is_switched_on_in_the_loop_is_refused():
 
 
 def test_each_loader_has_an_objective_of_its_own():
-    """The count that was given with one says nothing of the other; the logged loss is the mean, by
-    hand."""
+    """A count passed with one loader does not apply to the other; the mean loss, by hand."""
     model = Classifier(weight=torch.ones(4))
     acc = Accumulator(micro_batch_size=2, gradient_accumulation_steps=2, cpu=True)
     model, optimizer = acc.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
@@ -385,7 +384,7 @@ def test_router_that_cannot_be_weighed_apart_is_refused():
 
 
 class Nameless(nn.Module):
-    """Returns a router's loss, and says nowhere what it is multiplied by."""
+    """Returns a router's loss and names no coefficient."""
 
     def __init__(self):
         super().__init__()
@@ -492,8 +491,7 @@ def test_evaluation_in_inference_mode_between_windows():
 
 
 def test_router_of_another_call_is_not_taken_for_this_loss():
-    """A forward for metrics is none of the loss; of two with a gradient nobody knows which belongs
-    to it."""
+    """A forward for metrics is not the loss; of two under autograd, either could be."""
     kind = family("Mixtral, router")
     rows = kind.rows(4)
     batches = [kind.collate(rows[:2]), kind.collate(rows[2:])]

@@ -1,4 +1,4 @@
-"""Packed samples never see each other: on any family, or the proof says so and they are refused.
+"""Packed samples never see each other on any family; otherwise the proof finds it and refuses.
 
 Tolerance: relative 2e-6 against each sample alone in float64, as everywhere."""
 
@@ -116,7 +116,7 @@ FAMILIES = KEEPS_APART | SEES_OTHERS
 
 
 def make(name: str, **options) -> torch.nn.Module:
-    """As its configuration initialises it: with small weights, so that leaks are small too."""
+    """Initialised by its configuration: small weights, so that leaks are small too."""
     import transformers
 
     torch.manual_seed(0)
@@ -183,8 +183,8 @@ def test_i41_with_a_cache_the_proof_holds_only_without_it(name):
 
 
 def test_i40_a_layer_behind_weights_that_are_still_zero_is_seen():
-    """Some models begin with output projections of 0: no logit depends on the convolution, its
-    projection's gradient does."""
+    """Some models start with output projections of 0: only their gradient, and no logit, depends
+    on the convolution."""
     model = make("Lfm2")
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -222,7 +222,7 @@ def test_i40_the_proof_leaves_no_trace():
 
 
 class Convolution(torch.nn.Module):
-    """A causal convolution over the last four tokens; those of other samples count 0 if it is given
+    """A causal convolution over the last four tokens; those of other samples count 0 if it gets
     `seq_idx`."""
 
     def __init__(self) -> None:
@@ -251,7 +251,7 @@ class Convolution(torch.nn.Module):
 def test_i40_a_convolution_is_given_each_tokens_sample():
     model = Convolution()
     found = find(model)
-    assert found.holds and found.boundaries == ("seq_idx",)  # what it does not take it is not given
+    assert found.holds and found.boundaries == ("seq_idx",)  # only what it accepts
     assert relative_error(gradient_packed(model, found.boundaries), gradient_apart(model)) <= EXACT
     assert relative_error(gradient_packed(model), gradient_apart(model)) > 0.01
     assert find(model, boundaries=("seq_idx",)) is found  # decided once
@@ -261,7 +261,7 @@ def test_i40_a_convolution_is_given_each_tokens_sample():
 
 
 class LeakyBackward(torch.autograd.Function):
-    """The identity, whose gradient goes to the position before too."""
+    """The identity, whose gradient also reaches the position before."""
 
     @staticmethod
     def forward(ctx, hidden):

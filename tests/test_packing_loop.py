@@ -1,4 +1,4 @@
-"""Packed batches in a loop of one's own: exact, or refused before the first update with the remedy.
+"""Packed batches in a user's loop: exact, or refused before the first update with the remedy.
 
 A weight after its step is rounded to float32, so that an update of SGD with rate 1 is known to 1e-5
 of the gradient."""
@@ -94,8 +94,8 @@ def test_i40_a_loop_is_told_of_boundaries_that_would_do(fresh_accelerate):
 
 
 def test_boundaries_go_through_windows_and_halves(fresh_accelerate):
-    """A planned window of packed rows with boundaries, one of which runs out of memory and comes
-    again in halves."""
+    """A planned window of packed rows with boundaries; one runs out of memory and returns in
+    halves."""
     model = make("Llama")
     exact, given = gradient_apart(model), []
     acc = Accumulator(micro_batch_size=3, global_batch_size=6, cpu=True)
@@ -153,7 +153,7 @@ def test_i40_rows_packed_in_another_way_are_refused(fresh_accelerate):
     ):
         with pytest.raises(DataError, match=message):
             run_loop(make("Llama"), causal_lm_loss, [batch])
-    # Padding on the left, whose positions begin behind it, is no packed row.
+    # Padding on the left, with positions that start after it, is no packed row.
     padded = {name: value.flip(1) for name, value in pad(ROWS).items()}
     padded["position_ids"] = (padded["attention_mask"].cumsum(1) - 1).clamp(min=0)
     padded["labels"] = padded["labels"].masked_fill(

@@ -1,4 +1,4 @@
-"""I42: other seed, rank or epoch, other draws; the same again, the same bits."""
+"""I42: another seed, rank or epoch draws other numbers; the same ones repeat bit by bit."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from tests.launching import torchrun
 
 
 def test_i42_low_32_bits_of_a_seed_tell_everything_apart():
-    """torch's CPU generator takes no more of a seed: each argument must reach these bits, and each
-    of its own 64."""
+    """torch's CPU generator uses only these: all 64 bits of each argument must affect them."""
     values = (0, 1, 2, 1 << 32, 1 << 48)
     seeds = [seed_of("a", 0), seed_of("b", 0), seed_of("a", -1)]
     seeds += [seed_of("a", value) for value in values[1:]]
@@ -62,16 +61,14 @@ def test_i42_seed_rank_and_epoch_reach_order_dropout_and_augmentation(tmp_path):
             for row in e
             for n in row[1:]
         ]
-        # No two of all these draws are alike: other rank, seed, epoch or sample, other
-        # augmentation.
+        # No two of these draws are equal: each rank, seed, epoch and sample has its own.
         assert len(set(numbers)) == 2 * 3 * SIZE * 3, name
         for one in runs:
             first, again = one["0"]
             assert first == again, name
             assert one["resumed"] == [first[1][SIZE // 6 :]], name
             assert one["training draws as without reading"], name
-    # Who reads does not matter: the same bits without workers, with two, and with workers that
-    # stay.
+    # The reader does not matter: equal bits without workers, with two, and with persistent ones.
     for rank in ranks:
         readings = rank["reading"]
         assert readings["loader"]["0"] == readings["loader, workers"]["0"]

@@ -1,4 +1,4 @@
-"""What sources of windows refuse, and what they give over several epochs."""
+"""Sources of windows: refused inputs, and samples over several epochs."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def test_i43_the_same_stream_on_every_rank_is_refused_and_equal_batches_are_not(
     assert run.returncode == 0, run.stderr[-4000:]
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert ranks[0] == ranks[1]
-    # Two different batches and eight different samples are the least that tells: the first window
-    # at K=4, the fourth at K=1.
+    # A verdict takes two different batches and eight different samples: the first window at K=4,
+    # the fourth at K=1.
     refused = {"the same, K=4": 0, "the same, K=1": 3, "the same dictionaries": 0}
     # 12 batches, split or not, in windows of K on each rank.
     whole = {
@@ -74,9 +74,8 @@ def test_i43_a_list_of_ready_batches_is_no_data_set(batches):
         DataError, match=r"holds batches, not samples.*iter\(batches\).*default_collate"
     ):
         acc.windows(batches)
-    assert (
-        len(acc.windows(batches, collate_fn=default_collate)) == 1
-    )  # who says how samples are collated is believed
+    # An explicit collate_fn says that these are samples.
+    assert len(acc.windows(batches, collate_fn=default_collate)) == 1
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
@@ -141,7 +140,7 @@ SOURCES = {
 
 
 class _Shuffled:
-    """An iterable of this process's batches that has another order in each epoch."""
+    """An iterable of this process's batches with another order in each epoch."""
 
     epoch = 0
 
@@ -201,7 +200,7 @@ def test_i42_an_epoch_that_was_left_early_is_followed_by_the_next(make):
     }
     assert trained(acc, *training, hoisted) == whole[2]
 
-    # Resumed in another process: the rest of that epoch, then the next, whoever is asked for them.
+    # Resumed in another process: the rest of that epoch, then the next, from any Windows.
     source, options = make()
     acc, *training = accumulator()
     acc.windows(source, **options).load_state_dict(saved)
@@ -273,7 +272,7 @@ def test_i42_a_source_that_is_gone_is_forgotten():
 
 
 class Logged(DataLoader):
-    """A loader of one's own, which notes each batch that is taken from it."""
+    """A user's loader class that counts the batches taken from it."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -286,7 +285,7 @@ class Logged(DataLoader):
 
 
 class Stateful(Logged):
-    """As torchdata's: its state is what was taken from it."""
+    """Like torchdata's: its state counts the batches taken from it."""
 
     def state_dict(self):
         return {"taken": len(self.taken)}
@@ -296,7 +295,7 @@ class Stateful(Logged):
 
 
 class Pids:
-    """Samples that say which process read them; the one at `broken` cannot be read."""
+    """Samples that hold the id of the process that read them; the one at `broken` fails."""
 
     def __init__(self, broken=None):
         self.broken = broken
@@ -317,8 +316,7 @@ class PidStream(IterableDataset):
 
 
 def run(loader, epochs=1):
-    """Batches taken before each micro-batch, the processes that read each epoch, and the updates
-    made."""
+    """Batches taken before each micro-batch, the processes that read each epoch, the updates."""
     acc, *_ = accumulator()
     model = torch.nn.Linear(2, 1)
     model, optimizer = acc.prepare(model, torch.optim.SGD(model.parameters(), lr=1e-6))
@@ -337,8 +335,7 @@ def run(loader, epochs=1):
     return taken, readers, acc.num_updates
 
 
-# K = 4 and 11 batches: the window's four are needed at once, and each micro-batch lets one more be
-# taken.
+# K = 4 and 11 batches: the window's four are needed at once, and each micro-batch takes one more.
 EARLY = [4, 5, 6, 7, 8, 9, 10, 11, 11, 11, 11]
 AT_ONCE = [4, 4, 4, 4, 8, 8, 8, 8, 11, 11, 11]
 
@@ -348,8 +345,8 @@ AT_ONCE = [4, 4, 4, 4, 8, 8, 8, 8, 11, 11, 11]
     [
         (Pids(), {"num_workers": 1}, Logged, EARLY),
         (PidStream(), {"num_workers": 1}, Logged, EARLY),
-        (Pids(), {}, Logged, AT_ONCE),  # it is read in this process: not before it is needed
-        (Pids(), {"num_workers": 1}, Stateful, AT_ONCE),  # its state says what was trained on
+        (Pids(), {}, Logged, AT_ONCE),  # read in this process: not before it is needed
+        (Pids(), {"num_workers": 1}, Stateful, AT_ONCE),  # its state must count what was trained on
     ],
 )
 def test_next_window_is_read_while_this_one_is_trained_on(data, options, kind, expected):
@@ -372,15 +369,13 @@ def test_persistent_workers_and_the_class_of_a_loader_are_kept():
 
 
 def test_what_cannot_be_read_early_is_told_in_its_turn():
-    loader = Logged(
-        Pids(broken=2 * B_EFF), batch_size=B, num_workers=1
-    )  # the first of the third window
+    # The first sample of the third window.
+    loader = Logged(Pids(broken=2 * B_EFF), batch_size=B, num_workers=1)
     assert run(loader)[2] == 2
 
 
 class LoggedSampler(SequentialSampler):
-    """Its indices, noted as they are drawn: workers are given theirs two batches before these are
-    taken."""
+    """Records the indices drawn; workers receive theirs two batches ahead."""
 
     def __iter__(self):
         self.drawn = []
@@ -391,8 +386,7 @@ class LoggedSampler(SequentialSampler):
 
 @pytest.mark.parametrize("together", [False, True])
 def test_a_loader_that_all_processes_read_together_is_not_read_while_one_of_them_trains(together):
-    """accelerate's dispatcher talks to the other processes for each batch: in the middle of a
-    window they may be elsewhere."""
+    """accelerate's dispatcher runs a collective per batch; ranks must not start it mid-window."""
     reset_accelerate()
     accelerator = Accelerator(
         cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=together)

@@ -22,7 +22,7 @@ class _Number(str):
 
 
 def csv_options(path: Path) -> dict[str, Any]:
-    """Arguments of `datasets.load_dataset("csv", ...)`: all columns are text, empty cells absent."""
+    """Arguments of `datasets.load_dataset("csv", ...)`: all columns text, empty cells absent."""
     import datasets
     import pandas
 
