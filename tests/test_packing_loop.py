@@ -149,7 +149,7 @@ def test_i40_rows_packed_in_another_way_are_refused(fresh_accelerate):
     says = r"position_ids of shape \({}, 80\) that restart inside a row{}: .*lay them in one row"
     for batch, message in (
         (several, says.format(2, "")),
-        (masked, says.format(1, " beside an attention_mask")),
+        (masked, says.format(1, " next to an attention_mask")),
     ):
         with pytest.raises(DataError, match=message):
             run_loop(make("Llama"), causal_lm_loss, [batch])

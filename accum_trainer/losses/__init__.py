@@ -1,4 +1,4 @@
-"""What a loss sums over, proven on the user's model; and a summed next-token loss.
+"""The terms that a loss sums over, proven on the user's model; and a summed next-token loss.
 
 targets        ways to count the terms of a loss
 outputs        losses that the prepared models returned
@@ -13,5 +13,5 @@ packing_proof  the proof that a model keeps packed samples apart
 packing        which inputs it needs for that
 packing_guard  refuse packed rows that a model would mix
 causal_lm      the summed next-token loss
-contract       what a loss passed to `backward` is: a sum or a mean, and over what
+contract       a loss passed to `backward`: a sum or a mean, and its terms
 """

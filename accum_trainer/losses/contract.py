@@ -1,4 +1,4 @@
-"""What a loss passed to `backward` is: a sum or a mean, and over what.
+"""Classify a loss passed to `backward`: a sum or a mean, and over which terms.
 
 There are three kinds: `causal_lm_loss`, a sum by construction; the loss that the model itself
 returned, whose reduction was proven on the model; and a loss that the user computed, of which only

@@ -1,4 +1,4 @@
-"""What a model's own loss sums over, found on the model and proven on one real batch.
+"""Find the terms that a model's own loss sums over, and prove them on one real batch.
 
 Models of transformers share a keyword, `labels`, and little else: causal models shift them,
 encoder-decoders and taggers do not, some losses are means over samples, some are sums, a router
@@ -39,7 +39,7 @@ _TOLERANCE, _TOLERANCE_16_BIT = 1e-5, 3e-2
 
 @dataclass(frozen=True)
 class Objective:
-    """What a window's loss sums over.
+    """The terms that a window's loss sums over.
 
     Attributes:
         counting: how targets are counted.

@@ -124,16 +124,16 @@ def _packed_otherwise(batch: Batch) -> str | None:
     if not isinstance(positions, torch.Tensor) or positions.ndim != 2 or is_packed(batch):
         return None
     mask = batch.get("attention_mask")
-    anew = positions[:, 1:] == 0
+    restarts = positions[:, 1:] == 0
     if isinstance(mask, torch.Tensor):
         if mask.shape != positions.shape:
             return None  # a mask of another shape says more than which tokens are padding
-        anew = anew & (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
-    if not anew.any():
+        restarts = restarts & (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
+    if not restarts.any():
         return None
     return (
         f"a batch has position_ids of shape {tuple(positions.shape)} that restart inside a row"
-        f"{' beside an attention_mask' if mask is not None else ''}: only in a single row without "
+        f"{' next to an attention_mask' if mask is not None else ''}: only in a single row without "
         "a mask does transformers keep packed samples apart on every kind of attention; lay them "
         "in one row (PackingCollator does), or pad them"
     )
