@@ -111,8 +111,8 @@ class WindowReader:
         if self._knows_counts:
             if read.error is not None:
                 raise read.error
-            known = None if read.share is None else read.share.table
-            return None if known is None else self._counted(read, WindowCounts.from_rows(known))
+            known = None if read.share is None else read.share.counts
+            return None if known is None else self._counted(read, known)
         if counts is None:
             table = self._engine.all_gather_floats(read.counts.to_row())
             counts = WindowCounts.from_rows(table)

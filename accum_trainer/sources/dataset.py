@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from accum_trainer.batch_plan import BatchPlan
 from accum_trainer.errors import DataError
+from accum_trainer.exchanged import WindowCounts
 from accum_trainer.seeds import seed_of
 from accum_trainer.sources.collating import PackingCollator, PaddingCollator
 from accum_trainer.sources.drawing import SeededIndices
@@ -154,13 +155,11 @@ class PlannedSource:
             by_rank = self._cut.assign_to_ranks(lengths, plan.world_size)
             mine = by_rank[self._rank]
             begin, consumed = consumed, consumed + len(window)
-            table = None
+            counts = None
             if self._num_targets is not None:
                 targets = self._num_targets[window]
-                table = np.array(
-                    [self._counts(targets, lengths, own) for own in by_rank], dtype=float
-                )
-            announced.append(Announced(len(mine), consumed, zlib.crc32(window.tobytes()), table))
+                counts = [self._counts(targets, lengths, own) for own in by_rank]
+            announced.append(Announced(len(mine), consumed, zlib.crc32(window.tobytes()), counts))
             filler = [[int(window[lengths.argmin()])]]
             batches = [window[micro_batch].tolist() for micro_batch in mine] or filler
             if self._draws_here or self.reads_ahead:
@@ -171,14 +170,15 @@ class PlannedSource:
                 ]
             yield from batches
 
-    def _counts(self, targets: np.ndarray, lengths: np.ndarray, own: list[np.ndarray]) -> list[int]:
-        """One rank's row of `WindowShare.table`."""
+    def _counts(
+        self, targets: np.ndarray, lengths: np.ndarray, own: list[np.ndarray]
+    ) -> WindowCounts:
+        """The counts of one rank, whose micro-batches are indices into the window."""
         all_own = np.concatenate([np.empty(0, dtype=np.int64), *own])
-        positions = sum(self._cut.positions(lengths[micro_batch]) for micro_batch in own)
-        return [
-            int(targets[all_own].sum()),
-            len(own),
-            len(all_own),
-            int(lengths[all_own].sum()),
-            positions,
-        ]
+        return WindowCounts(
+            num_targets=float(targets[all_own].sum()),
+            num_micro_batches=float(len(own)),
+            num_samples=float(len(all_own)),
+            num_tokens=float(lengths[all_own].sum()),
+            num_positions=float(sum(self._cut.positions(lengths[batch]) for batch in own)),
+        )

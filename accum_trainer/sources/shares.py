@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
 
-import numpy as np
-
 from accum_trainer.batch import Batch
+from accum_trainer.exchanged import WindowCounts
 from accum_trainer.sources.drawing import drawing_from
 
 
@@ -27,16 +26,15 @@ class WindowShare:
         consumed: of the epoch once this window is done, in the source's unit.
         fingerprint: must be equal on all ranks if they share the data, and unequal if each reads
             its own; 0 means nothing.
-        table: targets, micro-batches, samples, tokens and positions of each rank, shape (ranks, 5);
-            None if the source does not know them. With it, no communication is needed before the
-            window.
+        counts: of each rank; None if the source does not know them. With them, no communication is
+            needed before the window.
     """
 
     batches: list[Batch]
     filler: Batch | None
     consumed: int
     fingerprint: int = 0
-    table: np.ndarray | None = None
+    counts: list[WindowCounts] | None = None
 
 
 class Reading(Iterator[Batch]):
@@ -117,7 +115,7 @@ class Source(Protocol):
 
     Attributes:
         unit: of `consumed`: "samples" or "batches".
-        knows_counts: each share has a `table`, so no communication is needed.
+        knows_counts: each share has the `counts` of all ranks, so no communication is needed.
         reads_ahead: the next share is made in another process or thread and draws no random numbers
             here, so it may be taken before the current update.
         alike: all ranks read the same data and take their shares; otherwise each reads its own.
@@ -162,7 +160,7 @@ class Announced:
     num_batches: int
     consumed: int
     fingerprint: int
-    table: np.ndarray | None = None
+    counts: list[WindowCounts] | None = None
 
 
 def read_shares(
@@ -199,4 +197,6 @@ def _next_share(batches: Iterator[Batch], announced: deque[Announced]) -> Window
         return None
     window = announced.popleft()
     mine = first + list(islice(batches, window.num_batches - 1)) if window.num_batches else []
-    return WindowShare(mine, (mine or first)[-1], window.consumed, window.fingerprint, window.table)
+    return WindowShare(
+        mine, (mine or first)[-1], window.consumed, window.fingerprint, window.counts
+    )
