@@ -151,7 +151,8 @@ def train_config(folder: Path, case: Case) -> Any:
 def estimate(folder: Path, case: Case) -> Any:
     """The `Footprint` that `plan` finds for this case."""
     from accum_trainer import BatchPlan
-    from accum_trainer.plan.footprint import DeepSpeedSizes, footprints
+    from accum_trainer.plan.footprint import footprints
+    from accum_trainer.plan.job import DeepSpeedSizes
 
     config = train_config(folder, case)
     found = footprints(
@@ -175,7 +176,8 @@ def measure(folder: Path, case: Case) -> Measured:
     """Train here and measure the last update, when every engine has settled (ZeRO-3 watches two
     micro-batches first)."""
     from accum_trainer.losses.causal_lm import causal_lm_loss
-    from accum_trainer.train import setup as assemble
+    from accum_trainer.train import model as train_model
+    from accum_trainer.train.setup import assemble
 
     updates = 3 if case.k > 1 else 4
     settings = {"ACCELERATE_USE_FSDP": "true"} if case.engine == "fsdp2" else {}
@@ -184,7 +186,7 @@ def measure(folder: Path, case: Case) -> Measured:
     recorded = torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, record_shapes=True
     )
-    load = assemble.load_model
+    load = train_model.load_model
 
     def load_and_record(*args: Any) -> torch.nn.Module:
         """Weights are read on threads of their own, unseen: their memory is taken once more, in
@@ -198,9 +200,9 @@ def measure(folder: Path, case: Case) -> Measured:
 
     with (
         mock.patch.dict(os.environ, settings),
-        mock.patch.object(assemble, "load_model", load_and_record),
+        mock.patch.object(train_model, "load_model", load_and_record),
     ):
-        parts = assemble.assemble(train_config(folder, case))
+        parts = assemble(train_config(folder, case))
         acc = parts.accumulator
         assert acc.engine.name == case.engine, acc.engine.name
         source = batches(updates * case.k, acc.engine.rank, len(parts.tokenizer))

@@ -9,8 +9,9 @@ import torch
 
 from accum_trainer import BatchPlan, ConfigError, TrainConfig
 from accum_trainer.cli import main
-from accum_trainer.cli.plan import footprint_lines
-from accum_trainer.plan.footprint import RESERVED, DeepSpeedSizes, Footprint, footprints, recommend
+from accum_trainer.plan.footprint import RESERVED, Footprint, footprints, recommend
+from accum_trainer.plan.job import DeepSpeedSizes
+from accum_trainer.plan.memory_report import memory_report
 from accum_trainer.plan.shapes import model_shapes, trace
 from benchmarks.footprint import CASES, estimate, launch, make_files, read
 
@@ -188,7 +189,7 @@ def test_a_model_that_needs_values_is_unknown_and_said_to_be(tmp_path):
         num_key_value_heads=2,
     ).save_pretrained(tmp_path)
     config = TrainConfig(model=str(tmp_path), max_seq_len=16)
-    lines = footprint_lines(config, BatchPlan(4, 2, 2), 80)
+    lines = memory_report(config, BatchPlan(4, 2, 2), 80)
     text = "\n".join(lines)
     assert "activations are unknown: the model cannot be run without values" in text
     assert lines[-1].endswith("nothing, since what the activations need is unknown")
@@ -241,10 +242,10 @@ def test_the_least_traffic_that_fits_is_recommended():
 
 def test_lines_say_what_fits_and_what_to_change():
     config, plan = TrainConfig(max_seq_len=64), BatchPlan(4, 2, 2)
-    lines = footprint_lines(config, plan, "80 GB")
+    lines = memory_report(config, plan, 80)
     assert [line.split()[0] for line in lines if " yes " in line][:2] == ["ddp", "zero1"]
     assert lines[-1].startswith("recommended                 ddp, once-per-window")
-    nothing = footprint_lines(config, plan, 0.001)[-1]
+    nothing = memory_report(config, plan, 0.001)[-1]
     assert "recommended                 nothing: the least, " in nothing
     for remedy in (
         "--gradient-checkpointing",
@@ -253,7 +254,7 @@ def test_lines_say_what_fits_and_what_to_change():
         "more than 2 processes",
     ):
         assert remedy in nothing
-    without = "\n".join(footprint_lines(config, plan, None))
+    without = "\n".join(memory_report(config, plan, None))
     assert "fits" not in without and "recommended" not in without
 
 
@@ -297,7 +298,7 @@ def test_a_folder_without_a_model_is_one_message(tmp_path):
     with pytest.raises(
         ConfigError, match="cannot be found: .*give a folder that save_pretrained wrote"
     ):
-        footprint_lines(TrainConfig(model=str(tmp_path)), BatchPlan(4), None)
+        memory_report(TrainConfig(model=str(tmp_path)), BatchPlan(4), None)
 
 
 # --- against real processes ---

@@ -21,8 +21,8 @@ COMMANDS = {
     "check your own loop.",
     "plan": "Print B, K, W, effective batch, updates, warm-up and learning rate; needs no GPU.",
     "config": "Write launch files for one GPU, many GPUs, clusters and independent runs.",
-    "launch": "Start training under a launch file: free ports, a log per process, errors in their "
-    "own words.",
+    "launch": "Start training under a launch file: free ports, a log per process, the failed "
+    "process's own error.",
     "merge": "Average the results of independent runs, weighted by samples trained.",
 }
 
@@ -70,17 +70,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.Abort:
         sys.exit(130)
     except click.ClickException as wrong:
-        if _speaks():
+        if _is_main():
             wrong.show()
         sys.exit(wrong.exit_code)
     except AccumTrainerError as wrong:
-        # A configuration is wrong on all processes alike: one of them says so. Anything else may be
-        # one process's own.
-        if _speaks() or not isinstance(wrong, ConfigError):
-            rank = "" if _speaks() else f" (process {os.environ['RANK']})"
+        # A ConfigError is the same on all processes, so the main one reports it. Other errors may
+        # belong to one process.
+        if _is_main() or not isinstance(wrong, ConfigError):
+            rank = "" if _is_main() else f" (process {os.environ['RANK']})"
             click.echo(f"error{rank}: {wrong}", err=True)
         sys.exit(wrong.exit_status)
 
 
-def _speaks() -> bool:
+def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"

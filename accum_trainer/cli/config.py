@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from accum_trainer.cli.options import sized_plan
+from accum_trainer.batch_plan import BatchPlan
+from accum_trainer.cli.options import GIGABYTES
 from accum_trainer.cli.train import options_in, parse
 from accum_trainer.errors import ConfigError
+from accum_trainer.launch.files import (
+    ENGINES,
+    MODES,
+    PRECISIONS,
+    LaunchSpec,
+    combinations,
+    launch_files,
+    run_command,
+    write_files,
+)
+from accum_trainer.launch.slurm import Slurm
+from accum_trainer.plan.batch_report import batch_report, sized_plan
 
-if TYPE_CHECKING:
-    from accum_trainer.batch_plan import BatchPlan
-    from accum_trainer.launch.files import LaunchSpec
-    from accum_trainer.launch.slurm import Slurm
-
-# Options of `train` that the launch files decide, and the option here that does.
+# Options of `train` that the launch files decide, and the option of this command for each.
 _DECIDED = {
     "mixed_precision": "--precision",
     "amp": "--precision",
@@ -32,6 +41,7 @@ _DECIDED = {
     "shard": "the mode",
 }
 _BATCH = ("batch_size", "gradient_accumulation_steps", "global_batch_size")
+_AT_LEAST_1 = click.IntRange(min=1)
 _SLURM = ("partition", "account", "time", "signal", "requeue")
 
 
@@ -47,30 +57,38 @@ def command() -> None:
     "--global-batch-size 256 -o launch_configs/zero2_8gpu.yaml -- --dataset-file rows.jsonl "
     "--epochs 3",
 )
-@click.argument("mode", metavar="single-gpu|multi-gpu|parallel-independent")
+@click.argument("mode", type=click.Choice(MODES), metavar="|".join(MODES))
 @click.option(
     "--engine",
+    type=click.Choice(ENGINES),
     default="ddp",
     show_default=True,
-    metavar="ddp|fsdp2|zero1|zero2|zero3",
-    help="What is sharded, and by whom.",
+    metavar="|".join(ENGINES),
+    help="Which library shards, and which state.",
 )
-@click.option("--nodes", type=int, default=1, show_default=True, metavar="N", help="Machines.")
+@click.option(
+    "--nodes", type=_AT_LEAST_1, default=1, show_default=True, metavar="N", help="Machines."
+)
 @click.option(
     "--gpus-per-node",
-    type=int,
+    type=_AT_LEAST_1,
     metavar="N",
     help="GPUs of a machine (with --cpu, processes); for parallel-independent, the number of runs.",
 )
 @click.option(
-    "--precision", default="no", show_default=True, metavar="no|bf16|fp16", help="Mixed precision."
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    default="no",
+    show_default=True,
+    metavar="|".join(PRECISIONS),
+    help="Mixed precision.",
 )
 @click.option("--cpu", is_flag=True, help="Processes on the CPU instead of GPUs.")
 @click.option("--cpu-offload", is_flag=True, help="Keep ZeRO's optimizer state in host memory.")
 @click.option(
     "--vary",
     metavar="TEXT",
-    help="parallel-independent: what differs between the runs, such as lr=1e-4,3e-4.",
+    help="parallel-independent: settings that differ between the runs, such as lr=1e-4,3e-4.",
 )
 @click.option(
     "--batch-size", type=int, metavar="N", help="B, samples in one forward/backward on one process."
@@ -88,17 +106,18 @@ def command() -> None:
     "--num-samples",
     type=int,
     metavar="N",
-    help="Samples in an epoch, where no --dataset-file says it.",
+    help="Samples in an epoch, if no --dataset-file is given.",
 )
 @click.option(
     "--gpu-memory",
+    type=GIGABYTES,
     metavar="GB",
     help="Memory of one GPU: say which engines fit. Needs --model after `--`.",
 )
 @click.option(
     "--slurm",
     is_flag=True,
-    help="Also write a SLURM batch script that requeues and resumes by itself.",
+    help="Also write a SLURM batch script that requeues and resumes automatically.",
 )
 @click.option("--partition", metavar="NAME", help="SLURM partition.")
 @click.option("--account", metavar="NAME", help="SLURM account.")
@@ -130,15 +149,12 @@ def create(
     a batch script.
 
     Prints the batch that one update will see, and the command to run. Options of `train` after `--`
-    go into that command and into the script. Files that exist are kept unless --force is given.
+    go into that command and into the script. Existing files are kept unless --force is given.
     """
-    from accum_trainer.cli.plan import plan_rows
-    from accum_trainer.launch.files import launch_files, run_command, write_files
-
     for name in options_in(train):
         if name in _DECIDED:
             raise ConfigError(
-                f"{name} stands after --, but {_DECIDED[name]} decides it here; say it there"
+                f"{name} stands after --, but {_DECIDED[name]} decides it here; give it there"
             )
     batch = [text for name in _BATCH for text in _stated(name, given[name])]
     spec = _spec(mode, given, (*batch, *train))
@@ -147,16 +163,16 @@ def create(
     path = Path(output) if output is not None else Path(_default_name(spec))
     if path.suffix not in (".yaml", ".yml"):
         raise ConfigError(
-            f"output={path} does not end in .yaml, by which accelerate's launcher goes; name it so"
+            f"output={path} does not end in .yaml, which accelerate's launcher requires; rename it"
         )
-    memory: list[str] = []
+    report = batch_report(plan, config)
     if "model" in options_in(train):
-        from accum_trainer.cli.plan import footprint_lines
+        from accum_trainer.plan.memory_report import memory_report
 
-        memory = footprint_lines(config, plan, given["gpu_memory"])
+        report += memory_report(config, plan, given["gpu_memory"])
     elif given["gpu_memory"] is not None:
         raise ConfigError(
-            f"gpu_memory={given['gpu_memory']} is compared with what a model needs; give --model "
+            f"gpu_memory={given['gpu_memory']:g} is compared with what a model needs; give --model "
             "after --"
         )
     spec = _with_numbers(spec, given, plan)
@@ -164,35 +180,20 @@ def create(
     write_files(files, force)
     for file in files:
         click.echo(f"wrote {file}")
-    for name, value in plan_rows(plan, config):
-        click.echo(f"{name:<28}{value}")
-    for line in memory:
-        click.echo(line)
+    click.echo("\n".join(report))
     click.echo(f"start: {run_command(spec, path)}")
     if spec.slurm is not None:
         click.echo(f"   or: sbatch {path.with_suffix('.sbatch')}")
 
 
 def _stated(name: str, value: int | None) -> list[str]:
-    """The option as a command line states it; K only where there is accumulation."""
+    """The option as command-line words; none for K = 1, the default."""
     if value is None or (name == "gradient_accumulation_steps" and value == 1):
         return []
     return [f"--{name.replace('_', '-')}", str(value)]
 
 
 def _spec(mode: str, given: dict[str, Any], train: tuple[str, ...]) -> LaunchSpec:
-    from accum_trainer.launch.files import ENGINES, MODES, PRECISIONS, LaunchSpec, combinations
-
-    for name, value, known in (
-        ("mode", mode, MODES),
-        ("engine", given["engine"], ENGINES),
-        ("precision", given["precision"], PRECISIONS),
-    ):
-        if value not in known:
-            raise ConfigError(f"{name}={value} is not known; give one of {', '.join(known)}")
-    for name in ("nodes", "gpus_per_node"):
-        if given[name] is not None and given[name] < 1:
-            raise ConfigError(f"{name}={given[name]} is below 1; give a whole number of at least 1")
     count = given["gpus_per_node"]
     if given["vary"] is not None:
         if mode != "parallel-independent":
@@ -202,12 +203,10 @@ def _spec(mode: str, given: dict[str, Any], train: tuple[str, ...]) -> LaunchSpe
             )
         count = count or len(combinations(given["vary"]))
     if count is None and mode != "single-gpu":
-        what = (
-            "independent runs there shall be"
-            if mode == "parallel-independent"
-            else "GPUs a machine has"
-        )
-        raise ConfigError(f"{mode} needs --gpus-per-node: how many {what}")
+        counted = "independent runs to start"
+        if mode == "multi-gpu":
+            counted = "GPUs a machine has"
+        raise ConfigError(f"{mode} needs --gpus-per-node: how many {counted}")
     return LaunchSpec(
         mode,
         engine=given["engine"],
@@ -223,8 +222,6 @@ def _spec(mode: str, given: dict[str, Any], train: tuple[str, ...]) -> LaunchSpe
 
 
 def _slurm(given: dict[str, Any]) -> Slurm | None:
-    from accum_trainer.launch.slurm import Slurm
-
     named = {name: given[name] for name in _SLURM if given[name] is not None}
     if given["slurm"]:
         return Slurm(**named)
@@ -238,8 +235,8 @@ def _slurm(given: dict[str, Any]) -> Slurm | None:
 
 
 def _as_train(spec: LaunchSpec) -> list[str]:
-    """What the launch files will make `train` do, as its options, so that memory and learning rate
-    are reckoned with it."""
+    """The settings of the launch files as options of `train`, for the memory and learning-rate
+    reports."""
     options = ["--mixed-precision", spec.precision]
     if spec.zero_stage is not None:
         options += ["--zero-stage", spec.engine, *(["--cpu-offload"] if spec.cpu_offload else [])]
@@ -247,15 +244,13 @@ def _as_train(spec: LaunchSpec) -> list[str]:
 
 
 def _with_numbers(spec: LaunchSpec, given: dict[str, Any], plan: BatchPlan) -> LaunchSpec:
-    """B and K as numbers where both were asked for: then DeepSpeed's file states them, and any
-    other K is refused."""
-    from dataclasses import replace
-
+    """Put B and K into `spec` if both are given: DeepSpeed's file then states them, and any other
+    K is refused."""
     if given["batch_size"] is None or (
         given["gradient_accumulation_steps"] is None and given["global_batch_size"] is None
     ):
         return spec
-    return replace(
+    return dataclasses.replace(
         spec,
         micro_batch_size=plan.micro_batch_size,
         gradient_accumulation_steps=plan.gradient_accumulation_steps,
@@ -265,7 +260,7 @@ def _with_numbers(spec: LaunchSpec, given: dict[str, Any], plan: BatchPlan) -> L
 def _default_name(spec: LaunchSpec) -> str:
     if spec.mode == "single-gpu":
         return "single_gpu.yaml"
-    what = "parallel_independent" if spec.mode == "parallel-independent" else spec.engine
+    kind = "parallel_independent" if spec.mode == "parallel-independent" else spec.engine
     unit = "proc" if spec.cpu else "gpu"
     nodes = f"{spec.nodes}node_" if spec.nodes > 1 else ""
-    return f"{what}_{nodes}{spec.gpus_per_node}{unit}.yaml"
+    return f"{kind}_{nodes}{spec.gpus_per_node}{unit}.yaml"

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import yaml
 
+from accum_trainer.cli.options import is_on_command_line
 from accum_trainer.cli.train import parse
 from accum_trainer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from accum_trainer.launch.launch_file import LaunchFile
+    from accum_trainer.launch.run import NodePlacement
 
 
 @click.command(
@@ -23,7 +29,7 @@ from accum_trainer.errors import ConfigError
     type=int,
     envvar="SLURM_NODEID",
     metavar="N",
-    help="This node's number, from 0, where CONFIG has several nodes.  [default: SLURM_NODEID]",
+    help="This node's number, from 0, if CONFIG has several nodes.  [default: SLURM_NODEID]",
 )
 @click.option(
     "--main-process-ip",
@@ -36,7 +42,7 @@ from accum_trainer.errors import ConfigError
     envvar="MASTER_PORT",
     type=int,
     metavar="PORT",
-    help="Where the processes meet.  [default: MASTER_PORT; on one node a free port]",
+    help="The processes' rendezvous port.  [default: MASTER_PORT; on one node a free port]",
 )
 @click.argument("train", nargs=-1, type=click.UNPROCESSED, metavar="-- [TRAIN-ARGS]...")
 def command(
@@ -46,13 +52,13 @@ def command(
     main_process_port: int | None,
     train: tuple[str, ...],
 ) -> None:
-    """Start `train` under CONFIG, which `accum-trainer config create` wrote, or any accelerate
+    """Start `train` under CONFIG, written by `accum-trainer config create`, or any accelerate
     configuration.
 
-    What follows `--` goes to `train`. Rank 0 is shown here, each process writes a log of its own
-    into the run directory's logs/, and a failure is shown in the words of the process that failed.
-    Ctrl-C lets the training save and stop; the same command with the same --output-dir continues
-    it. Where CONFIG has several nodes, run it on each.
+    Arguments after `--` go to `train`. The output of rank 0 is shown here, each process writes its
+    own log into the run directory's logs/, and a failure is shown in the words of the process that
+    failed. Ctrl-C lets the training save and stop; the same command with the same --output-dir
+    continues it. If CONFIG has several nodes, run it on each.
     """
     path = Path(config)
     if _is_independent(path):
@@ -63,23 +69,49 @@ def command(
     if composed.parallel_independent:
         raise ConfigError(
             f"parallel_independent starts single processes, but {config} launches processes that "
-            "share a gradient; "
-            "use `accum-trainer train --parallel-independent`, or a file of `accum-trainer config "
-            "create parallel-independent`"
+            "share a gradient; use `accum-trainer train --parallel-independent`, or a file of "
+            "`accum-trainer config create parallel-independent`"
         )
     # accelerate and torch take seconds to import: only now that the options are known to be right.
     from accum_trainer.launch.launch_file import read_launch_file
-    from accum_trainer.launch.run import NodePlacement, launch
+    from accum_trainer.launch.run import launch
     from accum_trainer.train.records import LOGS, check_output_dir, new_run_folder
 
     file = read_launch_file(path, composed.cpu)
+    if file.num_machines > 1 and composed.output_dir is None:
+        raise ConfigError(
+            f"{config} has {file.num_machines} nodes, which must agree on one --output-dir; "
+            "give it after --"
+        )
+    placement = _placement(config, file, machine_rank, main_process_ip, main_process_port)
+    folder = Path(composed.output_dir) if composed.output_dir else new_run_folder(composed.model)
+    check_output_dir(folder, composed.resume)
+    arguments = [*train, *([] if composed.output_dir else ["--output-dir", str(folder)])]
+    if placement.machine_rank > 0:
+        click.echo(
+            f"node {placement.machine_rank} of {placement.num_machines}: {file.processes_here} "
+            f"processes, logs in {folder / LOGS}",
+            err=True,
+        )
+    sys.exit(launch(path, placement, arguments, folder / LOGS, file.deepspeed_file))
+
+
+def _placement(
+    config: str,
+    file: LaunchFile,
+    machine_rank: int | None,
+    main_process_ip: str | None,
+    main_process_port: int | None,
+) -> NodePlacement:
+    """This node's place among the nodes of `file`, checked.
+
+    On one node, the environment's SLURM_NODEID and MASTER_PORT do not count: they describe a
+    cluster.
+    """
+    from accum_trainer.launch.run import NodePlacement
+
     if file.num_machines > 1:
-        if composed.output_dir is None:
-            raise ConfigError(
-                f"{config} has {file.num_machines} nodes, which must agree on one --output-dir; "
-                "give it after --"
-            )
-        place = NodePlacement(
+        placement = NodePlacement(
             machine_rank or 0, file.num_machines, main_process_ip, main_process_port
         )
         if machine_rank is None:
@@ -87,34 +119,20 @@ def command(
                 f"{config} has {file.num_machines} nodes; say which one this is with --machine-rank"
             )
     else:
-        asked = click.get_current_context().get_parameter_source("machine_rank")
-        if machine_rank and asked is click.core.ParameterSource.COMMANDLINE:
+        if machine_rank and is_on_command_line("machine_rank"):
             raise ConfigError(
                 f"machine_rank={machine_rank}, but {config} has one node; leave --machine-rank out"
             )
-        port = click.get_current_context().get_parameter_source("main_process_port")
-        named = (
-            main_process_port
-            if port is click.core.ParameterSource.COMMANDLINE
-            else file.main_process_port
-        )
-        place = NodePlacement(main_process_port=named or None)
-    place.check()
-    folder = Path(composed.output_dir) if composed.output_dir else new_run_folder(composed.model)
-    check_output_dir(folder, composed.resume)
-    arguments = [*train, *([] if composed.output_dir else ["--output-dir", str(folder)])]
-    if place.machine_rank > 0:
-        click.echo(
-            f"node {place.machine_rank} of {place.num_machines}: {file.processes_here} processes, "
-            f"logs in {folder / LOGS}",
-            err=True,
-        )
-    sys.exit(launch(path, place, arguments, folder / LOGS, file.deepspeed_file))
+        if not is_on_command_line("main_process_port"):
+            main_process_port = file.main_process_port
+        placement = NodePlacement(main_process_port=main_process_port or None)
+    placement.check()
+    return placement
 
 
 def _is_independent(path: Path) -> bool:
-    """Whether the file holds options of `train` that start independent runs, not a configuration of
-    accelerate."""
+    """Whether the file holds options of `train` for independent runs, rather than an accelerate
+    configuration."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -132,8 +150,7 @@ def _is_independent(path: Path) -> bool:
     if "distributed_type" not in content:
         raise ConfigError(
             f"{path} is no launch configuration: it has no distributed_type (accelerate) and no "
-            "parallel_independent; "
-            "`accum-trainer config create` writes one, and options of `train` go to `accum-trainer "
-            "train --config`"
+            "parallel_independent; `accum-trainer config create` writes one, and `accum-trainer "
+            "train --config` takes options of `train`"
         )
     return False

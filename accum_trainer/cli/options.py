@@ -1,53 +1,98 @@
-"""Options of the command line made from the fields of `TrainConfig`, grouped in `--help` as they
-are there."""
+"""The options of `TrainConfig` as options of a command, grouped in `--help` by section.
+
+Values stay text here: `compose` converts them, so a wrong value gives one and the same message from
+the command line, the environment and YAML. click's types serve only options that no other source
+has.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
+import os
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import click
 
-from accum_trainer.batch_plan import BatchPlan
-from accum_trainer.config import TrainConfig, kind_of, nearest_key, sections
-from accum_trainer.data.counting import count_rows
+from accum_trainer.config import OPTIONS, SECTIONS, compose, kind_of, nearest_name
 from accum_trainer.errors import ConfigError
 
+_CONFIG = click.option(
+    "--config",
+    "config_file",
+    metavar="FILE",
+    help="YAML with these options, underscores for dashes.",
+)
+_SET = click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Set an option by its YAML name; may be repeated.",
+)
 
-def config_options(names: Iterable[str] | None = None) -> Callable[[Any], Any]:
-    """Decorate a command with the options of `TrainConfig`, or with those named.
 
-    Values arrive as they were typed and None where they were not: `compose` converts them, so that
-    a wrong value gets the same message from the command line, the environment and YAML.
+def composed_options(
+    names: Iterable[str] = OPTIONS, has_set: bool = True
+) -> Callable[[Callable[..., Any]], Any]:
+    """Decorate a command function with options of `train`, `--config` and `--set`; it is called
+    with what they compose to (`Composed`) and with its remaining options.
+
+    Args:
+        names: the options it takes.
+        has_set: whether it takes `--set`.
     """
+    chosen = [OPTIONS[name] for name in OPTIONS if name in set(names)]
 
-    def decorate(command: Any) -> Any:
-        for field in reversed(dataclasses.fields(TrainConfig)):
-            if names is None or field.name in names:
-                command = _option(field)(command)
-        return command
+    def decorate(function: Callable[..., Any]) -> Any:
+        @functools.wraps(function)
+        def call(config_file: str | None, settings: tuple[str, ...] = (), **given: Any) -> Any:
+            values = {field.name: given.pop(field.name) for field in chosen}
+            named = {name: value for name, value in values.items() if value is not None}
+            return function(compose(named, settings, config_file, os.environ), **given)
+
+        command: Any = call
+        for field in reversed(chosen):
+            command = _option(field)(command)
+        return _CONFIG(_SET(command) if has_set else command)
 
     return decorate
 
 
-def source_options(command: Any) -> Any:
-    """Decorate a command with the other places options come from: `--config FILE` and `--set
-    KEY=VALUE`."""
-    setting = click.option(
-        "--set",
-        "settings",
-        multiple=True,
-        metavar="KEY=VALUE",
-        help="Set an option by its YAML name; may be repeated.",
-    )
-    file = click.option(
-        "--config",
-        "config_file",
-        metavar="FILE",
-        help="YAML with these options, underscores for dashes.",
-    )
-    return file(setting(command))
+class _Gigabytes(click.ParamType):
+    """A GPU's memory: `80`, `80GB` or `80 G`, converted to the number of GB (10^9 bytes)."""
+
+    name = "GB"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        pattern = r"\s*([-+]?\d+(?:\.\d*)?|[-+]?\.\d+)\s*(?:GB|G)?\s*"
+        match = re.fullmatch(pattern, str(value), re.IGNORECASE)
+        if match is None:
+            raise ConfigError(
+                f"gpu_memory={value} is not a size; give the memory of one GPU in GB, such as 80 "
+                "or 80GB"
+            )
+        size = float(match[1])
+        if not size > 0 or not math.isfinite(size):
+            raise ConfigError(
+                f"gpu_memory={value} must be above 0; give the memory of one GPU in GB, such as 80"
+            )
+        return size
+
+
+GIGABYTES = _Gigabytes()
+
+
+def is_on_command_line(name: str) -> bool:
+    """Whether the running command was given this option by an argument, not by its environment
+    variable or default."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source is click.core.ParameterSource.COMMANDLINE
 
 
 def _option(field: dataclasses.Field[Any]) -> Callable[[Any], Any]:
@@ -64,54 +109,27 @@ def _option(field: dataclasses.Field[Any]) -> Callable[[Any], Any]:
     )
 
 
-def sized_plan(config: TrainConfig, processes: int, num_samples: int | None) -> BatchPlan:
-    """The batch plan of `config` on so many processes, with the number of samples where it is given
-    or a file says it.
-
-    Raises:
-        ConfigError: sizes that do not fit, or the number of samples said twice.
-    """
-    if num_samples is not None and config.dataset_file is not None:
-        raise ConfigError(
-            f"num_samples={num_samples} and dataset_file={config.dataset_file} both say how much "
-            "data there is; give one"
-        )
-    if config.dataset_file is not None:
-        num_samples = count_rows(config.dataset_file)
-    if isinstance(config.batch_size, str):
-        raise ConfigError(
-            f"batch_size={config.batch_size} is found on the device when training starts; give a "
-            "number to plan with"
-        )
-    return BatchPlan(
-        config.batch_size,
-        config.gradient_accumulation_steps,
-        processes,
-        config.global_batch_size,
-        num_samples,
-    )
-
-
 class SectionedCommand(click.Command):
-    """Shows the options under the sections of `TrainConfig`, and knows what other trainers call
-    them."""
+    """Groups its options by the sections of `TrainConfig`; suggests ours for other trainers' option
+    names."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             flags = {flag for p in self.get_params(ctx) for flag in p.opts}
-            near = "--" + (nearest_key(error.option_name) or "").replace("_", "-")
+            near = "--" + (nearest_name(error.option_name, OPTIONS) or "").replace("_", "-")
             if near not in flags:
                 raise
             raise click.UsageError(f"{error.message} Did you mean '{near}'?", ctx) from None
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         shown = {p.name: p.get_help_record(ctx) for p in self.get_params(ctx)}
-        for section, fields in sections():
-            rows = [row for field in fields if (row := shown.pop(field.name, None))]
+        for title, section in SECTIONS.items():
+            names = [field.name for field in dataclasses.fields(section)]
+            rows = [row for name in names if (row := shown.pop(name, None))]
             if rows:
-                with formatter.section(section):
+                with formatter.section(title):
                     formatter.write_dl(rows)
         with formatter.section("Other"):
             formatter.write_dl([row for row in shown.values() if row])

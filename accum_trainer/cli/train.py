@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from accum_trainer.cli.options import SectionedCommand, config_options, source_options
+from accum_trainer.cli.options import SectionedCommand, composed_options
 from accum_trainer.config import Composed, compose
 from accum_trainer.errors import ConfigError
 
@@ -24,22 +24,18 @@ STOPPED_AND_SAVED = 75
     "train",
     cls=SectionedCommand,
     epilog="Example: accum-trainer train --dataset-file rows.jsonl --batch-size 4 "
-    "--gradient-accumulation-steps 8 "
-    "--steps 100 --output-dir runs/first",
+    "--gradient-accumulation-steps 8 --steps 100 --output-dir runs/first",
 )
-@source_options
-@config_options()
-def command(config_file: str | None, settings: tuple[str, ...], **given: Any) -> None:
+@composed_options()
+def command(composed: Composed) -> None:
     """Train with an exact effective batch: the update never depends on how the batch is cut or
     spread.
 
-    Without a data file, trains a small model on text that Python carries. Options come from the
+    Without a data file, trains a small model on text that comes with Python. Options come from the
     command line, then from ACCUM_TRAINER_<OPTION> variables, then from --config. Run the same
     program on several processes with `accelerate launch --multi_gpu --num_processes N -m
     accum_trainer.train`.
     """
-    named = {name: value for name, value in given.items() if value is not None}
-    composed = compose(named, settings, config_file, os.environ)
     if composed.config.parallel_independent:
         from accum_trainer.cli.independent import train_side_by_side
 
@@ -74,11 +70,11 @@ def command(config_file: str | None, settings: tuple[str, ...], **given: Any) ->
 
 
 def options_in(arguments: Sequence[str]) -> dict[str, Any]:
-    """The options that these arguments of `train` give, as typed; `config_file` and `settings`
-    among them."""
+    """The options given by these arguments of `train`, as typed, `config_file` and `settings`
+    included."""
     if {"-h", "--help"} & set(arguments):
         raise ConfigError(
-            "--help stands among the options of `train`; ask `accum-trainer train --help`"
+            "--help is among the options of `train` here; run `accum-trainer train --help` instead"
         )
     params = command.make_context("train", list(arguments)).params
     return {name: value for name, value in params.items() if value not in (None, ())}
@@ -88,7 +84,7 @@ def parse(arguments: Sequence[str]) -> Composed:
     """The configuration that `train` would compose from these arguments and this environment.
 
     Raises:
-        ConfigError, click.UsageError: what `train` would say.
+        ConfigError, click.UsageError: as `train` raises them.
     """
     given = options_in(arguments)
     config_file, settings = given.pop("config_file", None), given.pop("settings", ())
@@ -96,7 +92,7 @@ def parse(arguments: Sequence[str]) -> Composed:
 
 
 def _show_progress(run: Run) -> Record | None:
-    """Run the training under a progress bar, or a line now and then where there is no terminal."""
+    """Run the training under a progress bar, or with about ten lines if there is no terminal."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -122,10 +118,8 @@ def _show_progress(run: Run) -> Record | None:
         )
         for record in run.updates():
             bar.update(task, completed=record["step"], status=_status(record))
-            plain = not console.is_terminal and (
-                record["step"] % max(1, total // 10) == 0 or record["skipped"]
-            )
-            if run.engine.is_main and plain:
+            is_due = record["step"] % max(1, total // 10) == 0 or record["skipped"]
+            if run.engine.is_main and is_due and not console.is_terminal:
                 click.echo(f"update {record['step']}/{total}  {_status(record)}", err=True)
     return record
 
@@ -134,5 +128,7 @@ def _status(record: Record) -> str:
     if record["skipped"]:
         return f"SKIPPED ({record['skip_reason']})"
     evaluated = f"  eval {record['eval_loss']:.4f}" if record.get("eval_loss") is not None else ""
-    splits = f"  {record['oom_splits']} cut in two (out of memory)" if record["oom_splits"] else ""
+    splits = (
+        f"  {record['oom_splits']} split in two (out of memory)" if record["oom_splits"] else ""
+    )
     return f"loss {record['loss']:.4f}{evaluated}  {record['tokens_per_sec']:,.0f} tokens/s{splits}"

@@ -6,12 +6,12 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from accum_trainer.cli.options import SectionedCommand, config_options, source_options
-from accum_trainer.config import compose
+from accum_trainer.cli.options import SectionedCommand, composed_options
+from accum_trainer.config import Composed, TrainConfig
 from accum_trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,14 +26,13 @@ _HEADER = ("check", "result", "error", "tolerance", "meaning")
     epilog="Examples: accum-trainer verify --batch-size 4 --gradient-accumulation-steps 8   |   "
     "accum-trainer verify --loop my_loop.py:update --gradient-accumulation-steps 4",
 )
-@source_options
 @click.option(
     "--windows",
     default=3,
     show_default=True,
     type=click.IntRange(min=1),
     metavar="N",
-    help="Whole windows to compare, in low precision at least 4; the epoch's tail comes on top. "
+    help="Whole windows to compare, in low precision at least 4, plus the epoch's tail. "
     "Without --loop.",
 )
 @click.option(
@@ -49,25 +48,16 @@ _HEADER = ("check", "result", "error", "tolerance", "meaning")
     metavar="FILE",
     help="Also write the report as JSON; nothing else is written.",
 )
-@config_options()
-def command(
-    config_file: str | None,
-    settings: tuple[str, ...],
-    windows: int,
-    loop_spec: str | None,
-    json_file: str | None,
-    **given: Any,
-) -> None:
+@composed_options()
+def command(composed: Composed, windows: int, loop_spec: str | None, json_file: str | None) -> None:
     """Prove that K micro-batches on W processes give the one-big-batch update, on your model, data
     and engine.
 
     Takes the options of `train` and runs the same loop on a few windows; each update is compared
-    with one big batch in float64. With --loop, checks a training step of your own and says which
-    fault it has. Exits with 0 if all checks pass, 1 if one fails, 2 on wrong input. On several
+    with one big batch in float64. With --loop, checks your own training step and names its fault.
+    Exits with 0 if all checks pass, 1 if one fails, 2 on wrong input. On several
     processes: `accelerate launch --multi_gpu --num_processes N -m accum_trainer.verify`.
     """
-    named = {name: value for name, value in given.items() if value is not None}
-    composed = compose(named, settings, config_file, os.environ)
     if json_file is not None and not Path(json_file).absolute().parent.is_dir():
         raise ConfigError(
             f"json={json_file} cannot be written: there is no folder {Path(json_file).parent}"
@@ -84,7 +74,7 @@ def command(
     sys.exit(0 if report.passed else 1)
 
 
-def _verify(config: Any, windows: int, loop_spec: str | None) -> Report:
+def _verify(config: TrainConfig, windows: int, loop_spec: str | None) -> Report:
     if loop_spec is None:
         from accum_trainer.train.setup import assemble
         from accum_trainer.verify.training import Subject, verify
@@ -96,8 +86,7 @@ def _verify(config: Any, windows: int, loop_spec: str | None) -> Report:
 
 
 def _show(report: Report) -> None:
-    """A table on a terminal, aligned text elsewhere; then what belongs below it, and the
-    verdict."""
+    """A table on a terminal, aligned text elsewhere; then the checks' details and the verdict."""
     if sys.stdout.isatty():
         _show_table(report)
     else:

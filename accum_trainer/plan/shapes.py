@@ -1,11 +1,11 @@
 """A model without memory: its sizes, and what one micro-batch's forward and backward allocate.
 
-The model's own code runs on torch's fake tensors, which have shapes and no memory: whatever it
-keeps for the backward, a fused attention's softmax statistics or a checkpointed layer's input, is
-seen, and no architecture needs a formula of its own. Closed forms exist for plain transformers
+The model's own code runs on torch's fake tensors, which have shapes and no memory. All that it
+keeps for the backward is seen (a fused attention's softmax statistics, a checkpointed layer's
+input), so no architecture needs its own formula. Closed forms for plain transformers exist
 (Korthikanti et al. 2022, arXiv:2205.05198, section 4: 34 bytes per token, hidden unit and layer of
-a 16-bit GPT, plus the attention matrix that a fused attention never stores); they are a check on
-this module, not a part of it. Knows no engine.
+a 16-bit GPT, plus the attention matrix that a fused attention never stores); this module does not
+use them. Knows no engine.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ from accum_trainer.losses.causal_lm import causal_lm_loss
 from accum_trainer.losses.head import decide_loss_path
 
 LAYERS_FORWARD, HEAD, FIRST_BACKWARD, LAYERS_BACKWARD = PHASES = range(4)
-# ZeRO-3 keeps parameters of at most so many numbers whole on every process
+# ZeRO-3 keeps parameters of at most this many numbers whole on every process
 # (stage3_param_persistence_threshold).
 PERSISTENT = 100_000
+# The operator of a dtype cast.
+_TO_COPY = torch.ops.aten._to_copy.default  # noqa: SLF001 - its name in the dispatcher
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,12 @@ class Shapes:
         parameters, trained: all, and those that get gradients.
         largest, widest: the largest trained tensor, and the largest of all.
         persistent: in tensors of at most PERSISTENT numbers.
-        block, block_trained: the largest block that is sharded as one (`_no_split_modules`); 0
-            where the model names none.
+        block, block_trained: the largest block that is sharded as one (`_no_split_modules`); 0 if
+            the model names none.
         outside: in no block: embeddings, last norm, output head.
-        head: of the output head, where it is trained and not tied to the embedding.
-        layers, hidden_size, vocabulary: as the model's configuration says them, for people; None
-            where it does not.
+        head: of the output head, if it is trained and not tied to the embedding.
+        layers, hidden_size, vocabulary: from the model's configuration, for display; None if it
+            lacks them.
     """
 
     parameters: int
@@ -66,14 +68,14 @@ class Shapes:
 
 
 @dataclass(frozen=True)
-class Moment:
-    """What is allocated at one moment beside the weights, in bytes.
+class Allocated:
+    """Memory in use after one operation, weights aside, in bytes.
 
     Attributes:
-        phase: LAYERS_FORWARD, HEAD (output head and loss, both ways), FIRST_BACKWARD (the last
-            layer's, where the most is kept for it) or LAYERS_BACKWARD (the others').
+        phase: LAYERS_FORWARD, HEAD (output head and loss, both ways), FIRST_BACKWARD (of the last
+            layer, when most is kept) or LAYERS_BACKWARD (of the others).
         activations: everything that is neither weight nor finished gradient.
-        copies: the part of it that autocast's 16-bit copies of weights are.
+        copies: the share of `activations` that is autocast's 16-bit copies of weights.
         gradients: finished gradients, in the weights' dtype.
     """
 
@@ -84,26 +86,26 @@ class Moment:
 
 
 class Trace:
-    """One micro-batch's forward and backward, moment by moment."""
+    """One micro-batch's forward and backward, operation by operation."""
 
-    def __init__(self, moments: list[Moment]) -> None:
-        self.moments = moments
+    def __init__(self, states: list[Allocated]) -> None:
+        self._states = states
 
     def peak(self, *phases: int, kept: float = 0.0) -> int:
-        """Most bytes in these phases (in all by default), with `kept` bytes for each byte of
-        finished gradient."""
-        chosen = [m for m in self.moments if not phases or m.phase in phases]
-        return max((int(m.activations + kept * m.gradients) for m in chosen), default=0)
+        """Most bytes in these phases (default: all), with `kept` bytes for each byte of finished
+        gradient."""
+        chosen = [s for s in self._states if not phases or s.phase in phases]
+        return max((int(s.activations + kept * s.gradients) for s in chosen), default=0)
 
     @property
     def copies(self) -> int:
         """Bytes of 16-bit copies of weights at the peak."""
-        return max(self.moments, key=lambda m: m.activations).copies
+        return max(self._states, key=lambda s: s.activations).copies
 
 
 def model_shapes(config: TrainConfig) -> Shapes:
-    """Sizes of `config.model`, its adapters included, with nothing allocated; ConfigError where it
-    cannot be found."""
+    """Sizes of `config.model`, adapters included, without allocating it; ConfigError if it cannot
+    be found."""
     return _shapes(_weightless(config))
 
 
@@ -121,8 +123,8 @@ def trace(config: TrainConfig, micro_batch_size: int, precision: str) -> Trace:
 
     Raises:
         ConfigError: the model cannot be found.
-        Exception: of any type, where the model's code asks for values, not only shapes (a router
-            that picks experts, say).
+        Exception: of any type, if the model's code needs values, not only shapes (a router that
+            picks experts, say).
     """
     model = _weightless(config)
     _plan_attention(model, masked=micro_batch_size > 1, keeps_dropout=config.cpu)
@@ -138,7 +140,7 @@ def trace(config: TrainConfig, micro_batch_size: int, precision: str) -> Trace:
         recorder = _Recorder(model)
         with recorder:
             causal_lm_loss(model, batch).backward()
-        return Trace(recorder.moments)
+        return Trace(recorder.states)
 
 
 def _weightless(config: TrainConfig) -> Any:
@@ -148,8 +150,8 @@ def _weightless(config: TrainConfig) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Fake tensors log a traceback of what they cannot do before they raise it; libraries warn of
-    what is ours to decide."""
+    """Silence fake tensors, which log a traceback before they raise, and libraries' warnings about
+    choices that are ours."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     before, log.disabled = log.disabled, True
     with warnings.catch_warnings():
@@ -165,7 +167,7 @@ def _shapes(model: Any) -> Shapes:
     blocks = set(getattr(model, "_no_split_modules", None) or ())
     sharded = [list(m.parameters()) for m in model.modules() if type(m).__name__ in blocks]
     largest = max(sharded, key=_numel, default=[])
-    said = model.config.get_text_config()
+    text_config = model.config.get_text_config()
     return Shapes(
         parameters=_numel(parameters),
         trained=_numel(_trained(parameters)),
@@ -176,9 +178,9 @@ def _shapes(model: Any) -> Shapes:
         block_trained=_numel(_trained(largest)),
         outside=_numel(parameters) - sum(map(_numel, sharded)),
         head=_numel(_trained(_head_alone(model))),
-        layers=getattr(said, "num_hidden_layers", None),
-        hidden_size=getattr(said, "hidden_size", None),
-        vocabulary=getattr(said, "vocab_size", None),
+        layers=getattr(text_config, "num_hidden_layers", None),
+        hidden_size=getattr(text_config, "hidden_size", None),
+        vocabulary=getattr(text_config, "vocab_size", None),
     )
 
 
@@ -199,19 +201,17 @@ def _trained(parameters: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
 
 
 def _make_fake(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Have the model's weights be fake tensors of the CPU, in `dtype`; buffers keep their own, as
-    in the engines."""
-    made: dict[torch.Tensor, torch.Tensor] = {}  # tied weights stay tied
+    """Replace the model's weights with fake CPU tensors in `dtype`; buffers keep their dtype, as in
+    the engines."""
+    made: dict[torch.Tensor, torch.nn.Parameter] = {}  # tied weights stay tied
     for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                made.setdefault(
-                    p, torch.nn.Parameter(torch.empty(p.shape, dtype=dtype), p.requires_grad)
-                )
-                module._parameters[name] = made[p]  # type: ignore[assignment]
-        for name, b in module._buffers.items():
-            if b is not None:
-                module._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
+        for name, p in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            made.setdefault(
+                p, torch.nn.Parameter(torch.empty(p.shape, dtype=dtype), p.requires_grad)
+            )
+            setattr(module, name, made[p])
+        for name, b in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+            setattr(module, name, torch.empty(b.shape, dtype=b.dtype))
 
 
 def _autocast(model: Any) -> None:
@@ -228,17 +228,17 @@ def _autocast(model: Any) -> None:
 
 
 def _plan_attention(model: Any, masked: bool, keeps_dropout: bool) -> None:
-    """Have the model's scaled-dot-product attention run with a padding mask or without, whatever
-    fake tensors would make of it.
+    """Make the model's scaled-dot-product attention run with a padding mask, or without one.
 
-    transformers decides by the mask's values, which fake tensors lack. An attention that is
-    registered without a function for masks gets none.
+    transformers decides by the mask's values, which fake tensors lack. An attention registered
+    without a mask function gets no mask.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
-    if model.config._attn_implementation != "sdpa":
+    # transformers has no public name for the attention in force.
+    if model.config._attn_implementation != "sdpa":  # noqa: SLF001
         return
 
     def attention(*args: Any, **kwargs: Any) -> Any:
@@ -250,24 +250,28 @@ def _plan_attention(model: Any, masked: bool, keeps_dropout: bool) -> None:
     AttentionInterface.register(name, attention)
     if masked:
         AttentionMaskInterface.register(name, sdpa_mask)
-    model.config._attn_implementation = name
+    model.config._attn_implementation = name  # noqa: SLF001 - see above
+
+
+def _address(storage: Any) -> int:
+    """Identifies a storage; fake ones have no data pointer."""
+    return storage._cdata  # noqa: SLF001 - torch has no public name for it
 
 
 class _Recorder(TorchDispatchMode):
-    """Adds up the storages that live, by what they are, after each operation."""
+    """Sums the live storages by kind after each operation."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.moments: list[Moment] = []
+        self.states: list[Allocated] = []
         self._phase, self._activations, self._copies, self._gradients = LAYERS_FORWARD, 0, 0, 0
-        self._sizes: dict[
-            int, tuple[int, bool]
-        ] = {}  # of storages that live: bytes, and whether it copies a weight
+        # Of each live storage: its bytes, and whether it is a copy of a weight.
+        self._sizes: dict[int, tuple[int, bool]] = {}
         self._weights = {
-            t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())
+            _address(t.untyped_storage()) for t in (*model.parameters(), *model.buffers())
         }
         self._last_block: torch.nn.Module | None = None
-        self._finished: list[Any] = []  # keeps addresses of gradients from being used again
+        self._finished: list[Any] = []  # keeps gradients alive so that no address is reused
         blocks = set(getattr(model, "_no_split_modules", None) or ())
         block_of = {
             p: m for m in model.modules() if type(m).__name__ in blocks for p in m.parameters()
@@ -281,25 +285,20 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = func(*args, **(kwargs or {}))
-        is_copy = (
-            func is torch.ops.aten._to_copy.default and self._address(args[0]) in self._weights
-        )
+        is_copy = func is _TO_COPY and _address(args[0].untyped_storage()) in self._weights
         for tensor in tree_leaves(outputs):
             if isinstance(tensor, torch.Tensor):
                 self._see(tensor.untyped_storage(), is_copy)
         return outputs
 
-    def _address(self, tensor: torch.Tensor) -> int:
-        return tensor.untyped_storage()._cdata
-
     def _see(self, storage: Any, is_copy: bool) -> None:
-        address = storage._cdata
+        address = _address(storage)
         if address in self._sizes or address in self._weights:
             return
         self._sizes[address] = storage.nbytes(), is_copy
         self._add(storage.nbytes(), is_copy)
         weakref.finalize(storage, self._forget, address)
-        self._note()
+        self._record()
 
     def _forget(self, address: int) -> None:
         size, is_copy = self._sizes.pop(address, (0, False))
@@ -310,21 +309,21 @@ class _Recorder(TorchDispatchMode):
         self._copies += size if is_copy else 0
 
     def _finish(self, block: torch.nn.Module | None, parameter: torch.Tensor) -> None:
-        """A parameter's gradient is whole: it counts apart from here on."""
+        """Count a parameter's finished gradient as such from here on."""
         if block is not None:
             self._last_block = self._last_block or block
             self._enter(FIRST_BACKWARD if block is self._last_block else LAYERS_BACKWARD)
         assert parameter.grad is not None
         storage = parameter.grad.untyped_storage()
         size = storage.nbytes()
-        self._forget(storage._cdata)
-        self._weights.add(storage._cdata)
+        self._forget(_address(storage))
+        self._weights.add(_address(storage))
         self._finished.append(storage)
         self._gradients += size
-        self._note()
+        self._record()
 
     def _enter(self, phase: int) -> None:
         self._phase = phase
 
-    def _note(self) -> None:
-        self.moments.append(Moment(self._phase, self._activations, self._copies, self._gradients))
+    def _record(self) -> None:
+        self.states.append(Allocated(self._phase, self._activations, self._copies, self._gradients))

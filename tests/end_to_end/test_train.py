@@ -113,7 +113,7 @@ def test_overridden_values_are_shown(train, tmp_path, tiny_rows, rows_file):
     assert finished.status == 0
     assert f"note: batch_size=4 (command line) over 2 ({config})" in finished.err
     assert (
-        f"note: epochs=9 ({config}) is dropped for what the command line says instead"
+        f"note: epochs=9 ({config}) is dropped; the command line gives an alternative"
         in finished.err
     )
     assert "nothing written" in finished.err

@@ -1,0 +1,66 @@
+"""Compose a configuration from its sources: command line over environment over YAML over
+defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accum_trainer.config.names import check_names
+from accum_trainer.config.sources import displaced, merge_settings, read_environment, read_yaml
+from accum_trainer.config.train_config import OPTIONS, TrainConfig
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A configuration and the values that lost.
+
+    Attributes:
+        overridden: one line for each value that a stronger source replaced or dropped.
+    """
+
+    config: TrainConfig
+    overridden: list[str]
+
+
+def compose(
+    command_line: Mapping[str, Any] | None = None,
+    settings: Sequence[str] = (),
+    config_file: str | Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Composed:
+    """Compose a configuration: command line over environment over YAML over defaults.
+
+    Args:
+        command_line: option name to value, for the options that were given.
+        settings: `key=value` texts of `--set`, which count as command line.
+        config_file: a YAML file of options.
+        environment: variables; those that start with ACCUM_TRAINER_ are options.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest known one), an unreadable file, a bad value,
+            or one option given two values on the command line.
+    """
+    given: dict[str, tuple[Any, str]] = {}
+    overridden = []
+    for source, values in (
+        (str(config_file), read_yaml(config_file) if config_file is not None else {}),
+        ("environment", read_environment(environment or {})),
+        ("command line", merge_settings(command_line or {}, settings)),
+    ):
+        check_names(values, OPTIONS, source)
+        for key in displaced(values, given):
+            value, weaker = given.pop(key)
+            if value is not None:
+                overridden.append(
+                    f"{key}={value} ({weaker}) is dropped; the {source} gives an alternative"
+                )
+        for key, value in values.items():
+            if key in given and given[key][0] != value:
+                overridden.append(
+                    f"{key}={value} ({source}) over {given[key][0]} ({given[key][1]})"
+                )
+            given[key] = (value, source)
+    return Composed(TrainConfig(**{key: value for key, (value, _) in given.items()}), overridden)

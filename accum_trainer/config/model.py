@@ -1,0 +1,74 @@
+"""The section Model: which model, in which precision, trained whole or through adapters."""
+
+from dataclasses import dataclass
+
+from accum_trainer.config.option import Section, option
+from accum_trainer.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ModelOptions(Section):
+    """The model, its precision and its adapters."""
+
+    model: str = option(
+        "tiny", "A path, a hub id, or `tiny`, a small Llama that needs no download."
+    )
+    max_seq_len: int = option(512, "Most tokens in one sample.", minimum=2)
+    mixed_precision: str | None = option(
+        None,
+        "Autocast dtype of the forward pass. Default: what the launcher says, else no.",
+        choices=("no", "bf16", "fp16"),
+    )
+    amp: bool = option(False, "Mixed precision in the best dtype of this device (bf16, else fp16).")
+    gradient_checkpointing: bool = option(
+        False, "Recompute activations in the backward: less memory, more time."
+    )
+    attention: str | None = option(
+        None,
+        "transformers' attention implementation, such as sdpa, eager or flash_attention_2. "
+        "Default: the model's own choice.",
+    )
+    compile: bool = option(
+        False, "Compile the model's blocks with torch.compile, once for all sample lengths."
+    )
+    use_peft: bool = option(False, "Train LoRA adapters instead of the whole model.")
+    lora_r: int = option(16, "Rank of the LoRA adapters.", minimum=1, only_with="use_peft")
+    lora_alpha: float = option(
+        32.0,
+        "LoRA scale: adapters act with lora_alpha / lora_r.",
+        above=0,
+        only_with="use_peft",
+    )
+    lora_dropout: float = option(
+        0.0,
+        "Dropout before the adapters, 0 to below 1.",
+        minimum=0,
+        below=1,
+        only_with="use_peft",
+    )
+    lora_target_modules: str | None = option(
+        None,
+        "Modules to adapt, such as q_proj,v_proj. Default: all linear layers but the output head.",
+        only_with="use_peft",
+    )
+    lora_modules_to_save: str | None = option(
+        None,
+        "Modules to train whole beside the adapters and save with them, such as lm_head.",
+        only_with="use_peft",
+    )
+    merge_adapter: bool = option(
+        False,
+        "With --use-peft, also write the base model with the adapter merged in, to model-merged/.",
+    )
+
+    def _check_rules(self) -> None:
+        super()._check_rules()
+        if self.amp and self.mixed_precision is not None:
+            raise ConfigError(
+                f"amp picks the precision, but mixed_precision={self.mixed_precision} is given "
+                "too; leave one of them out"
+            )
+        if self.merge_adapter and not self.use_peft:
+            raise ConfigError(
+                "merge_adapter merges a LoRA adapter into its base model; give use_peft too"
+            )

@@ -1,0 +1,56 @@
+"""Names of options that users write: suggestions for unknown ones, and names other trainers use."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable
+
+from accum_trainer.errors import ConfigError
+
+# Names in transformers.Trainer and its scripts that are too far from ours to match by spelling.
+_TRAINER_NAMES = {
+    "learning_rate": "lr",
+    "per_device_train_batch_size": "batch_size",
+    "train_batch_size": "batch_size",
+    "num_train_epochs": "epochs",
+    "max_steps": "steps",
+    "warmup_steps": "warmup",
+    "warmup_ratio": "warmup",
+    "lr_scheduler_type": "scheduler",
+    "max_length": "max_seq_len",
+    "max_seq_length": "max_seq_len",
+    "bf16": "mixed_precision",
+    "fp16": "mixed_precision",
+    "attn_implementation": "attention",
+    "torch_compile": "compile",
+    "eval_steps": "eval_every",
+    "save_steps": "checkpoint_every",
+    "save_total_limit": "keep_checkpoints",
+    "resume_from_checkpoint": "resume",
+    "model_name_or_path": "model",
+    "dataset_name": "dataset",
+    "train_file": "dataset_file",
+    "validation_file": "eval_file",
+}
+
+
+def nearest_name(written: str, names: Iterable[str]) -> str | None:
+    """The option among `names` that `written` (with dashes or underscores) most likely means."""
+    name = str(written).lstrip("-").replace("-", "_")
+    if name in _TRAINER_NAMES:
+        return _TRAINER_NAMES[name]
+    return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)), None)
+
+
+def check_names(written: Iterable[str], names: Collection[str], source: str) -> None:
+    """Raise a ConfigError that suggests the nearest option if one of `written` is not in `names`.
+
+    Args:
+        source: where they were written, for the message.
+    """
+    for name in written:
+        if name in names:
+            continue
+        near = nearest_name(name, names)
+        hint = f"did you mean {near}?" if near else "`accum-trainer train --help` lists the options"
+        raise ConfigError(f"{source}: unknown option {name!r}; {hint}")

@@ -1,0 +1,28 @@
+"""The section Output: the run directory and its contents."""
+
+from dataclasses import dataclass
+
+from accum_trainer.config.option import Section, option
+
+
+@dataclass(frozen=True)
+class OutputOptions(Section):
+    """Run directory, records, checkpoints, saved weights."""
+
+    output_dir: str | None = option(None, "The run directory. Default: runs/<model>-<date>-<time>.")
+    log_file: str | None = option(None, "A second file for the records, besides metrics.jsonl.")
+    report_to: str = option("none", "Also send records to a tracker.", needs="experiment trackers")
+    checkpoint_every: int = option(
+        500, "Updates between checkpoints (one is always written at the end).", minimum=1
+    )
+    keep_checkpoints: int = option(2, "Newest checkpoints to keep.", minimum=1)
+    resume: str = option(
+        "auto", "auto: continue the run in the run directory; never; or a checkpoint's PATH."
+    )
+    save_dtype: str = option(
+        "auto",
+        "The dtype of the weights in model/. auto: that of the model's own checkpoint, or float32 "
+        "with --shard, whose result is to be merged. Checkpoints of the run are float32.",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    dry_run: bool = option(False, "Check everything, print the plan, train nothing, write nothing.")

@@ -1,0 +1,121 @@
+"""`TrainConfig`: every section in one flat, frozen dataclass, and its YAML form.
+
+Sections are bases, not fields, because option names are flat everywhere (`config.batch_size`, YAML,
+command line) and one option is called `model`, as a section would be. A function that needs one
+section only may take `BatchOptions`, say, and be given the whole configuration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from accum_trainer.config.batch import BatchOptions
+from accum_trainer.config.data import DataOptions
+from accum_trainer.config.engine import EngineOptions, IndependentOptions
+from accum_trainer.config.model import ModelOptions
+from accum_trainer.config.names import check_names
+from accum_trainer.config.optimisation import LengthOptions, OptimisationOptions
+from accum_trainer.config.option import Field, Section
+from accum_trainer.config.output import OutputOptions
+from accum_trainer.config.sources import displaced, merge_settings, read_yaml
+from accum_trainer.errors import ConfigError
+
+# In the order of `--help` and of a written configuration.
+SECTIONS: dict[str, type[Section]] = {
+    "Batch": BatchOptions,
+    "Length": LengthOptions,
+    "Model": ModelOptions,
+    "Data": DataOptions,
+    "Optimisation": OptimisationOptions,
+    "Engine": EngineOptions,
+    "Independent runs": IndependentOptions,
+    "Output": OutputOptions,
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig(  # bases from last section to first: dataclasses collect fields in that order
+    OutputOptions,
+    IndependentOptions,
+    EngineOptions,
+    OptimisationOptions,
+    DataOptions,
+    ModelOptions,
+    LengthOptions,
+    BatchOptions,
+):
+    """Everything that decides a training run. Sizes are in samples; `steps` and intervals are in
+    optimizer updates.
+
+    Raises:
+        ConfigError: a value of the wrong type or outside its limits, or options that exclude each
+            other.
+    """
+
+    def _check_rules(self) -> None:
+        super()._check_rules()
+        most = self.max_tokens_per_micro_batch
+        if most is not None and most < self.max_seq_len:
+            raise ConfigError(
+                f"max_tokens_per_micro_batch={most} is below max_seq_len={self.max_seq_len}, so "
+                "a long sample fits no micro-batch; raise the former or lower the latter"
+            )
+
+    def without_peft(self) -> TrainConfig:
+        """The same configuration without adapters and the options that shape them."""
+        values: dict[str, Any] = {"use_peft": False, "merge_adapter": False}
+        values |= {
+            name: field.default
+            for name, field in OPTIONS.items()
+            if field.metadata.get("only_with") == "use_peft"
+        }
+        return dataclasses.replace(self, **values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> TrainConfig:
+        """Read a configuration from a YAML file; missing options keep their defaults.
+
+        Raises:
+            ConfigError: an unreadable file, an unknown option or a bad value.
+        """
+        values = read_yaml(path)
+        check_names(values, OPTIONS, str(path))
+        return cls(**values)
+
+    def varied(self, settings: Sequence[str]) -> TrainConfig:
+        """The same configuration with some `key=value` settings replaced.
+
+        Raises:
+            ConfigError: an unknown option or a bad value.
+        """
+        changes = merge_settings({}, settings)
+        check_names(changes, OPTIONS, "vary")
+        values = {name: getattr(self, name) for name in OPTIONS}
+        for name in displaced(changes, values):
+            values[name] = OPTIONS[name].default
+        return TrainConfig(**(values | changes))
+
+    def to_yaml(self) -> str:
+        """The whole configuration as YAML, by section and with every default; `from_yaml` reads it
+        back."""
+        lines = [
+            "# Every option of this run. `accum-trainer train --config THIS_FILE --output-dir NEW` "
+            "repeats it."
+        ]
+        for title, section in SECTIONS.items():
+            values = {
+                field.name: getattr(self, field.name) for field in dataclasses.fields(section)
+            }
+            lines.append(f"\n# {title}")
+            lines.append(yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip())
+        return "\n".join(lines) + "\n"
+
+
+# Every option by name, in the order of `SECTIONS`.
+OPTIONS: dict[str, Field] = {field.name: field for field in dataclasses.fields(TrainConfig)}

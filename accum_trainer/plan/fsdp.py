@@ -1,0 +1,56 @@
+"""Memory and traffic of FSDP2 (torch/distributed/fsdp/_fully_shard; engine/fsdp.py defines the
+units)."""
+
+from __future__ import annotations
+
+from accum_trainer.plan.job import EVERY, ONCE, Job, Need
+
+
+def fsdp2(job: Job, policy: str) -> Need:
+    """float32 shards of weights, gradients and AdamW moments.
+
+    Weights outside the blocks stay gathered from the first forward to the last backward. A block's
+    backward holds the block, the next one prefetched, the block's gradients, and the input of the
+    last reduction in the reduce dtype (_fsdp_param_group.py, post_backward). Under once-per-window
+    the whole gradient stays unsharded in the reduce dtype, from the window's first micro-batch to
+    its last.
+    """
+    s, b = job.shapes, _gathered_bytes(job)
+    shard, outside = job.shard(s.trained), b * s.outside
+    # The head's gradient is made first and reduced last, with the weights outside the blocks.
+    two, reduced = 2 * b * s.block + b * s.head, (b + job.accumulated) * s.block_trained
+    whole = policy == ONCE and job.has_earlier_gradients
+    gradients = job.accumulated * s.trained if whole else 4 * shard
+    return Need(
+        weights=4 * job.shard(s.parameters),
+        gradients=gradients,
+        optimizer=8 * shard,
+        trace=job.cast_trace,
+        # The last block's buffer lives until the next one's is read (comm_ctx.all_gather_state).
+        extra=(
+            outside + 2 * b * s.block,
+            outside + b * s.block,
+            outside + two,
+            outside + two + reduced,
+        ),
+        other=outside + two + reduced,
+        held=gradients if job.has_earlier_gradients else 0,
+        kept=0.0 if job.has_earlier_gradients else 4 * shard / (b * s.trained),
+        outside_trace=(4 * shard + 8 * job.shard(s.largest),),
+        # Moved to the GPU and sharded block by block, then the weights outside the blocks
+        # (_fsdp_init.py, _move_states_to_device).
+        start=4 * (job.shard(s.parameters) + max(s.block, s.outside)),
+    )
+
+
+def fsdp2_traffic(job: Job, policy: str) -> int:
+    """Gathers weights twice, those outside the blocks once; reduces and scatters in the
+    accumulation dtype."""
+    s, exchanges = job.shapes, job.steps if policy == EVERY else 1
+    gathered = _gathered_bytes(job) * job.steps * (2 * s.parameters - s.outside)
+    return gathered + exchanges * job.accumulated * s.trained
+
+
+def _gathered_bytes(job: Job) -> int:
+    """Bytes per number of gathered weights."""
+    return 4 if job.precision == "no" else 2

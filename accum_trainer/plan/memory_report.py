@@ -1,0 +1,154 @@
+"""What each engine needs and sends, which engines fit a GPU, and which to take, as lines to print.
+
+Formats `footprint`'s numbers and computes none. Imports torch.
+"""
+
+from __future__ import annotations
+
+from accum_trainer.batch_plan import BatchPlan
+from accum_trainer.config import TrainConfig
+from accum_trainer.plan.batch_report import line
+from accum_trainer.plan.footprint import (
+    RESERVED,
+    Footprint,
+    Footprints,
+    footprints,
+    recommend,
+)
+from accum_trainer.plan.job import DeepSpeedSizes
+
+# How to ask for an engine that is not a ZeRO stage.
+_ASK_FOR = {
+    "single": "one process",
+    "ddp": "torchrun, or `config create multi-gpu --engine ddp`",
+    "fsdp2": "`config create multi-gpu --engine fsdp2`",
+}
+
+
+def memory_report(
+    config: TrainConfig,
+    plan: BatchPlan,
+    gpu_memory: float | None,
+    sizes: DeepSpeedSizes | None = None,
+) -> list[str]:
+    """A table of memory and traffic per engine, and a recommendation.
+
+    Args:
+        gpu_memory: memory of one GPU in GB (10^9 bytes); adds which engines fit, and which to take.
+        sizes: DeepSpeed's buffers, if a file sets them.
+
+    Raises:
+        ConfigError: the model cannot be found or does not take these options.
+    """
+    limit = None if gpu_memory is None else gpu_memory * 1e9
+    found = footprints(config, plan, sizes)
+    precision = "float32" if found.precision == "no" else found.precision
+    lines = [
+        line("model", _described(config, found)),
+        line("a micro-batch", f"{found.samples} x {config.max_seq_len} tokens, {precision}"),
+        *_table(found.rows, limit),
+        "other: buffers that reduce gradients and gather weights; sent: by one process in an "
+        "update, with gradients exchanged once per window or with every micro-batch",
+    ]
+    if found.unknown is not None:
+        lines.append(
+            f"activations are unknown: the model cannot be run without values ({found.unknown})"
+        )
+    placing = dict.fromkeys(
+        row.engine for row in found.rows if row.total is not None and row.total == row.start
+    )
+    lines += [
+        f"{engine} needs most while the model is placed, before it is sharded" for engine in placing
+    ]
+    if limit is not None:
+        lines.append(line("recommended", _recommended(config, plan, found, limit)))
+    return lines
+
+
+def _described(config: TrainConfig, found: Footprints) -> str:
+    s = found.shapes
+    sizes = [
+        f"{s.layers} layers" if s.layers is not None else "layers unknown",
+        f"hidden size {s.hidden_size:,}" if s.hidden_size is not None else "hidden size unknown",
+        f"vocabulary {s.vocabulary:,}" if s.vocabulary is not None else "vocabulary unknown",
+    ]
+    return f"{config.model}: {s.parameters:,} parameters, {s.trained:,} trained; {', '.join(sizes)}"
+
+
+def _table(rows: list[Footprint], limit: float | None) -> list[str]:
+    """One line per engine and policy, sizes in GB."""
+    digits = 2 if max(row.total or row.weights for row in rows) >= 1e9 else 4
+    parts = ("weights", "gradients", "optimizer", "activations", "other", "total")
+    fits = [] if limit is None else [f"fits {limit / 1e9:g}"]
+    table = [["GB per process", "grad_sync", *parts, *fits, "sent once", "sent every"]]
+    for row in rows:
+        needs = [getattr(row, part) for part in parts]
+        cells = ["unknown" if n is None else f"{n / 1e9:.{digits}f}" for n in needs]
+        if limit is not None:
+            cells.append({True: "yes", False: "no", None: "unknown"}[row.fits(limit)])
+        sent = [f"{value / 1e9:.{digits}f}" for value in row.traffic.values()]
+        table.append([row.engine, row.grad_sync, *cells, *sent])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(w) if i < 2 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
+        )
+        for cells in table
+    ]
+
+
+def _recommended(config: TrainConfig, plan: BatchPlan, found: Footprints, limit: float) -> str:
+    if all(row.total is None for row in found.rows):
+        return "nothing, since what the activations need is unknown"
+    best = recommend(found.rows, limit)
+    room = f"{limit / 1e9:g} GB, of which {RESERVED:.0%} are left to the driver and NCCL"
+    if best is None:
+        total, least = min(
+            ((row.total, row) for row in found.rows if row.total is not None),
+            key=lambda pair: pair[0],
+        )
+        return (
+            f"nothing: the least, {least.engine} ({least.grad_sync}), needs {_short(total)}, "
+            f"more than fits {room}; {', or '.join(_remedies(config, plan))}"
+        )
+    fitting = sum(bool(row.fits(limit)) for row in found.rows)
+    ask = _ASK_FOR.get(best.engine, f"--zero-stage {best.engine}")
+    if best.policy_matters:
+        ask += f", --grad-sync {best.grad_sync}"
+    why = "it fits"
+    if fitting > 1:
+        why = f"of the {fitting} that fit it sends least"
+        if not best.gathers_in_forward:
+            why += ", and gathers no weights in the forward"
+    return (
+        f"{best.engine}, {best.grad_sync} ({ask}): {why} "
+        f"({_short(best.traffic[best.grad_sync])} per update); {room}"
+    )
+
+
+def _short(size: int) -> str:
+    return f"{size / 1e9:.3g} GB" if size < 1e12 else f"{size / 1e9:,.0f} GB"
+
+
+def _remedies(config: TrainConfig, plan: BatchPlan) -> list[str]:
+    """Changes that need less memory and are not in the configuration yet, cheapest first."""
+    remedies = []
+    if not config.gradient_checkpointing:
+        remedies.append("give --gradient-checkpointing")
+    if plan.micro_batch_size > 1 and config.max_tokens_per_micro_batch is None:
+        half = plan.micro_batch_size // 2 if plan.micro_batch_size % 2 == 0 else 1
+        remedies.append(
+            f"halve B (--batch-size {half} --global-batch-size {plan.global_batch_size}, the same "
+            "update)"
+        )
+    if config.mixed_precision is None and not config.amp:
+        remedies.append("give --mixed-precision bf16")
+    if not config.use_peft:
+        remedies.append("train adapters (--use-peft)")
+    if not config.cpu_offload:
+        remedies.append(
+            "keep the optimizer's state in host memory (--zero-stage zero2 --cpu-offload)"
+        )
+    remedies.append(f"use more than {plan.world_size} process{'es' if plan.world_size > 1 else ''}")
+    return remedies

@@ -1,0 +1,45 @@
+"""Memory and traffic of one process and of DDP: whole float32 weights on every process."""
+
+from __future__ import annotations
+
+from accum_trainer.plan.job import EVERY, Job, Need
+
+
+def single(job: Job, policy: str) -> Need:
+    """float32 weights and AdamW moments, gradients in the accumulation dtype, autocast around the
+    forward."""
+    trained = job.shapes.trained
+    gradients = job.accumulated * trained
+    return Need(
+        weights=job.float32_weights,
+        gradients=gradients,
+        optimizer=8 * trained,
+        trace=job.autocast_trace,
+        extra=(0,) * 4,
+        other=0,
+        held=gradients if job.has_earlier_gradients else 0,
+        kept=0.0 if job.has_earlier_gradients else job.accumulated / 4,
+        # The norm is computed in float64, and gradients of another dtype are cast for the step.
+        # Fused AdamW allocates nothing more.
+        outside_trace=(gradients + 8 * job.shapes.largest, 4 * trained),
+    )
+
+
+def ddp(job: Job, policy: str) -> Need:
+    """One process's needs plus the reducer's buckets: a second copy of the gradient in the weights'
+    dtype, since accelerate leaves `gradient_as_bucket_view` off
+    (torch/csrc/distributed/c10d/reducer.cpp, initialize_buckets)."""
+    need, buckets = single(job, policy), 4 * job.shapes.trained
+    need.extra, need.other = (buckets,) * 4, buckets
+    need.outside_trace = tuple(size + buckets for size in need.outside_trace)
+    return need
+
+
+def single_traffic(job: Job, policy: str) -> int:
+    return 0
+
+
+def ddp_traffic(job: Job, policy: str) -> int:
+    """All-reduces gradients in the accumulation dtype."""
+    exchanges = job.steps if policy == EVERY else 1
+    return 2 * exchanges * job.accumulated * job.shapes.trained
