@@ -34,7 +34,7 @@ from accum_trainer import Accumulator, TrainConfig, causal_lm_loss
 from accum_trainer.data.tokenizing import TokenizedRows
 from accum_trainer.lm.model import compile_blocks, load_model, load_tokenizer
 from accum_trainer.sources.collating import PaddingCollator
-from accum_trainer.train.setup import load_rows
+from accum_trainer.train.rows import load_rows
 from accum_trainer.window_plan import Cost, Cut, global_order
 from benchmarks.overhead import KEEP_FREED_MEMORY
 

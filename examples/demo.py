@@ -16,7 +16,8 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
-from accum_trainer.train.records import draw_loss, read_records
+from accum_trainer.train.loss_picture import draw_loss
+from accum_trainer.train.records import read_records
 
 FOLDER = Path(os.environ.get("DEMO_FOLDER", "runs/demo"))
 BIN = Path(sys.executable).parent

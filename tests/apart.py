@@ -24,8 +24,8 @@ import torch
 
 from accum_trainer.cli import main as command_line
 from accum_trainer.sources import dataset as windows
-from accum_trainer.train import checkpoint
-from accum_trainer.train import setup as assemble
+from accum_trainer.train import checkpoint, model
+from accum_trainer.train import rows as train_rows
 from accum_trainer.train.records import read_records
 
 CASES: dict[str, Callable[[], dict[str, Any]]] = {}
@@ -192,13 +192,13 @@ def data_file_missing_on_one() -> dict[str, Any]:
 
 @case
 def tokenising_fails_on_one() -> dict[str, Any]:
-    with replaced(assemble, "tokenize", raising(OSError("the cache is read-only")), on=1):
+    with replaced(train_rows, "tokenize", raising(OSError("the cache is read-only")), on=1):
         return run(output_dir=BASE / "tokenising", steps=1)
 
 
 @case
 def loading_fails_on_one() -> dict[str, Any]:
-    with replaced(assemble, "load_model", raising(MemoryError("no memory for the model")), on=1):
+    with replaced(model, "load_model", raising(MemoryError("no memory for the model")), on=1):
         return run(output_dir=BASE / "loading", steps=1)
 
 

@@ -16,7 +16,7 @@ from accum_trainer.losses.packing import find_packing
 from accum_trainer.sources.collating import PackingCollator, PaddingCollator
 from accum_trainer.train import updates
 from accum_trainer.train.loop import Run
-from accum_trainer.train.setup import _check_attention
+from accum_trainer.train.model import _check_attention
 from tests.reference import make_model
 
 
@@ -131,11 +131,11 @@ def test_lora_keeps_frozen_weights_as_they_are_stored_where_it_computes_in_that_
         use_peft=True,
         lora_modules_to_save="lm_head",
     )
-    dtypes = {p.requires_grad: set() for p in run.parts.model.parameters()}
-    for parameter in run.parts.model.parameters():
+    dtypes = {p.requires_grad: set() for p in run.training.model.parameters()}
+    for parameter in run.training.model.parameters():
         dtypes[parameter.requires_grad].add(parameter.dtype)
     assert dtypes == {True: {torch.float32}, False: {frozen}}
-    assert any("--amp keeps them in 16 bits" in note for note in run.parts.notes) == (
+    assert any("--amp keeps them in 16 bits" in note for note in run.training.notes) == (
         precision == "no"
     )
     written = load_file(tmp_path / "model" / "adapter_model.safetensors")

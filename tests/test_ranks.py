@@ -38,7 +38,7 @@ def refusal(ended):
 def test_i44_run_folders_of_their_own_are_refused_at_the_start(ended, folder):
     said = refusal(ended["run_folders_of_their_own"])
     assert (
-        f"output_dir=run is a folder of its own on process 1 ({socket.gethostname()}, {folder}"
+        f"output_dir=run is a separate folder on process 1 ({socket.gethostname()}, {folder}"
         in said
     )
     assert (

@@ -21,7 +21,7 @@ _COLUMNS = ("run", "", "device", "state", "update", "loss", "tokens/s")
 def train_side_by_side(composed: Composed) -> int:
     """Train the independent runs that the configuration asks for; returns the exit status."""
     from accum_trainer.runs.independent import IndependentRunner, label, plan_members
-    from accum_trainer.train.records import new_run_folder
+    from accum_trainer.train.run_folder import new_run_folder
 
     config = composed.config
     folder = Path(config.output_dir) if config.output_dir else new_run_folder(config.model)

@@ -75,7 +75,7 @@ def command(
     # accelerate and torch take seconds to import: only now that the options are known to be right.
     from accum_trainer.launch.launch_file import read_launch_file
     from accum_trainer.launch.run import launch
-    from accum_trainer.train.records import LOGS, check_output_dir, new_run_folder
+    from accum_trainer.train.run_folder import LOGS, check_output_dir, new_run_folder
 
     file = read_launch_file(path, composed.cpu)
     if file.num_machines > 1 and composed.output_dir is None:

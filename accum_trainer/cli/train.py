@@ -54,7 +54,7 @@ def command(composed: Composed) -> None:
     last = _show_progress(run)
     if not run.engine.is_main:
         sys.exit(STOPPED_AND_SAVED if run.stopped_by else 0)
-    done = run.parts.accumulator.num_updates
+    done = run.training.accumulator.num_updates
     if run.stopped_by:
         click.echo(
             f"stopped by {run.stopped_by} after {done} updates, saved; the same command with "
@@ -103,7 +103,7 @@ def _show_progress(run: Run) -> Record | None:
     )
 
     console = Console(stderr=True)
-    total, record = run.parts.total_updates, None
+    total, record = run.training.schedule.total_updates, None
     with Progress(
         TextColumn("update"),
         BarColumn(),
@@ -114,7 +114,7 @@ def _show_progress(run: Run) -> Record | None:
         disable=not (run.engine.is_main and console.is_terminal),
     ) as bar:
         task = bar.add_task(
-            "train", total=total, completed=run.parts.accumulator.num_updates, status=""
+            "train", total=total, completed=run.training.accumulator.num_updates, status=""
         )
         for record in run.updates():
             bar.update(task, completed=record["step"], status=_status(record))

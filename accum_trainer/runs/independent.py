@@ -41,7 +41,9 @@ from accum_trainer.launch.run import (
     stopping,
 )
 from accum_trainer.runs.merge_inputs import INDEPENDENT, best_run
-from accum_trainer.train import records as files
+from accum_trainer.train import run_folder as files
+from accum_trainer.train.loss_picture import draw_loss
+from accum_trainer.train.records import Record, read_records
 
 SUMMARY = "summary.json"
 # What all runs share, or the launcher gives to each by itself.
@@ -78,7 +80,7 @@ class IndependentRun:
     status: int | None = None
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     _log_begins: int = 0
-    _records: tuple[int, files.Record] | None = None
+    _records: tuple[int, Record] | None = None
 
     def start(self, device: str, environment: Mapping[str, str]) -> None:
         self.device, self.state = device, RUNNING
@@ -96,7 +98,7 @@ class IndependentRun:
                 preexec_fn=follow_parent,
             )
 
-    def last_record(self) -> files.Record | None:
+    def last_record(self) -> Record | None:
         """The newest whole record of its metrics.jsonl."""
         path = self.folder / files.METRICS
         try:
@@ -386,10 +388,10 @@ class IndependentRunner:
         curves = {
             f"{member.name} {label(member)}": made
             for member in self.members
-            if (made := files.read_records(member.folder / files.METRICS))
+            if (made := read_records(member.folder / files.METRICS))
         }
         if curves:
-            files.draw_loss(
+            draw_loss(
                 curves,
                 self.folder / files.PICTURE,
                 f"{self.folder.name}: {len(curves)} independent runs",

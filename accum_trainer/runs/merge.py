@@ -40,9 +40,9 @@ from accum_trainer.runs.average import (
 )
 from accum_trainer.runs.merge_inputs import INDEPENDENT, MergeInput, find_merge_inputs
 from accum_trainer.sources.collating import PaddingCollator
-from accum_trainer.train import records as files
-from accum_trainer.train.loop import micro_batch_losses
-from accum_trainer.train.setup import load_rows
+from accum_trainer.train import run_folder as files
+from accum_trainer.train.evaluation import micro_batch_losses
+from accum_trainer.train.rows import load_rows
 from accum_trainer.window_plan import Cut
 
 MERGED, REPORT = "merged", "merge.json"

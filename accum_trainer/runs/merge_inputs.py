@@ -15,7 +15,8 @@ from typing import Any
 
 from accum_trainer.batch_plan import parse_shard
 from accum_trainer.errors import CheckpointError, ConfigError
-from accum_trainer.train import records as files
+from accum_trainer.train import run_folder as files
+from accum_trainer.train.records import read_records
 
 INDEPENDENT = "independent.json"
 
@@ -177,9 +178,7 @@ def _read_part(name: str, folder: Path) -> MergeInput:
     else:
         try:
             made = [
-                record
-                for record in files.read_records(folder / files.METRICS)
-                if not record["skipped"]
+                record for record in read_records(folder / files.METRICS) if not record["skipped"]
             ]
             num_samples = sum(record["effective_batch_size"] for record in made)
         except (ValueError, KeyError, TypeError) as error:

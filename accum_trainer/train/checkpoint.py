@@ -1,5 +1,4 @@
-"""Checkpoints: written whole or not at all, and read only after their manifest vouches for every
-byte.
+"""Checkpoints: written whole or not at all, and read only after every byte matches the manifest.
 
     step-00000100/
       model.safetensors   trained parameters and buffers
@@ -8,8 +7,8 @@ byte.
       state.json          counters, position, scheduler, loss scaler, and what the run is
       manifest.json       size and SHA-256 of each file above
 
-Written at window ends only, so there is no half-made gradient to lose. Nothing here knows of
-engines or processes: the caller has one process write and all of them wait.
+Written at window ends only, so no half-accumulated gradient exists to lose. Knows neither engines
+nor processes: the caller has one process write while the others wait.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from accum_trainer.errors import CheckpointError
-from accum_trainer.train.records import CHECKPOINTS
+from accum_trainer.train.run_folder import CHECKPOINTS
 
 logger = logging.getLogger(__name__)
 
@@ -37,13 +36,13 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds.
+    """The contents of a checkpoint.
 
     Attributes:
         model: trained parameters and buffers by name.
         optimizer: the optimizer's state by parameter name, and the options of its groups.
         rng: one generator state per rank that wrote it.
-        state: everything else, as JSON has it.
+        state: everything else, as JSON values.
     """
 
     model: dict[str, torch.Tensor]
@@ -53,7 +52,7 @@ class Checkpoint:
 
 
 def check_same_weights(saved: dict[str, torch.Tensor], current: dict[str, torch.Tensor]) -> None:
-    """Raise a CheckpointError where the names or shapes of two sets of weights differ."""
+    """Raise a CheckpointError if the names or shapes of two sets of weights differ."""
     if saved.keys() != current.keys():
         differing = sorted(saved.keys() ^ current.keys())
         raise CheckpointError(
@@ -104,13 +103,13 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int) 
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders, oldest first; not looked into."""
+    """Checkpoint folders, oldest first, unchecked."""
     return sorted(folder.glob("step-*")) if folder.is_dir() else []
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """The newest checkpoint that its manifest vouches for; a damaged newer one is passed over with
-    a warning."""
+    """The newest checkpoint that matches its manifest; a damaged newer one is skipped with a
+    warning."""
     for path in reversed(list_checkpoints(folder)):
         try:
             check_manifest(path)
@@ -127,10 +126,10 @@ def find_checkpoint(resume: str, run: Path | None) -> Path | None:
     Args:
         resume: `auto`, the newest whole one of `run`; `never`; or the path of a checkpoint, or of a
             run directory.
-        run: the run directory; None where it is a new one.
+        run: the run directory; None if it is a new one.
 
     Raises:
-        CheckpointError: the path is no folder, or holds no whole checkpoint.
+        CheckpointError: the path is not a folder, or holds no whole checkpoint.
     """
     if resume == "never":
         return None
@@ -154,8 +153,7 @@ def find_checkpoint(resume: str, run: Path | None) -> Path | None:
 
 
 def check_manifest(path: Path) -> None:
-    """Raise a CheckpointError unless every file is there with the size and SHA-256 of the
-    manifest."""
+    """Raise a CheckpointError unless every file has the size and SHA-256 in the manifest."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         if manifest["format"] != _FORMAT:
@@ -178,8 +176,11 @@ def check_manifest(path: Path) -> None:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint after checking its manifest; raises CheckpointError where it is damaged or
-    none."""
+    """Read a checkpoint after checking its manifest.
+
+    Raises:
+        CheckpointError: it is damaged or missing.
+    """
     check_manifest(path)
     return Checkpoint(
         model=load_file(path / "model.safetensors"),
@@ -187,57 +188,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
         rng=torch.load(path / "rng.pt", map_location="cpu", weights_only=True),
         state=json.loads((path / "state.json").read_text()),
     )
-
-
-def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -> list[str]:
-    """Compare what decides the windows and the objective; return notes on what differs and does not
-    matter.
-
-    A model or a data file may have moved: its content is compared. Weights that no process has
-    whole (None) are not.
-
-    Raises:
-        CheckpointError: something differs, with both values; or the checkpoint is of a version that
-            did not note it.
-    """
-    notes = []
-    for key, value in current.items():
-        if key not in saved:
-            raise CheckpointError(
-                f"{path} was written by a version of accum_trainer that did not note {key}, so "
-                "nobody can tell whether this is the "
-                "same run; start anew in another output_dir"
-            )
-        before = saved[key]
-        if before == value or (key == "initial_weights" and None in (before, value)):
-            continue
-        if key == "model_config":
-            # Only what both versions of transformers know.
-            differing = [name for name in before if name in value and before[name] != value[name]]
-            if not differing:
-                continue
-            key, before, value = (
-                f"{differing[0]} of the model",
-                before[differing[0]],
-                value[differing[0]],
-            )
-        same = {"model": "initial_weights", "data": "data_content"}.get(key)
-        if same is not None and current[same] is not None and saved.get(same) == current[same]:
-            notes.append(f"{key}={before} is {value} now; its content is the same")
-            continue
-        if key in ("initial_weights", "data_content"):
-            key = (
-                "the weights of the model before training"
-                if key == "initial_weights"
-                else "the data"
-            )
-            key = f"the checksum of {key}"
-        raise CheckpointError(
-            f"{path} was trained with {key}={before}, this run has {key}={value}: it would not be "
-            "the same run. "
-            f"Give {key}={before} again, or start anew in another output_dir"
-        )
-    return notes
 
 
 def _digest(path: Path) -> str:

@@ -36,7 +36,7 @@ from accum_trainer.engine.build import choose_precision
 from accum_trainer.engine.plain import MicroBatches, plain_engine, start_update
 from accum_trainer.errors import ConfigError, DataError, LoopError
 from accum_trainer.lm.model import load_model, load_tokenizer
-from accum_trainer.train.setup import load_rows
+from accum_trainer.train.rows import load_rows
 from accum_trainer.verify.big_batch import (
     BigBatch,
     Gradient,

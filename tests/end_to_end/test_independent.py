@@ -44,7 +44,7 @@ def targets_by_shard(rows_path, shards, epochs=1):
     """Targets that each shard must train on, from the global order and hand-counted rows."""
     from accum_trainer import TrainConfig
     from accum_trainer.lm.model import load_tokenizer
-    from accum_trainer.train.setup import load_rows
+    from accum_trainer.train.rows import load_rows
 
     config = TrainConfig(dataset_file=str(rows_path))
     rows = load_rows(config, load_tokenizer(config))[0]

@@ -119,7 +119,7 @@ def test_the_process_that_failed_first_speaks_for_itself(tmp_path, train):
     (hooks / "sitecustomize.py").write_text(
         "import os\n"
         "if os.environ.get('RANK') == '1':\n"
-        "    import accum_trainer.train as train\n"
+        "    import accum_trainer.train.loop as train\n"
         "    loss, calls = train.causal_lm_loss, []\n"
         "    def failing(model, batch):\n"
         "        calls.append(1)\n"

@@ -167,10 +167,9 @@ def test_i49_another_learning_rate_is_not_taken_said_so_and_not_recorded(
     )
     assert finished.status == 0
     assert (
-        "note: lr=0.005 is not taken: the run goes on with the 0.01 that it was started with"
-        in finished.err
+        "note: lr=0.005 is ignored: the run keeps the 0.01 that it was started with" in finished.err
     )
-    assert "note: weight_decay=0.1 is not taken: the run goes on with the 0 " in finished.err
+    assert "note: weight_decay=0.1 is ignored: the run keeps the 0 " in finished.err
     plan, config = recorded(tmp_path / "run")
     assert (
         (plan["lr"], plan["weight_decay"]) == (config["lr"], config["weight_decay"]) == (0.01, 0.0)

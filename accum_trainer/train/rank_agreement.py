@@ -1,9 +1,9 @@
-"""What all processes of a run must have in common before its first update.
+"""Agreement between the processes of a run before its first update.
 
-The same options, one run directory on a file system that all see, one checkpoint that rank 0 chose,
-and after loading it the same position and the same weights. Each is compared; where a process
-differs, all end with an error that names it and its host. Called by every rank in the same order;
-with one process there is nothing to compare.
+They need the same options, one run directory on a file system that all see, one checkpoint that
+rank 0 chose, and after loading it the same position and weights. Each is compared; if a process
+differs, all raise an error that names it and its host. Every rank calls these functions in the same
+order.
 """
 
 from __future__ import annotations
@@ -21,19 +21,35 @@ from typing import Any
 from accum_trainer.config import TrainConfig
 from accum_trainer.errors import CheckpointError, ConfigError, EngineError
 from accum_trainer.train.checkpoint import MANIFEST, find_checkpoint
-from accum_trainer.train.records import LOGS
+from accum_trainer.train.run_folder import LOGS, check_places, new_run_folder
 
-# Seconds that a file may take to be seen by another machine, whose NFS client remembers for a while
-# what was not there.
+# Seconds until another machine must see a file; its NFS client caches for a while that it was
+# missing.
 _SEEN_WITHIN = 30.0
-# On one machine it is there at once. Containers may share a host name, so this is not 0.
+# The same machine sees it at once. Containers may share a host name, so this is not 0.
 _SEEN_HERE_WITHIN = 3.0
-# Paths may differ between machines: what is in these files is compared elsewhere, and rank 0 alone
+# Paths may differ between machines: the files' contents are compared elsewhere, and only rank 0
 # writes the log.
 _MAY_DIFFER = {"dataset_file", "eval_file", "model", "log_file"}
 
 
-def check_same_options(engine: Any, config: TrainConfig) -> None:
+def agree_on_folder(engine: Any, config: TrainConfig) -> tuple[Path, Path | None]:
+    """The run directory, and the checkpoint to continue from if there is one.
+
+    Raises:
+        ConfigError: options differ between ranks, or the directory cannot be used or is not shared.
+        CheckpointError: no checkpoint at the given path, or not the same on all ranks.
+    """
+    _check_same_options(engine, config)
+    engine.together(check_places, config)
+    given = Path(config.output_dir) if config.output_dir else None
+    # Named by rank 0: the default holds the time.
+    folder = given or Path(engine.gather_objects(str(new_run_folder(config.model)))[0])
+    _check_shared(engine, folder)
+    return folder, _choose_checkpoint(engine, config.resume, given)
+
+
+def _check_same_options(engine: Any, config: TrainConfig) -> None:
     """Raise a ConfigError on all ranks unless they were given the same options."""
     options = {name: v for name, v in dataclasses.asdict(config).items() if name not in _MAY_DIFFER}
     everyones = engine.gather_objects((options, socket.gethostname()))
@@ -43,30 +59,27 @@ def check_same_options(engine: Any, config: TrainConfig) -> None:
             if value != first.get(name):
                 raise ConfigError(
                     f"{name}={value} on process {rank} ({host}), {name}={first.get(name)} on "
-                    f"process 0 ({first_host}): all "
-                    "processes of a run take the same options; does a variable of the shell differ "
-                    "between them?"
+                    f"process 0 ({first_host}): all processes of a run take the same options; does "
+                    "a shell variable differ between them?"
                 )
 
 
-def check_shared(engine: Any, folder: Path) -> None:
-    """Raise a ConfigError on all ranks unless each sees in `folder` what rank 0 writes there.
-    Nothing is left behind.
+def _check_shared(engine: Any, folder: Path) -> None:
+    """Raise a ConfigError on all ranks unless each sees in `folder` the file that rank 0 writes
+    there. Leaves nothing behind.
 
-    Only rank 0 writes into a run directory, so a run on folders of their own would train; but
-    continuing it, the others would find no checkpoint, or an old one.
+    Only rank 0 writes into a run directory, so separate folders would train; but when the run is
+    continued, the other ranks would find no checkpoint, or an old one.
     """
     if engine.world_size == 1:
         return
-    here, logs = (
-        socket.gethostname(),
-        folder / LOGS,
-    )  # the one folder that a run directory may have before its run
+    # The logs are the only folder that a run directory may have before its run.
+    here, logs = socket.gethostname(), folder / LOGS
     note = f".seen-by-all-{uuid.uuid4().hex}"
     made: list[Path] | None = engine.on_main(_leave, logs, note)
     try:
-        note, writer, where = engine.gather_objects((note, here, str(folder.absolute())))[0]
-        engine.together(_look_for, folder, note, engine.rank, here, writer, where)
+        note, writer, written = engine.gather_objects((note, here, str(folder.absolute())))[0]
+        engine.together(_look_for, folder, note, engine.rank, here, writer, written)
     finally:
         if made is not None:
             (logs / note).unlink(missing_ok=True)
@@ -76,21 +89,20 @@ def check_shared(engine: Any, folder: Path) -> None:
 
 
 def _leave(logs: Path, note: str) -> list[Path]:
-    """Write a note into `logs`; return the folders that were made for it, innermost first."""
+    """Write a note into `logs`; return the folders created for it, innermost first."""
     missing = [path for path in [logs.absolute(), *logs.absolute().parents] if not path.exists()]
     logs.mkdir(parents=True, exist_ok=True)
     (logs / note).touch()
     return missing
 
 
-def _look_for(folder: Path, note: str, rank: int, here: str, writer: str, where: str) -> None:
+def _look_for(folder: Path, note: str, rank: int, here: str, writer: str, written: str) -> None:
     if not _is_seen(folder / LOGS / note, _SEEN_HERE_WITHIN if here == writer else _SEEN_WITHIN):
         raise ConfigError(
-            f"output_dir={folder} is a folder of its own on process {rank} ({here}, "
-            f"{folder.absolute()}): it does not show "
-            f"what process 0 wrote there ({writer}, {where}), so the run could not be continued; "
-            "give an output_dir on a "
-            "file system that all processes share"
+            f"output_dir={folder} is a separate folder on process {rank} ({here}, "
+            f"{folder.absolute()}): it does not show the file that process 0 wrote ({writer}, "
+            f"{written}), so the run could not be continued; give an output_dir on a file system "
+            "that all processes share"
         )
 
 
@@ -100,18 +112,17 @@ def _is_seen(path: Path, within: float) -> bool:
         if time.monotonic() > end:
             return False
         with contextlib.suppress(OSError), os.scandir(path.parent):
-            pass  # opening a folder has NFS ask the server again
+            pass  # opening a folder makes NFS ask the server again
         time.sleep(0.05)
     return True
 
 
-def choose_checkpoint(engine: Any, resume: str, folder: Path | None) -> Path | None:
-    """The checkpoint that rank 0 finds (`find_checkpoint`), on every rank; None where the run
-    starts anew.
+def _choose_checkpoint(engine: Any, resume: str, folder: Path | None) -> Path | None:
+    """The checkpoint that rank 0 finds (`find_checkpoint`), on every rank; None if the run starts
+    anew.
 
     Raises:
-        CheckpointError: there is none where one is asked for; or a rank does not have the same one
-            at that path.
+        CheckpointError: the given path holds none, or a rank does not have the same one there.
     """
     found = engine.on_main(find_checkpoint, resume, folder)
     mine = (found, socket.gethostname(), _digest(found / MANIFEST) if found is not None else "")
@@ -125,11 +136,10 @@ def _check_has(path: Path, digest: str, rank: int, writer: str) -> None:
     here, manifest = socket.gethostname(), path / MANIFEST
     seen = _is_seen(manifest, _SEEN_HERE_WITHIN if here == writer else _SEEN_WITHIN)
     if not seen or _digest(manifest) != digest:
-        what = "holds another checkpoint" if seen else "holds none"
+        found = "holds another checkpoint" if seen else "holds none"
         raise CheckpointError(
             f"process 0 ({writer}) continues from {path}, and on process {rank} ({here}) "
-            f"{path.absolute()} {what}; keep "
-            "checkpoints on a file system that all processes share"
+            f"{path.absolute()} {found}; keep checkpoints on a file system that all processes share"
         )
 
 
@@ -151,6 +161,6 @@ def check_same_start(engine: Any, start: dict[str, Any]) -> None:
         if differing:
             raise EngineError(
                 f"process {rank} ({host}) would start from another state than process 0: "
-                f"{', '.join(differing)}; are all "
-                "processes given the same model, data and checkpoint?"
+                f"{', '.join(differing)}; do all processes have the same model, data and "
+                "checkpoint?"
             )

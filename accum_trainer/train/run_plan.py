@@ -1,4 +1,4 @@
-"""What is decided before training, for plan.json and for people."""
+"""The plan of a run: its choices before training, for plan.json and for people."""
 
 from __future__ import annotations
 
@@ -15,46 +15,40 @@ from accum_trainer.lm.model import count_parameters
 from accum_trainer.train.setup import Training
 
 
-def plan_record(parts: Training, resumed_from: Path | None) -> dict[str, Any]:
-    """What is decided before training, as plan.json has it."""
-    engine, config, plan, cut = (
-        parts.accumulator.engine,
-        parts.config,
-        parts.plan,
-        parts.cutting.cut,
-    )
-    plain_model = engine.unwrap(parts.model)
-    all_parameters, trained = count_parameters(plain_model)
+def run_plan(training: Training, resumed_from: Path | None) -> dict[str, Any]:
+    """The contents of plan.json."""
+    engine, config = training.accumulator.engine, training.config
+    schedule, prepared = training.schedule, training.prepared
+    plan, cut, fit = schedule.plan, prepared.cutting.cut, prepared.cutting.fit
+    model = engine.unwrap(prepared.model)
+    all_parameters, trained = count_parameters(model)
     return {
         "physical_batch_size": cut.micro_batch_size,
         "max_tokens_per_micro_batch": cut.max_tokens,
-        "batch_size_found": parts.cutting.fit.as_record()
-        if parts.cutting.fit is not None
-        else None,
+        "batch_size_found": fit.as_record() if fit is not None else None,
         "gradient_accumulation_steps": plan.gradient_accumulation_steps
         if cut.max_tokens is None
         else None,
         "world_size": plan.world_size,
         "effective_batch_size": plan.global_batch_size,
-        # No gradient is made in evaluation; recorded so that a reader of the records need not
-        # guess.
+        # Evaluation computes no gradient; recorded so that readers need not guess.
         "eval_gradient_accumulation_steps": 1,
         "num_samples": plan.num_samples,
         "updates_per_epoch": plan.updates_per_epoch,
         "tail_samples": plan.tail_samples,
-        "total_updates": parts.total_updates,
-        "warmup_updates": parts.warmup,
-        "lr": parts.peak_lr,
+        "total_updates": schedule.total_updates,
+        "warmup_updates": schedule.warmup,
+        "lr": schedule.peak_lr,
         "weight_decay": config.weight_decay,
         "scheduler": config.scheduler,
         "max_grad_norm": config.max_grad_norm,
         "layout": "packed" if cut.packed else "padded",
-        "layout_reason": parts.cutting.layout_reason,
+        "layout_reason": prepared.cutting.layout_reason,
         "pad_to_multiple_of": cut.multiple,
-        "objective": parts.objective,
-        "loss_path": dataclasses.asdict(parts.loss_path),
-        "attention": getattr(plain_model.config, "_attn_implementation", None),
-        "compiled_blocks": parts.compiled_blocks,
+        "objective": prepared.objective,
+        "loss_path": dataclasses.asdict(prepared.loss_path),
+        "attention": getattr(model.config, "_attn_implementation", None),
+        "compiled_blocks": prepared.compiled_blocks,
         "cost": dataclasses.asdict(cut.cost),
         "rank_weights": cut.rank_weights,
         "engine": engine.name,
@@ -65,9 +59,9 @@ def plan_record(parts: Training, resumed_from: Path | None) -> dict[str, Any]:
         "device": str(engine.device.type),
         "parameters": all_parameters,
         "trained_parameters": trained,
-        "initial_weights": parts.initial_weights,
+        "initial_weights": prepared.initial_weights,
         "seed": config.seed,
-        "data": parts.identity["data"],
+        "data": training.identity["data"],
         "shard": config.shard,
         "resumed_from": str(resumed_from) if resumed_from else None,
         "versions": {
@@ -79,11 +73,15 @@ def plan_record(parts: Training, resumed_from: Path | None) -> dict[str, Any]:
     }
 
 
-def describe(plan: dict[str, Any], parts: Training) -> str:
-    """The same in the lines that are shown before training."""
+def describe_plan(plan: dict[str, Any], training: Training) -> str:
+    """The lines that are shown before training.
+
+    Args:
+        plan: `run_plan(training, ...)`.
+    """
     sized = f"{plan['updates_per_epoch']} updates per epoch of {plan['num_samples']} samples"
     tail = f", the last of {plan['tail_samples']} samples" if plan["tail_samples"] else ""
-    batch = parts.plan.describe()
+    batch = training.schedule.plan.describe()
     if plan["max_tokens_per_micro_batch"] is not None:
         limit = f"at most {plan['max_tokens_per_micro_batch']:,} tokens per micro-batch"
         batch = f"{limit}, W {plan['world_size']}, effective batch {plan['effective_batch_size']}"
@@ -97,7 +95,7 @@ def describe(plan: dict[str, Any], parts: Training) -> str:
         f"engine {plan['engine']}, grad_sync {plan['grad_sync']}, {plan['device']}, precision "
         f"{plan['mixed_precision']}; "
         f"{plan['trained_parameters']:,} of {plan['parameters']:,} parameters trained",
-        f"loss: {parts.objective}",
-        *(f"note: {note}" for note in parts.notes),
+        f"loss: {training.prepared.objective}",
+        *(f"note: {note}" for note in training.notes),
     ]
     return "\n".join(lines)

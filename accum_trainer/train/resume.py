@@ -1,0 +1,196 @@
+"""The state of a training, into a checkpoint and out of one.
+
+A continued run must have the same objective and windows (`Training.identity`). The optimizer keeps
+its learning rate and weight decay; clipping, schedule and precision are the new command's. The
+run's configuration states the values in force, and a note names each that differs. Every process
+calls each function.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from accum_trainer.errors import CheckpointError
+from accum_trainer.lm.model import checksum
+from accum_trainer.train import checkpoint as checkpoints
+from accum_trainer.train.checkpoint import Checkpoint
+from accum_trainer.train.rank_agreement import check_same_start
+from accum_trainer.train.setup import Training
+
+# Options that the optimizer's saved state overrides.
+_KEPT = ("lr", "lr_scaling", "lr_base_batch_size", "weight_decay")
+# Options that a continued run may change.
+_NEW = (
+    "max_grad_norm",
+    "scheduler",
+    "warmup",
+    "total_updates",
+    "accumulation_dtype",
+    "mixed_precision",
+)
+
+
+def capture(training: Training, num_records: int) -> Checkpoint:
+    """The whole state after a finished window, on every process. Collective.
+
+    Args:
+        num_records: records of the run so far.
+    """
+    engine = training.accumulator.engine
+    rng = engine.gather_objects(engine.rng_state())
+    return Checkpoint(
+        model=engine.full_weights(training.model, trained_only=True),
+        optimizer=engine.full_optimizer_state(training.model, training.optimizer.accelerated),
+        rng=rng,
+        state={
+            "identity": training.identity,
+            "options": _changeable_options(training),
+            "accumulator": training.accumulator.state_dict(),
+            "windows": training.windows.state_dict(),
+            "scheduler": training.scheduler.state_dict(),
+            "num_records": num_records,
+            "world_size": engine.world_size,
+        },
+    )
+
+
+def restore(training: Training, path: Path) -> tuple[Training, int]:
+    """`training` in the state of the checkpoint at `path`, and its number of records. Collective.
+
+    Raises:
+        CheckpointError: it is damaged, or another run's.
+        EngineError: the processes would start from different states.
+    """
+    acc, engine = training.accumulator, training.accumulator.engine
+    saved: Checkpoint = engine.together(checkpoints.load_checkpoint, path)
+    notes = engine.on_main(_check_same_run, saved.state["identity"], training.identity, path)
+    weights = engine.full_weights(training.model, trained_only=True)
+    engine.together(checkpoints.check_same_weights, saved.model, weights)
+    training = _with_kept_options(
+        training, saved.state["options"], saved.optimizer["groups"][0], notes or []
+    )
+    engine.load_full_weights(training.model, saved.model)
+    engine.load_full_optimizer_state(
+        training.model, training.optimizer.accelerated, saved.optimizer
+    )
+    acc.load_state_dict(saved.state["accumulator"])
+    training.scheduler.load_state_dict(saved.state["scheduler"])
+    training.windows.load_state_dict(saved.state["windows"])
+    num_records = saved.state["num_records"]
+    check_same_start(engine, _checksums(training) | {"records": num_records})
+    if len(saved.rng) == engine.world_size:
+        engine.set_rng_state(saved.rng[engine.rank])
+    else:
+        training.notes.append(
+            f"continued on {engine.world_size} processes from {saved.state['world_size']}: the "
+            "same windows; dropout, if any, draws anew"
+        )
+    training.notes.append(f"continued from {path} after {acc.num_updates} updates")
+    return training, num_records
+
+
+def _changeable_options(training: Training) -> dict[str, Any]:
+    """Options that do not decide the run's identity, as a checkpoint notes them."""
+    names = [name for name in (*_KEPT, *_NEW) if hasattr(training.config, name)]
+    return {name: getattr(training.config, name) for name in names} | {
+        "total_updates": training.schedule.total_updates,
+        "mixed_precision": training.accumulator.engine.mixed_precision,
+    }
+
+
+def _with_kept_options(
+    training: Training, saved: dict[str, Any], saved_group: dict[str, Any], notes: list[str]
+) -> Training:
+    """`training` with the options in force, and a note for each that differs from the command or
+    from before.
+
+    Args:
+        saved: `_changeable_options` of the run that is continued.
+        saved_group: options of its optimizer's first group.
+        notes: further notes, which come last.
+    """
+    changes = []
+    asked = training.optimizer.param_groups[0]
+    for key, name in {"initial_lr": "lr", "weight_decay": "weight_decay"}.items():
+        if asked[key] != saved_group[key]:
+            changes.append(
+                f"{name}={asked[key]:g} is ignored: the run keeps the {saved_group[key]:g} that it "
+                "was started with; give another output_dir to start anew"
+            )
+    now = _changeable_options(training)
+    changes += [
+        f"{name} is {now[name]} from here on; until now it was {saved[name]}"
+        for name in _NEW
+        if now[name] != saved[name]
+    ]
+    return dataclasses.replace(
+        training,
+        config=dataclasses.replace(training.config, **{name: saved[name] for name in _KEPT}),
+        schedule=dataclasses.replace(training.schedule, peak_lr=saved_group["initial_lr"]),
+        notes=[*training.notes, *changes, *notes],
+    )
+
+
+def _check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -> list[str]:
+    """Compare two runs' identities; return notes on differences that do not matter.
+
+    A model or a data file may have moved: its content is compared. Weights that no process has
+    whole (None) are not compared.
+
+    Raises:
+        CheckpointError: something differs, with both values; or a version of the package wrote the
+            checkpoint that did not note it.
+    """
+    notes = []
+    for key, value in current.items():
+        if key not in saved:
+            raise CheckpointError(
+                f"{path} was written by a version of accum_trainer that did not note {key}, so it "
+                "cannot be compared with this run; start anew in another output_dir"
+            )
+        before = saved[key]
+        if before == value or (key == "initial_weights" and None in (before, value)):
+            continue
+        if key == "model_config":
+            # Only options that both versions of transformers know.
+            differing = [name for name in before if name in value and before[name] != value[name]]
+            if not differing:
+                continue
+            key, before, value = (
+                f"{differing[0]} of the model",
+                before[differing[0]],
+                value[differing[0]],
+            )
+        same = {"model": "initial_weights", "data": "data_content"}.get(key)
+        if same is not None and current[same] is not None and saved.get(same) == current[same]:
+            notes.append(f"{key}={before} is {value} now; its content is the same")
+            continue
+        named = {
+            "initial_weights": "the checksum of the weights of the model before training",
+            "data_content": "the checksum of the data",
+        }.get(key, key)
+        raise CheckpointError(
+            f"{path} was trained with {named}={before}, this run has {named}={value}: it would not "
+            f"be the same run. Give {named}={before} again, or start anew in another output_dir"
+        )
+    return notes
+
+
+def _checksums(training: Training) -> dict[str, Any]:
+    """The state that must be the same on every process before the first update."""
+    engine = training.accumulator.engine
+    optimizer = engine.full_optimizer_state(training.model, training.optimizer.accelerated)
+    states = {
+        f"{name} {key}": value
+        for name, state in optimizer["state"].items()
+        for key, value in state.items()
+    }
+    return {
+        "updates": training.accumulator.num_updates,
+        **training.windows.state_dict(),
+        "lr": training.scheduler.get_last_lr()[0],
+        "weights": checksum(engine.full_weights(training.model, trained_only=True)),
+        "optimizer state": checksum(states),
+    }

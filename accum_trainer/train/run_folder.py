@@ -1,0 +1,172 @@
+"""The run directory: its files, who may use a folder, and writing it.
+
+config.yaml     the composed configuration
+plan.json       B, K, W, B_eff, updates per epoch, engine, versions, seed
+metrics.jsonl   one record per update
+loss.png        loss and learning rate over updates
+result.json     how the run ended: done or stopped, updates, samples
+logs/           one log per process, if `accum-trainer launch` started it
+checkpoints/    see `checkpoint`
+model/          for `from_pretrained`; with LoRA the adapter
+model-merged/   the base model with the adapter merged in, if asked for
+
+Knows no model and no engine; only the main process writes. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from accum_trainer.config import TrainConfig
+from accum_trainer.errors import ConfigError
+from accum_trainer.train.loss_picture import draw_loss
+from accum_trainer.train.records import Record, RecordWriter
+
+CONFIG, PLAN, METRICS, PICTURE, RESULT, LOGS, CHECKPOINTS, MODEL, MERGED = (
+    "config.yaml",
+    "plan.json",
+    "metrics.jsonl",
+    "loss.png",
+    "result.json",
+    "logs",
+    "checkpoints",
+    "model",
+    "model-merged",
+)
+
+
+def new_run_folder(model: str) -> Path:
+    """The default run directory: runs/<model>-<date>-<time>."""
+    return Path("runs") / f"{Path(model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def check_places(config: TrainConfig) -> None:
+    """Raise a ConfigError if the run directory or the log file of `config` cannot be used."""
+    if config.output_dir is not None:
+        check_output_dir(Path(config.output_dir), config.resume)
+    if config.log_file is not None:
+        check_log_file(Path(config.log_file))
+
+
+def check_output_dir(path: Path, resume: str) -> None:
+    """Raise a ConfigError unless a run can live in `path`: it is writable, and empty or a run to
+    continue."""
+    if path.is_dir() and any(entry.name != LOGS for entry in path.iterdir()):
+        if not (path / CONFIG).is_file():
+            raise ConfigError(
+                f"output_dir={path} holds other files and no run ({CONFIG} is missing); choose a "
+                "new or empty folder"
+            )
+        if resume == "never":
+            raise ConfigError(
+                f"output_dir={path} already holds a run and resume=never; choose another folder, "
+                "or resume=auto"
+            )
+    _check_writable("output_dir", path)
+
+
+def check_log_file(path: Path) -> None:
+    """Raise a ConfigError unless records can be written to `path`: it is new and writable, or holds
+    records only."""
+    if path.is_dir():
+        raise ConfigError(f"log_file={path} is a folder; name a file")
+    if path.is_file() and path.stat().st_size:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            first = file.readline()
+        if '"effective_batch_size"' not in first:
+            raise ConfigError(
+                f"log_file={path} exists and does not hold records; name another file"
+            )
+    _check_writable("log_file", path)
+
+
+def _check_writable(option: str, path: Path) -> None:
+    existing = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
+    wanted = os.W_OK if existing.is_file() and existing == path else os.W_OK | os.X_OK
+    is_parent = existing != path
+    if (is_parent and not existing.is_dir()) or (
+        option == "output_dir" and path.exists() and not path.is_dir()
+    ):
+        raise ConfigError(f"{option}={path} cannot be written: {existing} is a file, not a folder")
+    if not os.access(existing, wanted):
+        raise ConfigError(f"{option}={path} cannot be written: no permission in {existing}")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON."""
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+class RunFolder:
+    """One run's directory while it trains.
+
+    Every process has one and counts records; the main process calls `start` and so writes them.
+
+    Attributes:
+        path: the directory.
+        num_records: records of the run so far, those before a resume included.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.num_records = 0
+        self._earlier: Path | None = None
+        self._writer: RecordWriter | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / CHECKPOINTS
+
+    def continue_from(self, checkpoint: Path, num_records: int) -> None:
+        """Keep the first `num_records` records of the run that `checkpoint` lies in."""
+        self.num_records = num_records
+        run = checkpoint.parent.parent
+        if run != self.path:
+            self._earlier = run / METRICS
+
+    def start(self, config: TrainConfig, plan: dict[str, Any]) -> None:
+        """Write configuration and plan, and open the records."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / RESULT).unlink(missing_ok=True)  # the run has not ended any more
+        (self.path / CONFIG).write_text(config.to_yaml())
+        write_json(self.path / PLAN, plan)
+        copy = Path(config.log_file) if config.log_file else None
+        self._writer = RecordWriter(self.path / METRICS, copy, self.num_records, self._earlier)
+
+    def write(self, record: Record) -> None:
+        """Count a record; write it if this process started the directory."""
+        self.num_records += 1
+        if self._writer is not None:
+            self._writer.write(record)
+
+    def finish(self, title: str, ending: dict[str, Any]) -> None:
+        """Draw the records and write result.json: `ending` and the records' totals.
+
+        `num_samples` counts each sample as often as it was trained on.
+        """
+        assert self._writer is not None, "only the process that started the directory finishes it"
+        records = self._writer.records
+        if records:
+            draw_loss({"training": records}, self.path / PICTURE, title)
+        write_json(self.path / RESULT, ending | _totals(records))
+
+    def close(self) -> None:
+        """Close the records' files."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _totals(records: list[Record]) -> dict[str, Any]:
+    updates = [record for record in records if not record["skipped"]]
+    evaluated = [record["eval_loss"] for record in updates if record.get("eval_loss") is not None]
+    return {
+        "skipped": len(records) - len(updates),
+        "num_samples": sum(record["effective_batch_size"] for record in updates),
+        "num_targets": sum(record["num_targets"] for record in updates),
+        "loss": updates[-1]["loss"] if updates else None,
+        "eval_loss": evaluated[-1] if evaluated else None,
+    }

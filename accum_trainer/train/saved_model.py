@@ -1,0 +1,82 @@
+"""The trained model as `from_pretrained` loads it: model/, and model-merged/ with a merged adapter.
+
+Runs on the main process; `weights` are gathered before. Knows no engine.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from accum_trainer.config import TrainConfig
+from accum_trainer.lm.model import load_model, stored_dtype
+from accum_trainer.train.run_folder import MERGED, MODEL
+
+
+def needs_only_trained_weights(config: TrainConfig) -> bool:
+    """Whether the saved model holds trained weights only: an adapter whose base model stays where
+    it is."""
+    return config.use_peft and not config.merge_adapter
+
+
+def save_model(
+    folder: Path,
+    config: TrainConfig,
+    model: Any,
+    tokenizer: Any,
+    weights: dict[str, torch.Tensor],
+) -> None:
+    """Write model/ into `folder`, and model-merged/ if the configuration asks for it.
+
+    Args:
+        model: the unwrapped model, or its adapter's model.
+        weights: whole weights by name; only trained ones if `needs_only_trained_weights`.
+    """
+    dtype = _saved_dtype(config)
+    _write(folder / MODEL, model, tokenizer, weights, None if config.use_peft else dtype)
+    if config.merge_adapter:
+        # A fresh model is whole even if the trained one is sharded.
+        fresh = load_model(config, tokenizer)
+        fresh.load_state_dict(weights, strict=False)
+        merged = fresh.merge_and_unload()
+        _write(folder / MERGED, merged, tokenizer, merged.state_dict(), dtype)
+
+
+def _write(
+    target: Path,
+    model: Any,
+    tokenizer: Any,
+    weights: dict[str, torch.Tensor],
+    dtype: torch.dtype | None,
+) -> None:
+    """Write beside `target`, then rename into place. An adapter (`dtype` None) stays in float32."""
+    partial = target.with_name(f".{target.name}.partial")
+    for leftover in (partial, target):
+        shutil.rmtree(leftover, ignore_errors=True)
+    model.save_pretrained(partial, state_dict=_cast(weights, dtype or torch.float32))
+    if dtype is not None:
+        _state_dtype(partial / "config.json", dtype)
+    tokenizer.save_pretrained(partial)
+    partial.rename(target)
+
+
+def _saved_dtype(config: TrainConfig) -> torch.dtype:
+    if config.save_dtype != "auto":
+        return getattr(torch, config.save_dtype)
+    return torch.float32 if config.shard is not None else stored_dtype(config)
+
+
+def _cast(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Floating weights in `dtype`; one that has it is not copied."""
+    return {name: w.to(dtype) if w.is_floating_point() else w for name, w in weights.items()}
+
+
+def _state_dtype(config: Path, dtype: torch.dtype) -> None:
+    """Name `dtype` in a saved model's config.json, so that `from_pretrained` loads that dtype."""
+    stated = json.loads(config.read_text())
+    stated.pop("torch_dtype", None)
+    config.write_text(json.dumps(stated | {"dtype": str(dtype).removeprefix("torch.")}, indent=2))
