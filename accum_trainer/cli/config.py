@@ -57,7 +57,7 @@ def command() -> None:
     "--global-batch-size 256 -o launch_configs/zero2_8gpu.yaml -- --dataset-file rows.jsonl "
     "--epochs 3",
 )
-@click.argument("mode", type=click.Choice(MODES), metavar="|".join(MODES))
+@click.argument("mode", type=click.Choice(MODES), metavar="MODE")
 @click.option(
     "--engine",
     type=click.Choice(ENGINES),
@@ -148,7 +148,7 @@ def create(
     """Write the launch files of MODE: an accelerate YAML, with ZeRO a DeepSpeed JSON, with --slurm
     a batch script.
 
-    Prints the batch that one update will see, and the command to run. Options of `train` after `--`
+    MODE is single-gpu, multi-gpu or parallel-independent. Prints the batch that one update will see, and the command to run. Options of `train` after `--`
     go into that command and into the script. Existing files are kept unless --force is given.
     """
     for name in options_in(train):

@@ -14,10 +14,16 @@ from tests.launching import python
 CREATE = {
     "unknown mode": (
         ["multi-gpus"],
-        ("mode=multi-gpus is not known", "single-gpu, multi-gpu, parallel-independent"),
+        "'multi-gpus' is not one of 'single-gpu', 'multi-gpu', 'parallel-independent'",
     ),
-    "nodes zero": (["multi-gpu", "--nodes", "0", "--gpus-per-node", "2"], "nodes=0 is below 1"),
-    "gpus zero": (["multi-gpu", "--gpus-per-node", "0"], "gpus_per_node=0 is below 1"),
+    "nodes zero": (
+        ["multi-gpu", "--nodes", "0", "--gpus-per-node", "2"],
+        "'--nodes': 0 is not in the range x>=1",
+    ),
+    "gpus zero": (
+        ["multi-gpu", "--gpus-per-node", "0"],
+        "'--gpus-per-node': 0 is not in the range x>=1",
+    ),
     "how many gpus": (["multi-gpu"], "needs --gpus-per-node: how many GPUs a machine has"),
     "how many runs": (["parallel-independent"], "needs --gpus-per-node: how many independent runs"),
     "one process": (["multi-gpu", "--gpus-per-node", "1"], ("is one process", "use single-gpu")),
@@ -43,7 +49,7 @@ CREATE = {
     ),
     "unknown engine": (
         ["multi-gpu", "--gpus-per-node", "2", "--engine", "zero4"],
-        "engine=zero4 is not known",
+        "'zero4' is not one of 'ddp', 'fsdp2', 'zero1', 'zero2', 'zero3'",
     ),
     "offload of nothing": (
         ["multi-gpu", "--gpus-per-node", "2", "--cpu-offload"],
