@@ -14,7 +14,8 @@ import torch
 from accum_trainer import Accumulator, BatchPlan, DataError
 from accum_trainer.cli import main
 from accum_trainer.verify.big_batch import dropout_off
-from accum_trainer.verify.loop import verify_loop, windows_for
+from accum_trainer.verify.loop import verify_loop
+from accum_trainer.verify.loop_windows import windows_for
 from accum_trainer.verify.training import Subject, verify
 from tests.launching import ROOT, cli, environment, python, torchrun
 from tests.reference import make_model, make_rows, pad
@@ -290,7 +291,7 @@ FAULTS_OF_TWO = FAULTS_OF_ANY | {
     "normalised_per_rank": ("uneven ranks", "normalised per rank"),
     "per_rank_over_first_labels": (
         "uneven ranks",
-        "whatever they hold AND first labels are counted",
+        "all ranks have the same weight AND first labels are counted",
     ),
     "not_times_processes": ("ragged window", "not multiplied by the number of processes"),
     "left_out_of_the_exchange": ("equal weights", "hold different weights of model.norm.weight"),
@@ -345,7 +346,7 @@ def test_fault_shows_the_right_formula_and_the_weights_found(reports):
 
 
 def test_one_fault_is_not_taken_for_another(reports):
-    """A loop that is wrong in its tail only, or in its scheduler only, is right everywhere else."""
+    """A loop whose only fault is in the tail, or in the scheduler, passes every other check."""
     assert failed(reports[1]["tail_divided_by_k"]) == ["tail window"]
     assert failed(reports[1]["scheduler_per_micro_step"]) == ["scheduler per update"]
     assert failed(reports[2]["left_out_of_the_exchange"]) == ["equal weights"]
@@ -360,14 +361,14 @@ def test_command_names_the_fault_of_a_loop():
     run = cli("verify", "--loop", loop, *SMALL, **ONE_THREAD)
     assert run.returncode == 1, run.stderr
     assert "FAIL" in line_of(run.stdout, "ragged window")
-    assert "mean of means: every micro-batch weighs the same" in run.stdout
+    assert "mean of means: every micro-batch has the same weight" in run.stdout
     assert run.stdout.splitlines()[-1].startswith("FAIL: ")
     assert "Traceback" not in run.stderr
 
 
 def test_loop_in_low_precision(fresh_accelerate):
     """A right loop passes, one that is 6 percent off in every window fails by its fault's name."""
-    from accum_trainer.engine.plain import plain_engine
+    from accum_trainer.verify.plain_accelerate import plain_engine
     from tests.verify_loops import correct, faults
 
     engine = plain_engine(3, cpu=True, mixed_precision="bf16")
@@ -438,7 +439,7 @@ def test_i50_every_window_has_rows_with_a_first_label_and_without():
         (["--loop", f"{FAULTY}:wants_a_keyword"], "missing a required"),
         (
             ["--loop", f"{FAULTY}:takes_another_order"],
-            "its parameter 1 is model, and 1 is given accelerator",
+            "its parameter 1 is model, not accelerator",
         ),
         (["--json", "no/such/folder/report.json"], "there is no folder no/such/folder"),
         (["--windows", "0"], "--windows"),

@@ -80,7 +80,8 @@ def _verify(config: TrainConfig, windows: int, loop_spec: str | None) -> Report:
         from accum_trainer.verify.training import Subject, verify
 
         return verify(Subject.of(assemble(config)), windows)
-    from accum_trainer.verify.loop import load_loop, verify_loop_of
+    from accum_trainer.verify.loop import verify_loop_of
+    from accum_trainer.verify.loop_file import load_loop
 
     return verify_loop_of(config, load_loop(loop_spec), int(os.environ.get("WORLD_SIZE", "1")))
 

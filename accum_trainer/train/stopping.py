@@ -11,7 +11,7 @@ from types import FrameType
 
 from accum_trainer.accumulator import Accumulator
 from accum_trainer.errors import AccumTrainerError
-from accum_trainer.window import Update
+from accum_trainer.update import Update
 
 # This many windows in a row without an update mean divergence; fp16 needs about 16 to find its
 # scale.

@@ -7,10 +7,11 @@ one-big-batch update.
     assert report.passed
 
 The real loop runs a few real windows. Each is compared with the definition: the gradient of one big
-batch, computed in one process on the CPU in float64 from the plain model (`BigBatch`), without
-anything of this package's loss, weights or cuts. In mixed precision the error of one big batch is
-itself measured on the same rows; the root mean square over several windows is compared with that of
-these errors. Nothing is written.
+batch, computed in one process on the CPU in float64 from the plain model (`big_batch`), without
+this package's losses, weights or cuts. In 16 bits the error of one big batch is itself measured on
+the same rows, and bounds that of the windows (`tolerance`). Nothing is written.
+
+`training` checks a training of this package; `loop` checks a user's own loop on plain Accelerate.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Subject", "verify"]
 
 
-def __getattr__(name: str) -> Any:  # lazily: the parts of this room do not need the whole
+def __getattr__(name: str) -> Any:  # lazily, so that importing one module of this room stays light
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from accum_trainer.verify.training import Subject, verify

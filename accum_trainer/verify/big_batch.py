@@ -1,6 +1,7 @@
-"""The truth that updates are compared with: one big batch in float64, by the definition alone.
+"""The reference that updates are compared with: one big batch in float64, by the definition alone.
 
-Uses nothing of this package's loss, weights or cuts: a model's logits, a log-softmax, a sum.
+It shares no loss, weight or cut with the rest of the package: a model's logits, a log-softmax, a
+sum. It knows no engine and no loop.
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ import torch
 from accum_trainer.errors import EngineError
 
 IGNORE = -100
-_REFERENCE_ROWS = 4  # rows of one chunk of the reference: any cut of it is exact
+_REFERENCE_ROWS = 4  # rows in one chunk of the reference; any cut of it is exact
+_DROPOUTS = (
+    torch.nn.Dropout,
+    torch.nn.Dropout1d,
+    torch.nn.Dropout2d,
+    torch.nn.Dropout3d,
+    torch.nn.AlphaDropout,
+    torch.nn.FeatureAlphaDropout,
+)
 
 Row = Mapping[str, Sequence[int]]
 Gradient = dict[str, torch.Tensor]
@@ -42,22 +51,20 @@ class Truth:
 
     @property
     def mean_gradient(self) -> Gradient:
-        """The gradient of the mean over targets: what one update should see."""
+        """The gradient of the mean over targets, which one update should see."""
         return {name: g / self.num_targets for name, g in self.gradient.items()}
 
 
 class BigBatch:
-    """A plain model, in one process, that gives the loss and gradient of any rows by the
-    definition.
+    """A plain model in one process that gives the loss and gradient of any rows by the definition.
 
     Args:
-        model: a causal language model of its own, which is changed; its logits are all that is used
-            of it.
+        model: a causal language model that nobody else uses: its weights and dtype are changed.
+            Only its logits are used.
         dtype: of its weights.
         device: where it runs.
-        autocast: dtype of an autocast around its forward, or None.
-        scale: the loss is multiplied by this before the backward, and the gradient divided (fp16
-            needs it).
+        autocast: dtype of the autocast around its forward, or None.
+        scale: multiplies the loss before the backward and divides the gradient; fp16 needs it.
     """
 
     def __init__(
@@ -72,7 +79,7 @@ class BigBatch:
         self._autocast, self._scale = autocast, scale
 
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Take over whole weights by name; EngineError where the engine names them otherwise."""
+        """Copy whole weights by name; EngineError if the engine uses other names."""
         missing = {name for name, _ in self.model.named_parameters()} - set(weights)
         if missing:
             raise EngineError(
@@ -82,8 +89,8 @@ class BigBatch:
         self.model.load_state_dict(weights, strict=False)
 
     def truth(self, rows: Sequence[Row], chunk: int = _REFERENCE_ROWS) -> Truth:
-        """Loss and gradient of `rows`, `chunk` rows at a time; the gradient of a sum is exact under
-        any cut."""
+        """Loss and gradient of `rows`, computed `chunk` rows at a time; any cut of a sum is
+        exact."""
         self.model.zero_grad()
         losses = torch.zeros(len(rows), dtype=torch.float64)
         longest_first = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
@@ -102,8 +109,7 @@ class BigBatch:
         return Truth(losses, sum(map(num_targets, rows)), gradient)
 
     def truth_of_one_batch(self, rows: Sequence[Row]) -> Truth:
-        """The same in a single forward and backward; in two, four, ... where the device's memory
-        does not hold it."""
+        """The same in a single forward and backward; in two, four, ... if memory runs out."""
         chunk = len(rows)
         while True:
             try:
@@ -114,8 +120,8 @@ class BigBatch:
                 chunk = -(-chunk // 2)
 
     def _row_losses(self, rows: Sequence[Row]) -> torch.Tensor:
-        """Summed loss of each row, shape (rows,): -log softmax(logits[t])[label[t + 1]] over labels
-        that are targets."""
+        """Summed loss of each row, shape (rows,): -log softmax(logits[t])[label[t + 1]] over the
+        row's targets."""
         batch = {key: value.to(self._device) for key, value in pad(rows).items()}
         autocast = torch.autocast(
             self._device.type, self._autocast, enabled=self._autocast is not None
@@ -134,8 +140,7 @@ class BigBatch:
 
 
 def pad(rows: Sequence[Row], pad_token_id: int = 0) -> dict[str, torch.Tensor]:
-    """Rows to `input_ids`, `attention_mask` and `labels` of shape (rows, longest), padded on the
-    right."""
+    """`input_ids`, `attention_mask` and `labels` of shape (rows, longest), padded on the right."""
     longest = max(len(row["input_ids"]) for row in rows)
 
     def filled(key: str, value: int) -> torch.Tensor:
@@ -152,13 +157,12 @@ def pad(rows: Sequence[Row], pad_token_id: int = 0) -> dict[str, torch.Tensor]:
 
 
 def num_targets(row: Row) -> int:
-    """Labels of a row that are targets: all but the first that are not -100."""
+    """Targets of a row: its labels that are not -100, without the first, which the shift drops."""
     return sum(label != IGNORE for label in row["labels"][1:])
 
 
 def relative_error(found: Gradient, exact: Gradient) -> float:
-    """|found - exact| / |exact|, 2-norms over all parameters together; a gradient that is missing
-    counts as zero."""
+    """|found - exact| / |exact|, 2-norms over all parameters; a missing gradient counts as zero."""
     difference = sum(_square(found, exact, name) for name in found.keys() | exact.keys())
     size = sum(float((g.double() ** 2).sum()) for g in exact.values())
     return math.sqrt(difference / size) if size else math.sqrt(difference)
@@ -174,7 +178,7 @@ def _square(found: Gradient, exact: Gradient, name: str) -> float:
 
 
 def worst_parameter(found: Gradient, exact: Gradient) -> str:
-    """The parameter with the largest share of the difference."""
+    """Name of the parameter with the largest share of the difference."""
     return max(sorted(found.keys() | exact.keys()), key=lambda name: _square(found, exact, name))
 
 
@@ -183,21 +187,21 @@ def norm_of(gradient: Gradient) -> float:
 
 
 def clip_factor(norm: float, max_grad_norm: float | None) -> float:
-    """What one clip multiplies a gradient of this norm by; the 1e-6 is torch's and DeepSpeed's."""
+    """The factor by which one clip shortens a gradient of this norm; torch and DeepSpeed add the
+    1e-6."""
     return 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (norm + 1e-6))
 
 
 @contextlib.contextmanager
 def dropout_off(model: torch.nn.Module) -> Iterator[int]:
-    """Set every dropout rate in `model` to 0 and yield how many modules had one above; train mode
-    stays on.
+    """Set every dropout rate in `model` to 0; yields the number of modules that had a higher one.
 
-    Rates are the `p` of dropout modules, and the attributes that modules pass to functional dropout
-    (`attention_dropout`).
+    Train mode stays on. Rates are the `p` of dropout modules and the attributes that modules pass
+    to functional dropout (`attention_dropout`).
     """
     before: list[tuple[Any, str, float]] = []
     for module in model.modules():
-        is_dropout = isinstance(module, torch.nn.modules.dropout._DropoutNd)
+        is_dropout = isinstance(module, _DROPOUTS)
         for name, value in list(vars(module).items()):
             is_rate = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
             if is_rate and ("drop" in name or (is_dropout and name == "p")):

@@ -1,9 +1,8 @@
-"""Known faults of training steps: what each is, in a sentence and a formula, and the gradient it
-makes of a window.
+"""Known faults of training steps: a sentence and a formula for each, and its gradient of a window.
 
 With L_rk the summed loss of rank r's micro-batch k and n_rk its targets, the right gradient is g =
-sum_rk grad(L_rk) / N. A fault weighs the micro-batches otherwise, drops some, clips too often,
-rounds, or adds what was left.
+sum_rk grad(L_rk) / N. A fault gives micro-batches other weights, drops some, clips too often,
+rounds, or adds an old gradient. Knows the reference's gradients; no loop and no tolerance.
 """
 
 from __future__ import annotations
@@ -17,9 +16,8 @@ from accum_trainer.batch import IGNORE
 from accum_trainer.verify.big_batch import BigBatch, Gradient, Row, clip_factor
 
 Vector = torch.Tensor  # a gradient of all trained parameters, flat, float64
-Weights = list[
-    list[float]
-]  # [rank][step], what multiplies a micro-batch's summed loss in the averaged gradient
+# [rank][step]: the factor of a micro-batch's summed loss in the averaged gradient.
+Weights = list[list[float]]
 
 RIGHT = (
     "right: weight = gradient_divisor / N for every micro-batch's summed loss, N = targets of "
@@ -29,31 +27,30 @@ RIGHT = (
 
 @dataclass(frozen=True)
 class Fault:
-    """A known mistake: what it is in one sentence, and the formula that it computes."""
+    """A known mistake: one sentence for the report, and the formula that the loop computes."""
 
     sentence: str
     formula: str
 
 
 MEAN_OF_MEANS = Fault(
-    "mean of means: every micro-batch weighs the same, however many targets it holds",
+    "mean of means: every micro-batch has the same weight, however many targets it holds",
     "mean over micro-batches of L_rk / n_rk",
 )
 PER_RANK = Fault(
-    "normalised per rank: each rank divides by its own number of targets, so ranks weigh the same "
-    "whatever they hold",
+    "normalised per rank: each rank divides by its own number of targets, so all ranks have the "
+    "same weight",
     "mean over ranks of sum_k L_rk / sum_k n_rk",
 )
 COUNTS_FIRST = Fault(
     "first labels are counted: N = (labels != -100).sum() counts a row's first label, which the "
-    "shift drops; "
-    "count labels[:, 1:]",
+    "shift drops; count labels[:, 1:]",
     "n_rk + f_rk in place of n_rk, f_rk rows whose first label is not -100",
 )
 WEIGHS_FIRST = Fault(
     "first labels are weighed: the model's mean loss is multiplied by (labels != -100).sum(), "
-    "which counts a row's first "
-    "label, and the shift drops it; multiply by the count of labels[:, 1:]",
+    "which counts a row's first label, and the shift drops it; multiply by the count of "
+    "labels[:, 1:]",
     "sum_rk (n_rk + f_rk) * L_rk / n_rk / sum_rk (n_rk + f_rk), f_rk rows whose first label is not "
     "-100",
 )
@@ -68,12 +65,12 @@ TAIL = Fault(
 )
 NOT_TIMES_W = Fault(
     "not multiplied by the number of processes: the loss is divided by the N of all ranks, and DDP "
-    "averages over ranks again",
+    "then averages over ranks",
     "g / W",
 )
 SUMMED = Fault("summed, not averaged, over micro-batches: nothing divides by K", "g * K")
 LAST_ONLY = Fault(
-    "zero_grad per micro-step: the gradient of the last micro-batch is all that is left",
+    "zero_grad per micro-step: only the gradient of the last micro-batch is left",
     "weight * L_rk of the last k only",
 )
 CLIP_EACH = Fault(
@@ -99,21 +96,21 @@ class MicroBatchGradients:
         targets[rank][step]: n_rk.
         first_labels[rank][step]: f_rk, rows whose first label is not -100; the shift drops it, so
             it is no target.
-        num_targets: N, over all of them.
+        num_targets: N, of the window.
 
     Args:
         exact: the model in float64, with the window's weights.
-        names: trained parameters and how many numbers each has.
+        sizes: the trained parameters, name -> number of elements.
         ranks: the rows of each rank's micro-batches.
         steps: K; a tail has fewer.
     """
 
     def __init__(
-        self, exact: BigBatch, names: dict[str, int], ranks: list[list[list[Row]]], steps: int
+        self, exact: BigBatch, sizes: dict[str, int], ranks: list[list[list[Row]]], steps: int
     ) -> None:
         truths = [[exact.truth(rows) for rows in rank] for rank in ranks]
         self._steps = steps
-        self.gradients = [[flat(truth.gradient, names) for truth in rank] for rank in truths]
+        self.gradients = [[flat(truth.gradient, sizes) for truth in rank] for rank in truths]
         self.targets = [[truth.num_targets for truth in rank] for rank in truths]
         self.first_labels = [
             [sum(row["labels"][0] != IGNORE for row in rows) for rows in rank] for rank in ranks
@@ -137,12 +134,11 @@ class MicroBatchGradients:
     def candidates(
         self, leftover: Vector, max_grad_norm: float | None
     ) -> Iterator[tuple[tuple[Fault, ...], Vector]]:
-        """Gradients that known faults, or several together, give of these micro-batches, the
-        simpler ones first.
+        """The gradient of each known fault, and of several together, on these micro-batches.
 
         Args:
             leftover: the gradient that the window before left behind.
-            max_grad_norm: what a loop that clips clips to.
+            max_grad_norm: the norm that a loop may clip to.
         """
 
         def clip(vector: Vector) -> Vector:
@@ -154,7 +150,7 @@ class MicroBatchGradients:
                 yield faults, self.combine(weights)
         for faults, weights in linear:
             if len(faults) > 1 and (COUNTS_FIRST in faults or WEIGHS_FIRST in faults):
-                continue  # three faults at a time would take long to try
+                continue  # too many combinations of three faults to try
             last = [
                 [w if k == len(rank) - 1 else 0.0 for k, w in enumerate(rank)] for rank in weights
             ]
@@ -169,8 +165,8 @@ class MicroBatchGradients:
         return [[weight(r, k) for k in range(len(rank))] for r, rank in enumerate(self.targets)]
 
     def _linear(self) -> Iterator[tuple[tuple[Fault, ...], Weights]]:
-        """What known faults weigh micro-batches with: a way to normalise, times a factor too many
-        or too few."""
+        """Faults that only change the weights of micro-batches: a way to normalise, times a factor
+        too many or too few."""
         targets, ranks, steps = self.targets, self._world_size, self._steps
         counts = [
             [n + f for n, f in zip(*pair, strict=True)]
@@ -202,8 +198,7 @@ class MicroBatchGradients:
     def _normalised(
         self, faults: tuple[Fault, ...], counts: list[list[int]]
     ) -> list[tuple[tuple[Fault, ...], Weights]]:
-        """The ways to normalise by `counts` of targets: over the window, per micro-batch, per
-        rank."""
+        """Weights by `counts` of targets: normalised over the window, per micro-batch, per rank."""
         total, ranks = sum(map(sum, counts)), self._world_size
         each = [
             (faults, self._each(lambda r, k: 1 / total)),
@@ -219,8 +214,8 @@ class MicroBatchGradients:
         return each
 
     def _clipped_each(self, weights: Weights, clip: Callable[[Vector], Vector]) -> Vector:
-        """Each rank clips what it has so far; the last clip comes after the exchange, on the mean
-        over ranks."""
+        """Each rank clips its accumulated gradient; the last clip comes after the exchange, on the
+        mean over ranks."""
         ranks = []
         for weights_of, gradients in zip(weights, self.gradients, strict=True):
             total = torch.zeros_like(gradients[0])
@@ -230,7 +225,7 @@ class MicroBatchGradients:
         return clip(torch.stack(ranks).mean(0))
 
     def _in_bf16(self, weights: Weights) -> Vector:
-        """The mean over ranks of what each adds up in bf16."""
+        """The mean over ranks of gradients accumulated in bf16."""
         ranks = []
         for weights_of, gradients in zip(weights, self.gradients, strict=True):
             total = torch.zeros_like(gradients[0], dtype=torch.bfloat16)
@@ -240,12 +235,11 @@ class MicroBatchGradients:
         return torch.stack(ranks).mean(0)
 
 
-def flat(gradient: Gradient, names: dict[str, int]) -> Vector:
-    """All parameters' gradients in one vector, in the order of `names` (name -> numbers in it);
-    missing ones are 0."""
+def flat(gradient: Gradient, sizes: dict[str, int]) -> Vector:
+    """All parameters' gradients in one vector, in the order of `sizes`; missing ones are 0."""
     zero = torch.zeros(0, dtype=torch.float64)
     pieces = [
         gradient[n].flatten() if n in gradient else zero.new_zeros(size)
-        for n, size in names.items()
+        for n, size in sizes.items()
     ]
     return torch.cat(pieces)

@@ -1,4 +1,4 @@
-"""A report of checks: what `verify` found, for people and as JSON."""
+"""The report of `verify`: a list of checks, for people and as JSON. Knows nothing of models."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Check:
 
     Attributes:
         result: PASS, FAIL or INFO.
-        error, tolerance: relative, where something was measured; PASS means error <= tolerance.
+        error, tolerance: relative, if something was measured; PASS means error <= tolerance.
         meaning: one sentence for a person.
-        details: lines that belong below the table.
+        details: lines shown below the table.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """What was verified, and every check of it; equal on all ranks."""
+    """The subject of a verification and all its checks; equal on all ranks."""
 
     subject: dict[str, Any]
     checks: list[Check] = field(default_factory=list)
@@ -41,8 +41,7 @@ class Report:
         return all(check.result != FAIL for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: {"passed", "subject", "checks"}; an error that is not finite is its name as
-        text."""
+        """For JSON: {"passed", "subject", "checks"}; a non-finite error is written as text."""
         return {
             "passed": self.passed,
             "subject": self.subject,
@@ -65,7 +64,8 @@ def measured(
     otherwise: str | None = None,
     details: tuple[str, ...] = (),
 ) -> Check:
-    """A check that passes where `error` is within `tolerance`; nan never is."""
+    """A check that passes if `error` is within `tolerance`; nan fails. `otherwise` replaces
+    `meaning` in a failure."""
     passed = error <= tolerance
     return Check(
         name,

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from accum_trainer import Accumulator, BatchPlan
-from accum_trainer.engine.plain import plain_engine
 from accum_trainer.verify.loop import verify_loop
+from accum_trainer.verify.plain_accelerate import plain_engine
 from accum_trainer.verify.training import Subject, verify
 from tests.reference import IGNORE, make_model, make_rows, pad
 from tests.verify_loops import correct, faults

@@ -1,8 +1,8 @@
-"""A plain Accelerator as users write it, to run their own loops on: K is accelerate's to divide by,
-nothing is ours.
+"""A plain Accelerator, as users write it, to run their own loops on: accelerate divides by K.
 
-What a prepared DataLoader does for `accumulate()`, saying which micro-batch is the last,
-`MicroBatches` does for a list.
+`start_update` and `MicroBatches` do for a list of micro-batches what a prepared DataLoader does for
+`accumulate()`: they start the count of micro-batches and mark the last one. Knows no check; the
+engine around the Accelerator only serves whole weights and the exchange of objects.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import DataLoaderStateMixin
+from accelerate.state import GradientState
 from accelerate.utils import DataLoaderConfiguration
 
 from accum_trainer.engine.base import Engine
@@ -22,18 +24,16 @@ from accum_trainer.errors import EngineError
 def plain_engine(gradient_accumulation_steps: int, cpu: bool, mixed_precision: str) -> Engine:
     """An engine around `Accelerator(gradient_accumulation_steps=K)`, for one process or DDP.
 
-    The scheduler that it prepares steps once per update, whatever the number of processes
-    (`split_batches`): accelerate's default multiplies its steps by W, which is a convention of the
-    schedule and no fault of the loop.
+    The scheduler it prepares steps once per update for any number of processes (`split_batches`).
+    accelerate's default multiplies the steps by W: a convention of the schedule, no fault of the
+    loop.
 
     Raises:
         EngineError: the launcher asks for another engine.
-        ConfigError: the environment says another K.
+        ConfigError: the environment sets another K.
     """
     if not torch.cuda.is_available() and not torch.backends.mps.is_available():
-        # without a GPU the processes find each other over gloo only where accelerate is told of the
-        # CPU
-        cpu = True
+        cpu = True  # without a GPU, accelerate starts gloo only if cpu=True is given
     accelerator = Accelerator(
         gradient_accumulation_steps=gradient_accumulation_steps,
         cpu=cpu,
@@ -51,32 +51,33 @@ def plain_engine(gradient_accumulation_steps: int, cpu: bool, mixed_precision: s
 
 
 def start_update(engine: Engine) -> None:
-    """Have accelerate count micro-batches from the start of a window."""
+    """Let accelerate count micro-batches from the start of a window."""
     engine.accelerator.step = 0
-    engine.accelerator.gradient_state._set_sync_gradients(True)
+    engine.accelerator.sync_gradients = True
 
 
 class MicroBatches(list[Any]):
-    """The micro-batches of one window on one process: a list that tells accelerate, as a prepared
-    DataLoader would, which of them is the last while it is iterated."""
+    """The micro-batches of one window on one process. While it is iterated, accelerate knows which
+    of them is the last, as with a prepared DataLoader."""
 
     def __init__(self, engine: Engine, batches: list[Any]) -> None:
         super().__init__(batches)
         self._gradient_state = engine.accelerator.gradient_state
 
     def __iter__(self) -> Iterator[Any]:
-        place = _Place()
-        self._gradient_state._add_dataloader(place)
+        iteration = _Iteration(self._gradient_state)
+        iteration.begin()
         try:
             for index in range(len(self)):
-                place.end_of_dataloader = index == len(self) - 1
+                iteration.end_of_dataloader = index == len(self) - 1
                 yield self[index]
         finally:
-            self._gradient_state._remove_dataloader(place)
+            iteration.end()
 
 
-class _Place:
-    """What accelerate reads of a loader that is being iterated."""
+class _Iteration(DataLoaderStateMixin):
+    """What accelerate reads of a loader that is being iterated. Not the list itself: accelerate
+    compares loaders with `!=`."""
 
-    end_of_dataloader = False
-    remainder = -1
+    def __init__(self, gradient_state: GradientState) -> None:
+        self.gradient_state = gradient_state
