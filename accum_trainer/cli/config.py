@@ -148,8 +148,9 @@ def create(
     """Write the launch files of MODE: an accelerate YAML, with ZeRO a DeepSpeed JSON, with --slurm
     a batch script.
 
-    MODE is single-gpu, multi-gpu or parallel-independent. Prints the batch that one update will see, and the command to run. Options of `train` after `--`
-    go into that command and into the script. Existing files are kept unless --force is given.
+    MODE is single-gpu, multi-gpu or parallel-independent. Prints the batch that one update will
+    see, and the command to run. Options of `train` after `--` go into that command and into the
+    script. Existing files are kept unless --force is given.
     """
     for name in options_in(train):
         if name in _DECIDED:

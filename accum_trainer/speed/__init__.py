@@ -1,1 +1,1 @@
-"""The fastest cut of the same batch on this machine: cost, memory, the batch size that fits."""
+"""The fastest cut of the same batch on this machine: its cost, and the largest micro-batch."""

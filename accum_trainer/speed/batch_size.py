@@ -1,15 +1,14 @@
-"""The largest micro-batch that the device holds, found by trying.
+"""Find the largest micro-batch that fits in memory, by trial.
 
-All ranks run windows of two micro-batches together: one sample, whose gradient then lies in memory,
-and n copies of the longest sample. The most memory that this takes grows with n along a line from
-what lies there already:
+All ranks run windows of two micro-batches together: one sample, which leaves its gradient in
+memory, and n copies of the longest sample. The peak memory grows linearly with n:
 
     needed(n) = held + n * activations of a sample
 
-so each trial says how far the next may go. No n is tried that is not expected to fit: only some
-engines survive running out of memory, and on a CPU it is the system that ends the process. All
-ranks try the same n, and the one with the least room decides. Nothing is left behind: no gradient,
-no memory, no random number drawn.
+so each trial predicts the next. No n is tried that the prediction rules out: only some engines
+survive running out of memory, and on a CPU the system kills the process. All ranks try the same n;
+the rank with the least memory decides. A search leaves nothing behind: no gradient, no memory, no
+random number drawn. Knows engines and causal models; nothing of data sets and configuration.
 """
 
 from __future__ import annotations
@@ -29,22 +28,22 @@ from accum_trainer.engine.memory import memory_gb, peak_gb, reset_peak
 from accum_trainer.errors import ConfigError, EngineError
 from accum_trainer.losses.causal_lm import causal_lm_loss
 
-# Share of the memory that stays free: fragmentation, and what other libraries take. A judgement, as
+# Share of the memory to keep free for fragmentation and other libraries. A judgement, as is
 # RESERVED in `footprint`.
 MARGIN = 0.08
 
 
 @dataclass(frozen=True)
-class Fit:
-    """What was found.
+class FoundBatchSize:
+    """The result of `find_batch_size`. A GB is 10^9 bytes.
 
     Attributes:
         micro_batch_size: samples of `longest` tokens in one forward and backward.
         longest: tokens of the longest sample.
         max_tokens: positions of that micro-batch, padding counted.
-        needed_gb: what it takes on the rank that needs most, optimizer state included; 10^9 bytes.
-        limit_gb: what there is on the rank with least, a margin kept free.
-        tried: samples to what they took; None where memory ran out.
+        needed_gb: memory it takes, optimizer state included, on the rank that needs most.
+        limit_gb: memory available, without the margin, on the rank that has least.
+        tried: memory of each number of samples tried, in GB; None if it ran out.
     """
 
     micro_batch_size: int
@@ -55,24 +54,23 @@ class Fit:
     tried: dict[int, float | None]
 
     def as_record(self) -> dict[str, Any]:
-        """As plan.json has it."""
+        """For plan.json."""
         return asdict(self)
 
     def describe(self) -> str:
         """One line for people."""
         return (
             f"batch size found: {self.micro_batch_size} samples of {self.longest} tokens, "
-            f"{self.max_tokens:,} tokens per "
-            f"micro-batch, take {self.needed_gb:.2f} of {self.limit_gb:.2f} GB; tried "
-            f"{', '.join(map(str, self.tried))}"
+            f"{self.max_tokens:,} tokens per micro-batch, take {self.needed_gb:.2f} of "
+            f"{self.limit_gb:.2f} GB; tried {', '.join(map(str, self.tried))}"
         )
 
 
 class Memory:
-    """What a process uses on a device, in bytes: allocated on a GPU, resident on a CPU.
+    """Memory that this process uses on a device, in bytes: allocated on a GPU, resident on a CPU.
 
     Raises:
-        ConfigError: the system does not let the peak be measured from a moment on.
+        ConfigError: this system cannot reset the peak.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -80,24 +78,23 @@ class Memory:
         self.begin()
         if device.type != "cuda" and self.peak() > 1.05 * self.in_use():
             raise ConfigError(
-                "batch_size=auto: the most memory in use cannot be measured on this system "
-                "(/proc/self/clear_refs); "
-                "give batch_size as a number"
+                "batch_size=auto: peak memory cannot be measured on this system "
+                "(/proc/self/clear_refs); give batch_size as a number"
             )
 
     def in_use(self) -> float:
         return memory_gb(self._device) * 1e9
 
     def begin(self) -> None:
-        """Count the peak from here on."""
+        """Reset the peak."""
         reset_peak(self._device)
 
     def peak(self) -> float:
         return peak_gb(self._device) * 1e9
 
     def limit(self, processes: int) -> float:
-        """What this process may use, MARGIN left free; on a CPU its share of the machine's, of so
-        many processes on it."""
+        """Bytes that this process may use, MARGIN kept free; on a CPU, which `processes` share, its
+        share."""
         free = free_bytes(self._device)
         if self._device.type == "cuda":
             total = torch.cuda.mem_get_info(self._device)[1]
@@ -113,23 +110,22 @@ def find_batch_size(
     longest: int,
     most: int,
     memory: Memory | None = None,
-) -> Fit:
-    """Find the most samples of `longest` tokens that one forward and backward holds, on all ranks
-    alike. Collective.
+) -> FoundBatchSize:
+    """Find the largest number of samples of `longest` tokens that one forward and backward can
+    hold; the same on all ranks. Collective.
 
     Args:
         engine: of the Accumulator, before its first window.
-        model, optimizer: as `Accumulator.prepare` returned them; AdamW, whose state counts although
-            it is made later.
+        model, optimizer: as `Accumulator.prepare` returned them. The optimizer is AdamW; its state
+            is counted before it exists.
         collate: samples of `input_ids` and `labels` to a batch.
-        longest: tokens of the longest sample there will be.
-        most: samples beyond which nothing is gained: the largest share of an effective batch that a
-            rank may have.
-        memory: what is measured. Default: of the engine's device.
+        longest: tokens of the longest sample.
+        most: the largest useful number: the largest share of an effective batch on one rank.
+        memory: the memory to measure. Default: of the engine's device.
 
     Raises:
-        ConfigError: not even one sample fits, or the peak of the memory cannot be measured here.
-        EngineError: memory ran out on an engine whose processes cannot go on alone.
+        ConfigError: not even one sample fits, or peak memory cannot be measured here.
+        EngineError: memory ran out on an engine whose processes cannot continue alone.
     """
     memory = memory or Memory(engine.device)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", engine.world_size))
@@ -151,23 +147,24 @@ def find_batch_size(
     if good == 0:
         raise ConfigError(
             f"batch_size=auto: one sample of {longest} tokens needs {_gb(tried[1])}, and "
-            f"{limit / 1e9:.2f} GB are free for "
-            "training; lower max_seq_len, use gradient_checkpointing, amp or use_peft, or an "
-            "engine that shards"
+            f"{limit / 1e9:.2f} GB are free for training; lower max_seq_len, use "
+            "gradient_checkpointing, amp or use_peft, or an engine that shards"
         )
     positions = num_positions(trial.batch(good))
     shown = {n: None if math.isinf(b) else round(b / 1e9, 3) for n, b in sorted(tried.items()) if n}
-    return Fit(good, longest, positions, round(tried[good] / 1e9, 3), round(limit / 1e9, 3), shown)
+    return FoundBatchSize(
+        good, longest, positions, round(tried[good] / 1e9, 3), round(limit / 1e9, 3), shown
+    )
 
 
 def _expected(tried: dict[int, float], limit: float) -> int:
-    """The most samples that the line through the two largest trials that ended allows."""
+    """The number of samples that the line through the two largest completed trials predicts."""
     ended = sorted((n, needed) for n, needed in tried.items() if math.isfinite(needed))
     if len(ended) < 2:
         return 0
     (a, low), (b, high) = ended[-2:]
     slope = (high - low) / (b - a)
-    # Where activations are lost in the noise there is no line to follow.
+    # Without a slope (activations smaller than the noise) there is no prediction: double.
     return b + int((limit - high) // slope) if slope > 0 else 2 * b
 
 
@@ -176,7 +173,7 @@ def _gb(needed: float) -> str:
 
 
 class _Trial:
-    """Windows of one and of n samples that change nothing."""
+    """Runs windows of one and of n samples that change nothing."""
 
     def __init__(
         self,
@@ -196,10 +193,10 @@ class _Trial:
         return self._collate([self._sample] * size)
 
     def run(self, size: int) -> tuple[float, float]:
-        """Bytes in use with a gradient in memory, and at the peak of `size` samples beside it; inf
-        where memory ran out.
+        """(bytes with a gradient in memory, peak bytes of `size` samples on top); inf if memory ran
+        out.
 
-        Optimizer state that is not there yet is counted. The most of any rank, so equal on all.
+        Counts optimizer state that does not exist yet. The maximum over ranks, so equal on all.
         """
         engine = self._engine
         held, needed = 0.0, math.inf
@@ -216,14 +213,12 @@ class _Trial:
             if engine.equal_micro_batches:
                 raise EngineError(
                     f"batch_size=auto: {size} samples ran out of memory, and {engine.name} cannot "
-                    "go on where one process "
-                    "has failed; give batch_size as a number below that"
+                    "go on after one process has failed; give batch_size as a number below that"
                 ) from error
             engine.abort_micro_batch(error)
         if not engine.equal_micro_batches:
-            engine.discard_local_grads(
-                [self._model]
-            )  # not exchanged: a rank that failed would have nothing to exchange
+            # Without an exchange: a rank that failed has nothing to exchange.
+            engine.discard_local_grads([self._model])
         engine.discard_window_grads(self._optimizer.accelerated)
         most = engine.all_gather_floats([held + self._reserve, needed + self._reserve]).max(axis=0)
         return float(most[0]), float(most[1])
@@ -232,7 +227,7 @@ class _Trial:
         engine = self._engine
         is_last = engine.equal_micro_batches and not is_first
         with engine.microbatch((self._model,), is_first, is_last):
-            # Times 0, so that no loss scale makes an inf.
+            # Times 0: with a loss scale the gradient might overflow.
             engine.backward(causal_lm_loss(self._model, engine.to_device(batch)) * 0.0)
 
     @contextlib.contextmanager

@@ -1,9 +1,8 @@
-"""What a micro-batch costs on this device: a few timed forwards and backwards, once per model and
-device.
+"""Measure the cost of micro-batches on this device: a few timed forwards and backwards.
 
 Time is modelled as `fixed + token * tokens + square * sum of length ** 2` (`window_plan.Cost`, in
-the cost of one token); the coefficients are fitted by least squares and kept in the cache, so that
-a run continued later cuts its windows as before.
+units of one token). The coefficients are fitted by least squares, once per model and device, and
+cached, so that a continued run cuts its windows as before. Knows no configuration.
 """
 
 from __future__ import annotations
@@ -34,8 +33,7 @@ def measured_cost(
 
     Args:
         model: as the forward runs it, in training mode, on its device, whole (not sharded).
-        max_tokens, max_seq_len: the largest micro-batch and sample there will be; nothing larger is
-            tried.
+        max_tokens, max_seq_len: the largest micro-batch and sample; nothing larger is tried.
         precision: the autocast dtype, part of the cache's key.
     """
     path = cache_dir() / "costs" / f"{_key(model, max_tokens, max_seq_len, precision)}.json"
@@ -44,13 +42,13 @@ def measured_cost(
     shapes = sorted({(rows, length) for rows, length in _shapes(max_tokens, max_seq_len)})
     seconds = [seconds_of(model, rows, length) for rows, length in shapes]
     terms = np.array([[1.0, rows * length, rows * length**2] for rows, length in shapes])
-    # Relative errors count: a small micro-batch's fixed cost matters as much as a large one's
-    # tokens.
+    # Fit relative errors: the fixed cost of a small micro-batch matters as much as the tokens of a
+    # large one.
     weights = 1 / np.array(seconds)
     fixed, token, square = np.linalg.lstsq(
         terms * weights[:, None], np.ones(len(shapes)), rcond=None
     )[0]
-    if token <= 0:  # too noisy to tell; the tokens of the largest shape then stand for everything
+    if token <= 0:  # too noisy: charge everything to the tokens of the largest shape
         token, square = max(seconds) / terms[:, 1].max(), 0.0
     cost = Cost(fixed=max(0.0, float(fixed / token)), square=max(0.0, float(square / token)))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,8 +59,8 @@ def measured_cost(
 
 
 def seconds_of(model: torch.nn.Module, rows: int, length: int) -> float:
-    """Seconds of one forward and backward of `rows` samples of `length` tokens: the least of a few,
-    gradients dropped."""
+    """Seconds of one forward and backward of `rows` samples of `length` tokens: the minimum of a
+    few. Gradients are dropped."""
     device = next(model.parameters()).device
     ids = torch.zeros((rows, length), dtype=torch.int64, device=device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
@@ -81,7 +79,7 @@ def seconds_of(model: torch.nn.Module, rows: int, length: int) -> float:
 
 @contextlib.contextmanager
 def _without_trace(model: torch.nn.Module) -> Iterator[None]:
-    """Leave random generators as they were, and no gradient."""
+    """Restore the random generators and drop gradients."""
     on_gpu = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=on_gpu):
         yield

@@ -1,8 +1,8 @@
-"""How windows become micro-batches here: from the configuration, the model and this machine to a
-`Cut`.
+"""Choose a `Cut` from configuration, model and hardware.
 
-Padded or packed, the micro-batch that fits, what micro-batches cost, the processes' shares. Some of
-it is measured on all processes together, so each of them must call.
+Decides padded or packed, the largest micro-batch, the cost model and the shares of the processes.
+Some of it is measured on all processes together, so each of them must call. Knows nothing of the
+training loop.
 """
 
 from __future__ import annotations
@@ -20,37 +20,35 @@ from accum_trainer.errors import ConfigError
 from accum_trainer.lm.model import is_flash
 from accum_trainer.losses.packing import find_packing, worst_of
 from accum_trainer.sources.collating import PaddingCollator
-from accum_trainer.speed.batch_size import Fit, find_batch_size
+from accum_trainer.speed.batch_size import FoundBatchSize, find_batch_size
 from accum_trainer.speed.cost import measured_cost, seconds_of
 from accum_trainer.window_plan import Cost, Cut
 
-# Without a GPU launching a kernel costs little, and a micro-batch need not be large to be worth it.
+# On a CPU starting a kernel costs little, so small micro-batches are worth it.
 _CPU_COST = Cost(fixed=32.0, square=1e-3)
 
 
 @dataclass(frozen=True)
 class Cutting:
-    """A cut and how it came about.
+    """A cut and the reasons for it.
 
     Attributes:
-        cut: how windows become micro-batches.
         layout_reason: why samples are padded, or packed.
-        fit: the micro-batch that was found for `batch_size=auto`.
+        found_batch_size: the result for `batch_size=auto`, else None.
     """
 
     cut: Cut
     layout_reason: str
-    fit: Fit | None
+    found_batch_size: FoundBatchSize | None
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How samples lie in a micro-batch.
+    """The arrangement of samples in a micro-batch.
 
     Attributes:
         packed: end to end in one row; else padded to a rectangle.
-        reason: why.
-        boundaries: what a packed batch gives the model beside `position_ids`.
+        boundaries: keys that a packed batch gives the model beside `position_ids`.
     """
 
     packed: bool
@@ -61,16 +59,17 @@ class Layout:
 def decide_layout(
     config: TrainConfig, accumulator: Accumulator, model: Any, rows: TokenizedRows
 ) -> Layout:
-    """Padded or packed. Packed pays where attention skips what is between samples; and only a proof
-    allows it. Collective.
+    """Decide padded or packed. Collective.
 
-    By the kind of attention, not by a timing: the same on every machine that a run is continued on.
+    Packing pays if attention skips pairs of different samples, and is allowed only if a proof shows
+    that the model keeps them apart. The kind of attention decides, not a timing, so that a
+    continued run decides the same on another machine.
 
     Args:
         model: as `Accumulator.prepare` returned it, not compiled.
 
     Raises:
-        ConfigError: `layout=packed`, and the model does not keep packed samples apart.
+        ConfigError: `layout=packed`, but the model does not keep packed samples apart.
     """
     engine = accumulator.engine
     plain_model = engine.unwrap(model)
@@ -105,8 +104,7 @@ def decide_layout(
     if config.layout == "packed":
         raise ConfigError(
             f"layout=packed cannot be used with model={config.model}, whose packed samples see "
-            f"each other: {found.reason}; "
-            "use layout=padded"
+            f"each other: {found.reason}; use layout=padded"
         )
     return Layout(False, f"packed samples would see each other: {found.reason}")
 
@@ -119,31 +117,30 @@ def decide_cut(
     rows: TokenizedRows,
     layout: Layout,
 ) -> Cutting:
-    """The cut that `config` asks for, or that is fastest on this machine. Collective.
+    """The cut that `config` asks for, or the fastest on this machine. Collective.
 
     Args:
         model, optimizer: as `Accumulator.prepare` returned them.
 
     Raises:
-        ConfigError: shares that are not one per process, or not even one sample that fits.
+        ConfigError: the number of shares is not that of processes, or not even one sample fits.
     """
     engine = accumulator.engine
     plain_model = engine.unwrap(model)
     if layout.packed and config.pad_to_multiple_of is not None:
         raise ConfigError(
             f"pad_to_multiple_of={config.pad_to_multiple_of} has no effect here: samples are "
-            "packed and nothing is padded "
-            f"({layout.reason}); leave it out, or use layout=padded"
+            f"packed and nothing is padded ({layout.reason}); leave it out, or use layout=padded"
         )
     multiple = config.pad_to_multiple_of or (8 if engine.device.type == "cuda" else 1)
-    fit = (
-        _find_fit(config, accumulator, model, optimizer, rows, multiple)
-        if config.batch_size == "auto"
-        else None
-    )
-    max_tokens = fit.max_tokens if fit is not None else config.max_tokens_per_micro_batch
+    found, batch_size, max_tokens = None, None, config.max_tokens_per_micro_batch
+    if isinstance(config.batch_size, str):  # auto
+        found = _find(accumulator, model, optimizer, rows, multiple)
+        max_tokens = found.max_tokens
+    else:
+        batch_size = config.batch_size
     cut = Cut(
-        None if fit is not None else config.batch_size,  # type: ignore[arg-type]
+        batch_size,
         max_tokens,
         1 if layout.packed else multiple,
         layout.packed,
@@ -151,28 +148,26 @@ def decide_cut(
         engine.equal_micro_batches,
         _rank_weights(config, engine, plain_model),
     )
-    return Cutting(cut, layout.reason, fit)
+    return Cutting(cut, layout.reason, found)
 
 
-def _find_fit(
-    config: TrainConfig,
+def _find(
     accumulator: Accumulator,
     model: Any,
     optimizer: Any,
     rows: TokenizedRows,
     multiple: int,
-) -> Fit:
-    """The largest micro-batch that fits the device, tried with padded samples of the longest
-    length."""
+) -> FoundBatchSize:
+    """The largest micro-batch that fits, tried with padded samples of the longest length."""
     longest = -(-int(rows.lengths.max()) // multiple) * multiple
-    most = accumulator.plan.micro_batch_size  # of the whole share of a process at once
+    most = accumulator.plan.micro_batch_size  # under `auto`, the whole share of a process
     collate = PaddingCollator(0, multiple)
     return find_batch_size(accumulator.engine, model, optimizer, collate, longest, most)
 
 
 def _cost(config: TrainConfig, engine: Any, model: Any, max_tokens: int | None) -> Cost:
-    """Of micro-batches, measured where the cut depends on it and one process can run the model by
-    itself."""
+    """The cost model of micro-batches: measured if the cut depends on it and one process can run
+    the model alone."""
     if max_tokens is None or engine.shards_weights:
         return _CPU_COST if engine.device.type == "cpu" else Cost()
     found = measured_cost(model, max_tokens, config.max_seq_len, engine.mixed_precision)
@@ -180,7 +175,7 @@ def _cost(config: TrainConfig, engine: Any, model: Any, max_tokens: int | None) 
 
 
 def _rank_weights(config: TrainConfig, engine: Any, model: Any) -> tuple[float, ...] | None:
-    """Shares per process, as given or by measured speed; None where they are equal."""
+    """Shares per process, as given or by measured speed; None if they are equal."""
     weights = parse_rank_weights(config.rank_weights)
     if config.rank_weights is None or engine.world_size == 1:
         if weights is not None and len(weights) != 1:
@@ -192,11 +187,10 @@ def _rank_weights(config: TrainConfig, engine: Any, model: Any) -> tuple[float, 
     if weights is None:
         if engine.shards_weights:
             raise ConfigError(
-                f"rank_weights=auto times each process by itself, which {engine.name} with its "
-                "shared weights cannot run; "
-                "give the shares as numbers"
+                f"rank_weights=auto times each process alone, which {engine.name} with its sharded "
+                "weights cannot run; give the shares as numbers"
             )
-        engine.barrier()  # all at once: what they share slows them as it will in training
+        engine.barrier()  # all at once, so that shared resources slow them as in training
         speeds = 1 / engine.all_gather_floats([seconds_of(model, 1, config.max_seq_len)])[:, 0]
         return tuple(round(float(speed), 2) for speed in speeds / speeds.min())
     if len(weights) != engine.world_size:

@@ -19,7 +19,7 @@ def run_plan(training: Training, resumed_from: Path | None) -> dict[str, Any]:
     """The contents of plan.json."""
     engine, config = training.accumulator.engine, training.config
     schedule, prepared = training.schedule, training.prepared
-    plan, cut, fit = schedule.plan, prepared.cutting.cut, prepared.cutting.fit
+    plan, cut, fit = schedule.plan, prepared.cutting.cut, prepared.cutting.found_batch_size
     model = engine.unwrap(prepared.model)
     all_parameters, trained = count_parameters(model)
     return {

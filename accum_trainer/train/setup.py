@@ -180,8 +180,8 @@ def _notes(
     prepared: PreparedModel,
 ) -> list[str]:
     notes, engine, plan = list(rows.notes), accumulator.engine, schedule.plan
-    if prepared.cutting.fit is not None:
-        notes.append(prepared.cutting.fit.describe())
+    if prepared.cutting.found_batch_size is not None:
+        notes.append(prepared.cutting.found_batch_size.describe())
     if config.use_peft and engine.mixed_precision == "no" and stored_dtype(config).itemsize < 4:
         notes.append(
             "mixed_precision=no computes in float32, so the frozen weights take twice the "

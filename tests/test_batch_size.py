@@ -1,5 +1,7 @@
-"""The micro-batch that fits is found by trying, and the search leaves nothing behind. Two
-processes: test_recovery.py."""
+"""`find_batch_size` finds the largest micro-batch by trial and leaves nothing behind.
+
+Two processes: test_recovery.py.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,7 @@ def test_sizes_double_up_to_where_the_line_ends(fits, tried):
 
 
 def test_where_the_line_bends_the_middle_is_tried():
-    """Memory runs out above 5 although nothing said so."""
+    """Memory runs out above 5, against the prediction."""
     found = search(MadeUpMemory(1e9, most=5))
     assert found.micro_batch_size == 5
     assert found.tried.keys() == {1, 2, 4, 5, 6, 8}
@@ -120,8 +122,8 @@ def test_state_that_is_there_is_not_counted_again():
 
 
 def test_resident_memory_of_real_forwards():
-    """What 1 to 8 samples take grows; with room for half of the way from 4 to 8 the answer is
-    between them."""
+    """Memory grows from 1 to 8 samples; with a limit halfway between 4 and 8, the answer is between
+    them."""
     parts = made()
 
     class Room(Memory):
