@@ -249,7 +249,8 @@ class Accumulator:
         for optimizer in self._optimizers:
             optimizer.watch_schedule(micro_batch.is_first, is_new_epoch)
         self._gradients.check()
-        self.losses.begin_micro_batch(micro_batch.is_first)
+        has_targets = micro_batch.planned.num_targets > 0
+        self.losses.begin_micro_batch(micro_batch.is_first, has_targets)
         self._models.update(models)
         try:
             with self.engine.microbatch(models, micro_batch.is_first, micro_batch.is_last):

@@ -101,13 +101,13 @@ class LossContract:
         for model in new:  # not the model inside a wrapper too: one call would be recorded twice
             self._outputs.watch(model)
 
-    def begin_micro_batch(self, is_first: bool) -> None:
+    def begin_micro_batch(self, is_first: bool, has_targets: bool) -> None:
         """Restart the count of calls; before a window, check BatchNorm's modes again.
 
         Raises:
             EngineError: as `check_batch_norm`.
         """
-        self._outputs.begin()
+        self._outputs.begin(keeps_output=not has_targets)
         if is_first:
             self.check_batch_norm()
 
@@ -191,6 +191,8 @@ class LossContract:
     def split(self, passed: Passed, has_auxiliary: bool = False) -> Split:
         """Separate a loss into its reduction, its part over targets and a router's part or None.
 
+        A mean over no target, often nan, becomes a 0 with a graph: its backward may be due.
+
         Args:
             passed: the loss, and what the user states about it.
             has_auxiliary: the user passed a second term, which replaces the router's.
@@ -200,6 +202,13 @@ class LossContract:
             DataError: the model ran on other targets than were counted; or padding changes its own
                 loss, and this batch has another length.
         """
+        reduction, loss, router = self._split(passed, has_auxiliary)
+        if reduction == MEAN and not passed.microbatch.planned.num_targets:
+            zero = self._outputs.zero()
+            loss = loss if zero is None else zero
+        return reduction, loss, router
+
+    def _split(self, passed: Passed, has_auxiliary: bool) -> Split:
         call = self._outputs.call
         made = summed_here(passed.loss)
         if made is not None:

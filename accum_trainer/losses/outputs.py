@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from accum_trainer.batch import version_of
+from accum_trainer.batch import tensors_of, version_of
 
 
 def own_loss(outputs: Any) -> torch.Tensor | None:
@@ -78,12 +78,14 @@ class Call:
         router_term: the router's loss times its coefficient, with its graph; None if there is none.
         has_unknown_router: there is a router's loss without a known coefficient.
         num_routed: calls since `begin` that returned a router's loss, including this one.
+        output: a tensor with its graph that is no loss; kept only if `begin` asked for it.
     """
 
     inputs: dict[str, Any]
     router_term: torch.Tensor | None = None
     has_unknown_router: bool = False
     num_routed: int = 0
+    output: torch.Tensor | None = None
 
 
 class OutputWatch:
@@ -96,6 +98,7 @@ class OutputWatch:
     def __init__(self) -> None:
         self.call: Call | None = None
         self._num_routed = 0
+        self._keeps_output = False
         self._own: tuple[weakref.ReferenceType[torch.Tensor], int] | None = None
         self._watched: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
@@ -115,11 +118,15 @@ class OutputWatch:
         coefficient = 0.0 if router is None else router_coefficient(model)
         term = router * coefficient if router is not None and coefficient else None
         self._num_routed += term is not None
-        self.call = Call(_named(model, args, inputs), term, coefficient is None, self._num_routed)
+        named, output = _named(model, args, inputs), None
+        if self._keeps_output:
+            output = next((t for t in tensors_of(outputs) if t.requires_grad and t.ndim > 0), None)
+        self.call = Call(named, term, coefficient is None, self._num_routed, output)
 
-    def begin(self) -> None:
+    def begin(self, keeps_output: bool = False) -> None:
         """Restart the count of calls: those before a micro-batch do not belong to it."""
         self._num_routed = 0
+        self._keeps_output = keeps_output
 
     def is_own(self, loss: torch.Tensor) -> bool:
         """Whether `loss` is the loss that a watched model returned last, unchanged."""
@@ -127,6 +134,11 @@ class OutputWatch:
         if found is None or self._own is None or version_of(found) != self._own[1]:
             return False
         return found is loss or (loss.numel() == 1 and found.data_ptr() == loss.data_ptr())
+
+    def zero(self) -> torch.Tensor | None:
+        """A 0 with the graph of the last call, also if its loss is nan; None without an output."""
+        output = None if self.call is None else self.call.output
+        return None if output is None else (output.float() * 0).nan_to_num().sum()
 
     def clear(self) -> None:
         """Let go of the last call."""

@@ -475,6 +475,53 @@ def _slope(
 
 
 @case
+def i10_a_rank_without_targets_under_the_models_own_mean() -> dict[str, Any]:
+    """The last rank's rows have no target, so that the model's own mean there is nan."""
+    rows = make_rows(8)
+    if world_size() > 1:
+        for row in rows[4:]:
+            row["labels"] = [IGNORE] * len(row["labels"])
+    mine = rows[rank() * 4 : rank() * 4 + 4] if world_size() > 1 else rows
+    acc = accumulator(2, gradient_accumulation_steps=len(mine) // 2)
+    probe = Probe(acc, make_model("llama"))
+    batches = [pad(mine[begin : begin + 2]) for begin in range(0, len(mine), 2)]
+    return compare(probe, acc.windows(iter(batches)), [rows], models_own_mean)
+
+
+@case
+def trained_parameters_change_after_prepare() -> dict[str, Any]:
+    """One layer is unfrozen, or frozen, between two windows: exact, or refused with the remedy."""
+    found = {}
+    for change in ("unfreeze", "freeze"):
+        rows = make_rows(16)
+        acc = accumulator(2, global_batch_size=8)
+        model = make_model("llama")
+        model.model.layers[0].requires_grad_(change == "freeze")
+        probe = Probe(acc, model)
+        said, errors = "", []
+        try:
+            for number, window in enumerate(acc.windows(rows, collate_fn=pad)):
+                # Also the weights that are frozen by now: they were trained before.
+                probe.pristine.load_state_dict(acc.engine.full_weights(probe.model))
+                exact = probe.exact(planned(rows, 8)[number])[1]
+                for batch in window:
+                    with acc.accumulate(probe.model):
+                        acc.backward(causal_lm_loss(probe.model, batch))
+                probe.step()
+                errors.append(relative_error(probe.stepped[-1], exact))
+                if number == 0:
+                    for module in (acc.engine.unwrap(probe.model), probe.pristine):
+                        module.model.layers[0].requires_grad_(change == "unfreeze")
+                    if change == "unfreeze" and acc.engine.can_change_trained:
+                        layer = acc.engine.unwrap(probe.model).model.layers[0]
+                        probe.optimizer.add_param_group({"params": list(layer.parameters())})
+        except EngineError as error:
+            said = str(error)
+        found[change] = {"errors": errors, "said": said}
+    return found
+
+
+@case
 def i13_tail_window_is_the_mean_of_its_own() -> dict[str, Any]:
     probe, updates = _slope([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     return {

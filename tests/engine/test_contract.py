@@ -98,6 +98,25 @@ def test_i10_no_target_in_micro_batch_rank_or_window(case):
         assert third == [2, False, "", False, pytest.approx(0.1 / 3), 0]
 
 
+def test_i10_a_rank_without_targets_adds_nothing_under_the_models_own_mean(case):
+    for result in case("i10_a_rank_without_targets_under_the_models_own_mean"):
+        assert_exact(result, 1)
+
+
+def test_parameters_frozen_or_unfrozen_after_prepare_are_exact_or_refused(case, engine):
+    can_follow = engine.startswith(("single", "fsdp"))
+    for result in case("trained_parameters_change_after_prepare"):
+        for change in ("unfreeze", "freeze"):
+            found = result[change]
+            assert max(found["errors"]) <= EXACT
+            if can_follow:
+                assert len(found["errors"]) == 2 and not found["said"]
+            else:
+                assert len(found["errors"]) == 1
+                assert "when acc.prepare() got the model" in found["said"]
+                assert "or use FSDP2" in found["said"]
+
+
 def test_i13_tail_window_of_two_is_the_mean_of_two(case):
     for result in case("i13_tail_window_is_the_mean_of_its_own"):
         assert result == {"gradients": [2.5, 5.5], "samples": [4, 2]}
