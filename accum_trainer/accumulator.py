@@ -18,7 +18,7 @@ from accum_trainer.batch_plan import BatchPlan
 from accum_trainer.engine.base import Settings
 from accum_trainer.engine.build import build_engine
 from accum_trainer.errors import AccumTrainerError, ConfigError, EngineError
-from accum_trainer.guards import GradientWatch, TrainedWatch, refuse_schedulers
+from accum_trainer.guards import LoopGuard, discard_unowned_grads
 from accum_trainer.losses.contract import LossContract, Passed
 from accum_trainer.losses.objective import MEAN, SUM
 from accum_trainer.losses.targets import CountTargets
@@ -111,8 +111,7 @@ class Accumulator:
         self._optimizers: list[PreparedOptimizer] = []
         self._models: set[torch.nn.Module] = set()
         self._sources = Remembered()
-        self._gradients, self._trained = GradientWatch(), TrainedWatch()
-        self._reader: WindowReader | None = None  # of the epoch in progress
+        self._guard = LoopGuard(self.engine)
         self._stop = False
 
     @property
@@ -137,7 +136,7 @@ class Accumulator:
         """
         ready, optimizers, models = prepare_all(self, objects)
         self.losses.watch(models)
-        self._trained.note(models)
+        self._guard.watch(models, optimizers)
         self._optimizers += optimizers
         return ready[0] if len(ready) == 1 else ready
 
@@ -161,27 +160,20 @@ class Accumulator:
 
         Args:
             source: a map-style data set (windows in the global order from `seed` and epoch); a
-                DataLoader (its batches in its order, dealt to the processes in turn, each sample
-                once; one that is sharded already is taken as it is); or any iterable of this
-                process's batches.
+                DataLoader (its batches in its order, dealt to the processes in turn; one that is
+                sharded already is taken as it is); or an iterable of this process's batches.
             collate_fn: samples to a batch, for a data set; torch's default otherwise.
-            count_targets: how many terms the loss of a batch sums (or averages) over; the sum of
-                their weights where it weighs them. Default: what the model's own loss averages
-                over, found and proven on the first batch (`losses.objective`).
-            lengths: tokens of each sample of a data set, shape (samples,); lets the cut avoid
-                padding.
-            seed: of the global order; also of a DataLoader's RandomSampler that has no generator.
+            count_targets: terms that a batch's loss sums or averages over, or the sum of their
+                weights. Default: found and proven on the first batch (`losses.objective`).
+            lengths: tokens of each sample, shape (samples,); lets the cut avoid padding.
+            seed: of the global order, and of a DataLoader's sampler without a generator.
             shuffle: False keeps a data set's own order.
-            num_workers: processes that load samples of a data set. What they read, as with
-                `prefetch` and the workers of a DataLoader, is asked for before the update of the
-                window in hand, so that nothing waits and, on several processes, the counts of both
-                take one exchange.
-            shard: (i, n) trains on every n-th sample of a data set's global order, from the i-th: a
-                share of the data for a training of its own, not this process's part of a window.
-            cut: how the windows of a data set become micro-batches, where it shall not be by B
-                alone.
-            prefetch: make each window of a data set in a thread while the one before it is trained
-                on; for data whose `__getitem__` draws no random numbers.
+            num_workers: processes that load samples of a data set ahead of training.
+            shard: (i, n) trains on every n-th sample of the global order, from the i-th: a share
+                of the data for an independent run, not this process's part of a window.
+            cut: how windows of a data set become micro-batches; default: by B.
+            prefetch: make the next window of a data set in a thread; its `__getitem__` must not
+                use the global random generators.
 
         Returns:
             `Windows`: iterate once per epoch; `len()` where known; `state_dict()` and
@@ -245,10 +237,7 @@ class Accumulator:
             raise AccumTrainerError(
                 "accumulate() ran before for this micro-batch, whose gradient would count twice"
             )
-        is_new_epoch, self._reader = window.reader is not self._reader, window.reader
-        for optimizer in self._optimizers:
-            optimizer.watch_schedule(micro_batch.is_first, is_new_epoch)
-        self._gradients.check()
+        self._guard.before_micro_batch(window)
         has_targets = micro_batch.planned.num_targets > 0
         self.losses.begin_micro_batch(micro_batch.is_first, has_targets)
         self._models.update(models)
@@ -270,9 +259,8 @@ class Accumulator:
                 "there, not loss.backward() or accelerator.backward(loss), or this micro-batch has "
                 "the wrong weight"
             )
-        if not micro_batch.is_last:
-            self._gradients.note(self._models)
-        elif not self._optimizers:
+        self._guard.after_micro_batch(window, self._models)
+        if micro_batch.is_last and not self._optimizers:
             self._finish_for_accelerate(window)
 
     def backward(
@@ -307,7 +295,7 @@ class Accumulator:
             raise AccumTrainerError(
                 f"reduction={reduction!r} is not known; say whether the loss is a `sum` or a `mean`"
             )
-        counter = window.counter
+        counter = window.reader.counter
         passed = Passed(
             loss, reduction, window.micro_batch, counter.objective, counter.given is not None
         )
@@ -349,7 +337,7 @@ class Accumulator:
             self.engine.discard_window_grads(optimizer.accelerated)
             table = self.engine.all_gather_floats(end_row(window, self._stop))
             grad_norm, stepped, reason = math.nan, False, "empty"
-        self._discard_unowned(optimizer)
+        discard_unowned_grads(optimizer, self._models)
         update = self._conclude(window, table, grad_norm, stepped, reason)
         self.last_optimizer = optimizer
         if scheduler is not None and stepped:
@@ -370,9 +358,7 @@ class Accumulator:
         if self.window is not None:  # the loop broke out of it; its gradient is void
             for optimizer in self._optimizers:
                 self.engine.discard_window_grads(optimizer.accelerated)
-        self._gradients.forget()
-        self._trained.check(self.engine)
-        refuse_schedulers(self.accelerator, self.engine.world_size)
+        self._guard.before_window()
         self.window = Window(counted, reader, progress, self.engine, self._oom, self.num_updates)
         return self.window
 
@@ -391,14 +377,6 @@ class Accumulator:
             )
         table = self.engine.end_window(end_row(window, self._stop))
         self._conclude(window, table, math.nan, True, "")
-
-    def _discard_unowned(self, optimizer: PreparedOptimizer) -> None:
-        """Parameters of the models that the optimizer does not hold start each window at zero."""
-        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for model in self._models:
-            for parameter in model.parameters():
-                if parameter.grad is not None and id(parameter) not in owned:
-                    parameter.grad = None
 
     def _conclude(
         self, window: Window, table: np.ndarray, grad_norm: float, stepped: bool, reason: str

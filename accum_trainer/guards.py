@@ -141,3 +141,53 @@ class TrainedWatch:
                     f"{engine.name} reduces the gradients of the parameters that were trained "
                     "then. Freeze or unfreeze before acc.prepare(), or use FSDP2"
                 )
+
+
+class LoopGuard:
+    """All watches of one accumulator."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._gradients, self._trained = GradientWatch(), TrainedWatch()
+        self._schedules: list[ScheduleWatch] = []
+        self._reader: Any = None  # of the epoch in progress
+
+    def watch(self, models: Sequence[torch.nn.Module], optimizers: Sequence[Any]) -> None:
+        """Watch what `prepare` returned."""
+        self._trained.note(models)
+        self._schedules += [ScheduleWatch(o.optimizer, o) for o in optimizers]
+
+    def before_window(self) -> None:
+        """Raise an EngineError or ConfigError for what would make the next window wrong."""
+        self._gradients.forget()
+        self._trained.check(self._engine)
+        refuse_schedulers(self._engine.accelerator, self._engine.world_size)
+
+    def before_micro_batch(self, window: Any) -> None:
+        """Raise an AccumTrainerError for what happened since the micro-batch before."""
+        is_new_epoch, self._reader = window.reader is not self._reader, window.reader
+        for schedule in self._schedules:
+            if window.micro_batch.is_first:
+                schedule.note(search=is_new_epoch)
+            else:
+                schedule.check()
+        self._gradients.check()
+
+    def after_micro_batch(self, window: Any, models: Iterable[torch.nn.Module]) -> None:
+        """Remember the gradients so far; after the last micro-batch a loop may change them."""
+        if not window.micro_batch.is_last:
+            self._gradients.note(models)
+
+
+def discard_unowned_grads(
+    optimizer: torch.optim.Optimizer, models: Iterable[torch.nn.Module]
+) -> None:
+    """Drop the gradients of parameters that the optimizer does not hold.
+
+    They would be part of a later window, if the parameters join an optimizer by then.
+    """
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for model in models:
+        for parameter in model.parameters():
+            if parameter.grad is not None and id(parameter) not in owned:
+                parameter.grad = None

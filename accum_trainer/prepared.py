@@ -9,7 +9,6 @@ import torch
 from torch.utils.data import DataLoader
 
 from accum_trainer.errors import AccumTrainerError, EngineError
-from accum_trainer.guards import ScheduleWatch
 
 
 class PreparedOptimizer(torch.optim.Optimizer):
@@ -25,7 +24,6 @@ class PreparedOptimizer(torch.optim.Optimizer):
     ) -> None:  # the base class must not run: it owns nothing
         self._accumulator = accumulator
         self.accelerated = accelerated
-        self._schedule = ScheduleWatch(self.optimizer, self)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -43,14 +41,6 @@ class PreparedOptimizer(torch.optim.Optimizer):
     @property
     def defaults(self) -> Any:  # type: ignore[override]
         return self.optimizer.defaults
-
-    def watch_schedule(self, is_first: bool, is_new_epoch: bool) -> None:
-        """Raise an AccumTrainerError if the learning rate was stepped since the window's first
-        micro-batch."""
-        if is_first:
-            self._schedule.note(is_new_epoch)
-        else:
-            self._schedule.check()
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Finish the window if its last micro-batch is done; else nothing."""

@@ -27,7 +27,7 @@ from accum_trainer.errors import AccumTrainerError, DataError
 from accum_trainer.losses.targets import targets_in
 from accum_trainer.oom import OomRecovery
 from accum_trainer.sources.progress import Progress
-from accum_trainer.window_reader import CountedWindow, Counter, WindowReader
+from accum_trainer.window_reader import CountedWindow, WindowReader
 
 logger = logging.getLogger(__name__)
 
@@ -139,17 +139,8 @@ class Window:
         )
         planned = [Planned(batch, count, weight, auxiliary) for batch, count in pairs]
         # A rank that is short runs its filler with weight 0, because the others wait for it.
-        missing = self._num_to_run(counted) - len(planned)
-        return [Planned(counted.share.filler, 0, 0.0, 0.0)] * missing + planned
-
-    def _num_to_run(self, counted: CountedWindow) -> int:
         most = counted.most_micro_batches if self._engine.equal_micro_batches else 1
-        return max(most, len(counted.targets))
-
-    @property
-    def counter(self) -> Counter:
-        """How its targets were counted."""
-        return self.reader.counter
+        return [Planned(counted.share.filler, 0, 0.0, 0.0)] * (most - len(planned)) + planned
 
     @property
     def is_complete(self) -> bool:
@@ -201,7 +192,9 @@ class Window:
             seen = loss.detach()
             seen = seen if seen.device.type == "mps" else seen.double()  # mps has no float64
             self.loss_sum = self.loss_sum + seen * terms
-        elif auxiliary is None and not self._others_wait():
+        elif auxiliary is None and not (
+            self.micro_batch.is_last or self._engine.equal_micro_batches
+        ):
             return None  # a mean over no target is nan, and must not touch the gradient
         elif self.num_targets > 0 and not bool(loss.isfinite()):  # but here a backward is due
             loss = self._zero(loss, auxiliary)
@@ -215,10 +208,6 @@ class Window:
                 "processes wait for its backward; make it 0, as with total / count.clamp(min=1)"
             )
         return torch.zeros_like(auxiliary)
-
-    def _others_wait(self) -> bool:
-        assert self.micro_batch is not None
-        return self.micro_batch.is_last or self._engine.equal_micro_batches
 
     def check_accumulated(self, num_due: int | None = None) -> None:
         """Raise an AccumTrainerError unless every micro-batch due so far went through
@@ -295,7 +284,7 @@ class Window:
     def _halves(self, planned: Planned) -> list[Planned]:
         """Two micro-batches with the gradient of one; DataError if its targets do not add up."""
         batches = halve(planned.batch)
-        targets = [self.counter(batch) if planned.weight else 0 for batch in batches]
+        targets = [self.reader.counter(batch) if planned.weight else 0 for batch in batches]
         if planned.weight and not math.isclose(sum(targets), planned.num_targets, rel_tol=1e-6):
             raise DataError(
                 f"count_targets finds {planned.num_targets} targets in it, and {targets[0]} and "
