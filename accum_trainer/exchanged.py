@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from accum_trainer.errors import DataError
+
 
 class WindowCounts(NamedTuple):
     """Counts of one rank's share of a window, exchanged before the window begins.
@@ -40,6 +42,37 @@ class WindowCounts(NamedTuple):
     def from_rows(cls, table: np.ndarray) -> list[WindowCounts]:
         """Every rank's counts, from shape (ranks, columns); columns that are missing are 0."""
         return [cls(*row) for row in table.tolist()]
+
+
+def check_read(counts: list[WindowCounts]) -> None:
+    """Raise a DataError if a rank could not read, or has no batch to run while others have."""
+    for rank, one in enumerate(counts):
+        if one.has_failed:
+            raise DataError(
+                f"process {rank} could not read its next window; its own message says why"
+            )
+    if not any(one.num_micro_batches for one in counts):
+        return
+    for rank, one in enumerate(counts):
+        if one.has_nothing and not one.num_micro_batches:
+            raise DataError(
+                f"process {rank} has no batch at all while others have; give every process at "
+                "least one batch, or a DataLoader that is dealt to them"
+            )
+
+
+def check_own_data(fingerprints: list[float]) -> None:
+    """Raise a DataError if two ranks were given the same stream; 0 says too little to tell."""
+    for number in fingerprints:
+        ranks = [rank for rank, other in enumerate(fingerprints) if number and other == number]
+        if len(ranks) > 1:
+            raise DataError(
+                f"processes {', '.join(map(str, ranks[:-1]))} and {ranks[-1]} read the same "
+                f"batches, which would count as {len(ranks)} times as much data. Give each process "
+                "its own, as in itertools.islice(stream, rank, None, "
+                f"{len(fingerprints)}), or pass a DataLoader, whose batches are dealt to the "
+                "processes"
+            )
 
 
 class WindowEnd(NamedTuple):

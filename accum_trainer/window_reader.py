@@ -13,7 +13,7 @@ import numpy as np
 
 from accum_trainer.batch import Batch, num_samples, num_tokens
 from accum_trainer.errors import DataError
-from accum_trainer.exchanged import WindowCounts
+from accum_trainer.exchanged import WindowCounts, check_own_data, check_read
 from accum_trainer.losses.contract import LossContract
 from accum_trainer.losses.objective import Objective
 from accum_trainer.losses.targets import CountTargets
@@ -118,12 +118,12 @@ class WindowReader:
             counts = WindowCounts.from_rows(table)
         if read.error is not None:
             raise read.error
-        _check_read(counts)
+        check_read(counts)
         if not any(one.num_micro_batches for one in counts):
             return None
         fingerprints = [one.fingerprint for one in counts]
         if not self._is_alike:
-            _check_own_data(fingerprints)
+            check_own_data(fingerprints)
         elif len(set(fingerprints)) > 1 or read.share is None:
             raise DataError(
                 "the processes read different data: each would train on batches the others also "
@@ -199,34 +199,3 @@ def _counts_of(share: WindowShare, targets: list[float], can_read_ahead: bool) -
         can_read_ahead=can_read_ahead,
         has_nothing=share.filler is None,
     )
-
-
-def _check_read(counts: list[WindowCounts]) -> None:
-    """Every rank could read, and none has to wait for the others without a batch to run."""
-    for rank, one in enumerate(counts):
-        if one.has_failed:
-            raise DataError(
-                f"process {rank} could not read its next window; its own message says why"
-            )
-    if not any(one.num_micro_batches for one in counts):
-        return
-    for rank, one in enumerate(counts):
-        if one.has_nothing and not one.num_micro_batches:
-            raise DataError(
-                f"process {rank} has no batch at all while others have; give every process at "
-                "least one batch, or a DataLoader that is dealt to them"
-            )
-
-
-def _check_own_data(fingerprints: list[float]) -> None:
-    """No two ranks were given the same stream; 0 is a rank that has read too little to tell."""
-    for number in fingerprints:
-        ranks = [rank for rank, other in enumerate(fingerprints) if number and other == number]
-        if len(ranks) > 1:
-            raise DataError(
-                f"processes {', '.join(map(str, ranks[:-1]))} and {ranks[-1]} read the same "
-                f"batches, which would count as {len(ranks)} times as much data. Give each process "
-                "its own, as in itertools.islice(stream, rank, None, "
-                f"{len(fingerprints)}), or pass a DataLoader, whose batches are dealt to the "
-                "processes"
-            )
