@@ -291,6 +291,10 @@ class Accumulator:
                 "backward() outside accumulate(); write `with acc.accumulate(model): "
                 "acc.backward(loss)`"
             )
+        if not isinstance(loss, torch.Tensor):
+            raise AccumTrainerError(
+                f"backward() got {loss!r}, no loss; a model returns one only if it gets labels"
+            )
         if reduction not in (None, SUM, MEAN):
             raise AccumTrainerError(
                 f"reduction={reduction!r} is not known; say whether the loss is a `sum` or a `mean`"

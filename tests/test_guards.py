@@ -13,7 +13,7 @@ import torch
 from torch.optim.lr_scheduler import ConstantLR, MultiStepLR, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from accum_trainer import AccumTrainerError, Accumulator
+from accum_trainer import AccumTrainerError, Accumulator, DataError
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -240,3 +240,48 @@ def test_a_window_whose_mean_is_over_no_target_is_skipped_and_said():
     assert acc.last_update.skipped and acc.last_update.reason == "empty"
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, before[name])
+
+
+def tiny_llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config)
+
+
+def llama_batches(acc, labels=True, **options):
+    ids = torch.arange(4 * 6).view(4, 6) % 32
+    rows = [{"input_ids": row} | ({"labels": row} if labels else {}) for row in ids]
+    return acc.batches(DataLoader(rows, batch_size=2), **options)
+
+
+@pytest.mark.parametrize("scale", [lambda loss: loss / 2, lambda loss: 0.5 * loss])
+@pytest.mark.parametrize("reduction", [None, "mean"])
+def test_the_models_loss_divided_by_k_is_refused_with_the_reason(scale, reduction):
+    acc = Accumulator(micro_batch_size=2, gradient_accumulation_steps=2)
+    model = tiny_llama()
+    model, _ = acc.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(AccumTrainerError, match="own loss, divided or multiplied by a number"):
+        for batch in llama_batches(acc):
+            with acc.accumulate(model):
+                acc.backward(scale(model(**batch).loss), reduction=reduction)
+
+
+def test_forgotten_labels_are_named_at_every_step():
+    acc = Accumulator(micro_batch_size=2, gradient_accumulation_steps=2)
+    model = tiny_llama()
+    model, _ = acc.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(DataError, match="add labels"):
+        next(iter(llama_batches(acc, labels=False)))
+    counted = llama_batches(acc, labels=False, count_targets=lambda b: b["input_ids"].numel())
+    with pytest.raises(AccumTrainerError, match="got None, no loss; a model returns one only if"):
+        for batch in counted:
+            with acc.accumulate(model):
+                acc.backward(model(**batch).loss)

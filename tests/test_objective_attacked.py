@@ -119,9 +119,9 @@ def in_place(make):
         (masked_anew_ours, "causal_lm_loss ran on .* were counted in the micro-batch before"),
         (masked_in_place, "the model ran on .* Change them in collate_fn"),
         (without_a_row, "the model ran on .* the loop changed labels or samples"),
-        (in_place(own), "neither causal_lm_loss nor what the model returned, unchanged"),
+        (in_place(own), "the model's own loss, divided or multiplied by a number"),
         (in_place(ours), "neither causal_lm_loss nor what the model returned, unchanged"),
-        (without_labels, "neither causal_lm_loss nor what the model returned"),
+        (without_labels, "the model's own loss, divided or multiplied by a number"),
         (lambda m, b: (m(**b, num_items_in_batch=30).loss,), "called with num_items_in_batch"),
         (
             lambda m, b: (m(**b, shift_labels=b["labels"].roll(-1, 1)).loss,),

@@ -215,6 +215,11 @@ class LossContract:
             return self._summed(passed, made.labels, call, has_auxiliary)
         if call is not None and self._outputs.is_own(passed.loss):
             return self._own(passed, call)
+        if passed.reduction != SUM and self._outputs.is_scaled_own(passed.loss):
+            raise AccumTrainerError(
+                "backward() got the model's own loss, divided or multiplied by a number; pass it "
+                "as the model returned it: the division by K, too, is part of its weight here"
+            )
         if passed.reduction is None:
             raise AccumTrainerError(
                 "backward() got a loss that is neither causal_lm_loss nor what the model returned, "
@@ -301,8 +306,8 @@ class LossContract:
         else:
             remedy = f'pass the sum of your loss over targets with reduction="sum", or {REMEDY}'
         raise AccumTrainerError(
-            f"the model's own loss is not known to be a mean over targets: it {_why(objective)}; "
-            f"{remedy}"
+            f"the model's own loss is not known to be a mean over targets, for it "
+            f"{_why(objective)}; {remedy}"
         )
 
     def _router(self, call: Call | None, has_auxiliary: bool) -> torch.Tensor | None:

@@ -179,7 +179,9 @@ def find_objective(
         words = f"{type(error).__name__}: {str(error).strip()[:200]}"
         return replace(likeliest, reason=f"cannot be proven: {words}")
     if seen is None:
-        return replace(likeliest, reason="the model returns none")
+        return replace(
+            likeliest, reason="is not there: the model returned no loss, as without labels"
+        )
     if count_targets is None:
         candidates = _without_shift_or_with(candidates, probe, seen)
         likeliest = replace(likeliest, counting=candidates[0], is_only_way=len(candidates) == 1)

@@ -100,6 +100,7 @@ class OutputWatch:
         self._num_routed = 0
         self._keeps_output = False
         self._own: tuple[weakref.ReferenceType[torch.Tensor], int] | None = None
+        self._own_node: Any = None  # in the graph, also after the loss itself is gone
         self._watched: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
     def watch(self, model: torch.nn.Module) -> None:
@@ -115,6 +116,7 @@ class OutputWatch:
             return  # a proof or an evaluation: nothing to differentiate
         loss, router = own_loss(outputs), router_loss(outputs)
         self._own = None if loss is None else (weakref.ref(loss), version_of(loss))
+        self._own_node = None if loss is None else loss.grad_fn
         coefficient = 0.0 if router is None else router_coefficient(model)
         term = router * coefficient if router is not None and coefficient else None
         self._num_routed += term is not None
@@ -135,6 +137,17 @@ class OutputWatch:
             return False
         return found is loss or (loss.numel() == 1 and found.data_ptr() == loss.data_ptr())
 
+    def is_scaled_own(self, loss: torch.Tensor) -> bool:
+        """Whether `loss` is the loss that a watched model returned last, times a number."""
+        node: Any = loss.grad_fn
+        while self._own_node is not None and node is not None:
+            if node is self._own_node:
+                return node is not loss.grad_fn
+            inputs = [function for function, _ in node.next_functions if function is not None]
+            is_product = node.name().startswith(("DivBackward", "MulBackward"))
+            node = inputs[0] if is_product and len(inputs) == 1 else None
+        return False
+
     def zero(self) -> torch.Tensor | None:
         """A 0 with the graph of the last call, also if its loss is nan; None without an output."""
         output = None if self.call is None else self.call.output
@@ -142,4 +155,4 @@ class OutputWatch:
 
     def clear(self) -> None:
         """Let go of the last call."""
-        self._own = self.call = None
+        self._own = self.call = self._own_node = None

@@ -115,7 +115,8 @@ def _integer_labels(batch: Any) -> torch.Tensor:
     have = f"the keys {sorted(map(str, batch))}" if is_mapping else f"type {type(batch).__name__}"
     raise DataError(
         f"cannot count the targets of a batch with {have}: no integer `labels`; "
-        "pass count_targets=function(batch) -> number of terms that your loss sums or averages over"
+        "add labels (for a causal model a copy of input_ids, -100 for what is not to be learned), "
+        "or pass count_targets=function(batch) -> terms that your loss sums or averages over"
     )
 
 
