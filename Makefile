@@ -1,21 +1,31 @@
-# make demo    train the embedded default three ways and leave a picture in runs/demo/
-# make test    run all tests
-# make check   ruff and mypy
-# make bench   benchmarks against peers (installs them)
-# make gpu     what only a GPU can show, in 20 minutes at most: benchmarks/results/gpu-<name>.md
-# make clean   remove what was built
+# make demo       train the embedded default three ways and leave a picture in runs/demo/
+# make test       run the tests: every situation, at most 12 minutes on 2 cores
+# make quick      arithmetic, windows, single, DDP, wrong input: at most 90 seconds
+# make test-long  the remaining points of the long grids; make test does not repeat them
+# make check      ruff and mypy
+# make bench      benchmarks against peers (installs them)
+# make gpu        what only a GPU can show, in 20 minutes at most: benchmarks/results/gpu-<name>.md
+# make clean      remove what was built
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check bench gpu clean
+.PHONY: demo test quick test-long check bench gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not long"
+
+quick: $(INSTALLED)
+	$(PYTEST) -m "quick and not long"
+
+test-long: $(INSTALLED)
+	$(PYTEST) -m long
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

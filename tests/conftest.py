@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
+import time
+from pathlib import Path
 
 import pytest
 
@@ -13,8 +16,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing here may reach a hub, and tokenizers must not warn about forks.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# DeepSpeed compiles an extension once. In the user's cache, two clones would compile it in turn,
+# and a build that was killed leaves a lock for which all later processes wait without end.
+EXTENSIONS = Path(__file__).parents[1] / ".pytest_cache" / "torch_extensions"
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(EXTENSIONS))
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    for lock in EXTENSIONS.glob("*/lock"):
+        lock.unlink()
 
-# The longest files first (minutes each), so that two workers end together.
+# The longest files first, so that two workers end together (CPU seconds, measured).
 LONG = (
     "engine/test_contract",
     "test_docs",
@@ -33,12 +43,47 @@ LONG = (
     "end_to_end/test_slurm",
     "end_to_end/test_resume",
 )
+# The inner loop: arithmetic, windows, single and DDP, wrong input.
+QUICK = (
+    "test_batch_plan",
+    "test_window_plan",
+    "test_sources",
+    "test_accumulator",
+    "test_norm",
+    "test_structure",
+    "engine/test_contract",
+    "end_to_end/test_wrong_input",
+)
+BEGUN = time.monotonic()
+
+
+def _file(item):
+    return item.nodeid.split("::")[0].removeprefix("tests/").removesuffix(".py")
+
+
+def _is_quick(item):
+    engine = getattr(getattr(item, "callspec", None), "params", {}).get("engine_results", "single")
+    return _file(item) in QUICK and engine in ("single", "ddp")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_itemcollected(item):
+    """Markers are set before `-m` is applied."""
+    if _is_quick(item):
+        item.add_marker(pytest.mark.quick)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    places = {f"tests/{name}.py": place for place, name in enumerate(LONG)}
-    items.sort(key=lambda item: places.get(item.nodeid.split("::")[0], len(LONG)))
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(_file(item), len(LONG)))
+
+
+def pytest_terminal_summary(terminalreporter):
+    wall = time.monotonic() - BEGUN
+    used = [resource.getrusage(of) for of in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    cpu = sum(one.ru_utime + one.ru_stime for one in used)
+    terminalreporter.write_line(f"took {wall:.0f} s, {cpu:.0f} s of CPU")
 
 
 @pytest.fixture

@@ -177,10 +177,26 @@ def undisturbed() -> Any:
     return {policy: train({}, recover_from_oom=policy) for policy in ("never", "auto", "always")}
 
 
+RANKS = ((0,), (1,), (0, 1))  # one alone, the other, both
+
+
 @case
 def ddp_always() -> Any:
-    """Anywhere in a window, on one rank alone, on the other, on both."""
-    return everywhere(((0,), (1,), (0, 1)), range(K), recover_from_oom="always")
+    """Anywhere in a window; each point and each place in the window on every choice of ranks once,
+    as in a Latin square."""
+    found = {}
+    for place, point in enumerate(POINTS):
+        for number in range(K):
+            ranks = RANKS[(place + number) % len(RANKS)]
+            result = train({(0, number): point}, ranks, recover_from_oom="always")
+            found[f"{point} of {number} on {ranks}"] = result
+    return found
+
+
+@case
+def ddp_always_on_all() -> Any:
+    """The whole grid of it."""
+    return everywhere(RANKS, range(K), recover_from_oom="always")
 
 
 @case

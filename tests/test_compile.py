@@ -96,6 +96,7 @@ def test_without_a_compiler_one_message_and_no_folder(tmp_path):
         "--output-dir",
         tmp_path / "run",
         CXX="/no/such/compiler",
+        fresh=True,  # read when torch's compiler is imported
     )
     assert run.returncode == 2
     assert (

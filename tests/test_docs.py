@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from tests.launching import ROOT, environment
+from tests.launching import ROOT, cli, script, shell
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -31,23 +27,10 @@ def examples():
 
 @pytest.mark.parametrize(("language", "code"), list(examples()))
 def test_example_runs(language, code, tmp_path):
-    program = (
-        [sys.executable, "-c", code]
-        if language == "python"
-        else ["bash", "-euo", "pipefail", "-c", code]
-    )
     shutil.copytree(
         ROOT / "launch_configs", tmp_path / "launch_configs"
     )  # as in the clone that a reader stands in
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    run = subprocess.run(
-        program,
-        cwd=tmp_path,
-        env=environment(PATH=path),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    run = (script if language == "python" else shell)(code, tmp_path, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
     writes = language == "bash" and "accum_trainer.train" in code.replace(
         "accum-trainer train", "accum_trainer.train"
@@ -69,12 +52,7 @@ def test_readme_shows_what_plan_prints():
         if block.startswith("B   micro")
     )
     command = next(line for line in readme.splitlines() if line.startswith("accum-trainer plan"))
-    run = subprocess.run(
-        [sys.executable, "-m", "accum_trainer", *command.split()[1:]],
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
+    run = cli(*command.split()[1:])
     assert run.stdout == shown
 
 

@@ -23,12 +23,26 @@ from benchmarks.gpu.throughput import peak_of
 from tests.launching import python
 
 SMALL = [name for name in PARTS if name != "compile"]
+# Parts whose content other tests run on the CPU as well (engines, 16 bits, a loop of Trainer), and
+# the test that looks at each.
+LONG = {
+    "sharded": "test_sharded_engines_hold_it_and_fsdp2_refuses_one_process",
+    "precision": "test_precision_bf16_follows_float32",
+    "throughput": "test_throughput_against_the_trainer",
+}
 COMMAND = ("-m", "benchmarks.gpu")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """The folder of all small parts, after one run."""
+def parts(request):
+    """All small parts, or all but the long ones, as tests were selected."""
+    tests = {item.name for item in request.session.items}
+    return [part for part in SMALL if part not in LONG or LONG[part] in tests]
+
+
+@pytest.fixture(scope="module")
+def made(parts, tmp_path_factory):
+    """The folder of the parts, after one run."""
     folder = tmp_path_factory.mktemp("gpu")
     run = python(
         *COMMAND,
@@ -38,7 +52,7 @@ def made(tmp_path_factory):
         "--report",
         folder / "gpu.md",
         "--parts",
-        *SMALL,
+        *parts,
         timeout=1500,
     )
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
@@ -49,12 +63,13 @@ def result_of(folder, part):
     """(rows as header -> cell, checks by name, notes) of a part."""
     result = json.loads((folder / f"{part}.json").read_text())["result"]
     table = result["table"]
+    assert all(check["passed"] for check in result["checks"]), (part, result["checks"])
     rows = [dict(zip(table["header"], row, strict=True)) for row in table["rows"]]
     return rows, {check["name"]: check for check in result["checks"]}, result["notes"]
 
 
-def test_every_part_has_its_checks_and_they_hold(made):
-    for part in SMALL:
+def test_every_part_has_its_checks_and_they_hold(made, parts):
+    for part in parts:
         rows, checks, _ = result_of(made, part)
         assert rows and checks, part
         assert all(check["passed"] for check in checks.values()), (part, checks)
@@ -71,6 +86,7 @@ def test_contract_is_held_on_one_process_and_on_two(made):
         assert 0 < row["worst error against float64"] < 2e-6
 
 
+@pytest.mark.long
 def test_sharded_engines_hold_it_and_fsdp2_refuses_one_process(made):
     rows, _, notes = result_of(made, "sharded")
     assert [(row["engine"], row["processes"], row["cases"]) for row in rows] == [
@@ -81,6 +97,7 @@ def test_sharded_engines_hold_it_and_fsdp2_refuses_one_process(made):
     assert any("FSDP2 shards over processes, and there is one" in note for note in notes)
 
 
+@pytest.mark.long
 def test_precision_bf16_follows_float32(made):
     exact, bf16 = result_of(made, "precision")[0]
     assert (exact["precision"], bf16["precision"]) == ("no", "bf16")
@@ -131,6 +148,7 @@ def test_footprint_is_estimated_and_said_not_to_be_measured(made):
         assert 16 * millions < total and 4 * millions < lora < total
 
 
+@pytest.mark.long
 def test_throughput_against_the_trainer(made):
     rows, _, _ = result_of(made, "throughput")
     assert [row["loop"] for row in rows] == [
@@ -143,30 +161,30 @@ def test_throughput_against_the_trainer(made):
     assert float(rows[1]["over Trainer"]) == pytest.approx(speeds[1] / speeds[0], abs=0.01)
 
 
-def test_report_has_versions_a_table_per_part_and_the_verdict(made):
+def test_report_has_versions_a_table_per_part_and_the_verdict(made, parts):
     text = (made / "gpu.md").read_text()
     assert "**All parts passed.**" in text and "torch 2" in text and "accelerate 1" in text
-    assert text.count("\n## ") == len(SMALL)
-    for part in SMALL:
+    assert text.count("\n## ") == len(parts)
+    for part in parts:
         section = text.split(f"\n## {part}\n")[1].split("\n## ")[0]
         assert section.count("\n| --- |") == 2, part  # what was found, and the checks
 
 
-def test_a_second_run_runs_no_part_again(made):
-    before = {part: (made / f"{part}.log").stat().st_mtime_ns for part in SMALL}
+def test_a_second_run_runs_no_part_again(made, parts):
+    before = {part: (made / f"{part}.log").stat().st_mtime_ns for part in parts}
     report = (made / "gpu.md").read_text()
     run = python(
-        *COMMAND, "--small", "--folder", made, "--report", made / "gpu.md", "--parts", *SMALL
+        *COMMAND, "--small", "--folder", made, "--report", made / "gpu.md", "--parts", *parts
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("has a result") == len(SMALL)
-    assert {part: (made / f"{part}.log").stat().st_mtime_ns for part in SMALL} == before
+    assert run.stdout.count("has a result") == len(parts)
+    assert {part: (made / f"{part}.log").stat().st_mtime_ns for part in parts} == before
     assert (made / "gpu.md").read_text() == report
 
 
 def test_a_part_that_fails_is_shown_in_its_own_words_and_run_again(tmp_path):
     asked = ("--small", "--folder", tmp_path, "--parts", "compile")
-    run = python(*COMMAND, *asked, CXX="/no/such/compiler")
+    run = python(*COMMAND, *asked, CXX="/no/such/compiler", fresh=True)
     assert run.returncode == 1
     report = (tmp_path / "report.md").read_text()
     assert "**Not passed: compile.**" in report
@@ -174,7 +192,9 @@ def test_a_part_that_fails_is_shown_in_its_own_words_and_run_again(tmp_path):
         "failed:" in report
         and "ConfigError: compile=true does not work here: InvalidCxxCompiler" in report
     )
-    run = python(*COMMAND, *asked, "--limit", 0.5)  # it has no result: it is run, and ended
+    run = python(
+        *COMMAND, *asked, "--limit", 0.5, fresh=True
+    )  # it has no result: it is run, and ended
     assert run.returncode == 1 and "has a result" not in run.stdout
     report = (tmp_path / "report.md").read_text()
     assert (

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ from accum_trainer.verify.big_batch import dropout_off
 from accum_trainer.verify.loop import verify_loop
 from accum_trainer.verify.loop_windows import windows_for
 from accum_trainer.verify.training import Subject, verify
-from tests.launching import ROOT, cli, environment, python, torchrun
+from tests.launching import ROOT, cli, python, torchrun
 from tests.reference import make_model, make_rows, pad
 
 # Two processes of several threads each would fight for few cores.
@@ -52,23 +50,8 @@ def line_of(output: str, name: str) -> str:
 
 
 def test_single_process_and_its_report(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "accum_trainer",
-        "verify",
-        *map(str, SMALL),
-        "--json",
-        "report.json",
-    ]
-    options = ["--use-peft", "--lora-dropout", "0.1"]
-    run = subprocess.run(
-        [*command, *options],
-        cwd=tmp_path,
-        env=environment(**ONE_THREAD),
-        capture_output=True,
-        text=True,
-    )
+    options = ["--json", "report.json", "--use-peft", "--lora-dropout", "0.1"]
+    run = cli("verify", *SMALL, *options, cwd=tmp_path, **ONE_THREAD)
     assert run.returncode == 0, run.stdout + run.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"], (
         "something else was written"

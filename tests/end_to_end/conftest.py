@@ -4,13 +4,11 @@ files."""
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
 
-from tests.launching import ROOT, environment
+from tests.launching import forked
 
 
 @dataclass
@@ -28,38 +26,11 @@ class Finished:
         return lines[0]
 
 
-@pytest.fixture(scope="session")
-def _forkserver():
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.end_to_end.forkserver"],
-        cwd=ROOT,
-        env=environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    yield process
-    process.stdin.close()
-    process.wait()
-
-
 @pytest.fixture
-def command(_forkserver, tmp_path_factory):
-    logs = tmp_path_factory.mktemp("logs")
-
+def command():
     def run(*argv, cwd, kill=None, **env) -> Finished:
-        request = {
-            "argv": [str(part) for part in argv],
-            "cwd": str(cwd),
-            "env": {name: str(value) for name, value in env.items()},
-            "out": str(logs / "out"),
-            "err": str(logs / "err"),
-            "kill": kill,
-        }
-        _forkserver.stdin.write(json.dumps(request) + "\n")
-        _forkserver.stdin.flush()
-        status = json.loads(_forkserver.stdout.readline())["status"]
-        return Finished(status, (logs / "out").read_text(), (logs / "err").read_text())
+        finished = forked(1, "accum_trainer", *argv, cwd=cwd, kill=kill, **env)
+        return Finished(finished.returncode, finished.stdout, finished.stderr)
 
     return run
 

@@ -4,7 +4,6 @@ moving between engines."""
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 from accum_trainer.train.records import read_records
-from tests.launching import python, run, torchrun
+from tests.launching import python, torchrun
 
 ZERO2 = {
     "compute_environment": "LOCAL_MACHINE",
@@ -53,20 +52,18 @@ def launch(tmp_path, config, *argv):
     """`accelerate launch --config_file FILE -m accum_trainer.train ARGV`."""
     file = tmp_path / "launch.yaml"
     file.write_text(yaml.safe_dump(config))
-    launcher = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        file,
-        "--main_process_port",
-        "0",
-    ]
-    return run([*launcher, "-m", "accum_trainer.train", *argv], OMP_NUM_THREADS=1)
+    launcher = ("-m", "accelerate.commands.launch", "--config_file", file)
+    return python(
+        *launcher, "--main_process_port", 0, "-m", "accum_trainer.train", *argv, OMP_NUM_THREADS=1
+    )
 
 
 @pytest.mark.parametrize(
-    "extra", [[], ["--amp", "--gradient-checkpointing"]], ids=["float32", "amp+checkpointing"]
+    "extra",
+    [
+        pytest.param([], marks=pytest.mark.long, id="float32"),
+        pytest.param(["--amp", "--gradient-checkpointing"], id="amp+checkpointing"),
+    ],
 )
 def test_r14_r18_r41_lora_under_zero2(tmp_path, rows, extra):
     argv = [

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from accum_trainer.train.records import read_records
 from tests.end_to_end.started import Started, accum_trainer, process_of, wait_for_end
-from tests.launching import ROOT, cli
+from tests.launching import ROOT, cli, torchrun
 
 TWO = ROOT / "launch_configs" / "cpu_2proc.yaml"
 
@@ -52,19 +52,10 @@ def equal(one, other):
 
 
 def test_ctrl_c_saves_on_all_processes_and_the_same_command_continues(tmp_path, train):
-    whole = cli(
-        "launch",
-        TWO,
-        "--",
-        *train,
-        "--steps",
-        12,
-        "--output-dir",
-        tmp_path / "whole",
-        OMP_NUM_THREADS=1,
-    )
+    steps = [*train, "--steps", 12]
+    whole = torchrun(2, "accum_trainer.train", *steps, "--output-dir", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr[-3000:]
-    arguments = [*train, "--steps", 12, "--output-dir", tmp_path / "run"]
+    arguments = [*steps, "--output-dir", tmp_path / "run"]
     started = launch(tmp_path, *arguments)
     started.until_update(tmp_path / "run", 3)
     started.signal(signal.SIGINT)
@@ -107,7 +98,7 @@ def test_a_killed_process_is_named_and_its_run_continues(tmp_path, train):
         and "process 1 was killed by SIGKILL, as the kernel does when memory runs out" in errors[0]
     )
     assert "torch.distributed.elastic" not in started.err and "ChildFailedError" not in started.err
-    again = cli("launch", TWO, "--", *arguments, OMP_NUM_THREADS=1)
+    again = torchrun(2, "accum_trainer.train", *arguments)
     assert again.returncode == 0, again.stderr[-3000:]
     assert [record["step"] for record in read_records(run / "metrics.jsonl")] == list(range(1, 9))
 

@@ -16,7 +16,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from accum_trainer.train.records import read_records
-from tests.launching import ROOT, environment, torchrun
+from tests.grids import thinned
+from tests.launching import ROOT, environment, python, torchrun
 
 # 22 rows at B_eff 8 are windows of 8, 8 and 6: 4, 4 and 3 micro-batches an epoch. Dropout makes
 # chance count.
@@ -61,13 +62,7 @@ def argv(tmp_path_factory):
 @pytest.fixture(scope="module")
 def undisturbed(argv, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    run = subprocess.run(
-        [sys.executable, "-m", "accum_trainer.train", "--cpu", *argv],
-        cwd=folder,
-        env=environment(OMP_NUM_THREADS=1, PYTHONPATH=ROOT),
-        capture_output=True,
-        text=True,
-    )
+    run = python("-m", "accum_trainer.train", "--cpu", *argv, cwd=folder)
     assert run.returncode == 0, run.stderr
     assert len(read_records(folder / "run" / "metrics.jsonl")) == UPDATES
     return folder / "run"
@@ -98,7 +93,11 @@ def assert_same_run(found, expected):
     assert plain[0] == plain[1]
 
 
-@pytest.mark.parametrize("micro_step", range(1, MICRO_STEPS + 1))
+# One of each: nothing saved yet; a window's first, inner and last micro-batch after a save; the
+# first and last of the epoch's tail; the first of the next epoch; the run's last.
+@pytest.mark.parametrize(
+    "micro_step", thinned(range(1, MICRO_STEPS + 1), (1, 5, 6, 8, 9, 11, 12, 22))
+)
 def test_i34_killed_at_any_micro_step(train, argv, undisturbed, tmp_path, micro_step):
     killed = train(*argv, kill={"micro_step": micro_step})
     assert killed.status == -signal.SIGKILL
@@ -107,8 +106,8 @@ def test_i34_killed_at_any_micro_step(train, argv, undisturbed, tmp_path, micro_
 
 
 # A save syncs four files, the manifest, the folder, and its parent: 7; the third save begins at the
-# 15th.
-@pytest.mark.parametrize("sync", range(15, 22))
+# 15th. One of each kind is enough: a file, the manifest, the folder, its parent.
+@pytest.mark.parametrize("sync", thinned(range(15, 22), (15, 19, 20, 21)))
 def test_i34_killed_while_a_checkpoint_is_written(train, argv, undisturbed, tmp_path, sync):
     killed = train(*argv, kill={"sync": sync})
     assert killed.status == -signal.SIGKILL
@@ -244,7 +243,8 @@ def test_resume_from_another_runs_checkpoint_keeps_its_records(train, argv, undi
     assert_same_run(tmp_path / "run", undisturbed)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+# SIGUSR1 arrives in test_slurm.py too.
+@pytest.mark.parametrize("name", thinned(["SIGTERM", "SIGUSR1", "SIGINT"], ["SIGTERM", "SIGINT"]))
 def test_signal_saves_and_exits_75(argv, undisturbed, tmp_path, name):
     """A real signal to a real process in the middle of training; the same command then
     continues."""

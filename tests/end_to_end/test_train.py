@@ -240,9 +240,9 @@ def test_k_from_the_environment(train, tmp_path, tiny_rows):
 
 
 LAUNCHERS = {
-    "python -m": lambda argv: python("-m", "accum_trainer.train", *argv),
-    "accum-trainer": lambda argv: python("-m", "accum_trainer", "train", *argv),
-    "torchrun": lambda argv: torchrun(2, "accum_trainer.train", *argv),
+    "python -m": lambda argv: python("-m", "accum_trainer.train", *argv, fresh=True),
+    "accum-trainer": lambda argv: python("-m", "accum_trainer", "train", *argv, fresh=True),
+    "torchrun": lambda argv: torchrun(2, "accum_trainer.train", *argv, fresh=True),
     "accelerate launch": lambda argv: run(
         [
             *(

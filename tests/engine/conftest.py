@@ -37,17 +37,86 @@ OF_ACCELERATE = (
     "under_a_scaler",
     "test_loop_of_accelerate",
 )
+# Cases in which a sharded engine does nothing that it does not do in the others too: they vary the
+# model's loss, the data source or the plan. Single and DDP run them; the others in the long grid.
+OF_ANY_ENGINE = {
+    "planned_gpt2",
+    "planned_with_workers",
+    "loader_llama_own_mean",
+    "loader_lora_own_mean",
+    "loader_gpt2_sum",
+    "loader_shuffled_every_sample_once",
+    "i2_three_against_three_hundred",
+    "i3_kwargs_model_has_one_norm",
+    "i4_own_loss_as_sum",
+    "i4_own_loss_as_mean",
+    "i5_splits_log_the_same_loss",
+    "masked_prompt_of_first_label_is_not_counted",
+    "i6_packed_samples",
+    "i7_label_smoothing",
+    "i8_sum_of_weights_is_the_denominator",
+    "i9_each_term_of_two",
+    "i17_odd_counts_every_sample_once",
+    "i19_constant_gradient_is_one",
+    "i21_order_of_micro_batches_does_not_matter",
+    "i32_lr_knows_updates_only",
+    "i36_fifty_updates",
+    "i40_i41_packed_samples_that_see_each_other",
+    "every_cut_gives_the_same_gradient",
+    "ranks_that_end_at_different_windows",
+    "reading_ahead_survives_breaks_epochs_and_resuming",
+    "r52_global_batch_that_does_not_divide",
+}
+# Stage 0 is DDP inside DeepSpeed; stage 1 reduces as stage 0 and shards as stage 2. Of these two,
+# only the cases in which a stage matters.
+OF_A_STAGE = {
+    "planned_llama",
+    "planned_every_microbatch",
+    "stream_unsized",
+    "i10_no_target_anywhere",
+    "i14_gradients_empty_at_every_window",
+    "exchanges_per_window",
+    "i22_i26_offload_by_policy",
+    "i27_i28_parameters_that_some_micro_batches_use",
+    "i30_gradients_accumulate_in_float32",
+    "bf16_is_as_near_as_one_big_bf16_batch",
+    "i31_one_clip_of_the_averaged_gradient",
+    "i33_inf_is_dropped_everywhere",
+    "i45_one_rank_leaves_out_what_another_uses",
+    "state_survives_a_round_trip",
+}
+
+
+def _engine_of(item):
+    return getattr(getattr(item, "callspec", None), "params", {}).get("engine_results", "single")
+
+
+def _cases_of(item):
+    """The cases that a test looks up: named in it, in its parameters, or made from these."""
+    given = getattr(getattr(item, "callspec", None), "params", {})
+    names = {*item.function.__code__.co_consts, *map(str, given.values())}
+    made = {f"i4_own_loss_as_{given['reduction']}"} if "reduction" in given else set()
+    return names | made
+
+
+def _is_long(item):
+    engine, cases = _engine_of(item), _cases_of(item)
+    if engine in ("single", "ddp"):
+        return False
+    return bool(cases & OF_ANY_ENGINE) or (engine in ("zero0", "zero1") and not cases & OF_A_STAGE)
+
+
+def pytest_itemcollected(item):
+    if not ONLY and "engine_results" in item.fixturenames and _is_long(item):
+        item.add_marker(pytest.mark.long)
 
 
 def pytest_collection_modifyitems(config, items):
     def belongs(item):
-        given = getattr(getattr(item, "callspec", None), "params", {})
-        # The cases that a test looks up are named in it, or in its parameters.
-        named = {*item.function.__code__.co_consts, *map(str, given.values())}
-        if ONLY and not named & {*ONLY["cases"]}:
+        if ONLY and not _cases_of(item) & {*ONLY["cases"]}:
             return False
-        engine = given.get("engine_results", "single")
-        return engine in ("single", "ddp") or not any(name in item.name for name in OF_ACCELERATE)
+        in_one = _engine_of(item) in ("single", "ddp")
+        return in_one or not any(name in item.name for name in OF_ACCELERATE)
 
     dropped = [item for item in items if not belongs(item)]
     if dropped:
@@ -57,15 +126,26 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session", params=list(ENGINES))
 def engine_results(request, tmp_path_factory):
-    """case name -> one result per rank, for one engine."""
+    """case name -> one result per rank, for one engine: the cases of the tests that are run."""
     out = tmp_path_factory.mktemp(request.param)
     processes, options = ENGINES[request.param]
-    arguments = ("tests.engine.worker", out, json.dumps(options), *(ONLY["cases"] if ONLY else ()))
+    unknown = (OF_ANY_ENGINE | OF_A_STAGE) - {*_all_cases()}
+    assert not unknown, f"no cases have these names: {unknown}"
+    using = [i for i in request.session.items if "engine_results" in getattr(i, "fixturenames", ())]
+    asked = set().union(*(_cases_of(item) for item in using if _engine_of(item) == request.param))
+    cases = ONLY["cases"] if ONLY else [name for name in _all_cases() if name in asked]
+    arguments = ("tests.engine.worker", out, json.dumps(options), *cases)
     alone = processes == 1 and not (ONLY and ONLY["torchrun"])
     run = python("-m", *arguments) if alone else torchrun(processes, *arguments)
     assert run.returncode == 0, run.stderr[-4000:]
     ranks = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(processes)]
     return {name: [results[name] for results in ranks] for name in ranks[0]}
+
+
+def _all_cases():
+    from tests.engine.cases import CASES
+
+    return CASES
 
 
 @pytest.fixture

@@ -1,0 +1,173 @@
+"""A process that has imported torch and what comes with it, and forks the processes that tests
+start: real ones, without the seconds of imports.
+
+python -m tests.forkserver ADDRESS
+
+A client connects to the UNIX socket ADDRESS and sends one message for one process: {"module",
+"argv", "cwd", "env", "kill"}, with the descriptors of its stdin, stdout and stderr. The process
+runs `python -m module argv`, or the code in argv if the module is "-c". The client may send numbers
+of signals for it; gets its exit status, negative for a signal; and kills it by closing the
+connection. tests/stand_ins/command is a client that is a program, and takes the place of python for
+all that a forked process starts.
+
+It does not know what a test wants, and imports no module that runs as a program. A process from
+here differs from a fresh one: a forgotten import does not show, and variables that libraries read
+when they are imported have no effect. Tests of these start fresh processes.
+
+`kill` makes a process send itself SIGKILL: {"micro_step": n} before its n-th micro-batch, {"sync":
+n} before the n-th file of a checkpoint is synced to disk.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import random
+import runpy
+import select
+import signal
+import socket
+import sys
+import traceback
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets  # noqa: F401
+import matplotlib.pyplot  # noqa: F401
+import numpy as np
+import peft  # noqa: F401
+import rich.console
+import rich.progress  # noqa: F401
+import torch
+import torch.distributed.fsdp
+
+import accum_trainer.cli.train  # noqa: F401
+import accum_trainer.train.checkpoint as checkpoint
+import accum_trainer.train.loop as train
+
+# DeepSpeed looks for GPUs when it is imported, and a process forked after that cannot use them.
+if not Path("/dev/nvidiactl").exists():
+    with contextlib.suppress(ImportError), contextlib.redirect_stdout(sys.stderr):
+        import deepspeed  # noqa: F401
+
+STAND_IN = Path(__file__).parent / "stand_ins" / "python"
+MOST_BYTES = 1 << 18  # of a message
+
+
+def die_with_parent() -> None:
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def kill_self_at(number: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    calls = 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    return counted
+
+
+def run_program(module: str, argv: list[str]) -> None:
+    """Run what follows `python`: `-m module argv`, or `-c code` if that is the module."""
+    if module != "-c":
+        sys.argv = [module, *argv]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        return
+    sys.argv = ["-c", *argv[1:]]
+    sys.path.insert(0, "")
+    main = sys.modules["__main__"] = types.ModuleType("__main__")
+    exec(compile(argv[0], "<string>", "exec"), main.__dict__)
+
+
+def become(request: dict[str, Any], descriptors: list[int]) -> None:
+    """Become the process that is asked for; does not return."""
+    die_with_parent()
+    for number, descriptor in enumerate(descriptors):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["env"])
+    sys.executable = str(STAND_IN)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    # Fresh processes draw these from the system, so that two processes differ.
+    random.seed()
+    np.random.seed()
+    kill = request["kill"] or {}
+    if "micro_step" in kill:
+        train.causal_lm_loss = kill_self_at(kill["micro_step"], train.causal_lm_loss)
+    if "sync" in kill:
+        checkpoint._sync = kill_self_at(kill["sync"], checkpoint._sync)
+    status: Any = 0
+    try:
+        run_program(request["module"], request["argv"])
+    except SystemExit as ended:
+        status = ended.code or 0
+        if not isinstance(status, int):
+            print(status, file=sys.stderr)
+            status = 1
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    atexit._run_exitfuncs()  # as the interpreter before it ends
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status & 0xFF)
+
+
+def serve(address: str) -> None:
+    running: dict[int, socket.socket] = {}  # pid -> its client
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+        listening.bind(address)
+        listening.listen(64)
+        print("ready", flush=True)
+        while True:
+            wait = 0.01 if running else None
+            for one in select.select([listening, *running.values()], [], [], wait)[0]:
+                if one is listening:
+                    client = listening.accept()[0]
+                    data, descriptors, _, _ = socket.recv_fds(client, MOST_BYTES, 3)
+                    if not data:  # gone before it asked
+                        client.close()
+                        continue
+                    pid = os.fork()
+                    if pid == 0:
+                        for other in (listening, client, *running.values()):
+                            other.close()
+                        become(json.loads(data), descriptors)
+                    for descriptor in descriptors:
+                        os.close(descriptor)
+                    running[pid] = client
+                    continue
+                pid = next(pid for pid, client in running.items() if client is one)
+                try:
+                    asked = one.recv(16)
+                except ConnectionError:
+                    asked = b""
+                os.kill(pid, int(asked or signal.SIGKILL))
+                if not asked:
+                    os.waitpid(pid, 0)
+                    running.pop(pid).close()
+            for pid in list(running):
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    with running.pop(pid) as client, contextlib.suppress(ConnectionError):
+                        client.send(str(os.waitstatus_to_exitcode(status)).encode())
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    gc.freeze()  # pages that the collector does not touch stay shared
+    serve(sys.argv[1])
