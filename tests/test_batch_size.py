@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from accum_trainer import Accumulator, ConfigError, EngineError, TrainConfig
-from accum_trainer.engine import base
+from accum_trainer.engine import memory as engine_memory
 from accum_trainer.sources.collating import PaddingCollator
 from accum_trainer.speed.batch_size import Memory, find_batch_size
 from accum_trainer.train import updates
@@ -178,7 +178,7 @@ def test_what_a_container_may_still_take(tmp_path, files, free):
     (tmp_path / "memory").mkdir()
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    assert base._free_in_cgroup(tmp_path) == free
+    assert engine_memory.free_in_cgroup(tmp_path) == free
 
 
 def test_the_trainer_finds_it_keeps_the_effective_batch_and_writes_it_down(tmp_path):

@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from accum_trainer.engine.base import square_sums
 from accum_trainer.engine.memory import memory_gb, peak_gb, reset_peak
+from accum_trainer.engine.step import square_sums
 
 CPU = torch.device("cpu")
 

@@ -489,13 +489,13 @@ def test_ranks_that_cannot_go_on_alone_say_so(on_two):
         "ddp, every-microbatch": f"the other processes wait for its gradients; {lower}, or use "
         "grad_sync=once-per-window",
         "ddp, every-microbatch, always": f"{lower}, or use grad_sync=once-per-window",
-        "zero0": f"ZeRO stage 0 is not made for it; {lower}, or use plain DDP",
+        "zero0": f"ZeRO stage 0 does not support it; {lower}, or use plain DDP",
         "zero1, last": f"{lower}, or use recover_from_oom=always",
         "zero2, every-microbatch": f"{lower}, or use grad_sync=once-per-window",
-        "zero3": "ZeRO-3 gathers weights from all processes in every forward, so none can run one "
-        f"by itself; {lower}",
-        "fsdp2": "FSDP2 gathers weights from all processes in every forward, so none can run one "
-        f"by itself; {lower}",
+        "zero3": "zero3 gathers weights from all processes in every forward, so none can run one "
+        f"alone; {lower}",
+        "fsdp2": "fsdp2 gathers weights from all processes in every forward, so none can run one "
+        f"alone; {lower}",
     }
     for found in on_two["refusals"]:
         assert found.keys() == says.keys()

@@ -1,8 +1,18 @@
-"""Whatever moves the gradients, behind one contract. The only code that knows accelerate.
+"""Engines move gradients, behind one contract. Only they know accelerate and DeepSpeed.
 
-base     the contract, and what all engines share
-single   one process
-ddp      torch's DistributedDataParallel, over NCCL or gloo
-lost_processes  what a launcher was asked for and did not start
-build    from what was asked for to the engine in force, or an EngineError
+    base            the contract: the life of one window, named capabilities
+    single          one process, and the contract with a torch optimizer
+    ddp             torch's DistributedDataParallel, over NCCL or gloo
+    fsdp            torch's FSDP2
+    zero            DeepSpeed ZeRO, one class per stage; zero_state, zero_config: its tensors, JSON
+    build           the registry: from a request to the engine in force, or an EngineError
+    ranks           talk between processes
+    full_state      whole tensors by parameter name, however they are sharded
+    memory          in use, free, run out
+    grad_sync       when gradients are exchanged
+    step, usage     arithmetic of an optimizer step; parameters that a backward uses
+    request, lost_processes     an engine as it is asked for; processes that were not started
+
+A new engine is one file with a subclass of `Engine`, and one entry in `build.ENGINES`;
+`pytest tests/engine` runs the contract on it.
 """

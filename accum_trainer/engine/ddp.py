@@ -1,11 +1,10 @@
-"""DistributedDataParallel: gradients are averaged over ranks, once per window unless asked
-otherwise.
+"""DistributedDataParallel: gradients are averaged over ranks, once per window by default.
 
 DDP exchanges while the backward runs, in buckets of the weights' dtype, and waits until each
-parameter has had a gradient. One that this rank's micro-batch leaves unused is given a gradient of
-zero after its backward: other ranks may have used it, and would wait. Where DDP's exchange is not
-enough (weights in bf16 whose gradients accumulate in float32; a device whose memory runs out) every
-backward stays local and the exchange is made here, at its end.
+parameter has had a gradient. A parameter that this rank's micro-batch left unused gets a gradient
+of zero after the backward: other ranks may have used it, and would wait. If DDP's exchange is not
+enough (bf16 weights whose gradients accumulate in float32; a device that runs out of memory), every
+backward stays local and the exchange is made here, after it.
 """
 
 from __future__ import annotations
@@ -20,58 +19,73 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
 from torch.nn.parallel import DistributedDataParallel
 
-from accum_trainer.engine.base import Engine
+from accum_trainer.engine.grad_sync import EVERY
+from accum_trainer.engine.request import Request
+from accum_trainer.engine.single import TorchEngine
 from accum_trainer.errors import EngineError
 
-# Numbers exchanged at a time: large enough for the network, small beside the gradient. DDP's own
-# default is 25 MiB.
+# Numbers exchanged at a time: DDP's default bucket of 25 MiB, in float32.
 _BUCKET = 25 * 2**20 // 4
 
 
-class DDPEngine(Engine):
+class DDPEngine(TorchEngine):
     """Under `once-per-window` ranks may hold different numbers of micro-batches: only the last of
     each is exchanged."""
 
     can_change_trained = False
     name = "ddp"
+    can_change_trained = False
+    runs_plain_loops = True
 
     def __init__(self, accelerator: Accelerator, grad_sync: str) -> None:
         super().__init__(accelerator, grad_sync)
-        self.equal_micro_batches = self.grad_sync == "every-microbatch"
+        self.equal_micro_batches = self.grad_sync == EVERY
         self._backward_exchanges = False
         self._trained: list[torch.nn.Parameter] = []
-        self._only_zeros: set[torch.nn.Parameter] = (
-            set()
-        )  # what this rank has not used in the window in hand
+        # Parameters that this rank has not used in the window in hand.
+        self._only_zeros: set[torch.nn.Parameter] = set()
 
-    def _prepare(
+    @classmethod
+    def drives(cls, accelerator: Accelerator, request: Request) -> bool:
+        return accelerator.distributed_type in (
+            DistributedType.MULTI_GPU,
+            DistributedType.MULTI_CPU,
+        )
+
+    @property
+    def reduces_in_last_backward(self) -> bool:
+        """True if the micro-batch in hand is the last and DDP itself exchanges its gradients."""
+        return self._backward_exchanges
+
+    def prepare(
         self, models: list[torch.nn.Module], optimizers: list[torch.optim.Optimizer]
     ) -> tuple[list[torch.nn.Module], list[AcceleratedOptimizer]]:
         if any(isinstance(model, DistributedDataParallel) for model in models):
             raise EngineError(
                 "the model is wrapped in DistributedDataParallel already; pass the plain model"
             )
+        prepared = super().prepare(models, optimizers)
         self._trained += [p for model in models for p in model.parameters() if p.requires_grad]
-        return super()._prepare(models, optimizers)
+        return prepared
 
     def unwrap(self, model: torch.nn.Module) -> Any:
-        # Not by accelerate, which imports DeepSpeed to see what it has got.
-        is_plain = isinstance(model, DistributedDataParallel)
-        return model.module if is_plain else self.accelerator.unwrap_model(model)
+        # accelerate's unwrap_model imports DeepSpeed to compare types; not for the common case.
+        is_wrapped = isinstance(model, DistributedDataParallel)
+        return model.module if is_wrapped else self.accelerator.unwrap_model(model)
 
     @contextlib.contextmanager
     def _sync(self, models: Sequence[torch.nn.Module], exchange: bool) -> Iterator[None]:
-        here = []
+        here = []  # models whose gradients are exchanged after the backward, not by DDP
         with contextlib.ExitStack() as stack:
             for model in models:
                 if not isinstance(model, DistributedDataParallel):
                     raise EngineError(
                         f"accumulate() got a {type(model).__name__} that is not distributed, so "
-                        "its gradients would never be "
-                        f"averaged over the {self.world_size} processes; pass the model that "
-                        "prepare() returned"
+                        f"its gradients would never be averaged over the {self.world_size} "
+                        "processes; pass the model that prepare() returned"
                     )
                 if exchange and self._exchanged_here(model):
                     here.append(model)
@@ -88,36 +102,20 @@ class DDPEngine(Engine):
         self._complete(before)
 
     def _exchanged_here(self, model: DistributedDataParallel) -> bool:
+        """Whether gradients are exchanged after the last backward, because DDP cannot do it."""
         if (
             model.find_unused_parameters
             or model.static_graph
             or (self.defer_grad_reduction and not self.equal_micro_batches)
         ):
             return True
-        dtype = getattr(torch, self.settings.accumulation_dtype)
+        dtype = self.settings.gradient_dtype
         return any(p.dtype != dtype for p in model.parameters() if p.requires_grad)
-
-    def retry_blocker(self, is_last: bool) -> str:
-        if self.equal_micro_batches:
-            return (
-                "with grad_sync=every-microbatch the other processes wait for its gradients; lower "
-                "the micro-batch (the "
-                "effective batch stays), or use grad_sync=once-per-window"
-            )
-        if self._backward_exchanges:
-            return (
-                "it is the last of its window, whose backward exchanges gradients with the other "
-                "processes; lower the "
-                "micro-batch (the effective batch stays), or use recover_from_oom=always, which "
-                "exchanges after it"
-            )
-        return ""
 
     def abort_micro_batch(self, error: Exception) -> None:
         super().abort_micro_batch(error)
-        # Before the first forward after an exchange DDP sends rank 0's buffers around. Where that
-        # forward failed, the one in its place must not send them again: the other ranks are
-        # elsewhere.
+        # DDP broadcasts rank 0's buffers before the first forward after an exchange. If that
+        # forward failed, its retry must not broadcast again: the other ranks are elsewhere.
         for frame, _ in traceback.walk_tb(error.__traceback__):
             model = frame.f_locals.get("self")
             if (
@@ -127,11 +125,11 @@ class DDPEngine(Engine):
                 model.require_forward_param_sync = False
 
     def _complete(self, before: list[tuple[torch.nn.Parameter, torch.Tensor | None, int]]) -> None:
-        """Give a gradient of zero to what a backward that exchanges has left out; `before` it,
-        gradients and versions.
+        """Give a gradient of zero to parameters that a backward left out, so that DDP's exchange
+        ends, here and on ranks that used them. Gradients of earlier micro-batches are averaged.
 
-        Without, DDP's exchange does not end, here or on the ranks that used it. What was
-        accumulated earlier is averaged.
+        Args:
+            before: parameters with their gradients and versions before the backward.
         """
         left_out = [
             p
@@ -145,7 +143,7 @@ class DDPEngine(Engine):
 
     def end_window(self, numbers: Sequence[float]) -> np.ndarray:
         table = self.all_gather_floats([float(len(self._only_zeros)), *numbers])
-        if table[:, 0].all():  # each rank left some out: the same?
+        if table[:, 0].all():  # every rank left some out: which ones did all of them?
             used = torch.tensor(
                 [p not in self._only_zeros for p in self._trained],
                 dtype=torch.int32,
@@ -154,9 +152,8 @@ class DDPEngine(Engine):
             dist.all_reduce(used, op=dist.ReduceOp.MAX)
             for parameter, is_used in zip(self._trained, used.tolist(), strict=True):
                 if not is_used:
-                    parameter.grad = (
-                        None  # used by no rank: an optimizer leaves it alone, as in one process
-                    )
+                    # Used by no rank: the optimizer leaves it alone, as in one process.
+                    parameter.grad = None
         return table[:, 1:]
 
     def discard_window_grads(self, optimizer: AcceleratedOptimizer) -> None:
@@ -164,8 +161,8 @@ class DDPEngine(Engine):
         self._only_zeros.clear()
 
     def _exchange(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Average gradients over ranks in place; a parameter that no rank used keeps none, one that
-        some used counts as 0."""
+        """Average gradients over ranks in place. A parameter that no rank used keeps none; on a
+        rank that did not use one that others did, it counts as 0."""
         used = torch.tensor(
             [p.grad is not None for p in parameters], dtype=torch.int32, device=self.device
         )
@@ -175,7 +172,7 @@ class DDPEngine(Engine):
             if not is_used:
                 continue
             if parameter.grad is None:
-                dtype = getattr(torch, self.settings.accumulation_dtype)
+                dtype = self.settings.gradient_dtype
                 parameter.grad = torch.zeros_like(parameter, dtype=dtype)
             bucket.append(parameter)
             if sum(p.numel() for p in bucket) >= _BUCKET:
@@ -190,13 +187,13 @@ class DDPEngine(Engine):
         dist.all_reduce(flat)
         flat /= self.world_size
         for gradient, part in zip(
-            gradients, flat.split([g.numel() for g in gradients]), strict=True
+            gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True
         ):
             gradient.copy_(part.view_as(gradient))
 
 
 class _Zeros(torch.autograd.Function):
-    """() from parameters, whose gradients with respect to each are zero and take no memory."""
+    """A scalar of the parameters; its gradients are zero and take no memory."""
 
     @staticmethod
     def forward(ctx: Any, *parameters: torch.Tensor) -> torch.Tensor:
@@ -212,5 +209,5 @@ class _Zeros(torch.autograd.Function):
 
 
 def _version(tensor: torch.Tensor | None) -> int:
-    """Counts how often a tensor was written in place."""
-    return 0 if tensor is None else tensor._version
+    """How often a tensor was written in place."""
+    return 0 if tensor is None else tensor._version  # noqa: SLF001 - torch has no public name

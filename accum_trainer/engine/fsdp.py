@@ -1,6 +1,6 @@
-"""FSDP2: weights, gradients and optimizer state sharded over ranks by torch's own `fully_shard`.
+"""FSDP2: weights, gradients and optimizer state sharded over ranks by torch's `fully_shard`.
 
-Applied here rather than by accelerate, which knows no FSDP on the CPU and reduces gradients in the
+Applied here and not by accelerate, which knows no FSDP on the CPU and reduces gradients in the
 parameters' dtype: each block and then the whole model is sharded, gradients are reduced in float32,
 and the optimizer is pointed at the sharded parameters.
 """
@@ -21,18 +21,41 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from accum_trainer.engine.base import Engine, square_sums
+from accum_trainer.engine.grad_sync import choose_by_memory
+from accum_trainer.engine.request import Request
+from accum_trainer.engine.single import TorchEngine
+from accum_trainer.engine.step import refuse_data_parallel, square_sums
 from accum_trainer.engine.usage import Usage, refuse_difference
 from accum_trainer.errors import EngineError
 
 
-class FSDPEngine(Engine):
+class FSDPEngine(TorchEngine):
     """once-per-window: gradients stay unsharded in memory until the last micro-batch;
     every-microbatch: reduced and sharded after each backward, the least memory."""
 
     name = "fsdp2"
-    equal_micro_batches = True  # weights are gathered in every forward
-    shards_weights = True
+    options = ("fsdp",)
+    runs_alone = False  # weights are gathered in every forward
+    equal_micro_batches = True
+    shards_optimizer = True
+    autocasts = False
+
+    @classmethod
+    def is_asked_for(cls, request: Request) -> bool:
+        return bool(request.options.get("fsdp")) or request.names("fsdp")
+
+    @classmethod
+    def accelerator_kwargs(cls, request: Request) -> dict[str, Any]:
+        # accelerate must not shard as well, on the GPU either: this engine does.
+        _refuse_lost_settings(request.accelerator_kwargs.get("fsdp_plugin"))
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
+        kwargs = super().accelerator_kwargs(request)
+        kwargs.pop("fsdp_plugin", None)
+        return kwargs
+
+    @classmethod
+    def drives(cls, accelerator: Accelerator, request: Request) -> bool:
+        return cls.is_asked_for(request)
 
     def __init__(self, accelerator: Accelerator, grad_sync: str) -> None:
         super().__init__(accelerator, grad_sync)
@@ -45,11 +68,12 @@ class FSDPEngine(Engine):
         self._sharded: dict[str, torch.nn.Parameter] = {}
         self._usage = Usage({})
 
-    def _prepare(
+    def prepare(
         self, models: list[torch.nn.Module], optimizers: list[torch.optim.Optimizer]
     ) -> tuple[list[torch.nn.Module], list[AcceleratedOptimizer]]:
+        refuse_data_parallel(models)
         for model in models:
-            self._decide_grad_sync(model)
+            self._choose_grad_sync(model)
         renamed: dict[int, torch.nn.Parameter] = {}
         unsharded: dict[str, torch.Tensor] = {}
         for number, model in enumerate(models):
@@ -81,34 +105,38 @@ class FSDPEngine(Engine):
             AcceleratedOptimizer(optimizer, device_placement=False) for optimizer in optimizers
         ]
 
+    def _choose_grad_sync(self, model: torch.nn.Module) -> None:
+        if self._grad_sync_asked == "auto":
+            self.grad_sync, self.grad_sync_reason = choose_by_memory(
+                self, model, self.settings.gradient_dtype
+            )
+
     def _shard(self, model: torch.nn.Module) -> None:
         mesh = init_device_mesh(self.device.type, (self.world_size,))
-        # Gradients cross ranks in float32: in the parameters' bf16 a sum over ranks would lose the
-        # small ones.
+        # `reduce_dtype` is also the dtype of unreduced gradients. In bf16 a sum over ranks would
+        # lose the small ones.
         compute = torch.bfloat16 if self.mixed_precision == "bf16" else None
-        reduce = torch.bfloat16 if self.settings.accumulation_dtype == "bfloat16" else torch.float32
         options: dict[str, Any] = {
             "mesh": mesh,
-            "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce),
+            "mp_policy": MixedPrecisionPolicy(
+                param_dtype=compute, reduce_dtype=self.settings.gradient_dtype
+            ),
         }
-        # Each call moves its own weights to the device and keeps a shard of them: no GPU need hold
-        # the whole model.
+        # Each call moves its own weights to the device and keeps a shard of them: no GPU has to
+        # hold the whole model.
         blocks = set(getattr(model, "_no_split_modules", None) or ())
         for module in list(model.modules()):
             if type(module).__name__ in blocks:
                 fully_shard(module, **options)
         sharded: FSDPModule = fully_shard(model, **options)
         if self._reduces_unused:
-            # Else each rank reduces the gradients that it has, and adds one parameter's to
-            # another's.
+            # Otherwise each rank reduces the gradients that it has, and one parameter's may be
+            # added to another's.
             sharded.set_reduce_scatter_unused_params(True)
 
     @property
     def _reduces_unused(self) -> bool:
         return hasattr(FSDPModule, "set_reduce_scatter_unused_params")  # torch 2.13
-
-    def _accumulate_in(self, parameters: list[torch.nn.Parameter]) -> None:
-        """`reduce_dtype` decides: unreduced gradients are kept in it too."""
 
     @contextlib.contextmanager
     def _sync(self, models: Sequence[torch.nn.Module], exchange: bool) -> Iterator[None]:
@@ -130,35 +158,24 @@ class FSDPEngine(Engine):
         table = self.all_gather_floats([float(len(unused)), *numbers])
         if table[:, 0].any() and not self._reduces_unused:
             refuse_difference(self, unused, self.name)
-        if table[:, 0].all():  # each rank left some out: the same?
+        if table[:, 0].all():  # every rank left some out: which ones did all of them?
             for name in set.intersection(*map(set, self.gather_objects(unused))):
-                self._sharded[
-                    name
-                ].grad = None  # used by no rank: an optimizer leaves it alone, as in one process
+                # Used by no rank: the optimizer leaves it alone, as in one process.
+                self._sharded[name].grad = None
         return table[:, 1:]
 
     def discard_window_grads(self, optimizer: AcceleratedOptimizer) -> None:
         super().discard_window_grads(optimizer)
         self._usage.used.clear()
 
-    def retry_blocker(self, is_last: bool) -> str:
-        return (
-            "FSDP2 gathers weights from all processes in every forward, so none can run one by "
-            "itself; lower the micro-batch "
-            "(the effective batch stays)"
-        )
-
-    def _stepped(self, optimizer: AcceleratedOptimizer) -> list[torch.Tensor]:
-        return [_local(p) for p in super()._stepped(optimizer)]
-
-    def _square_sum(self, parameters: list[torch.nn.Parameter]) -> float:
+    def square_sum(self, parameters: list[torch.nn.Parameter]) -> float:
         return sum(square_sums([_local(p.grad) for p in parameters if p.grad is not None]))
 
     def _norm(self, squares: np.ndarray) -> float:
         return math.sqrt(squares.sum())
 
-    # --- whole tensors: a forward without a backward leaves the outermost weights gathered, as
-    # parameters of the model ---
+    # --- whole tensors; a forward without a backward leaves the outermost weights gathered, as
+    # parameters of the model, so each method shards them again first ---
 
     def full_weights(
         self, model: torch.nn.Module, trained_only: bool = False
@@ -181,6 +198,9 @@ class FSDPEngine(Engine):
     ) -> None:
         _reshard(model)
         super().load_full_optimizer_state(model, optimizer, saved)
+
+    def _without_state(self, optimizer: AcceleratedOptimizer) -> list[torch.Tensor]:
+        return [_local(p) for p in super()._without_state(optimizer)]
 
     def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -210,8 +230,8 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _unsharded(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The whole parameters, which autograd sees; FSDP2 makes them once and only lends them memory
-    later."""
+    """The whole parameters, which autograd sees. FSDP2 makes them once and later only gives them
+    memory."""
     found: dict[str, torch.nn.Parameter] = {}
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -228,9 +248,9 @@ def _reshard(model: torch.nn.Module) -> None:
             module.reshard()
 
 
-def refuse_lost_settings(plugin: Any) -> None:
-    """Raise an EngineError where the user's plugin, or the launcher's variables, ask for what this
-    engine does not do."""
+def _refuse_lost_settings(plugin: Any) -> None:
+    """Raise an EngineError if the user's plugin, or the launcher's variables, ask for settings that
+    this engine does not have."""
     if plugin is not None:
         version, offload = (
             plugin.fsdp_version,

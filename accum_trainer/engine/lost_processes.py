@@ -1,9 +1,9 @@
-"""Processes that a launcher was asked for and did not start.
+"""Processes that accelerate's launcher was asked for and did not start.
 
 `accelerate launch --cpu --num_processes 2`, a configuration of type MULTI_CPU, and `--num_processes
-2` without a GPU start one process. It has no WORLD_SIZE, so it looks like a training of its own.
-What accelerate's simple launcher leaves behind: its ACCELERATE_* variables, and MASTER_ADDR and
-MASTER_PORT, which it sets for more than one process only.
+2` without a GPU start one process. It has no WORLD_SIZE, so it looks like a training on one. Two
+traces give it away: the launcher's ACCELERATE_* variables, and MASTER_ADDR and MASTER_PORT, which
+the launcher sets for more than one process only. It knows the environment, no engine.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from accum_trainer.errors import EngineError
 # accelerate's launchers set it, people do not.
 _MARK = "ACCELERATE_DYNAMO_BACKEND"
 _MEETING_PLACE = ("MASTER_ADDR", "MASTER_PORT")
-# Where torch's launchers and MPI's say how many processes there are.
+# Variables in which the launchers of torch and MPI give the number of processes.
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _REMEDY = (
     "use `accelerate launch --multi_gpu --num_processes N` (without GPUs too: the processes meet "
-    "over gloo), "
-    "`torchrun --nproc_per_node N`, or a file of `accum-trainer config create multi-gpu`"
+    "over gloo), `torchrun --nproc_per_node N`, or a file of `accum-trainer config create "
+    "multi-gpu`"
 )
 
 
@@ -32,13 +32,13 @@ def refuse_lost_processes() -> None:
     if is_lost:
         raise EngineError(
             f"accelerate launch was asked for {asked or 'several'} processes and started one, as "
-            "it does with --cpu, with "
-            f"distributed_type MULTI_CPU and without GPUs: this one would train alone; {_REMEDY}"
+            "it does with --cpu, with distributed_type MULTI_CPU and without GPUs: this one would "
+            f"train alone; {_REMEDY}"
         )
 
 
 def note_on_lost_processes() -> str | None:
-    """What to say if the launcher may have been asked for several processes; None if it was not."""
+    """A note if the launcher may have been asked for several processes; None if it was not."""
     if _launched_alone() != (None, None):
         return None
     return (
@@ -48,8 +48,7 @@ def note_on_lost_processes() -> str | None:
 
 
 def _launched_alone() -> tuple[bool | None, int | None]:
-    """(whether processes are lost, how many were asked for); None for what nothing here can
-    tell."""
+    """(whether processes are lost, how many were asked for); None for unknown."""
     here = os.environ
     if (
         _MARK not in here
@@ -64,23 +63,20 @@ def _launched_alone() -> tuple[bool | None, int | None]:
     stated = re.search(r"--num[_-]processes[= ](\d+)", " ".join(command))
     asked = int(stated.group(1)) if stated else None
     if any(its_environment.get(name) != here[name] for name in _MEETING_PLACE):
-        return (
-            True,
-            asked,
-        )  # the launcher set the meeting place, which it does for several processes only
+        # The launcher set the meeting place, so it was asked for several processes.
+        return True, asked
     return (asked > 1 if asked is not None else None), asked
 
 
 def _launcher() -> tuple[list[str], dict[str, str]] | None:
-    """Command line and environment of the nearest process above that has none of the launcher's
-    variables."""
-    import psutil  # accelerate needs it too
+    """Command line and environment of the nearest parent without the launcher's variables."""
+    import psutil  # a dependency of accelerate
 
     try:
         for process in psutil.Process().parents():
             environment = process.environ()
             if _MARK not in environment:
                 return process.cmdline(), environment
-    except (psutil.Error, OSError):  # gone, another user's, or a system that does not show it
+    except (psutil.Error, OSError):  # gone, another user's, or hidden by the system
         return None
     return None

@@ -1,10 +1,9 @@
-"""The processes of a job and how they talk: small exchanges, slow work that others wait for, errors
-that reach all.
+"""Talk between the processes of a job: small exchanges, work that others wait for, shared errors.
 
-It knows nothing of models, gradients or windows. Two kinds of exchange: `gather` goes the way of
-the gradients, in the middle of training; everything else goes through a group of its own that waits
-for hours, because it stands beside work of unknown length (tokenising, loading, saving) and NCCL
-gives up after ten minutes, gloo after thirty.
+It knows no models, gradients or windows. `all_gather_floats` uses the group of the gradients, in
+the middle of training. Everything else uses a separate group that waits for hours: it surrounds
+work of unknown length (tokenising, loading, saving), and NCCL gives up after ten minutes, gloo
+after thirty.
 """
 
 from __future__ import annotations
@@ -28,26 +27,29 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """This process among the others. Every rank must make the same calls in the same order, except
-    to the properties."""
+    """This process among the others.
+
+    All methods are collective: every rank must make the same calls in the same order. The
+    properties are not.
+    """
 
     accelerator: Accelerator
 
     @property
     def rank(self) -> int:
-        return self.accelerator.process_index
+        return int(self.accelerator.process_index)
 
     @property
     def world_size(self) -> int:
-        return self.accelerator.num_processes
+        return int(self.accelerator.num_processes)
 
     @property
     def is_main(self) -> bool:
-        return self.accelerator.is_main_process
+        return bool(self.accelerator.is_main_process)
 
     @property
     def device(self) -> torch.device:
-        return self.accelerator.device
+        return torch.device(self.accelerator.device)
 
     def all_gather_floats(self, values: Sequence[float]) -> np.ndarray:
         """Every rank's `values`: shape (world_size, len(values)), float64, equal on all ranks."""
@@ -56,10 +58,10 @@ class Ranks:
         # MPS and some accelerators lack float64; whole numbers up to 2**53 need it.
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         mine = torch.tensor([list(values)], dtype=dtype, device=self.device)
-        return self.accelerator.gather(mine).cpu().double().numpy()
+        return np.asarray(self.accelerator.gather(mine).cpu().double())
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's picklable `value`, in the order of ranks. Waits for hours."""
+        """Every rank's picklable `value`, in the order of ranks; waits for hours."""
         if self.world_size == 1:
             return [value]
         gathered: list[Any] = [None] * self.world_size
@@ -67,8 +69,8 @@ class Ranks:
         return gathered
 
     def first_of(self, value: Any) -> Any:
-        """The picklable `value` of the first rank that has one (is not None), on every rank; None
-        if none has."""
+        """The picklable `value` of the first rank whose value is not None, on every rank; None if
+        all are None."""
         if self.world_size == 1:
             return value
         has_one = [
@@ -88,10 +90,10 @@ class Ranks:
     # --- work that may fail on one rank ---
 
     def agree(self, error: Exception | None) -> None:
-        """Raise on all ranks if any has an error: its own where it has one, else that of the first
-        rank that has.
+        """Raise on all ranks if any rank has an error.
 
-        A copy is of the same type if that is an AccumTrainerError, and names the rank and its host.
+        A rank raises its own error, or a copy of the first other rank's. The copy names that rank
+        and its host; its type is the original's if that is an AccumTrainerError.
         """
         said = None
         if error is not None:
@@ -110,21 +112,22 @@ class Ranks:
                 raise other[0](other[1])
 
     def together(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Call `function`, which talks to no other rank, on every rank; what one of them raises,
-        all raise (`agree`)."""
+        """Call `function`, which must not be collective, on every rank; if it raises on one, all
+        raise (`agree`)."""
         result, error = _outcome(function, arguments)
         self.agree(error)
         return result  # type: ignore[return-value]
 
     def on_main(self, function: Callable[..., T], *arguments: Any) -> T | None:
-        """Call `function` on rank 0 while the others wait; they get None, and what it raises."""
+        """Call `function` on rank 0 while the others wait; they return None, or raise as it
+        does."""
         result, error = _outcome(function, arguments) if self.is_main else (None, None)
         self.agree(error)
         return result
 
     def main_first(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Call `function` on one process of each machine, then on the others there, which find what
-        it cached."""
+        """Call `function` on one process of each machine, then on the others, which use what it
+        cached."""
         result, error = None, None
         for turn in (True, False):
             if self.world_size == 1 or self.accelerator.is_local_main_process == turn:
@@ -146,21 +149,22 @@ def _outcome(
 
 @functools.lru_cache(maxsize=1)
 def _patient_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
-    """All processes, over gloo, with `PATIENCE`; made at its first use, which all ranks reach
+    """All processes, over gloo, with the timeout `PATIENCE`; made at the first use, on all ranks
     together.
 
     Raises:
-        EngineError: they cannot reach each other over gloo, which a machine that trains over NCCL
-            may not be set up for.
+        EngineError: they cannot reach each other over gloo; machines that train over NCCL may not
+            be set up for it.
     """
     try:
-        group = dist.new_group(backend="gloo")  # to meet takes seconds: it has gloo's own limit
+        group: dist.ProcessGroup = dist.new_group(
+            backend="gloo"
+        )  # meeting takes seconds, so gloo's timeout holds
     except RuntimeError as error:
         raise EngineError(
-            f"the {world.size()} processes cannot reach each other over gloo, which they talk "
-            "through beside training: "
-            f"{str(error).splitlines()[0]}; name the network device in GLOO_SOCKET_IFNAME on each "
-            "machine"
+            f"the {world.size()} processes cannot reach each other over gloo, which they use "
+            f"outside training: {str(error).splitlines()[0]}; name the network device in "
+            "GLOO_SOCKET_IFNAME on each machine"
         ) from error
     _set_pg_timeout(PATIENCE, group)
     return group

@@ -1,11 +1,107 @@
-"""One process: nothing is exchanged, nothing is averaged."""
+"""One process, and what every engine with a torch optimizer shares.
+
+`TorchEngine` implements the contract for gradients that lie in the parameters and are stepped by
+the user's optimizer. `SingleEngine` is that alone: nothing is exchanged, nothing is averaged.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
+
 from accum_trainer.engine.base import Engine
+from accum_trainer.engine.grad_sync import EVERY
+from accum_trainer.engine.request import Request
+from accum_trainer.engine.step import (
+    gradients_in_weights_dtype,
+    norm_of_replicas,
+    parameters_of,
+    refuse_data_parallel,
+    set_gradient_dtype,
+    square_sums,
+    step_or_skip,
+)
 
 
-class SingleEngine(Engine):
-    """The contract as `base` has it; both `grad_sync` policies are the same here."""
+class TorchEngine(Engine):
+    """Gradients in `parameter.grad`, stepped by the user's optimizer; right for one process."""
+
+    def prepare(
+        self, models: list[torch.nn.Module], optimizers: list[torch.optim.Optimizer]
+    ) -> tuple[list[torch.nn.Module], list[AcceleratedOptimizer]]:
+        refuse_data_parallel(models)
+        prepared = [self.accelerator.prepare_model(model) for model in models]
+        trained = [p for model in prepared for p in model.parameters() if p.requires_grad]
+        set_gradient_dtype(trained, self.settings.gradient_dtype)
+        return prepared, [self.accelerator.prepare_optimizer(optimizer) for optimizer in optimizers]
+
+    @contextlib.contextmanager
+    def microbatch(
+        self, models: Sequence[torch.nn.Module], is_first: bool, is_last: bool
+    ) -> Iterator[None]:
+        # accelerate's own optimizer and scheduler wrappers act on this flag.
+        self.accelerator.sync_gradients = is_last
+        with self._sync(models, is_last or self.grad_sync == EVERY):
+            yield
+
+    @contextlib.contextmanager
+    def _sync(self, models: Sequence[torch.nn.Module], exchange: bool) -> Iterator[None]:
+        """Let the backward inside exchange gradients, or keep it local."""
+        yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def finish(
+        self, optimizer: AcceleratedOptimizer, numbers: Sequence[float]
+    ) -> tuple[float, bool, np.ndarray]:
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            scaler.unscale_(optimizer.optimizer)
+        parameters = [p for p in parameters_of(optimizer) if p.grad is not None]
+        table = self.end_window([self.square_sum(parameters), *numbers])
+        norm = self._norm(table[:, 0])
+        is_finite = bool(np.isfinite(table[:, 0]).all())
+        if is_finite and self.settings.max_grad_norm is not None:
+            # torch's convention, a hair below the limit: max / (norm + 1e-6).
+            total = torch.tensor(norm, device=self.device)
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.max_grad_norm, total)
+        self.accelerator.sync_gradients = True
+        with gradients_in_weights_dtype(optimizer):
+            stepped = step_or_skip(optimizer, scaler, is_finite)
+        self.discard_window_grads(optimizer)
+        return norm, stepped, table[:, 1:]
+
+    def square_sum(self, parameters: list[torch.nn.Parameter]) -> float:
+        """Sum of squares of the gradient that this rank holds."""
+        return sum(square_sums([p.grad for p in parameters if p.grad is not None]))
+
+    def _norm(self, squares: np.ndarray) -> float:
+        """2-norm of the whole gradient, from every rank's `square_sum`."""
+        return norm_of_replicas(squares)
+
+    def discard_window_grads(self, optimizer: AcceleratedOptimizer) -> None:
+        self.accelerator.sync_gradients = True
+        optimizer.zero_grad()
+
+    def discard_local_grads(self, models: Iterable[torch.nn.Module]) -> None:
+        for model in models:
+            for parameter in model.parameters():
+                parameter.grad = None
+
+
+class SingleEngine(TorchEngine):
+    """Both `grad_sync` policies are the same here."""
 
     name = "single"
+    runs_plain_loops = True
+
+    @classmethod
+    def drives(cls, accelerator: Accelerator, request: Request) -> bool:
+        return bool(accelerator.distributed_type == DistributedType.NO)

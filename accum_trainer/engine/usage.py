@@ -1,5 +1,7 @@
-"""Which parameters the backwards of a window use, known before the first of their gradients is
-made."""
+"""Which parameters the backwards of a window use, known before their first gradient exists.
+
+It knows autograd's graph and nothing of windows: an engine clears `Usage.used` at a window's end.
+"""
 
 from __future__ import annotations
 
@@ -17,30 +19,29 @@ class Usage:
     """Notes, at the start of each backward, which parameters it will give a gradient.
 
     Args:
-        parameters: name -> what autograd sees of it, whole.
-        are_whole: they are so now; otherwise only inside a forward or backward.
+        parameters: by name, the whole tensor that autograd sees.
+        are_whole: the tensors are whole now; otherwise only inside a forward or backward.
 
     Attributes:
         used: names that some backward of the window in hand used.
-        used_now: names that the last one used.
+        used_now: names that the last backward used.
     """
 
     def __init__(self, parameters: Mapping[str, torch.Tensor], are_whole: bool = True) -> None:
         self._parameters = parameters
-        # A parameter does not hold its node, which knows the shape that it was made with.
+        # A parameter does not keep its node alive. A node knows the shape it was made with, so
+        # nodes of sharded parameters are made when the parameters are whole.
         self._nodes = _nodes(parameters) if are_whole else {}
         self.used: set[str] = set()
         self.used_now: set[str] = set()
 
     def watch(self, loss: torch.Tensor, then: Callable[[], None] | None = None) -> None:
-        """At the start of `loss`'s backward note what it will use, and call `then`."""
+        """At the start of `loss`'s backward, note the parameters it will use and call `then`."""
 
         def note(gradient: torch.Tensor) -> None:
-            # What torch's own register_multi_grad_hook asks.
             nodes = self._nodes or _nodes(self._parameters)
-            self.used_now = {
-                name for name, node in nodes.items() if torch._C._will_engine_execute_node(node)
-            }
+            will_run = torch._C._will_engine_execute_node  # noqa: SLF001 - as in torch's hooks
+            self.used_now = {name for name, node in nodes.items() if will_run(node)}
             self.used |= self.used_now
             if then is not None:
                 then()
@@ -57,7 +58,7 @@ def _nodes(parameters: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def refuse_difference(ranks: Ranks, unused: Sequence[str], engine: str) -> None:
-    """Raise an EngineError on all ranks where what they left `unused` differs. Collective."""
+    """Raise an EngineError on all ranks if they left different parameters `unused`. Collective."""
     everyones = [set(names) for names in ranks.gather_objects(list(unused))]
     differing = sorted(set.union(*everyones) - set.intersection(*everyones))
     if differing:
@@ -71,15 +72,14 @@ def refuse_difference(ranks: Ranks, unused: Sequence[str], engine: str) -> None:
 
 
 def refuse(ranks: Ranks, unused: Sequence[str], engine: str) -> None:
-    """Raise an EngineError for what this rank left out, where the others cannot be asked."""
+    """Raise an EngineError for the parameters that this rank left `unused`; not collective."""
     raise EngineError(_refusal(unused, ranks.rank, engine))
 
 
 def _refusal(names: Sequence[str], rank: int, engine: str) -> str:
     return (
         f"process {rank} left {len(names)} parameters unused, such as {names[0]}, and another "
-        "process may have used them; "
-        f"{engine} exchanges what each process used and would add one parameter's gradient to "
-        "another's: use DDP or (from torch "
-        "2.13) FSDP2, which average them exactly, or use every parameter in each micro-batch"
+        f"process may have used them; {engine} exchanges the gradients that each process has and "
+        "would add one parameter's to another's: use DDP or (from torch 2.13) FSDP2, which average "
+        "them exactly, or use every parameter in each micro-batch"
     )

@@ -82,7 +82,7 @@ class PackingGuard:
             most=max(_MOST, row["input_ids"].numel()),
             boundaries=_boundaries_in(row),
             is_16_bit=engine.mixed_precision != "no",
-            backward=not engine.shards_weights,
+            backward=engine.runs_alone,
             agree=lambda found: worst_of(engine.gather_objects(found)),
         )
 

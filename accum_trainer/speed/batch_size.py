@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from accum_trainer.batch import Batch, num_positions
-from accum_trainer.engine.base import Engine, free_bytes
-from accum_trainer.engine.memory import memory_gb, peak_gb, reset_peak
+from accum_trainer.engine.base import Engine
+from accum_trainer.engine.memory import free_bytes, memory_gb, peak_gb, reset_peak
 from accum_trainer.errors import ConfigError, EngineError
 from accum_trainer.losses.causal_lm import causal_lm_loss
 

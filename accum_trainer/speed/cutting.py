@@ -91,7 +91,7 @@ def decide_layout(
         longest=longest,
         most=config.max_tokens_per_micro_batch or longest * accumulator.plan.micro_batch_size,
         is_16_bit=engine.mixed_precision != "no",
-        backward=not engine.shards_weights,
+        backward=engine.runs_alone,
         agree=lambda found: worst_of(engine.gather_objects(found)),
     )
     if found.holds:
@@ -168,7 +168,7 @@ def _find(
 def _cost(config: TrainConfig, engine: Any, model: Any, max_tokens: int | None) -> Cost:
     """The cost model of micro-batches: measured if the cut depends on it and one process can run
     the model alone."""
-    if max_tokens is None or engine.shards_weights:
+    if max_tokens is None or not engine.runs_alone:
         return _CPU_COST if engine.device.type == "cpu" else Cost()
     found = measured_cost(model, max_tokens, config.max_seq_len, engine.mixed_precision)
     return engine.gather_objects(found)[0]
@@ -185,7 +185,7 @@ def _rank_weights(config: TrainConfig, engine: Any, model: Any) -> tuple[float, 
             )
         return None
     if weights is None:
-        if engine.shards_weights:
+        if not engine.runs_alone:
             raise ConfigError(
                 f"rank_weights=auto times each process alone, which {engine.name} with its sharded "
                 "weights cannot run; give the shares as numbers"

@@ -118,7 +118,7 @@ def _load(config: TrainConfig, engine: Any, tokenizer: Any) -> Any:
     """The model with the same initial weights on every process, under every split."""
     torch.manual_seed(config.seed)
     # With weights sharded at loading, loading is itself a collective.
-    load = load_model if engine.shards_weights else partial(engine.together, load_model)
+    load = partial(engine.together, load_model) if engine.runs_alone else load_model
     return load(config, tokenizer, frozen_dtype(config, engine.mixed_precision))
 
 
@@ -194,9 +194,9 @@ def _compile(config: TrainConfig, engine: Any, model: Any) -> int:
     Raises:
         ConfigError: the engine's hooks cannot be compiled.
     """
-    if engine.name == "zero3":
+    if not engine.can_compile:
         raise ConfigError(
-            "compile=true cannot see through zero3, which fetches each weight when it is used; "
-            "leave it out, or use zero2 or fsdp2"
+            f"compile=true cannot see through {engine.name}, which fetches each weight when it is "
+            "used; leave it out, or use zero2 or fsdp2"
         )
     return compile_blocks(engine.unwrap(model), engine.device)

@@ -29,7 +29,7 @@ def plain_engine(gradient_accumulation_steps: int, cpu: bool, mixed_precision: s
     loop.
 
     Raises:
-        EngineError: the launcher asks for another engine.
+        EngineError: the launcher asks for an engine that does not run plain loops.
         ConfigError: the environment sets another K.
     """
     if not torch.cuda.is_available() and not torch.backends.mps.is_available():
@@ -43,7 +43,7 @@ def plain_engine(gradient_accumulation_steps: int, cpu: bool, mixed_precision: s
     engine = build_engine(
         gradient_accumulation_steps=gradient_accumulation_steps, accelerator=accelerator
     )
-    if engine.name not in ("single", "ddp"):
+    if not engine.runs_plain_loops:
         raise EngineError(
             f"a loop is checked on one process or on DDP, but the launcher asks for {engine.name}"
         )

@@ -29,7 +29,7 @@ LOW_PRECISION_WINDOWS = 4
 
 
 def precision_margin(engine: Engine) -> float:
-    return ZERO_PRECISION_MARGIN if engine.name.startswith("zero") else PRECISION_MARGIN
+    return ZERO_PRECISION_MARGIN if engine.rounds_reduced_gradients else PRECISION_MARGIN
 
 
 def low_precision_peer(
@@ -40,7 +40,7 @@ def low_precision_peer(
         return None
     dtype = torch.bfloat16 if engine.mixed_precision == "bf16" else torch.float16
     scale = 1.0 if dtype == torch.bfloat16 else 1024.0
-    if engine.name in ("single", "ddp"):
+    if engine.autocasts:
         return BigBatch(make_plain(), torch.float32, engine.device, autocast=dtype, scale=scale)
     # Sharding engines cast the weights instead of using autocast.
     return BigBatch(make_plain(), dtype, engine.device, scale=scale)

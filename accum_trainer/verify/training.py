@@ -200,7 +200,7 @@ class _Session:
             if not (update.skipped and self._engine.mixed_precision == "fp16"):
                 break
         by_rank = self._engine.all_gather_floats([sum(squares)])[:, 0]
-        is_sharded = self._engine.name not in ("single", "ddp", "zero0")
+        is_sharded = self._engine.shards_optimizer
         given_norm = math.sqrt(float(by_rank.sum() if is_sharded else by_rank[0]))
         return gradient, update, given_norm, self._exchanges[0] - before
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from torch.utils.data import DataLoader
 
 from accum_trainer import Accumulator, DataError, EngineError, causal_lm_loss
@@ -66,6 +66,14 @@ ENGINE: dict[
 ] = {}  # what the worker was told of the engine: zero_stage, fsdp, grad_sync; cpu; backend
 
 
+def forget_accelerate(whole: bool = False) -> None:
+    """Let a process build another Accelerator; `whole`: with other processes and devices too."""
+    # accelerate keeps its state in classes and has no public way to drop it.
+    AcceleratorState._reset_state(reset_partial_state=whole)  # noqa: SLF001
+    if whole:
+        GradientState._reset_state()  # noqa: SLF001
+
+
 def accumulator(micro_batch_size: int | None, **options: Any) -> Accumulator:
     engine = {} if "accelerator" in options else {"cpu": True} | ENGINE
     backend = engine.pop("backend", None)  # on a GPU; accelerate's choice there is NCCL
@@ -77,7 +85,7 @@ def accumulator(micro_batch_size: int | None, **options: Any) -> Accumulator:
     if (
         "zero_stage" in engine
     ):  # accelerate takes one DeepSpeed plugin per process; a case may build several
-        AcceleratorState._reset_state()
+        forget_accelerate()
     return Accumulator(micro_batch_size=micro_batch_size, **(engine | options))
 
 
@@ -857,8 +865,8 @@ def i46_ranks_whose_norms_differ_in_the_last_bits() -> dict[str, Any]:
         acc = accumulator(2, global_batch_size=8, max_grad_norm=0.01)
         probe = Probe(acc, make_model("llama"))
         if rank() == world_size() - 1 and world_size() > 1:
-            own = acc.engine._square_sum
-            acc.engine._square_sum = lambda parameters, own=own, factor=factor: (
+            own = acc.engine.square_sum
+            acc.engine.square_sum = lambda parameters, own=own, factor=factor: (
                 own(parameters) * factor**2
             )  # type: ignore[method-assign]
         error = ""
@@ -1246,7 +1254,7 @@ def bf16_is_as_near_as_one_big_bf16_batch() -> dict[str, Any]:
     errors = {}
     for name, micro in (("ours", 2), ("big", 16 // world_size())):
         if "zero_stage" not in ENGINE:
-            AcceleratorState._reset_state()
+            forget_accelerate()
         acc = accumulator(micro, global_batch_size=16, mixed_precision="bf16")
         probe = Probe(acc, make_model("llama"))
         exact = big_batch(probe.pristine, rows)[1]
@@ -1341,7 +1349,7 @@ def i40_i41_packed_samples_that_see_each_other() -> dict[str, Any]:
         engine.unwrap(probe.model),
         ids,
         most=64,
-        backward=not engine.shards_weights,
+        backward=engine.runs_alone,
         agree=lambda own: worst_of(engine.gather_objects(own)),
     )
     exact = probe.exact(planned(rows, 12)[0])[1]
@@ -1413,7 +1421,7 @@ def combinations() -> dict[str, Any]:
                 *own,
             ]:
                 if "zero_stage" not in ENGINE:
-                    AcceleratorState._reset_state()
+                    forget_accelerate()
                 model = make_model(kind)
                 if checkpointing:
                     model.gradient_checkpointing_enable(

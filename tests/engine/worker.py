@@ -16,8 +16,6 @@ import torch
 
 
 def main(out: str, engine: str, *names: str) -> None:
-    from accelerate.state import AcceleratorState, GradientState
-
     from tests.engine import cases
 
     cases.ENGINE.update(json.loads(engine))
@@ -40,8 +38,7 @@ def main(out: str, engine: str, *names: str) -> None:
     for name, run in CASES.items():
         if "ACCELERATE_USE_DEEPSPEED" in os.environ:
             del os.environ["ACCELERATE_USE_DEEPSPEED"]  # accelerate sets it for good
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        cases.forget_accelerate(whole=True)
         torch.manual_seed(0)
         if rank() == 0:
             print(

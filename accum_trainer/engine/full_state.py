@@ -1,0 +1,183 @@
+"""State of a training as whole tensors by parameter name, however an engine shards them.
+
+A checkpoint, a comparison and a merge read it, so they know no engine. Here tensors are whole
+already, as in one process and DDP; an engine that shards overrides the methods at the end. All
+methods are collective, and every rank gets the result.
+
+`torch.distributed.checkpoint.state_dict` does the same for DDP and FSDP2, but not exactly: before
+the first update it makes optimizer state with a step at lr 0, so `step` is 1; it refuses to load,
+or invents, the state of a parameter that no micro-batch used; on the CPU only rank 0 gets tensors.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any, cast
+
+import numpy as np
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+
+from accum_trainer.engine.ranks import Ranks
+from accum_trainer.engine.step import parameters_of
+
+
+class FullState(Ranks):
+    """Gradients, weights and optimizer state by name; the loss scaler; this rank's generators."""
+
+    def unwrap(self, model: torch.nn.Module) -> Any:
+        """The user's own model inside the engine's wrappers; autocast stays."""
+        return model
+
+    # --- whole tensors by parameter name ---
+
+    def full_gradients(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """The averaged, unscaled gradient of each trained parameter that has one.
+
+        Call it after a window's last backward and before `finish`.
+        """
+        scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
+        named = self.unwrap(model).named_parameters()
+        return {
+            name: self._whole(p.grad).detach() / scale for name, p in named if p.grad is not None
+        }
+
+    def full_weights(
+        self, model: torch.nn.Module, trained_only: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """Parameters and persistent buffers on the CPU, in the precision that the optimizer steps.
+
+        Args:
+            model: as `prepare` returned it.
+            trained_only: leave out frozen parameters, which are as the model was loaded.
+        """
+        plain = self.unwrap(model)
+        weights = {
+            name: self._whole_weight(p).detach().cpu()
+            for name, p in plain.named_parameters()
+            if p.requires_grad or not trained_only
+        }
+        return weights | {name: b.detach().cpu() for name, b in persistent_buffers(plain).items()}
+
+    def load_full_weights(self, model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+        """Copy weights that `full_weights` gave; the caller has compared names and shapes."""
+        plain = self.unwrap(model)
+        parameters, buffers = dict(plain.named_parameters()), dict(plain.named_buffers())
+        for name, tensor in weights.items():
+            if name in buffers:
+                buffers[name].copy_(tensor)
+            else:
+                self._set_weight(parameters[name], tensor)
+
+    def full_optimizer_state(
+        self, model: torch.nn.Module, optimizer: AcceleratedOptimizer
+    ) -> dict[str, Any]:
+        """{"state": {parameter name: {key: tensor}}, "groups": [options of each group]}, tensors
+        on the CPU; a parameter that was never stepped has no entry."""
+        state = {}
+        for name, p in self.unwrap(model).named_parameters():
+            found = self._parameter_state(optimizer, p)
+            if found:
+                state[name] = {key: value.detach().cpu().clone() for key, value in found.items()}
+        groups = [
+            {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups
+        ]
+        return {"state": state, "groups": groups}
+
+    def load_full_optimizer_state(
+        self, model: torch.nn.Module, optimizer: AcceleratedOptimizer, saved: dict[str, Any]
+    ) -> None:
+        """Restore state that `full_optimizer_state` gave, on this engine or another."""
+        for group, options in zip(optimizer.param_groups, saved["groups"], strict=True):
+            group.update(options)
+        for name, p in self.unwrap(model).named_parameters():
+            if name in saved["state"]:
+                self._set_parameter_state(optimizer, p, saved["state"][name])
+
+    # --- small state ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """The loss scaler's state; empty without one."""
+        scaler = self.accelerator.scaler
+        return {} if scaler is None else scaler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore state that `state_dict` gave."""
+        if self.accelerator.scaler is not None and state:
+            self.accelerator.scaler.load_state_dict(state)
+
+    def rng_state(self) -> dict[str, Any]:
+        """This rank's generators: Python's, numpy's, torch's and the device's, without pickling:
+        numbers, lists and tensors."""
+        version, internal, gauss = random.getstate()
+        name, keys, position, has_gauss, cached = cast(
+            tuple[Any, ...], np.random.get_state(legacy=True)
+        )
+        state: dict[str, Any] = {
+            "python": [version, list(internal), gauss],
+            "numpy": [name, keys.tolist(), int(position), int(has_gauss), float(cached)],
+            "torch": torch.get_rng_state(),
+        }
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def set_rng_state(self, state: dict[str, Any]) -> None:
+        """Restore generators that `rng_state` gave."""
+        version, internal, gauss = state["python"]
+        random.setstate((version, tuple(internal), gauss))
+        name, keys, position, has_gauss, cached = state["numpy"]
+        np.random.set_state((name, np.asarray(keys, dtype=np.uint32), position, has_gauss, cached))
+        torch.set_rng_state(state["torch"].cpu())
+        if self.device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"].cpu(), self.device)
+
+    # --- an engine that shards overrides these ---
+
+    def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A gradient or optimizer state, gathered."""
+        return tensor
+
+    def _whole_weight(self, parameter: torch.Tensor) -> torch.Tensor:
+        return self._whole(parameter)
+
+    def _set_weight(self, parameter: torch.Tensor, value: torch.Tensor) -> None:
+        with torch.no_grad():
+            parameter.copy_(value)
+
+    def _parameter_state(
+        self, optimizer: AcceleratedOptimizer, parameter: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        return {
+            key: self._whole(value)
+            for key, value in optimizer.optimizer.state.get(parameter, {}).items()
+        }
+
+    def _set_parameter_state(
+        self,
+        optimizer: AcceleratedOptimizer,
+        parameter: torch.Tensor,
+        state: dict[str, torch.Tensor],
+    ) -> None:
+        # A scalar such as AdamW's `step` stays on the CPU, unless the optimizer is fused and moves
+        # it.
+        optimizer.optimizer.state[parameter] = {
+            key: value.clone() if value.ndim == 0 else value.to(parameter.device).clone()
+            for key, value in state.items()
+        }
+
+    def _without_state(self, optimizer: AcceleratedOptimizer) -> list[torch.Tensor]:
+        """This rank's tensors that the optimizer will step and has no state for yet."""
+        trained = [p for p in parameters_of(optimizer) if p.requires_grad]
+        return [p for p in trained if not optimizer.optimizer.state.get(p)]
+
+
+def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers that a state dict holds, by name."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    buffers = dict(model.named_buffers())
+    return {
+        name: buffers[name]
+        for name in model.state_dict()
+        if name not in parameters and name in buffers
+    }

@@ -1,0 +1,182 @@
+"""DeepSpeed's JSON: read, checked against the plan and the settings, completed.
+
+DeepSpeed takes the batch, K, clipping, stage and precision from its configuration, silently and
+over everything else. Entries that are missing or "auto" are filled in; an entry that contradicts
+the caller is an error that names both. It knows configuration only, no process and no model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import DeepSpeedPlugin
+
+from accum_trainer.batch_plan import BatchPlan
+from accum_trainer.engine.base import Settings
+from accum_trainer.errors import ConfigError, EngineError
+
+INSTALL = "pip install 'accum-trainer[deepspeed]'"
+CONFIG_FILE_VARIABLE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
+
+
+def make_plugin(
+    zero_stage: int | None,
+    cpu_offload: bool,
+    mixed_precision: str | None,
+    plugin: DeepSpeedPlugin | None,
+) -> DeepSpeedPlugin:
+    """The plugin of the user or of the launcher's file, or a new one, with `zero_stage` in it;
+    "auto" for values that are known later.
+
+    Raises:
+        ConfigError: the launcher or its file says another stage, or another precision than
+            `mixed_precision`.
+        EngineError: DeepSpeed is not installed.
+    """
+    _check_installed()
+    path = os.environ.get(CONFIG_FILE_VARIABLE, "none")
+    if plugin is not None:
+        config = plugin.deepspeed_config
+    elif path != "none":
+        config = _read_file(path)
+        _refuse_ignored_fields(path)
+    elif "ACCELERATE_DEEPSPEED_ZERO_STAGE" in os.environ:
+        plugin = DeepSpeedPlugin()  # reads the variables of accelerate's launcher
+        config = plugin.deepspeed_config
+    else:
+        config = {}
+    zero = config.setdefault("zero_optimization", {})
+    _agree(
+        zero, "stage", 2 if zero_stage is None and "stage" not in zero else zero_stage, "zero_stage"
+    )
+    for dtype in ("bf16", "fp16"):  # accelerate would take the file's precision
+        if (
+            mixed_precision is not None
+            and config.get(dtype, {}).get("enabled") is True
+            and mixed_precision != dtype
+        ):
+            raise ConfigError(
+                f"mixed_precision={mixed_precision}, but {_source()} enables {dtype}; make them "
+                "agree"
+            )
+    for device in ("optimizer", "param"):
+        if os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{device.upper()}_DEVICE", "none") == "cpu":
+            zero.setdefault(f"offload_{device}", {"device": "cpu"})
+    if cpu_offload:
+        zero.setdefault("offload_optimizer", {"device": "cpu"})
+    # A missing K would silently become 1 and override every other source; a missing micro-batch
+    # stops accelerate, which needs a number.
+    config.setdefault("gradient_accumulation_steps", "auto")
+    config.setdefault("train_micro_batch_size_per_gpu", "auto")
+    return plugin if plugin is not None else DeepSpeedPlugin(hf_ds_config=config)
+
+
+def file_precision() -> str:
+    """The precision that the launcher's DeepSpeed file turns on: `no` (or no file), `bf16` or
+    `fp16`."""
+    path = os.environ.get(CONFIG_FILE_VARIABLE, "none")
+    config = _read_file(path) if path != "none" else {}
+    return next(
+        (dtype for dtype in ("bf16", "fp16") if config.get(dtype, {}).get("enabled") is True), "no"
+    )
+
+
+def _read_file(path: str) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the DeepSpeed configuration {path} cannot be read: {error}") from None
+    return config
+
+
+def _refuse_ignored_fields(path: str) -> None:
+    """Raise a ConfigError for fields that accelerate takes from a DeepSpeed file only; if it finds
+    them beside one, it stops with a traceback."""
+    only_there = {
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+        "zero_stage",
+        "mixed_precision",
+        "zero3_save_16bit_model",
+        "offload_optimizer_device",
+        "offload_optimizer_nvme_path",
+        "offload_param_device",
+        "offload_param_nvme_path",
+    }
+    stated = sorted(only_there & set(os.environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")))
+    if stated:
+        raise ConfigError(
+            f"the accelerate configuration has {', '.join(stated)} beside "
+            f"deepspeed_config_file={path}, which accelerate would not read; write it in {path} "
+            "and take it out of the other"
+        )
+
+
+def complete(
+    config: dict[str, Any], plan: BatchPlan, settings: Settings, mixed_precision: str
+) -> None:
+    """Fill in entries that are missing or "auto"; others that decide the update must agree.
+
+    Raises:
+        ConfigError: an entry contradicts the plan or the settings.
+    """
+    _agree(config, "train_micro_batch_size_per_gpu", plan.micro_batch_size, "micro_batch_size")
+    _agree(
+        config,
+        "gradient_accumulation_steps",
+        plan.gradient_accumulation_steps,
+        "gradient_accumulation_steps",
+    )
+    # DeepSpeed requires the product of the three; the samples of an update are ours to choose.
+    product = plan.micro_batch_size * plan.gradient_accumulation_steps * plan.world_size
+    _agree(config, "train_batch_size", product, "global_batch_size, rounded up to micro-batches,")
+    _agree(config, "gradient_clipping", settings.max_grad_norm or 0.0, "max_grad_norm")
+    for dtype in ("bf16", "fp16"):
+        _agree(
+            config.setdefault(dtype, {}),
+            "enabled",
+            mixed_precision == dtype,
+            f"mixed_precision={dtype}",
+        )
+    if mixed_precision == "bf16":
+        # ZeRO's default is the weights' dtype; in bf16, 256 + 1 - 256 is 0.
+        wanted = "fp32" if settings.accumulation_dtype == "float32" else "bf16"
+        _agree(
+            config.setdefault("data_types", {}), "grad_accum_dtype", wanted, "accumulation_dtype"
+        )
+        config["bf16"].setdefault("check_grad_overflow", True)
+    # Any torch optimizer of the user's is used as it is. DeepSpeed would replace an offloaded Adam
+    # by its own.
+    config.setdefault("zero_allow_untested_optimizer", True)
+    config.setdefault("zero_force_ds_cpu_optimizer", False)
+
+
+def _agree(section: dict[str, Any], key: str, ours: Any, name: str) -> None:
+    """Set section[key] if it is missing or "auto"; otherwise it must equal `ours`, unless that is
+    None."""
+    theirs = section.get(key, "auto")
+    if theirs in ("auto", None):
+        if ours is not None:
+            section[key] = ours
+    elif ours is not None and theirs != ours:
+        raise ConfigError(
+            f'{name}={ours}, but {_source()} says {key}={theirs}; make them agree, or write "auto" '
+            "there"
+        )
+
+
+def _source() -> str:
+    return os.environ.get(CONFIG_FILE_VARIABLE, "the DeepSpeed configuration")
+
+
+def _check_installed() -> None:
+    """Raise an EngineError with the install command if DeepSpeed is missing."""
+    try:
+        import deepspeed  # noqa: F401
+    except ImportError as error:
+        raise EngineError(
+            f"DeepSpeed is asked for but not installed ({error}); {INSTALL}"
+        ) from None

@@ -1,0 +1,155 @@
+"""Whole tensors by parameter name out of DeepSpeed's shards, stages 1 to 3.
+
+DeepSpeed keeps float32 master weights, gradients and optimizer state in flat shards, and gives one
+parameter of them through its `safe_*` functions. It knows no windows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+
+from accum_trainer.engine.full_state import FullState
+
+
+class ShardedState(FullState):
+    """State that every sharding stage keeps alike; `FlatState` and `PartitionedState` complete it.
+
+    `_deepspeed` is DeepSpeed's engine, `_deepspeed.optimizer` its sharding optimizer, and
+    `_deepspeed.optimizer.optimizer` the user's, which steps this rank's flat shards.
+    """
+
+    _deepspeed: Any
+
+    def full_gradients(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        from deepspeed.utils import safe_get_full_grad
+
+        named = [(name, p) for name, p in self.unwrap(model).named_parameters() if p.requires_grad]
+        return {
+            name: gradient for name, p in named if (gradient := safe_get_full_grad(p)) is not None
+        }
+
+    def full_optimizer_state(
+        self, model: torch.nn.Module, optimizer: AcceleratedOptimizer
+    ) -> dict[str, Any]:
+        self._link_states()
+        return super().full_optimizer_state(model, optimizer)
+
+    def _whole_weight(self, parameter: torch.Tensor) -> torch.Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if not parameter.requires_grad:
+            return self._whole_frozen(parameter)
+        weight: torch.Tensor = safe_get_full_fp32_param(parameter)
+        return weight
+
+    def _set_weight(self, parameter: torch.Tensor, value: torch.Tensor) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        safe_set_full_fp32_param(parameter, value.to(self.device))
+        # DeepSpeed makes the copy that the forward uses at a step only.
+        self._set_forward_weight(parameter, value)
+
+    def _parameter_state(
+        self, optimizer: AcceleratedOptimizer, parameter: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        inner = self._inner_states()
+        if not inner or not parameter.requires_grad:
+            return {}
+        # A number, such as AdamW's `step`, is one for all parameters of a shard.
+        return {
+            key: value if _is_number(value) else safe_get_full_optimizer_state(parameter, key)
+            for key, value in inner[0].items()
+        }
+
+    def _set_parameter_state(
+        self,
+        optimizer: AcceleratedOptimizer,
+        parameter: torch.Tensor,
+        state: dict[str, torch.Tensor],
+    ) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        if not self._inner_states():
+            self._make_inner_states(state)
+        for key, value in state.items():
+            if value.ndim == 0:
+                for inner in self._inner_states():
+                    inner[key] = value.clone()
+            else:
+                safe_set_full_optimizer_state(parameter, value.to(self.device), key)
+
+    def _without_state(self, optimizer: AcceleratedOptimizer) -> list[torch.Tensor]:
+        return [] if self._inner_states() else self._shards()
+
+    def _inner_states(self) -> list[dict[str, Any]]:
+        """State of the flat shards, which the optimizer's first step makes."""
+        return [state for state in self._deepspeed.optimizer.optimizer.state.values() if state]
+
+    def _make_inner_states(self, like: dict[str, torch.Tensor]) -> None:
+        """Make the flat shards' state as a first step would, to be filled in."""
+        inner = self._deepspeed.optimizer.optimizer
+        for shard in self._shards():
+            inner.state[shard] = {
+                key: value.clone() if value.ndim == 0 else torch.zeros_like(shard)
+                for key, value in like.items()
+            }
+        self._link_states()
+
+    # --- differences between the stages ---
+
+    def _shards(self) -> list[torch.Tensor]:
+        """This rank's flat parts of the trained weights, which the user's optimizer steps."""
+        raise NotImplementedError
+
+    def _link_states(self) -> None:
+        """Have DeepSpeed find each parameter's part of the flat optimizer state."""
+
+    def _whole_frozen(self, parameter: torch.Tensor) -> torch.Tensor:
+        return parameter
+
+    def _set_forward_weight(self, parameter: torch.Tensor, value: torch.Tensor) -> None:
+        with torch.no_grad():
+            parameter.copy_(value)
+
+
+class FlatState(ShardedState):
+    """Stages 1 and 2: every rank has the weights that the forward uses."""
+
+    def _shards(self) -> list[torch.Tensor]:
+        return list(self._deepspeed.optimizer.single_partition_of_fp32_groups)
+
+    def _link_states(self) -> None:
+        # DeepSpeed links them once, when the first of several parameter groups has stepped and the
+        # others have no state.
+        sharded = self._deepspeed.optimizer
+        if hasattr(sharded, "_lazy_init_hp_params_optimizer_state"):
+            sharded._hp_optimizer_states_linked = False  # noqa: SLF001 - no public way to relink
+            sharded._lazy_init_hp_params_optimizer_state()  # noqa: SLF001
+
+
+class PartitionedState(ShardedState):
+    """Stage 3: a weight is whole inside `GatheredParameters` only."""
+
+    def _shards(self) -> list[torch.Tensor]:
+        return list(self._deepspeed.optimizer.fp32_partitioned_groups_flat)
+
+    def _whole_frozen(self, parameter: torch.Tensor) -> torch.Tensor:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+
+    def _set_forward_weight(self, parameter: torch.Tensor, value: torch.Tensor) -> None:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            super()._set_forward_weight(parameter, value)
+
+
+def _is_number(value: Any) -> bool:
+    return not torch.is_tensor(value) or value.ndim == 0
