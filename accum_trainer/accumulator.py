@@ -249,6 +249,7 @@ class Accumulator:
         except Exception as error:
             if not (window.is_running and self._oom.goes_on(window, error, self._models)):
                 raise
+            self._guard.after_failure()
             return
         finally:
             window.is_running = False

@@ -173,6 +173,10 @@ class LoopGuard:
                 schedule.check()
         self._gradients.check()
 
+    def after_failure(self) -> None:
+        """A backward that ran out of memory may have added a part of its gradient."""
+        self._gradients.forget()
+
     def after_micro_batch(self, window: Any, models: Iterable[torch.nn.Module]) -> None:
         """Remember the gradients so far; after the last micro-batch a loop may change them."""
         if not window.micro_batch.is_last:
