@@ -369,7 +369,7 @@ class Accumulator:
 
     def _finish_for_accelerate(self, window: Window) -> None:
         """End a window whose optimizer accelerate prepared, and steps."""
-        if not self.accelerator._optimizers:
+        if not self.accelerator._optimizers:  # noqa: SLF001 - accelerate has no public name
             raise AccumTrainerError(
                 "no optimizer was prepared, so an optimizer.step() after each micro-batch acts K "
                 "times per update; write model, optimizer = acc.prepare(model, optimizer)"

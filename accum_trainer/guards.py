@@ -20,7 +20,7 @@ _NUM_WATCHED = 4
 
 def refuse_schedulers(accelerator: Any, world_size: int) -> None:
     """Raise a ConfigError for a scheduler that accelerate prepared and steps once per process."""
-    for scheduler in accelerator._schedulers:
+    for scheduler in accelerator._schedulers:  # noqa: SLF001 - accelerate has no public name
         by_process = scheduler.step_with_optimizer and not scheduler.split_batches
         if world_size > 1 and by_process:
             raise ConfigError(

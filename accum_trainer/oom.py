@@ -100,6 +100,6 @@ def releasing_graph_on_failure(*terms: torch.Tensor | None) -> Iterator[None]:
         yield
     except Exception:
         for term in terms:
-            if term is not None and term.grad_fn is not None and not term._is_view():
+            if term is not None and term.grad_fn is not None and not term._is_view():  # noqa: SLF001 - torch has no public name
                 term.detach_()
         raise

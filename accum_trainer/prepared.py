@@ -28,7 +28,8 @@ class PreparedOptimizer(torch.optim.Optimizer):
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         """The user's own optimizer."""
-        return self.accelerated.optimizer
+        optimizer: torch.optim.Optimizer = self.accelerated.optimizer
+        return optimizer
 
     @property
     def state(self) -> Any:  # type: ignore[override]

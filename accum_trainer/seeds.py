@@ -31,4 +31,4 @@ def seed_of(
     for value in (seed, epoch, rank, shard, position):
         words += [value & 0xFFFFFFFF, (value >> 32) & 0xFFFFFFFF]
     low, high = np.random.SeedSequence(words).generate_state(2, np.uint32).tolist()
-    return high << 32 | low
+    return int(high << 32 | low)

@@ -83,7 +83,7 @@ class Windows:
         engine = self._engine
         if not counts or engine.equal_micro_batches:
             return max(counts, default=0)
-        return max(1, counts[engine.rank])
+        return max(1, counts[int(engine.rank)])
 
     def state_dict(self) -> dict[str, Any]:
         """The position: the epoch, and the samples (batches of a loader or stream) that its updates

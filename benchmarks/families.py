@@ -167,7 +167,7 @@ def freeze_batch_norm(model: torch.nn.Module, family: Family) -> None:
     """As the refusal of BatchNorm advises, for the family that shows its remedy."""
     if "frozen" in family.name:
         for module in model.modules():
-            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):  # noqa: SLF001 - torch has no public name
                 module.eval()
 
 

@@ -152,7 +152,7 @@ def _built(model: str, config: str, **options: Any) -> Callable[[], torch.nn.Mod
     def build() -> torch.nn.Module:
         torch.manual_seed(0)
         made = getattr(hf, config)(**options)
-        made._experts_implementation = "eager"  # the grouped product knows no float64
+        made._experts_implementation = "eager"  # the grouped product knows no float64  # noqa: SLF001 - transformers has no public name
         return getattr(hf, model)(made).float()
 
     return build

@@ -247,7 +247,7 @@ def _allocations(events: Any, in_collective: bool) -> Iterator[Any]:
     stack = [(event, in_collective) for event in events]
     while stack:
         event, inside = stack.pop()
-        if event.tag == torch._C._profiler._EventType.Allocation:
+        if event.tag == torch._C._profiler._EventType.Allocation:  # noqa: SLF001 - torch has no public name
             if not inside or event.extra_fields.alloc_size < 0:
                 yield event
             continue
@@ -310,7 +310,7 @@ def settle_collectives() -> None:
         return call
 
     # DDP's first broadcast of the weights, which are equal already, would end on those threads.
-    distributed._sync_module_states = lambda *args, **kwargs: None
+    distributed._sync_module_states = lambda *args, **kwargs: None  # noqa: SLF001 - torch has no public name
     for name in ("allreduce", "allgather", "broadcast", *_GATHERS, *_SCATTERS):
         if hasattr(dist.ProcessGroup, name):
             setattr(dist.ProcessGroup, name, settled(getattr(dist.ProcessGroup, name)))

@@ -191,7 +191,7 @@ def check_counting() -> None:
             [zeros(5, dtype=torch.float64) for _ in range(W)], zeros(5, dtype=torch.float64)
         )
         dist.broadcast(zeros(11), 0)
-        with dist._coalescing_manager(async_ops=True) as together:
+        with dist._coalescing_manager(async_ops=True) as together:  # noqa: SLF001 - torch has no public name
             dist.all_reduce(zeros(13))
             dist.all_reduce(zeros(14))
         together.wait()

@@ -109,7 +109,7 @@ def become(request: dict[str, Any], descriptors: list[int]) -> None:
     if "micro_step" in kill:
         train.causal_lm_loss = kill_self_at(kill["micro_step"], train.causal_lm_loss)
     if "sync" in kill:
-        checkpoint._sync = kill_self_at(kill["sync"], checkpoint._sync)
+        checkpoint._sync = kill_self_at(kill["sync"], checkpoint._sync)  # noqa: SLF001 - the seam that is patched
     status: Any = 0
     try:
         run_program(request["module"], request["argv"])
@@ -121,7 +121,7 @@ def become(request: dict[str, Any], descriptors: list[int]) -> None:
     except BaseException:
         traceback.print_exc()
         status = 1
-    atexit._run_exitfuncs()  # as the interpreter before it ends
+    atexit._run_exitfuncs()  # as the interpreter before it ends  # noqa: SLF001 - Python has no public name
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status & 0xFF)

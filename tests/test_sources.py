@@ -103,8 +103,8 @@ SIZE, B, B_EFF = 22, 2, 8  # windows of 8, 8 and 6 samples
 
 def reset_accelerate():
     """accelerate keeps its state in its classes, and names no other way to reset it."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001
-    GradientState._reset_state()  # noqa: SLF001
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def accumulator():

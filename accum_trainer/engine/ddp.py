@@ -139,7 +139,8 @@ class DDPEngine(TorchEngine):
         self._only_zeros -= {p for p, *_ in before} - set(left_out)
         if left_out:
             self._only_zeros |= {p for p in left_out if p.grad is None}
-            _Zeros.apply(*left_out).backward()
+            apply: Any = _Zeros.apply
+            apply(*left_out).backward()
 
     def end_window(self, numbers: Sequence[float]) -> np.ndarray:
         table = self.all_gather_floats([float(len(self._only_zeros)), *numbers])

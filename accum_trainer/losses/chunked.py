@@ -45,7 +45,9 @@ def chunked_loss(
     """
     tensors = (hidden, weight, bias)
     wants = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
-    return _ChunkedLoss.apply(*tensors, targets, label_smoothing, dtype, wants)
+    apply: Any = _ChunkedLoss.apply
+    loss: torch.Tensor = apply(*tensors, targets, label_smoothing, dtype, wants)
+    return loss
 
 
 class _ChunkedLoss(torch.autograd.Function):

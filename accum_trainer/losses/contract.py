@@ -89,7 +89,7 @@ class LossContract:
     @property
     def _is_split(self) -> bool:
         plan = self._engine.plan
-        return plan.gradient_accumulation_steps * plan.world_size > 1
+        return bool(plan.gradient_accumulation_steps * plan.world_size > 1)
 
     def watch(self, models: Sequence[torch.nn.Module]) -> None:
         """Watch these models, as the loop calls them."""

@@ -146,7 +146,8 @@ def logits_at(
 
 
 def _logits(outputs: Any) -> torch.Tensor:
-    return outputs.logits if hasattr(outputs, "logits") else outputs
+    logits: torch.Tensor = outputs.logits if hasattr(outputs, "logits") else outputs
+    return logits
 
 
 # --- the decision ---

@@ -114,7 +114,8 @@ def _is_whole(labels: torch.Tensor) -> bool:
 
 def _filled_up(batch: Mapping[str, Any], ignore: int) -> torch.Tensor:
     """The labels; with few targets, the gaps are filled with class 0, which every loss knows."""
-    labels, mask = batch["labels"], batch.get("attention_mask")
+    labels: torch.Tensor = batch["labels"]
+    mask = batch.get("attention_mask")
     if int((labels != ignore).sum()) >= _FEWEST_TARGETS:
         return labels
     filled = labels.masked_fill(labels == ignore, 0)

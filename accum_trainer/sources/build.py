@@ -68,7 +68,7 @@ def as_source(
 
 
 def _loader_source(
-    loader: DataLoader, plan: BatchPlan, rank: int, options: SourceOptions, progress: Progress
+    loader: DataLoader[Any], plan: BatchPlan, rank: int, options: SourceOptions, progress: Progress
 ) -> Source:
     if options.collate_fn is not None:
         raise DataError(
@@ -99,7 +99,7 @@ def _check_whole(plan: BatchPlan) -> None:
     )
 
 
-def _check_batch_size(loader: DataLoader, plan: BatchPlan) -> None:
+def _check_batch_size(loader: DataLoader[Any], plan: BatchPlan) -> None:
     """Refuse a loader whose batches are not micro-batches of B samples."""
     size, b = loader.batch_size, plan.micro_batch_size
     if size is not None and size != b:
@@ -143,7 +143,7 @@ def _check_samples(data: Sequence[Any], plan: BatchPlan) -> None:
             )
 
 
-def _splits_by_rank(loader: DataLoader) -> bool:
+def _splits_by_rank(loader: DataLoader[Any]) -> bool:
     """Whether this loader gives each rank its own share, as DistributedSampler does."""
     sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
     # `datasets.distributed.split_dataset_by_node` sets `_distributed`.

@@ -45,7 +45,7 @@ class LoaderSource:
     is_read_once = False
 
     def __init__(
-        self, loader: DataLoader, plan: BatchPlan, rank: int, seed: int, progress: Progress
+        self, loader: DataLoader[Any], plan: BatchPlan, rank: int, seed: int, progress: Progress
     ) -> None:
         self._loader, self._plan, self._rank, self._seed = loader, plan, rank, seed
         self._progress = progress
@@ -92,11 +92,11 @@ class LoaderSource:
             self._shares_of_all(reading, epoch, consumed), early, self._plan.world_size
         )
 
-    def _over(self, batches: Iterator[Any], epoch: int, consumed: int) -> DataLoader:
+    def _over(self, batches: Iterator[Any], epoch: int, consumed: int) -> DataLoader[Any]:
         """The user's loader, its class and options, over these batches of indices."""
-        kept = self._progress.workers.loader
+        kept: DataLoader[Any] | None = self._progress.workers.loader
         if kept is not None:  # its workers are alive
-            kept.batch_sampler.batches = batches
+            kept.batch_sampler.batches = batches  # type: ignore[union-attr]
             return kept
         loader = copy.copy(self._loader)
         loader._iterator = None  # noqa: SLF001 the copy must not share torch's persistent workers
@@ -205,7 +205,7 @@ class _GivenBatches:
         return self.batches
 
 
-def is_stateful(loader: DataLoader) -> bool:
+def is_stateful(loader: DataLoader[Any]) -> bool:
     """Whether the loader can save its position.
 
     accelerate's loaders always have the method; an attribute says if it works.
@@ -234,7 +234,7 @@ def set_epoch(loader: Any, epoch: int) -> None:
 
 
 @contextlib.contextmanager
-def workers_seeded(loader: DataLoader, seed: int) -> Iterator[None]:
+def workers_seeded(loader: DataLoader[Any], seed: int) -> Iterator[None]:
     """Seed the workers that start inside by `seed`, if the loader has no generator."""
     is_lent = loader.generator is None
     if is_lent:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from accum_trainer.accumulator import Accumulator, Windows
+from accum_trainer.accumulator import Accumulator
 from accum_trainer.config import TrainConfig
 from accum_trainer.data.tokenizing import TokenizedRows
 from accum_trainer.engine.build import choose_precision
@@ -21,6 +21,7 @@ from accum_trainer.seeds import seed_of
 from accum_trainer.train.model import PreparedModel, prepare_model
 from accum_trainer.train.rows import Data, load_data
 from accum_trainer.train.schedule import Schedule, make_schedule
+from accum_trainer.windows import Windows
 
 # These options decide, beside the base model, which function adapters compute and which are
 # trained.

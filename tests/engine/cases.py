@@ -69,9 +69,9 @@ ENGINE: dict[
 def forget_accelerate(whole: bool = False) -> None:
     """Let a process build another Accelerator; `whole`: with other processes and devices too."""
     # accelerate keeps its state in classes and has no public way to drop it.
-    AcceleratorState._reset_state(reset_partial_state=whole)  # noqa: SLF001
+    AcceleratorState._reset_state(reset_partial_state=whole)
     if whole:
-        GradientState._reset_state()  # noqa: SLF001
+        GradientState._reset_state()
 
 
 def accumulator(micro_batch_size: int | None, **options: Any) -> Accumulator:
