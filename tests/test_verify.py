@@ -229,7 +229,7 @@ def test_i31_gradient_that_is_clipped_wrongly(fresh_accelerate):
     assert failed(verify(subject).to_dict()) == ["norm and clipping"]
 
 
-def test_rows_without_a_target_are_told(fresh_accelerate):
+def test_rows_without_a_target_are_refused(fresh_accelerate):
     with pytest.raises(DataError, match="none of the 4 samples has a target"):
         verify(subject_of(lambda: make_model("llama"), make_rows(4, all_masked=(0, 1, 2, 3))))
 

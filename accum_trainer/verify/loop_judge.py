@@ -1,8 +1,9 @@
-"""Judge what a loop did: compare its gradients with the definition, and name the fault.
+"""Judge the updates of a loop: compare its gradients with the definition, and name the fault.
 
-A gradient that differs from the right one is compared with those of all known faults; the nearest
-within a limit is the fault, and where several fit, other windows decide. The weights that the loop
-gave its micro-batches are found by least squares. Runs on rank 0; knows observations, not the loop.
+A gradient that differs from the right one is compared with those of all known faults. The nearest
+within a limit is the fault; if several are equally near, other windows decide. The weights that the
+loop gave its micro-batches are found by least squares. Runs on rank 0; knows observations, not the
+loop.
 """
 
 from __future__ import annotations

@@ -76,8 +76,8 @@ class MicroBatches(list[Any]):
 
 
 class _Iteration(DataLoaderStateMixin):
-    """What accelerate reads of a loader that is being iterated. Not the list itself: accelerate
-    compares loaders with `!=`."""
+    """The state that accelerate reads of a loader during iteration. Not the list itself, because
+    accelerate compares loaders with `!=`."""
 
     def __init__(self, gradient_state: GradientState) -> None:
         self.gradient_state = gradient_state

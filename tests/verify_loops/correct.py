@@ -23,7 +23,7 @@ def all_targets(accelerator, batches):
 
 
 def update(accelerator, model, optimizer, scheduler, batches):
-    """Accelerate's own idiom with the exact weight: gradient_divisor / N, where accelerate divides
+    """Accelerate's own idiom with the exact weight: gradient_divisor / N; accelerate divides
     by W and by K."""
     divisor = accelerator.num_processes * accelerator.gradient_accumulation_steps
     total = all_targets(accelerator, batches)

@@ -1,4 +1,4 @@
-"""Training steps with one fault each, as people write them: `verify --loop` must say which."""
+"""Training steps with one fault each, as people write them: `verify --loop` must name it."""
 
 import contextlib
 
@@ -38,7 +38,7 @@ def by_hand(
 
 
 def mean_of_means(accelerator, model, optimizer, scheduler, batches):
-    """What every tutorial has; nan where a micro-batch has no target."""
+    """What every tutorial has; nan if a micro-batch has no target."""
     idiom(accelerator, model, optimizer, scheduler, batches, lambda loss, n: loss / n)
 
 
@@ -52,7 +52,7 @@ def own_loss_of_the_model(accelerator, model, optimizer, scheduler, batches):
 
 
 def zero_over_zero(accelerator, model, optimizer, scheduler, batches):
-    """A masked mean written out: its gradient is nan where nothing is left in the mask."""
+    """A masked mean written out: its gradient is nan if the mask is empty."""
     for batch in batches:
         with accelerator.accumulate(model):
             logits = model(
@@ -175,7 +175,7 @@ def weighs_by_first_labels(accelerator, model, optimizer, scheduler, batches):
 
 
 def means_over_first_labels(accelerator, model, optimizer, scheduler, batches):
-    """Every micro-batch weighs the same, and each mean is over labels that are not -100."""
+    """Every micro-batch has the same weight, and each mean is over labels that are not -100."""
     for batch in batches:
         with accelerator.accumulate(model):
             accelerator.backward(summed_loss(model, batch) / max(1, first_labels([batch])))
@@ -206,7 +206,7 @@ def accumulated_in_bf16(accelerator, model, optimizer, scheduler, batches):
 
 
 def left_out_of_the_exchange(accelerator, model, optimizer, scheduler, batches):
-    """The final norm's gradient is each rank's own, as where DDP is told to ignore a parameter."""
+    """The final norm's gradient is each rank's own, as if DDP ignored that parameter."""
     plain = accelerator.unwrap_model(model)
     total = all_targets(accelerator, batches)
     own = torch.autograd.grad(
