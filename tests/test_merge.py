@@ -24,8 +24,9 @@ from accum_trainer.config import TrainConfig
 from accum_trainer.data.embedded import corpus_tokenizer
 from accum_trainer.errors import CheckpointError, ConfigError
 from accum_trainer.lm.model import fingerprint, load_model
-from accum_trainer.runs.average import SavedModel, concat_adapters
+from accum_trainer.runs.average import concat_adapters
 from accum_trainer.runs.merge import merge
+from accum_trainer.runs.saved_model import SavedModel
 from tests.made_runs import list_runs, make_run
 
 COUNTS = (3, 5, 9)  # weights that no binary fraction holds
@@ -92,7 +93,7 @@ class TestWholeModels:
         assert found.dtype == dtype
         assert torch.equal(found, exact.to(dtype))
 
-    def test_a_part_of_equal_weights_changes_nothing(self, tmp_path):
+    def test_equal_weights_stay_as_they_are(self, tmp_path):
         weight = torch.randn(100)
         merge([make_run(tmp_path / f"{n}", {"w": weight}, n) for n in COUNTS], tmp_path / "out")
         assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["w"], weight)
@@ -115,9 +116,9 @@ class TestWholeModels:
             and found["same"].tolist() == [0, 1, 2]
             and found["mask"].tolist() == [True]
         )
-        told = [note for note in merged.notes if "differs between the parts" in note]
-        assert told == [
-            f"steps (torch.int64) differs between the parts; the merge has that of {runs[0]}"
+        noted = [note for note in merged.notes if "differs between the runs" in note]
+        assert noted == [
+            f"steps (torch.int64) differs between the runs; the merge has that of {runs[0]}"
         ]
 
     def test_sharded_files(self, tmp_path):
@@ -137,7 +138,7 @@ class TestWholeModels:
                     tensor, ((parts[0][name].double() + parts[1][name].double()) / 2).float()
                 )
 
-    def test_holds_one_tensor_of_each_part_at_a_time(self, tmp_path, monkeypatch):
+    def test_holds_one_tensor_of_each_model_at_a_time(self, tmp_path, monkeypatch):
         runs = [
             make_run(tmp_path / f"{n}", {f"w{i}": torch.ones(2) for i in range(5)})
             for n in range(3)
@@ -150,7 +151,7 @@ class TestWholeModels:
         merge(runs, tmp_path / "out")
         assert order == [f"w{i}" for i in range(5) for _ in range(3)]
 
-    def test_nan_of_a_diverged_part(self, tmp_path):
+    def test_nan_of_a_diverged_run(self, tmp_path):
         a = make_run(tmp_path / "a", {"w": torch.ones(2)})
         b = make_run(tmp_path / "b", {"w": torch.tensor([1.0, math.nan])})
         with pytest.raises(
@@ -308,7 +309,7 @@ class TestAdapters:
     @pytest.mark.parametrize(
         "options", [{"lora_alpha": 20.0}, {"lora_alpha": 20.0, "use_rslora": True}]
     )
-    def test_each_part_keeps_its_own_scale(self, tmp_path, base, options):
+    def test_each_adapter_keeps_its_own_scale(self, tmp_path, base, options):
         config = base()
         runs = [
             lora_run(tmp_path / "a", config, 3, seed=1),
@@ -319,6 +320,29 @@ class TestAdapters:
             merge(order, out)
             for name, exact in mean_deltas(runs).items():
                 assert relative(deltas(out)[name], exact) < 1e-7
+
+    def test_concat_is_the_product_of_pefts_cat(self, tmp_path, base):
+        """Another implementation of the same mean; also with different ranks, which `merge`
+        refuses."""
+        config = base()
+        options = [{}, {"lora_alpha": 20.0}, {"r": 2, "lora_alpha": 1.0}]
+        runs = [
+            lora_run(tmp_path / f"{n}", config, n, seed=n, **o)
+            for n, o in zip(COUNTS, options, strict=True)
+        ]
+        adapters = [SavedModel(run / "model", run.name) for run in runs]
+        concat_adapters(adapters, COUNTS, tmp_path / "ours")
+        model = AutoModelForCausalLM.from_pretrained(config.model)
+        names = ["first", "second", "third"]
+        peft = PeftModel.from_pretrained(model, runs[0] / "model", adapter_name=names[0])
+        for name, run in zip(names[1:], runs[1:], strict=True):
+            peft.load_adapter(run / "model", adapter_name=name)
+        weights = [n / sum(COUNTS) for n in COUNTS]
+        peft.add_weighted_adapter(names, weights, "merged", combination_type="cat")
+        peft.save_pretrained(tmp_path, selected_adapters=["merged"])
+        ours, theirs = deltas(tmp_path / "ours"), deltas(tmp_path / "merged")
+        assert ours.keys() == theirs.keys() and len(ours) == 4
+        assert all(relative(theirs[name], ours[name]) < 2e-7 for name in ours)
 
     def test_embeddings_and_modules_to_save(self, tmp_path, base):
         config = base(lora_target_modules="q_proj,embed_tokens", lora_modules_to_save="lm_head")
@@ -490,7 +514,7 @@ def mean_loss(model, path) -> float:
 
 
 class TestEvaluation:
-    """Losses of the parts and of the merge, against the loaded models' own logits."""
+    """Losses of the inputs and of the merge, against the loaded models' own logits."""
 
     def test_whole_models(self, tmp_path, rows_to_evaluate):
         config = TrainConfig(
@@ -507,14 +531,14 @@ class TestEvaluation:
             mean_loss(AutoModelForCausalLM.from_pretrained(folder), rows_to_evaluate)
             for folder in folders
         ]
-        assert [*merged.part_losses, merged.loss] == pytest.approx(exact, rel=1e-6)
+        assert [*merged.input_losses, merged.loss] == pytest.approx(exact, rel=1e-6)
         assert len(set(exact)) == 4 and merged.notes == ()
         report = json.loads((tmp_path / "out" / "merge.json").read_text())
         assert report["eval_loss"] == merged.loss and report["evaluated_on"] == str(
             rows_to_evaluate
         )
         assert [p["weight"] for p in report["parts"]] == [3 / 17, 5 / 17, 9 / 17]
-        assert [p["eval_loss"] for p in report["parts"]] == list(merged.part_losses)
+        assert [p["eval_loss"] for p in report["parts"]] == list(merged.input_losses)
         assert (
             report["initial_weights"] == "0badcafe"
             and report["method"] == "mean"
@@ -541,7 +565,7 @@ class TestEvaluation:
             mean_loss(model, rows_to_evaluate)
             for model in (*(adapted(run / "model") for run in runs), whole)
         ]
-        assert [*merged.part_losses, merged.loss] == pytest.approx(exact, rel=1e-6)
+        assert [*merged.input_losses, merged.loss] == pytest.approx(exact, rel=1e-6)
 
     def test_eval_file_that_is_not_here_any_more(self, tmp_path):
         config = TrainConfig(dataset_file="nowhere.jsonl", eval_file="gone.jsonl")
@@ -565,7 +589,7 @@ class TestRuns:
             make_run(folder / f"part-{part}", {"w": torch.ones(1) * part}, shard=f"{part}/2")
         merged = merge([folder])
         assert merged.folder == folder / "merged" and merged.notes[:-1] == ()
-        assert [part.name for part in merged.parts] == ["part-0", "part-1"]
+        assert [run.name for run in merged.inputs] == ["part-0", "part-1"]
         assert sorted(path.name for path in folder.iterdir()) == [
             "independent.json",
             "merged",
@@ -573,7 +597,7 @@ class TestRuns:
             "part-1",
         ]
 
-    def test_an_earlier_merge_is_replaced_when_told(self, tmp_path):
+    def test_force_replaces_an_earlier_merge(self, tmp_path):
         a, b, c = (make_run(tmp_path / n, {"w": torch.ones(1) * i}) for i, n in enumerate("abc"))
         merge([a, b], tmp_path / "out")
         with pytest.raises(
@@ -614,7 +638,7 @@ class TestRuns:
             "".join(json.dumps(record) + "\n" for record in records) + '{"skipped": fal'
         )
         merged = merge([a, b, c], tmp_path / "out", allow_unfinished=True)
-        assert [part.num_samples for part in merged.parts] == [6, 4, 2 + 4]
+        assert [run.num_samples for run in merged.inputs] == [6, 4, 2 + 4]
         assert load_file(tmp_path / "out" / "model.safetensors")["w"].tolist() == [
             (4 * 8 + 6 * 16) / 16
         ]
@@ -628,13 +652,14 @@ class TestRuns:
         ("shards", "common"),
         [(("0/2", "1/2"), 0), (("0/2", "0/2"), 1), (("3/4", "1/2"), 1), (("1/4", "0/2"), 0)],
     )
-    def test_samples_in_common_are_told(self, tmp_path, shards, common):
+    def test_samples_in_common_are_noted(self, tmp_path, shards, common):
         runs = [
             make_run(tmp_path / f"{n}", {"w": torch.ones(1)}, shard=shard)
             for n, shard in enumerate(shards)
         ]
-        told = [note for note in merge(runs, tmp_path / "out").notes if "samples in common" in note]
-        assert len(told) == common
+        notes = merge(runs, tmp_path / "out").notes
+        noted = [note for note in notes if "samples in common" in note]
+        assert len(noted) == common
         first, second = (set(range(64)[int(s[0]) :: int(s[2])]) for s in shards)
         assert bool(first & second) == bool(common)
 

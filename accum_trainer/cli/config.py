@@ -12,17 +12,9 @@ from accum_trainer.batch_plan import BatchPlan
 from accum_trainer.cli.options import GIGABYTES
 from accum_trainer.cli.train import options_in, parse
 from accum_trainer.errors import ConfigError
-from accum_trainer.launch.files import (
-    ENGINES,
-    MODES,
-    PRECISIONS,
-    LaunchSpec,
-    combinations,
-    launch_files,
-    run_command,
-    write_files,
-)
+from accum_trainer.launch.files import launch_files, run_command, write_files
 from accum_trainer.launch.slurm import Slurm
+from accum_trainer.launch.spec import ENGINES, MODES, PRECISIONS, LaunchSpec, combinations
 from accum_trainer.plan.batch_report import batch_report, sized_plan
 
 # Options of `train` that the launch files decide, and the option of this command for each.

@@ -13,35 +13,37 @@ from accum_trainer.config import Composed
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from accum_trainer.runs.independent import IndependentRun, IndependentRunner
+    from accum_trainer.runs.independent import IndependentRunner
+    from accum_trainer.runs.independent_run import IndependentRun
 
 _COLUMNS = ("run", "", "device", "state", "update", "loss", "tokens/s")
 
 
 def train_side_by_side(composed: Composed) -> int:
     """Train the independent runs that the configuration asks for; returns the exit status."""
-    from accum_trainer.runs.independent import IndependentRunner, label, plan_members
+    from accum_trainer.runs.independent import IndependentRunner
+    from accum_trainer.runs.independent_plan import plan_runs
     from accum_trainer.train.run_folder import new_run_folder
 
     config = composed.config
     folder = Path(config.output_dir) if config.output_dir else new_run_folder(config.model)
-    members, devices, on_gpu = plan_members(config, folder)
+    runs, devices, on_gpu = plan_runs(config, folder)
     for line in composed.overridden:
         click.echo(f"note: {line}", err=True)
     where = "GPUs" if on_gpu else "CPU slots"
     click.echo(
-        f"{len(members)} independent runs on {where} {', '.join(devices)}; run directory: {folder}",
+        f"{len(runs)} independent runs on {where} {', '.join(devices)}; run directory: {folder}",
         err=True,
     )
     if config.dry_run:
-        for member in members:
-            click.echo(f"{member.name}  {label(member)}", err=True)
+        for run in runs:
+            click.echo(f"{run.name}  {run.label}", err=True)
         click.echo("dry run: nothing was trained and nothing written", err=True)
         return 0
-    side_by_side = IndependentRunner(members, devices, on_gpu, folder, config.max_restarts)
+    side_by_side = IndependentRunner(runs, devices, on_gpu, folder, config.max_restarts)
     status = _show_while(side_by_side)
     if status == 2:
-        for reason in dict.fromkeys(member.reason for member in members):
+        for reason in dict.fromkeys(run.reason for run in runs):
             click.echo(reason if reason.startswith("error") else f"error: {reason}", err=True)
         return status
     _show_end(side_by_side, status)
@@ -55,29 +57,29 @@ def _show_while(side_by_side: IndependentRunner) -> int:
 
     console = Console(stderr=True)
     if console.is_terminal:
-        with Live(_table(side_by_side.members), console=console, refresh_per_second=4) as live:
-            return side_by_side.run(lambda: live.update(_table(side_by_side.members)))
+        with Live(_table(side_by_side.runs), console=console, refresh_per_second=4) as live:
+            return side_by_side.run(lambda: live.update(_table(side_by_side.runs)))
     told: dict[str, tuple[object, ...]] = {}
 
     def tell() -> None:
-        for member in side_by_side.members:
-            _, _, _, state, update, loss, speed = _row(member)
-            record, total = member.last_record(), member.total_updates()
+        for run in side_by_side.runs:
+            _, _, _, state, update, loss, speed = _row(run)
+            record, total = run.last_record(), run.total_updates()
             tenth = record["step"] * 10 // total if record is not None and total else 0
-            now = (member.state, member.restarts, tenth)
-            if told.get(member.name) != now:
-                told[member.name] = now
+            now = (run.state, run.restarts, tenth)
+            if told.get(run.name) != now:
+                told[run.name] = now
                 seen = (
                     f"  update {update}  loss {loss}  {speed} tokens/s"
                     if record is not None
                     else ""
                 )
-                click.echo(f"{member.name}  {state}{seen}", err=True)
+                click.echo(f"{run.name}  {state}{seen}", err=True)
 
     return side_by_side.run(tell)
 
 
-def _table(members: list[IndependentRun]) -> Table:
+def _table(runs: list[IndependentRun]) -> Table:
     from rich.table import Table
 
     table = Table()
@@ -85,46 +87,43 @@ def _table(members: list[IndependentRun]) -> Table:
         table.add_column(
             name, justify="right" if name in ("update", "loss", "tokens/s") else "left"
         )
-    for member in members:
-        table.add_row(*_row(member))
+    for run in runs:
+        table.add_row(*_row(run))
     return table
 
 
-def _row(member: IndependentRun) -> tuple[str, str, str, str, str, str, str]:
-    from accum_trainer.runs.independent import FAILED, label
+def _row(run: IndependentRun) -> tuple[str, str, str, str, str, str, str]:
+    from accum_trainer.runs.independent_run import FAILED
 
-    record, total = member.last_record(), member.total_updates()
-    state = member.state + (f", restarted {member.restarts}x" if member.restarts else "")
-    if member.state == FAILED:
-        state += f": {member.reason}"
+    record, total = run.last_record(), run.total_updates()
+    state = run.state + (f", restarted {run.restarts}x" if run.restarts else "")
+    if run.state == FAILED:
+        state += f": {run.reason}"
     update = f"{record['step']}/{total or '?'}" if record is not None else ""
     loss = f"{record['loss']:.4f}" if record is not None and record["loss"] is not None else ""
     speed = f"{record['tokens_per_sec']:,.0f}" if record is not None else ""
-    return member.name, label(member), member.device or "", state, update, loss, speed
+    return run.name, run.label, run.device or "", state, update, loss, speed
 
 
 def _show_end(side_by_side: IndependentRunner, status: int) -> None:
-    from accum_trainer.runs.independent import DONE, FAILED
+    from accum_trainer.runs.independent_run import DONE, FAILED
 
-    members, folder = side_by_side.members, side_by_side.folder
-    samples = sum((member.result() or {}).get("num_samples", 0) for member in members)
-    done = sum(member.state == DONE for member in members)
-    restarts = sum(member.restarts for member in members)
-    failed = [member for member in members if member.state == FAILED]
-    for member in failed:
-        click.echo(f"{member.name} failed: {member.reason} (log: {member.log})", err=True)
+    runs, folder = side_by_side.runs, side_by_side.folder
+    samples = sum((run.result() or {}).get("num_samples", 0) for run in runs)
+    done = sum(run.state == DONE for run in runs)
+    restarts = sum(run.restarts for run in runs)
+    failed = [run for run in runs if run.state == FAILED]
+    for run in failed:
+        click.echo(f"{run.name} failed: {run.reason} (log: {run.log})", err=True)
     head = (
-        f"{done} of {len(members)} runs done, {samples} samples trained, {restarts} restarts; "
-        f"{folder}"
+        f"{done} of {len(runs)} runs done, {samples} samples trained, {restarts} restarts; {folder}"
     )
     if status == 0:
         if side_by_side.is_sweep:
             best = side_by_side.best()
             then = f"best: {best}" if best else ""
         else:
-            then = (
-                f"`accum-trainer merge {folder}` averages their weights" if len(members) > 1 else ""
-            )
+            then = f"`accum-trainer merge {folder}` averages their weights" if len(runs) > 1 else ""
         click.echo(f"done: {head}" + (f"\n{then}" if then else ""))
     else:
         click.echo(f"{head}; the same command with --output-dir {folder} continues")

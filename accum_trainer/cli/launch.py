@@ -15,7 +15,7 @@ from accum_trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from accum_trainer.launch.launch_file import LaunchFile
-    from accum_trainer.launch.run import NodePlacement
+    from accum_trainer.launch.placement import NodePlacement
 
 
 @click.command(
@@ -108,7 +108,7 @@ def _placement(
     On one node, the environment's SLURM_NODEID and MASTER_PORT do not count: they describe a
     cluster.
     """
-    from accum_trainer.launch.run import NodePlacement
+    from accum_trainer.launch.placement import NodePlacement
 
     if file.num_machines > 1:
         placement = NodePlacement(

@@ -77,18 +77,18 @@ def command(
         click.echo(f"note: {note}", err=True)
     for row in _rows(merged):
         click.echo(row)
-    click.echo(f"{merged.folder}: {_MADE[merged.method].format(len(merged.parts))}")
+    click.echo(f"{merged.folder}: {_MADE[merged.method].format(len(merged.inputs))}")
 
 
 def _rows(merged: Merged) -> list[str]:
     """The table: part, samples, weight, evaluation loss; then the merge."""
     cells = [("part", "samples", "weight", "evaluation loss")]
-    for part, loss in zip(merged.parts, merged.part_losses, strict=True):
+    for run, loss in zip(merged.inputs, merged.input_losses, strict=True):
         cells.append(
             (
-                part.name,
-                f"{part.num_samples}",
-                f"{part.num_samples / merged.num_samples:.4f}",
+                run.name,
+                f"{run.num_samples}",
+                f"{run.num_samples / merged.num_samples:.4f}",
                 _loss(loss),
             )
         )

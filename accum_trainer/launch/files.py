@@ -1,140 +1,29 @@
-"""Launch files: an accelerate configuration, a DeepSpeed configuration where ZeRO needs one, a
-SLURM batch script.
+"""Launch files: an accelerate configuration, a DeepSpeed configuration for ZeRO, a SLURM batch
+script.
 
-`launch_files(spec, path)` is text in, text out; nothing is written here. Every line that someone
-may want to change carries a comment (JSON has none: the accelerate file beside it explains).
+`launch_files(spec, path)` returns texts; `write_files` writes all of them or none. Every line that
+someone may want to change has a comment (JSON has none: the accelerate file beside it explains).
+Knows what accelerate and DeepSpeed read; starts nothing.
 """
 
 from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accum_trainer.errors import ConfigError
-from accum_trainer.launch.slurm import Slurm, array_script, batch_script
+from accum_trainer.launch.slurm import array_script, batch_script
+from accum_trainer.launch.spec import LaunchSpec, combinations
 
-MODES = ("single-gpu", "multi-gpu", "parallel-independent")
-ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
-PRECISIONS = ("no", "bf16", "fp16")
 # Elements reduced at once; DeepSpeed's default of 5e8 takes 2 GB.
 _BUCKET = 50_000_000
 
 
-@dataclass(frozen=True)
-class LaunchSpec:
-    """What to launch.
-
-    Args:
-        mode: `single-gpu`, `multi-gpu` or `parallel-independent`.
-        engine: `ddp`, `fsdp2`, `zero1`, `zero2` or `zero3`; with one process `ddp` is plain
-            training.
-        nodes, gpus_per_node: machines, and processes on each (one per GPU).
-        precision: `no`, `bf16` or `fp16`.
-        cpu: processes on the CPU instead of on GPUs.
-        cpu_offload: keep ZeRO's optimizer state in host memory.
-        micro_batch_size, gradient_accumulation_steps: B and K, where DeepSpeed's file shall state
-            them; else it says "auto".
-        train: options of `train` that go into the command and the batch script, as typed.
-        vary: with parallel-independent, what differs between the runs instead of their share of the
-            data.
-        slurm: also write a batch script.
-
-    Raises:
-        ConfigError: a combination that cannot run, or that would not do what it says.
-    """
-
-    mode: str
-    engine: str = "ddp"
-    nodes: int = 1
-    gpus_per_node: int = 1
-    precision: str = "no"
-    cpu: bool = False
-    cpu_offload: bool = False
-    micro_batch_size: int | None = None
-    gradient_accumulation_steps: int | None = None
-    train: tuple[str, ...] = ()
-    vary: str | None = None
-    slurm: Slurm | None = None
-
-    def __post_init__(self) -> None:
-        for check in (_check_places, _check_engine, _check_precision):
-            check(self)
-
-    @property
-    def num_processes(self) -> int:
-        """Processes that share the gradient: one in each of the parallel-independent runs."""
-        return 1 if self.mode == "parallel-independent" else self.nodes * self.gpus_per_node
-
-    @property
-    def zero_stage(self) -> int | None:
-        return int(self.engine.removeprefix("zero")) if self.engine.startswith("zero") else None
-
-
-def _check_places(spec: LaunchSpec) -> None:
-    if spec.mode == "single-gpu" and (spec.nodes, spec.gpus_per_node) != (1, 1):
-        raise ConfigError(
-            f"single-gpu is one process, but nodes={spec.nodes} and "
-            f"gpus_per_node={spec.gpus_per_node}; use multi-gpu"
-        )
-    if spec.mode == "multi-gpu" and spec.num_processes == 1:
-        raise ConfigError(
-            "multi-gpu with nodes=1 and gpus_per_node=1 is one process; use single-gpu, or raise "
-            "one of them"
-        )
-    if spec.mode == "parallel-independent" and spec.nodes > 1:
-        raise ConfigError(
-            f"parallel-independent starts runs on one machine, but nodes={spec.nodes}; with slurm "
-            "an array of jobs "
-            "spreads them over the cluster: leave nodes out and give the number of runs as "
-            "gpus_per_node"
-        )
-
-
-def _check_engine(spec: LaunchSpec) -> None:
-    if spec.mode == "parallel-independent" and spec.engine != "ddp":
-        raise ConfigError(
-            f"engine={spec.engine} shards over processes, and each of the parallel-independent "
-            "runs is one process; "
-            "leave engine out"
-        )
-    if (
-        spec.mode == "single-gpu"
-        and spec.engine != "ddp"
-        and not (spec.zero_stage and spec.cpu_offload)
-    ):
-        other = ", or give cpu_offload, which helps on one GPU too" if spec.zero_stage else ""
-        raise ConfigError(
-            f"engine={spec.engine} shards over processes, and single-gpu has one; leave engine "
-            f"out{other}"
-        )
-    if spec.cpu_offload and not spec.zero_stage:
-        raise ConfigError(
-            f"cpu_offload keeps ZeRO's optimizer state in host memory, but engine={spec.engine}; "
-            "give engine zero1 to zero3"
-        )
-    if spec.cpu_offload and spec.cpu:
-        raise ConfigError(
-            "cpu_offload moves state from a GPU to the host, and with cpu it is there already; "
-            "leave one out"
-        )
-
-
-def _check_precision(spec: LaunchSpec) -> None:
-    if spec.precision == "fp16" and spec.cpu:
-        raise ConfigError("precision=fp16 needs a GPU; on the CPU use bf16 or no")
-    if spec.precision == "fp16" and spec.engine == "fsdp2":
-        raise ConfigError(
-            "precision=fp16 needs a loss scaler, which FSDP2 has none of here; use bf16, or engine "
-            "zero2"
-        )
-
-
 def launch_files(spec: LaunchSpec, path: Path) -> dict[Path, str]:
-    """The files of `spec`: the configuration at `path`, and beside it .json and .sbatch as needed.
-    Path to text."""
+    """Path -> text of the files of `spec`: the configuration at `path`, and beside it .json and
+    .sbatch as needed."""
     if spec.mode == "parallel-independent":
         files = {path: _independent_yaml(spec, path)}
         if spec.slurm is not None:
@@ -161,7 +50,7 @@ def launch_files(spec: LaunchSpec, path: Path) -> dict[Path, str]:
 
 
 def run_command(spec: LaunchSpec, path: Path) -> str:
-    """The command that starts the training locally (on each node, where there are several)."""
+    """The command that starts the training locally; with several nodes, on each of them."""
     nodes = ""
     if spec.nodes > 1:
         nodes = " --machine-rank N --main-process-ip NODE-0 --main-process-port 29500"
@@ -171,33 +60,9 @@ def run_command(spec: LaunchSpec, path: Path) -> str:
     )
 
 
-def combinations(vary: str) -> list[list[str]]:
-    """`lr=1e-4,3e-4; seed=0,1` as the settings of each run: [["lr=1e-4", "seed=0"], ["lr=1e-4",
-    "seed=1"], ...].
-
-    Raises:
-        ConfigError: not `option=value,value`, or an option twice.
-    """
-    runs: list[list[str]] = [[]]
-    seen = set()
-    for term in vary.split(";"):
-        key, equals, values = (part.strip() for part in term.partition("="))
-        key = key.replace("-", "_")
-        choices = [value.strip() for value in values.split(",")]
-        if not equals or not key or not all(choices):
-            raise ConfigError(
-                f"vary={vary}: {term.strip()!r} is not option=value,value; such as lr=1e-4,3e-4"
-            )
-        if key in seen:
-            raise ConfigError(f"vary={vary} names {key} twice; write all its values in one list")
-        seen.add(key)
-        runs = [[*run, f"{key}={value}"] for run in runs for value in choices]
-    return runs
-
-
-def _head(spec: LaunchSpec, path: Path, what: str) -> list[str]:
+def _head(spec: LaunchSpec, path: Path, title: str) -> list[str]:
     return [
-        f"# {what}. Written by `accum-trainer config create`.",
+        f"# {title}. Written by `accum-trainer config create`.",
         f"# Start: {run_command(spec, path)}",
     ]
 
@@ -344,7 +209,7 @@ def _independent_yaml(spec: LaunchSpec, path: Path) -> str:
             ("vary", f'"{spec.vary}"', "each run sees all samples, with its own of these")
         )
     entries += [
-        ("max_restarts", 3, "a run that crashed goes on from its checkpoint, at most so often"),
+        ("max_restarts", 3, "how often a run that crashed is continued from its checkpoint"),
         ("mixed_precision", spec.precision, "no, bf16 or fp16"),
     ]
     if spec.cpu:
@@ -366,10 +231,10 @@ def _independent_yaml(spec: LaunchSpec, path: Path) -> str:
 
 
 def write_files(files: dict[Path, str], force: bool) -> None:
-    """Write all of `files` (path to text), or none.
+    """Write all of `files` (path -> text), or none.
 
     Raises:
-        ConfigError: one exists and `force` is not given; a folder cannot be written.
+        ConfigError: one exists and `force` is not given, or a folder cannot be written.
     """
     existing = [str(path) for path in files if path.exists()]
     if existing and not force:

@@ -1,7 +1,7 @@
-"""What accelerate's launcher will make of a launch configuration, known before anything is started.
+"""Read a launch configuration and refuse what accelerate's launcher would start differently.
 
-accelerate takes unknown keys for a traceback, starts one process where a file says MULTI_CPU, and
-more processes than there are devices without a word. Here each is one message.
+accelerate answers an unknown key with a traceback. It silently starts one process for MULTI_CPU,
+and more processes than there are devices. Here each is one message, before anything is started.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class LaunchFile:
     """A launch configuration that accelerate can start.
 
     Attributes:
-        num_machines, num_processes: nodes, and processes over all of them.
-        deepspeed_file: the DeepSpeed configuration it names, found; None where it names none.
+        num_machines, num_processes: nodes, and processes on all of them together.
+        deepspeed_file: the DeepSpeed configuration it names, as a path that exists; or None.
         main_process_port: the port it names, or None.
     """
 
@@ -42,11 +42,10 @@ class LaunchFile:
 
 
 def read_launch_file(path: Path, cpu: bool) -> LaunchFile:
-    """Read and check the accelerate configuration at `path`; `cpu` says that the training will keep
-    to the CPU.
+    """Read and check the accelerate configuration at `path`; `cpu`: the training stays on the CPU.
 
     Raises:
-        ConfigError: what accelerate cannot read or would start differently from what the file says.
+        ConfigError: accelerate cannot read the file, or would start something else.
     """
     try:
         config = load_config_from_file(str(path))
@@ -57,15 +56,14 @@ def read_launch_file(path: Path, cpu: bool) -> LaunchFile:
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"accelerate {accelerate_version} cannot read {path}: {str(error).splitlines()[0]}; "
-            "write it anew with `accum-trainer config create`"
+            "write it again with `accum-trainer config create`"
         ) from None
     kind = str(getattr(config.distributed_type, "value", config.distributed_type))
     if kind == "MULTI_CPU" or (config.use_cpu and kind != "NO"):
         raise ConfigError(
             f"{path}: with distributed_type={kind} and use_cpu={config.use_cpu} accelerate starts "
-            "one process only; "
-            "write distributed_type: MULTI_GPU and use_cpu: false, which without GPUs starts them "
-            "all over gloo"
+            "one process only; write distributed_type: MULTI_GPU and use_cpu: false, which without "
+            "GPUs starts them all over gloo"
         )
     if kind not in _KNOWN:
         raise ConfigError(
@@ -101,7 +99,7 @@ def _deepspeed_file(path: Path, section: dict[str, object]) -> Path | None:
             return candidate.absolute()
     raise ConfigError(
         f"{path}: deepspeed_config_file={named} does not exist, here or beside it; write both "
-        "anew, or mend the path"
+        "again, or correct the path"
     )
 
 
@@ -119,6 +117,6 @@ def _check_devices(file: LaunchFile, cpu: bool) -> None:
     if here > cores:
         raise ConfigError(
             f"{file.path} starts {here} processes on this machine, which has "
-            f"{'no GPU and ' if not gpus else ''}"
-            f"{cores} CPU cores; set num_processes to {cores * file.num_machines} or less"
+            f"{'no GPU and ' if not gpus else ''}{cores} CPU cores; set num_processes to "
+            f"{cores * file.num_machines} or less"
         )

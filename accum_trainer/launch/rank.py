@@ -1,8 +1,8 @@
 """One process of a launched training: `python -m accum_trainer.launch.rank LOGS NODE --
 TRAIN-ARGS`.
 
-Started by accelerate's launcher. Sends its output to a log of its own and leaves a note of how it
-ended, which is what the launcher cannot know: torchrun makes status 1 of every failure.
+accelerate's launcher starts it. It sends its output to its own log and writes a status file,
+because torchrun turns every failure into status 1. Knows nothing of the training it runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class RankStatus:
-    """How one process stands: `status` is None while it runs; `ended` is seconds since the
+    """One process: its exit status (None while it runs), and when it ended, in seconds since the
     epoch."""
 
     rank: int
@@ -44,6 +44,7 @@ def read_statuses(logs: Path, node: int) -> list[RankStatus]:
 
 
 def forget_statuses(logs: Path, node: int) -> None:
+    """Delete the status files of an earlier start."""
     for file in logs.glob(f"node-{node}-rank-*.json"):
         file.unlink()
 
@@ -53,10 +54,10 @@ def log_of(logs: Path, rank: int) -> Path:
 
 
 def follow_parent() -> None:
-    """Be told to stop (SIGTERM) when the parent is gone, and ignore SIGUSR1 until a handler is set.
+    """Get SIGTERM when the parent ends, and ignore SIGUSR1 until a handler is set.
 
-    Without the first, a training whose launcher was killed would go on, and a second start would
-    write into the same folder. torchrun does not know SIGUSR1, which batch systems send, and would
+    Otherwise a training whose launcher was killed would continue, and a second start would write
+    into the same folder. torchrun has no handler for SIGUSR1, which batch systems send, and would
     die of it.
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -66,7 +67,7 @@ def follow_parent() -> None:
 
 
 def main(logs: Path, node: int, train: Callable[[], None]) -> None:
-    """Run `train`, which ends with SystemExit, as one process of node `node`."""
+    """Run `train`, which raises SystemExit at its end, as one process of node `node`."""
     follow_parent()
     rank = int(os.environ.get("RANK", "0"))
     log = os.open(log_of(logs, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

@@ -1,9 +1,9 @@
-"""SLURM batch scripts: a training over nodes, or an array of independent ones, that requeue and
-resume by themselves.
+"""SLURM batch scripts that requeue and resume: a training over nodes, or an array of independent
+ones.
 
-Both end with status 75 when a signal stopped the training after it was saved. The script then puts
-the job back into the queue, and its next start finds the run directory (named after the job, whose
-number stays the same) and goes on.
+Both end with status 75 if a signal stopped the training after it was saved. The script then
+requeues the job. Its next start finds the run directory, which is named after the job (a requeued
+job keeps its number), and continues. Text only: knows the commands, not what they run.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _SIGNAL = re.compile(r"(?:SIG)?(USR1|TERM)@(\d+)")
 
 @dataclass(frozen=True)
 class Slurm:
-    """What the batch system is asked for.
+    """Options for the batch system.
 
     Args:
-        time: limit of one start, `HH:MM:SS` or `D-HH:MM:SS`; a requeued job gets it anew.
-        signal: `USR1@180`: the signal that asks to save, and how many seconds before the limit.
-        requeue: go back into the queue when stopped before the end.
-        partition, account: where the cluster wants them named.
+        time: limit of one start, `HH:MM:SS` or `D-HH:MM:SS`; a requeued job gets it again.
+        signal: `USR1@180`: the signal that asks for a save, and its time before the limit in
+            seconds.
+        requeue: requeue the job if it was stopped before the end.
+        partition, account: for clusters that require them.
 
     Raises:
-        ConfigError: a time or a signal that is none, or a signal that would come before the job
-            begins.
+        ConfigError: a malformed time or signal, or a signal earlier than the start of the job.
     """
 
     time: str = "24:00:00"
@@ -50,13 +50,12 @@ class Slurm:
                 f"signal={self.signal} is not USR1@SECONDS or TERM@SECONDS, the signals that save "
                 "a run"
             )
-        days, hours, minutes, seconds = (int(part or 0) for part in time.groups())
+        days, hours, minutes, seconds = (int(text or 0) for text in time.groups())
         limit = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
         if int(signal[2]) >= limit:
             raise ConfigError(
                 f"signal={self.signal} would come {int(signal[2])} s before the end of "
-                f"time={self.time}, which is "
-                f"{limit} s; give fewer seconds"
+                f"time={self.time}, which is {limit} s; give fewer seconds"
             )
         for name in ("partition", "account"):
             value = getattr(self, name)
@@ -67,7 +66,7 @@ class Slurm:
 def batch_script(
     slurm: Slurm, config: Path, nodes: int, gpus_per_node: int, train: Sequence[str], cpu: bool
 ) -> str:
-    """The script of one training: one launcher per node, which starts that node's processes."""
+    """The script of one training: a launcher per node starts that node's processes."""
     rendezvous = _RENDEZVOUS if nodes > 1 else ""
     return "\n".join(
         [
@@ -95,8 +94,8 @@ def batch_script(
 def array_script(
     slurm: Slurm, config: Path, overrides: Sequence[Sequence[str]], train: Sequence[str], cpu: bool
 ) -> str:
-    """The script of an array of jobs, one independent training each; `overrides` are the arguments
-    of each."""
+    """The script of an array of jobs, one independent training each. `overrides` has the arguments
+    that differ, per job."""
     runs = [f"    {shlex.quote(shlex.join(arguments))}" for arguments in overrides]
     return "\n".join(
         [
@@ -131,13 +130,13 @@ def _head(slurm: Slurm, config: Path, arguments: str) -> list[str]:
         "#!/bin/bash",
         f"# Start: sbatch {script} --dataset-file rows.jsonl --epochs 1      ({arguments})",
         _directive(f"--job-name={config.stem}", "also names the run directory"),
-        _directive(f"--time={slurm.time}", "of one start; a requeued job gets it anew"),
-        _directive(f"--signal={slurm.signal}", "so many seconds before the limit: save"),
+        _directive(f"--time={slurm.time}", "of one start; a requeued job gets it again"),
+        _directive(f"--signal={slurm.signal}", "save this many seconds before the limit"),
         _directive(
             "--requeue" if slurm.requeue else "--no-requeue",
-            "may go back into the queue" if slurm.requeue else "",
+            "the job may be requeued" if slurm.requeue else "",
         ),
-        _directive("--open-mode=append", "after a requeue, go on in the same log"),
+        _directive("--open-mode=append", "after a requeue, append to the same log"),
         _directive(f"--output={log}"),
     ]
     for name in ("partition", "account"):
@@ -170,12 +169,11 @@ _RENDEZVOUS = """\
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT
-# Where a node has several networks, name the one to use:
+# If a node has several networks, name the one to use:
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 """
 _CACHES = """\
-# Compiled kernels are cached on each node's own disk: on a shared one, nodes would wait for each
-# other.
+# Cache compiled kernels on each node's disk: on a shared one, nodes would wait for each other.
 cache="${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/accum_trainer-$(id -un)"
 export TRITON_CACHE_DIR="$cache/triton" TORCHINDUCTOR_CACHE_DIR="$cache/inductor"
 export TORCH_EXTENSIONS_DIR="$cache/extensions"
@@ -187,9 +185,8 @@ def _ending(slurm: Slurm, job: str) -> list[str]:
         return ['exit "$status"', ""]
     return [
         "case $status in",
-        "    75 | 138 | 143)  # stopped by a signal: after saving, or before there was anything to "
-        "save",
-        '        echo "stopped by a signal; back into the queue, to go on in $run"',
+        "    75 | 138 | 143)  # stopped by a signal, after saving or before anything was to save",
+        '        echo "stopped by a signal; requeued, to continue in $run"',
         f'        scontrol requeue "{job}"',
         "        ;;",
         "esac",

@@ -1,16 +1,20 @@
-"""The weighted mean of models: tensor by tensor, and of LoRA adapters by what they do.
+"""The weighted mean of models: tensor by tensor, and of LoRA adapters by their products.
 
-A part i counts n_i of N = sum n_i. Sums are made in float64 and rounded once, to each tensor's own
-dtype.
+Model i counts n_i of N = sum n_i. Sums are float64 and are rounded once, to each tensor's dtype.
 
     mean      X = sum_i n_i X_i / N
     concat    A = [A_1; ...; A_n]   B = [c_1 B_1, ..., c_n B_n]   c_i = n_i s_i / (N s_1)
               so that s_1 B A = sum_i n_i/N s_i B_i A_i, the mean of the products
     product   W = W_base + sum_i n_i/N s_i B_i A_i
 
-where an adapter acts as W + s B A. A mean of the A and of the B would be none of these: mean(B)
-mean(A) has cross terms B_i A_j that nobody trained. Knows folders that `from_pretrained` loads and
-how much each counts; nothing of runs.
+An adapter acts as W + s B A. The mean of the A and of the B is none of these: mean(B) mean(A) has
+cross terms B_i A_j that nobody trained. Knows saved models and how much each counts; nothing of
+runs.
+
+PEFT's `add_weighted_adapter(combination_type="cat")` gives the same product (a test compares them),
+but not in its place here: it needs the base model and all adapters in memory, refuses
+`modules_to_save`, writes float32 for 16-bit adapters, and is wrong by the factor sqrt(rank) if the
+first adapter uses rsLoRA (peft 0.21).
 """
 
 from __future__ import annotations
@@ -23,20 +27,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from accum_trainer.errors import CheckpointError, ConfigError
-from accum_trainer.runs.merge_inputs import read_json
+from accum_trainer.errors import ConfigError
+from accum_trainer.runs.saved_model import ADAPTER, ADAPTER_CONFIG, SavedModel
 
-ADAPTER_CONFIG, ADAPTER, MODEL = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "model.safetensors",
-)
 _LORA = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
-# Options of LoRA that do not change what its A and B do, or that are followed here; any other must
-# be at its default.
+# LoRA options that leave the product B A and its scale alone, or that are taken into account here.
+# Any other must be at its default.
 _FOLLOWED = {
     *(
         "r",
@@ -66,94 +64,12 @@ _FOLLOWED = {
 }
 
 
-class SavedModel:
-    """The tensors of a folder that `save_pretrained` wrote, whole model or adapter, in one file or
-    several.
-
-    Tensors are read when they are asked for, one at a time.
-
-    Args:
-        folder: with model.safetensors, its shards and their index, or adapter_model.safetensors.
-        name: of this model in messages.
-
-    Raises:
-        CheckpointError: no such weights, or a file that is damaged.
-    """
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self.folder, self.name = folder, name
-        self.is_adapter = (folder / ADAPTER_CONFIG).is_file()
-        self.config = read_json(folder / ADAPTER_CONFIG) if self.is_adapter else {}
-        index = folder / f"{MODEL}.index.json"
-        files = [ADAPTER] if self.is_adapter else [MODEL]
-        if not self.is_adapter and not (folder / MODEL).exists() and index.is_file():
-            files = sorted(set(read_json(index).get("weight_map", {}).values()))
-        try:
-            self._files = {file: safe_open(folder / file, "pt") for file in files}
-        except FileNotFoundError:
-            raise CheckpointError(
-                f"{name} has no weights: {folder} holds no {' or '.join(files)}"
-            ) from None
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"the weights of {name} in {folder} are damaged: {error}"
-            ) from None
-        self.layout = {file: list(opened.keys()) for file, opened in self._files.items()}
-        self._file_of = {
-            tensor: file for file, tensors in self.layout.items() for tensor in tensors
-        }
-
-    @property
-    def names(self) -> list[str]:
-        """Names of all tensors, in order."""
-        return sorted(self._file_of)
-
-    def kind_of(self, tensor: str) -> str:
-        """Dtype and shape of a tensor, `F32 (50, 16)`, from the file's header."""
-        header = self._files[self._file_of[tensor]].get_slice(tensor)
-        return f"{header.get_dtype()} {tuple(header.get_shape())}"
-
-    def read(self, tensor: str) -> torch.Tensor:
-        return self._files[self._file_of[tensor]].get_tensor(tensor)
-
-    def metadata(self, file: str) -> dict[str, str] | None:
-        return self._files[file].metadata()
-
-
-def check_alike(models: Sequence[SavedModel]) -> None:
-    """Raise a ConfigError unless all are whole models or all adapters, of the same tensors, shapes
-    and dtypes."""
-    first = models[0]
-    for other in models[1:]:
-        both = f"{first.name} and {other.name} cannot be averaged:"
-        if first.is_adapter != other.is_adapter:
-            adapter, whole = (first, other) if first.is_adapter else (other, first)
-            raise ConfigError(
-                f"{both} {adapter.name} is a LoRA adapter, {whole.name} a whole model; merge like "
-                "with like"
-            )
-        lonely = sorted(set(first.names) ^ set(other.names))
-        if lonely:
-            owner, without = (first, other) if lonely[0] in first.names else (other, first)
-            raise ConfigError(
-                f"{both} {owner.name} has {lonely[0]}, {without.name} has not; merge runs of one "
-                "model"
-            )
-        for name in first.names:
-            if first.kind_of(name) != other.kind_of(name):
-                raise ConfigError(
-                    f"{both} {name} is {first.kind_of(name)} in {first.name}, "
-                    f"{other.kind_of(name)} in {other.name}; "
-                    "merge runs of one model"
-                )
-
-
 def average_models(models: Sequence[SavedModel], counts: Sequence[int], folder: Path) -> list[str]:
-    """Write the mean of whole models to a new `folder`, with the first one's other files; return
-    what to note.
+    """Write the mean of whole models to a new `folder`, with the first one's other files; returns
+    notes for the user.
 
-    Holds one file of the result and one tensor of each model. Tensors that are not floating point
-    are the first model's.
+    Memory: one file of the result and one tensor of each model. Tensors that are not floating point
+    are copied from the first model.
     """
     shutil.copytree(models[0].folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     notes: list[str] = []
@@ -167,13 +83,13 @@ def concat_adapters(
     adapters: Sequence[SavedModel], counts: Sequence[int], folder: Path
 ) -> list[str]:
     """Write one adapter of rank sum r_i that acts as the mean of `adapters` to a new `folder`;
-    return what to note.
+    returns notes for the user.
 
-    lora_alpha grows with the rank, so that alpha / r stays the first adapter's; another's own scale
-    goes into its B.
+    lora_alpha grows with the rank, so that alpha / r stays the first adapter's scale; the others'
+    scales go into their B.
 
     Raises:
-        ConfigError: adapters that a product B A does not describe (see `adapter_scale`).
+        ConfigError: an adapter is not plain LoRA (see `adapter_scale`).
     """
     first, scales = adapters[0], [adapter_scale(adapter) for adapter in adapters]
     notes: list[str] = []
@@ -195,12 +111,12 @@ def concat_adapters(
 def add_adapters(
     base: torch.nn.Module, adapters: Sequence[SavedModel], counts: Sequence[int]
 ) -> list[str]:
-    """Add the mean of the adapters' products to the weights of `base`, in place; return what to
-    note.
+    """Add the mean of the adapters' products to the weights of `base`, in place; returns notes for
+    the user.
 
     Raises:
-        ConfigError: an adapted weight that is one tensor with another (tied), or of a layer that is
-            no matrix; adapters that a product B A does not describe (see `adapter_scale`).
+        ConfigError: an adapted weight is tied to another or belongs to a layer that is no matrix;
+            an adapter is not plain LoRA (see `adapter_scale`).
     """
     first, scales = adapters[0], [adapter_scale(adapter) for adapter in adapters]
     weights = dict(base.named_parameters(remove_duplicate=False)) | dict(base.named_buffers())
@@ -221,8 +137,8 @@ def add_adapters(
         if tied:
             raise ConfigError(
                 f"{target} was adapted, but in the base model it is one tensor with {tied[0]} "
-                "(tied), so that a whole model "
-                "cannot hold both; merge the adapters with --adapter concat"
+                "(tied), so a whole model cannot hold both; merge the adapters with --adapter "
+                "concat"
             )
         if lora:
             of_b = f"{name[: lora.start(2)]}B{name[lora.end(2) :]}"
@@ -235,12 +151,11 @@ def add_adapters(
 
 
 def adapter_scale(adapter: SavedModel) -> float:
-    """s of an adapter that acts as W + s B A: lora_alpha / r, or lora_alpha / sqrt(r) with
-    rank-stabilised LoRA.
+    """The scale s of an adapter that acts as W + s B A: lora_alpha / r; with rsLoRA lora_alpha /
+    sqrt(r).
 
     Raises:
-        ConfigError: an option is set under which it does not act so (DoRA, rank patterns, biases,
-            PiSSA, ...).
+        ConfigError: an option makes it act otherwise (DoRA, rank patterns, biases, PiSSA, ...).
     """
     from peft import LoraConfig
 
@@ -253,19 +168,15 @@ def adapter_scale(adapter: SavedModel) -> float:
     }
     if config.get("peft_type") != "LORA":
         unlike["peft_type"] = config.get("peft_type")
-    if config.get("init_lora_weights") not in (
-        True,
-        False,
-        "gaussian",
-    ):  # others change the base model's weights
+    # Other initialisations change the base model's weights.
+    if config.get("init_lora_weights") not in (True, False, "gaussian"):
         unlike["init_lora_weights"] = config.get("init_lora_weights")
     odd = [name for name in adapter.names if ".lora_" in name and not _LORA.fullmatch(name)]
     if unlike or odd:
         found = f"{next(iter(unlike))}={next(iter(unlike.values()))}" if unlike else odd[0]
         raise ConfigError(
-            f"the adapter of {adapter.name} has {found}: it is not W + s B A with one s, and its "
-            "mean is no adapter; "
-            "only plain LoRA can be merged"
+            f"the adapter of {adapter.name} has {found}, so it is not W + s B A with one s, and "
+            "its mean is no adapter; only plain LoRA can be merged"
         )
     return config["lora_alpha"] / (
         math.sqrt(config["r"]) if config.get("use_rslora") else config["r"]
@@ -280,7 +191,7 @@ def _mean(
     if not first.is_floating_point():
         if not all(torch.equal(first, tensor) for tensor in tensors):
             notes.append(
-                f"{name} ({first.dtype}) differs between the parts; the merge has that of "
+                f"{name} ({first.dtype}) differs between the runs; the merge has that of "
                 f"{models[0].name}"
             )
         return first
@@ -293,7 +204,7 @@ def _mean(
 def _concatenated(
     name: str, adapters: Sequence[SavedModel], counts: Sequence[int], scales: Sequence[float]
 ) -> torch.Tensor:
-    """A below A, or B beside B each with its share and its scale over the first's; float64."""
+    """All A below each other, or all c_i B_i beside each other; float64."""
     tensors = [tensor.double() for tensor in _read_all(name, adapters)]
     lora = _LORA.fullmatch(name)
     assert lora is not None
@@ -306,8 +217,8 @@ def _concatenated(
 
 
 def _read_all(name: str, models: Sequence[SavedModel]) -> list[torch.Tensor]:
-    """One tensor of each model; ConfigError where a mean would spread one model's nan or inf (equal
-    masks may hold inf)."""
+    """One tensor of each model. ConfigError if one model has nan or inf that the mean would spread;
+    equal masks may hold inf."""
     tensors = [model.read(name) for model in models]
     for model, tensor in zip(models, tensors, strict=True):
         if not torch.isfinite(tensor).all() and not all(
@@ -320,7 +231,7 @@ def _read_all(name: str, models: Sequence[SavedModel]) -> list[torch.Tensor]:
 
 
 def _as_stored(change: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
-    """B A, shape (out, in), in the layout of a module's weight."""
+    """The product B A, shape (out, in), in the layout of the module's weight."""
     from transformers.pytorch_utils import Conv1D
 
     if isinstance(module, (Conv1D, torch.nn.Embedding)):

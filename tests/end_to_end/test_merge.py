@@ -240,7 +240,7 @@ class TestRefused:
             command,
             tmp_path,
             "runs/two",
-            says="runs/two/part-1/result.json does not say num_samples",
+            says="runs/two/part-1/result.json has no num_samples",
         )
 
     def test_where_to(self, command, tmp_path, two):
@@ -265,7 +265,7 @@ class TestRefused:
         self.refused(command, tmp_path, "runs/two", says=says)
 
     def test_options(self, command, tmp_path, two):
-        says = "adapter=product is for LoRA adapters, but the parts are whole models"
+        says = "adapter=product is for LoRA adapters, but the runs are whole models"
         self.refused(command, tmp_path, "runs/two", "--adapter", "product", says=says)
         self.refused(
             command,

@@ -1,0 +1,27 @@
+"""Make a folder for logs, and remove it again if the start was refused."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from accum_trainer.errors import ConfigError
+
+
+def make_folder(path: Path) -> list[Path]:
+    """Make the folder and its parents; returns those it made, innermost first."""
+    missing = [folder for folder in [path, *path.absolute().parents] if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"the folder {path} cannot be made: {error.strerror}; name another output_dir"
+        ) from None
+    return missing
+
+
+def remove_folders(made: list[Path]) -> None:
+    """Undo `make_folder`, except for folders that are no longer empty."""
+    for folder in made:
+        with contextlib.suppress(OSError):
+            folder.rmdir()

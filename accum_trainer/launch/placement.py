@@ -1,0 +1,65 @@
+"""The place of a launcher among the nodes: its number, and where all processes meet.
+
+Knows sockets and accelerate's options; starts nothing.
+"""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+
+from accum_trainer.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class NodePlacement:
+    """This node among all nodes, and the address where the processes meet."""
+
+    machine_rank: int = 0
+    num_machines: int = 1
+    main_process_ip: str | None = None
+    main_process_port: int | None = None
+
+    def check(self) -> None:
+        """Raise a ConfigError unless the processes can meet at this address."""
+        if not 0 <= self.machine_rank < self.num_machines:
+            raise ConfigError(
+                f"machine_rank={self.machine_rank} is no node of num_machines={self.num_machines}; "
+                f"give 0 to {self.num_machines - 1}"
+            )
+        port = self.main_process_port
+        if port is not None and not 0 < port < 65536:
+            raise ConfigError(f"main_process_port={port} is not a port; give 1024 to 65535")
+        if self.num_machines > 1 and (self.main_process_ip is None or port is None):
+            raise ConfigError(
+                f"{self.num_machines} nodes must know where to meet; give --main-process-ip (the "
+                "first node) and --main-process-port, the same on each, and --machine-rank"
+            )
+        if port is not None and self.machine_rank == 0:
+            _check_free(port)
+
+    def arguments(self) -> list[str]:
+        """Options for accelerate's launcher; without a port, a free one of this machine."""
+        port = self.main_process_port or free_port()
+        given = ["--num_machines", str(self.num_machines), "--machine_rank", str(self.machine_rank)]
+        if self.main_process_ip is not None:
+            given += ["--main_process_ip", self.main_process_ip]
+        return [*given, "--main_process_port", str(port)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _check_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise ConfigError(
+                f"main_process_port={port} cannot be used here: {error.strerror}; give another, or "
+                "none on one machine"
+            ) from None

@@ -1,0 +1,132 @@
+"""Plan independent runs: from one configuration to the runs, and the devices to run them on.
+
+Refuses settings that cannot differ, devices that do not exist, and a folder with other runs. Starts
+nothing and writes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from accum_trainer.config import TrainConfig
+from accum_trainer.errors import ConfigError
+from accum_trainer.launch.spec import combinations
+from accum_trainer.runs.independent_run import IndependentRun
+from accum_trainer.runs.merge_inputs import INDEPENDENT
+from accum_trainer.train import run_folder as files
+
+# Options that all runs share, or that the launcher sets for each.
+_NOT_VARIED = {
+    *("output_dir", "log_file", "resume", "dry_run", "shard", "max_restarts", "cpu"),
+    *("parallel_independent", "cuda_ids", "vary"),
+}
+
+
+def plan_runs(config: TrainConfig, folder: Path) -> tuple[list[IndependentRun], list[str], bool]:
+    """The runs that `config` asks for, the devices (or slots) to run them on, and whether those are
+    GPUs.
+
+    Raises:
+        ConfigError: a device does not exist, a setting cannot vary, or the folder holds something
+            else.
+    """
+    _check_single_process()
+    for name in ("log_file", "resume"):
+        value = getattr(config, name)
+        if value is not None and not (name == "resume" and value in ("auto", "never")):
+            raise ConfigError(
+                f"{name}={value} is one place, and parallel_independent has several runs; leave it "
+                "out"
+            )
+    on_gpu = torch.cuda.is_available() and not config.cpu
+    devices = _devices(config.cuda_ids, torch.cuda.device_count() if on_gpu else None)
+    base = replace(
+        config,
+        parallel_independent=False,
+        cuda_ids=None,
+        vary=None,
+        max_restarts=TrainConfig.max_restarts,
+        resume="auto",
+    )
+    runs = []
+    for i, settings in enumerate(_settings(config.vary, len(devices))):
+        name = f"part-{i}"
+        options = [f"{key}={value}" for key, value in settings.items()]
+        varied = base.varied([*options, f"output_dir={folder / name}"])
+        log = folder / files.LOGS / f"{name}.log"
+        runs.append(IndependentRun(name, settings, varied, folder / name, log))
+    _check_folder(folder, runs, config.resume)
+    return runs, devices, on_gpu
+
+
+def _check_single_process() -> None:
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if int(world_size) > 1:
+        raise ConfigError(
+            "parallel_independent starts single processes, but runs as one of "
+            f"{world_size} of a launcher; start it with `accum-trainer train`"
+        )
+
+
+def _settings(vary: str | None, num_devices: int) -> list[dict[str, str]]:
+    """The options of each run: the combinations of `vary`, or a shard per device."""
+    if vary is None:
+        return [{"shard": f"{i}/{num_devices}"} for i in range(num_devices)]
+    settings = [dict(text.split("=", 1) for text in run) for run in combinations(vary)]
+    for name in settings[0]:
+        if name in _NOT_VARIED:
+            raise ConfigError(f"vary={vary}: {name} cannot differ between the runs")
+    return settings
+
+
+def _devices(text: str | None, gpus: int | None) -> list[str]:
+    """The devices of `cuda_ids`, or all; `gpus` is None on a CPU."""
+    if text is None:
+        if gpus is None:
+            raise ConfigError(
+                "parallel_independent on a CPU needs cuda_ids, the names of its slots, such as 0,1"
+            )
+        return [str(i) for i in range(gpus)]
+    devices = [device.strip() for device in text.split(",")]
+    if not all(device.isdecimal() for device in devices):
+        raise ConfigError(f"cuda_ids={text} is not a list of device numbers, such as 0,1")
+    if len(set(devices)) < len(devices):
+        raise ConfigError(f"cuda_ids={text} names a device twice; each run needs its own")
+    if gpus is not None and any(int(device) >= gpus for device in devices):
+        raise ConfigError(f"cuda_ids={text}, but this machine has {gpus} GPUs, 0 to {gpus - 1}")
+    return devices
+
+
+def _check_folder(folder: Path, runs: list[IndependentRun], resume: str) -> None:
+    manifest = folder / INDEPENDENT
+    if not manifest.is_file():
+        files.check_output_dir(folder, resume)
+        if (folder / files.CONFIG).is_file():
+            raise ConfigError(
+                f"output_dir={folder} holds a single run, not a set of runs; choose another folder"
+            )
+        return
+    if resume == "never":
+        raise ConfigError(
+            f"output_dir={folder} already holds runs and resume=never; choose another folder, or "
+            "resume=auto"
+        )
+    held = {run["name"]: run["settings"] for run in json.loads(manifest.read_text())["runs"]}
+    wanted = {run.name: run.settings for run in runs}
+    if held != wanted:
+        raise ConfigError(
+            f"output_dir={folder} holds {_summary(held)}, and {_summary(wanted)} are asked for "
+            "now; give the same devices and vary as before, or another output_dir"
+        )
+
+
+def _summary(runs: dict[str, dict[str, str]]) -> str:
+    shown = [
+        " ".join(f"{key}={value}" for key, value in settings.items()) for settings in runs.values()
+    ]
+    return f"{len(runs)} runs ({'; '.join(shown[:3])}{'; ...' if len(shown) > 3 else ''})"
