@@ -106,7 +106,7 @@ def array_script(
             "",
             "set -uo pipefail",
             "",
-            "# What differs between the runs, by SLURM_ARRAY_TASK_ID.",
+            "# The options that differ between the runs, by SLURM_ARRAY_TASK_ID.",
             "runs=(",
             *runs,
             ")",
@@ -154,7 +154,7 @@ def _devices(gpus: int, cpu: bool) -> list[str]:
         return [_directive(f"--cpus-per-task={gpus}", "one per process")]
     return [
         _directive(f"--gpus-per-node={gpus}"),
-        _directive(f"--cpus-per-task={8 * gpus}", "8 per GPU; take what the cluster has"),
+        _directive(f"--cpus-per-task={8 * gpus}", "8 per GPU; adapt to the cluster"),
     ]
 
 

@@ -1,4 +1,4 @@
-"""What to launch: mode, engine, nodes and precision, refused if the combination cannot run.
+"""Describe a launch: mode, engine, nodes and precision, refused if the combination cannot run.
 
 Standard library only; knows the options, not the files made of them.
 """
