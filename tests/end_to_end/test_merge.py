@@ -207,8 +207,8 @@ class TestRefused:
                 {"w": torch.ones(2, 3, dtype=torch.bfloat16)},
                 "w is F32 (2, 3) in part-0, BF16 (2, 3) in part-1",
             ),
-            ({"w": torch.ones(2, 3), "bias": torch.ones(2)}, "part-1 has bias, part-0 has not"),
-            ({}, "part-0 has w, part-1 has not"),
+            ({"w": torch.ones(2, 3), "bias": torch.ones(2)}, "part-1 has bias, part-0 does not"),
+            ({}, "part-0 has w, part-1 does not"),
         ],
     )
     def test_other_weights(self, command, tmp_path, two, weights, says):
@@ -245,7 +245,7 @@ class TestRefused:
 
     def test_where_to(self, command, tmp_path, two):
         argv = ["runs/two/part-0", "runs/two/part-1"]
-        self.refused(command, tmp_path, *argv, says="say with -o DIR where the merge goes")
+        self.refused(command, tmp_path, *argv, says="name the folder of the merge with -o DIR")
         (tmp_path / "file").write_text("mine")
         self.refused(
             command,

@@ -231,7 +231,7 @@ def test_port_in_use(command, tmp_path):
             ["--parallel-independent", "--cuda-ids", "0,1"],
             "parallel_independent starts single processes",
         ),
-        (["--help"], "--help stands among the options"),
+        (["--help"], "--help is among the options"),
     ],
 )
 def test_wrong_options_after_the_dashes(command, tmp_path, argv, says):
