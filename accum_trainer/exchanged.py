@@ -23,6 +23,7 @@ class WindowCounts(NamedTuple):
         can_read_ahead: the rank can count its next window before this one has ended.
         has_nothing: the rank has no batch at all, not even one to run with weight 0.
         has_failed: the rank could not read its share.
+        is_beginning: the rank begins a source whose loss is not decided yet, and has no counts.
     """
 
     num_targets: float
@@ -34,6 +35,7 @@ class WindowCounts(NamedTuple):
     can_read_ahead: float = 0.0
     has_nothing: float = 0.0
     has_failed: float = 0.0
+    is_beginning: float = 0.0
 
     def to_row(self) -> list[float]:
         return [float(value) for value in self]
@@ -45,7 +47,8 @@ class WindowCounts(NamedTuple):
 
 
 def check_read(counts: list[WindowCounts]) -> None:
-    """Raise a DataError if a rank could not read, or has no batch to run while others have."""
+    """Raise a DataError if a rank could not read, is elsewhere, or has no batch to run."""
+    check_beginnings(counts, together=False)
     for rank, one in enumerate(counts):
         if one.has_failed:
             raise DataError(
@@ -59,6 +62,17 @@ def check_read(counts: list[WindowCounts]) -> None:
                 f"process {rank} has no batch at all while others have; give every process at "
                 "least one batch, or a DataLoader that is dealt to them"
             )
+
+
+def check_beginnings(counts: list[WindowCounts], together: bool) -> None:
+    """Raise a DataError unless all ranks begin a source `together`, or none does."""
+    apart = [rank for rank, one in enumerate(counts) if bool(one.is_beginning) != together]
+    if apart:
+        begins = [rank for rank, one in enumerate(counts) if one.is_beginning]
+        raise DataError(
+            f"process {begins[0]} begins an epoch while others are in the middle of one; leave a "
+            "loop over windows or batches on all processes at the same update"
+        )
 
 
 def check_own_data(fingerprints: list[float]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from accum_trainer.batch import Batch, num_samples, num_tokens
 from accum_trainer.errors import DataError
-from accum_trainer.exchanged import WindowCounts, check_own_data, check_read
+from accum_trainer.exchanged import WindowCounts, check_beginnings, check_own_data, check_read
 from accum_trainer.losses.contract import LossContract
 from accum_trainer.losses.objective import Objective
 from accum_trainer.losses.targets import CountTargets
@@ -139,6 +139,8 @@ class WindowReader:
         return CountedWindow(read.share, read.targets, counts, fingerprint)
 
     def _read_share(self) -> _Read:
+        if self.counter.objective is None:
+            self._check_all_begin()
         share, failure = None, None
         try:
             share = next(self._shares, None)
@@ -155,6 +157,13 @@ class WindowReader:
             return _Read(share, targets, _counts_of(share, targets, self._can_read_ahead))
         except Exception as error:
             return _Read(None, [], _NOTHING._replace(has_failed=True), error)
+
+    def _check_all_begin(self) -> None:
+        """Before the collectives of a decision: a rank elsewhere would not join them."""
+        if self._engine.world_size > 1:
+            row = _NOTHING._replace(is_beginning=True).to_row()
+            table = self._engine.all_gather_floats(row)
+            check_beginnings(WindowCounts.from_rows(table), together=True)
 
     def read_early(self, most: int) -> None:
         """Let the source read ahead, up to `most` micro-batches of the next window."""

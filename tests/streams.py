@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from accum_trainer import Accumulator, DataError
+from accum_trainer import AccumTrainerError, Accumulator, DataError
 
 RANK, W = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
@@ -75,8 +75,33 @@ def train(stream: Any, k: int) -> dict[str, Any]:
     return {"updates": acc.num_updates, "raised": raised}
 
 
+def leave_early() -> dict[str, Any]:
+    """Rank 1 leaves the first epoch after two updates and begins the next one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    acc = Accumulator(micro_batch_size=2, gradient_accumulation_steps=2, cpu=True)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(1, 1)
+    model, optimizer = acc.prepare(model, torch.optim.SGD(model.parameters(), lr=1e-6))
+    source = list(torch.arange(32.0).reshape(32, 1))
+    raised = ""
+    try:
+        for epoch in range(2):
+            for number, window in enumerate(acc.windows(source, count_targets=len)):
+                for batch in window:
+                    with acc.accumulate(model):
+                        acc.backward(model(batch).sum(), reduction="sum")
+                acc.step(optimizer)
+                if RANK == 1 and epoch == 0 and number == 1:
+                    break
+    except (AccumTrainerError, RuntimeError) as error:
+        raised = f"{type(error).__name__}: {error}"
+    return {"updates": acc.num_updates, "raised": raised}
+
+
 def main(out: str) -> None:
     found = {name: train(make(), k) for name, (make, k) in STREAMS.items()}
+    found["left early"] = leave_early()
     Path(out).mkdir(parents=True, exist_ok=True)
     (Path(out) / f"rank{RANK}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()

@@ -49,6 +49,10 @@ def test_i43_the_same_stream_on_every_rank_is_refused_and_equal_batches_are_not(
             assert "itertools.islice(stream, rank, None, 2)" in found["raised"]
         else:
             assert found["raised"] == "", name
+    # The other rank is in the middle of the epoch that this one left: a collective of one of them.
+    left = ranks[0]["left early"]
+    assert left["updates"] == 2
+    assert "DataError: process 1 begins an epoch while others are in the middle" in left["raised"]
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
