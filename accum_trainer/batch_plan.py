@@ -142,9 +142,8 @@ def _solve(
     if b_eff is None:
         if b is None:
             raise ConfigError(
-                "neither micro_batch_size nor global_batch_size is given; "
-                "give one of them (and gradient_accumulation_steps or world_size where they are "
-                "not 1)"
+                "neither micro_batch_size nor global_batch_size is given; give one of them (and "
+                "gradient_accumulation_steps or world_size where they are not 1)"
             )
         k, w = k or 1, w or 1
         return b, k, w, b * k * w
@@ -165,8 +164,7 @@ def _solve(
         remedy = f"leave gradient_accumulation_steps out (it would be {-(-b_eff // per_step)})"
         raise ConfigError(
             f"global_batch_size={b_eff} contradicts micro_batch_size={b} x "
-            f"gradient_accumulation_steps={k} "
-            f"x world_size={w} = {b * k * w}; {remedy}"
+            f"gradient_accumulation_steps={k} x world_size={w} = {b * k * w}; {remedy}"
         )
     return b, k, w, b_eff
 
@@ -180,9 +178,8 @@ def _quotient(solving_for: str, b_eff: int, factors: dict[str, int]) -> int:
     below, above = b_eff // product * product, -(-b_eff // product) * product
     choices = f"{below} or {above}" if below else f"{above}"
     raise ConfigError(
-        f"global_batch_size={b_eff} is not a multiple of {stated} = {product}, "
-        f"so {solving_for} would not be whole; use global_batch_size={choices}, or give "
-        "micro_batch_size and leave "
+        f"global_batch_size={b_eff} is not a multiple of {stated} = {product}, so {solving_for} "
+        f"would not be whole; use global_batch_size={choices}, or give micro_batch_size and leave "
         "gradient_accumulation_steps out"
     )
 
@@ -210,8 +207,7 @@ def scale_lr(
     if lr_base_batch_size is None:
         raise ConfigError(
             f"lr_scaling={scaling} needs lr_base_batch_size, the batch size at which lr={lr:g} was "
-            "found; "
-            f"give lr_base_batch_size, or lr_scaling=none"
+            "found; give lr_base_batch_size, or lr_scaling=none"
         )
     ratio = global_batch_size / positive_int("lr_base_batch_size", lr_base_batch_size)
     return lr * (ratio if scaling == "linear" else math.sqrt(ratio))

@@ -83,9 +83,8 @@ def check_own_data(fingerprints: list[float]) -> None:
             raise DataError(
                 f"processes {', '.join(map(str, ranks[:-1]))} and {ranks[-1]} read the same "
                 f"batches, which would count as {len(ranks)} times as much data. Give each process "
-                "its own, as in itertools.islice(stream, rank, None, "
-                f"{len(fingerprints)}), or pass a DataLoader, whose batches are dealt to the "
-                "processes"
+                f"its own, as in itertools.islice(stream, rank, None, {len(fingerprints)}), or "
+                "pass a DataLoader, whose batches are dealt to the processes"
             )
 
 

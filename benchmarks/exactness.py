@@ -238,12 +238,10 @@ def heading() -> str:
     bare = sum(row["labels"][0] != IGNORE for row in rows) / len(rows)
     return (
         f"Relative error of an update against one float64 big batch: worst of {WHOLE} whole "
-        "windows / the uneven last "
-        f"one. {versions()}; CPU, {platform.machine()}. B={B}, K={K}; {counts[0]} rows at W=1, "
-        f"{counts[1]} at W=2 (DDP, "
-        f"gloo), 2 to 40 tokens, prompts masked ({bare:.0%} have none); SGD, no clipping. One "
-        "float32 big batch is "
-        f"itself up to {figure(float32_floor())} off."
+        f"windows / the uneven last one. {versions()}; CPU, {platform.machine()}. B={B}, K={K}; "
+        f"{counts[0]} rows at W=1, {counts[1]} at W=2 (DDP, gloo), 2 to 40 tokens, prompts masked "
+        f"({bare:.0%} have none); SGD, no clipping. One float32 big batch is itself up to "
+        f"{figure(float32_floor())} off."
     )
 
 

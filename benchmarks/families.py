@@ -317,9 +317,8 @@ def main() -> int:
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     summary = (
         f"{len(families)} models, {len(cells)} cells: {len(exact)} exact or measured (worst "
-        f"{max(exact):.1e}), "
-        f"{sum(bool(c.refused) for c in cells)} refused, {len(bad)} beyond {BOUND:g} or failed. "
-        f"{versions}"
+        f"{max(exact):.1e}), {sum(bool(c.refused) for c in cells)} refused, {len(bad)} beyond "
+        f"{BOUND:g} or failed. {versions}"
     )
     text = f"{table(cells)}\n\n{summary}\n"
     print(text)

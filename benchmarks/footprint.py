@@ -378,10 +378,9 @@ def main() -> None:
         measured = launch(folder, options.cases)
         lines = [
             "Estimated by `accum-trainer plan` against measured, per process: Llama of 9M "
-            f"parameters, B={BATCH}, {TOKENS} tokens, K={K}, CPU, {os.cpu_count()} cores, "
-            f"2 processes over gloo, torch {torch.__version__}, {platform.machine()}. Peak: "
-            "torch's allocator, in an update; sent: collectives, "
-            "as a ring's bytes per update",
+            f"parameters, B={BATCH}, {TOKENS} tokens, K={K}, CPU, {os.cpu_count()} cores, 2 "
+            f"processes over gloo, torch {torch.__version__}, {platform.machine()}. Peak: torch's "
+            "allocator, in an update; sent: collectives, as a ring's bytes per update",
             "",
             "| case | peak, estimated MB | measured MB | ratio | sent, estimated MB | measured MB "
             "| ratio |",

@@ -156,9 +156,8 @@ def main() -> None:
     model = Waiting(options.milliseconds / 1e3)
     lines = [
         f"Waiting for data: {WORKERS} workers, B={B}, K={K}, {options.windows} windows, a "
-        f"micro-batch of {options.milliseconds:g} ms, "
-        f"torch {torch.__version__}, {platform.machine()}, {options.pairs} interleaved pairs of "
-        "epochs",
+        f"micro-batch of {options.milliseconds:g} ms, torch {torch.__version__}, "
+        f"{platform.machine()}, {options.pairs} interleaved pairs of epochs",
         "",
         "| time of an epoch, ours / accelerate's loop | median | least to greatest |",
         "|---|---|---|",

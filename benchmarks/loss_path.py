@@ -109,9 +109,8 @@ def main() -> None:
                 times[path].append(seconds)
     lines = [
         f"Loss paths: B={B}, {options.tokens} tokens, {TARGETS:.0%} targets, vocabulary "
-        f"{VOCABULARY:,}, two layers of {HIDDEN}, "
-        f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}, "
-        f"{options.pairs} rounds",
+        f"{VOCABULARY:,}, two layers of {HIDDEN}, CPU, {torch.get_num_threads()} threads, torch "
+        f"{torch.__version__}, {platform.machine()}, {options.pairs} rounds",
         "",
         "| path | seconds | time / plain | peak GB above the weights | peak / plain | loss - plain "
         "(relative) |",

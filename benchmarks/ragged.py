@@ -312,9 +312,8 @@ def main() -> None:
     lines = [
         f"{options.data or 'embedded corpus'}, {options.model or 'Llama of 5M'} "
         f"({sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters), B={B}, CPU, "
-        f"{torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, {platform.machine()}, {options.updates} interleaved pairs of "
-        "updates",
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}, "
+        f"{options.updates} interleaved pairs of updates",
         "",
         f"| samples per second, {what}, over | K | median | quartiles |",
         "|---|---|---|---|",

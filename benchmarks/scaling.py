@@ -252,8 +252,7 @@ def loader_table(sizes: list[int], ranks: list[int]) -> list[str]:
         ours, plan, plain = (milliseconds(found[key]) for key in ("ours", "plan", "plain"))
         lines.append(
             f"| {name} | {size:,} | {w:,} | {size // (B * w):,} | {ours} | {plan} | {plain} | "
-            f"{found['ratio']:.2f} "
-            f"| {found['held'] / 1e6:.2f} |"
+            f"{found['ratio']:.2f} | {found['held'] / 1e6:.2f} |"
         )
     return lines
 
@@ -297,11 +296,10 @@ def main() -> None:
     )
     lines = [
         "Planning and making windows: skewed lengths (log-normal, median 90, p99 1,700, at most "
-        f"{LONGEST:,} tokens), one thread, CPU, "
-        f"{platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}, torch "
-        f"{torch.__version__}. Load of the machine "
-        f"{loads[0]:.1f} at the start and {loads[1]:.1f} at the end on {os.cpu_count()} cores "
-        f"({quiet})",
+        f"{LONGEST:,} tokens), one thread, CPU, {platform.machine()}, Python "
+        f"{platform.python_version()}, numpy {np.__version__}, torch {torch.__version__}. Load of "
+        f"the machine {loads[0]:.1f} at the start and {loads[1]:.1f} at the end on "
+        f"{os.cpu_count()} cores ({quiet})",
     ]
     for title, table in tables.items():
         lines += ["", title, "", *table]

@@ -591,30 +591,27 @@ def main() -> None:
         seen = [found["wire"] / 1e3 for found in results.values()]
         on_wire = (
             "On the loopback interface of the run's own network passed what gloo sends for the "
-            "collectives counted, and "
-            f"{statistics.median(seen):.1f} KB (median, at most {max(seen):.1f}) more for each: "
-            "headers, acknowledgements, the launcher's heartbeat"
+            f"collectives counted, and {statistics.median(seen):.1f} KB (median, at most "
+            f"{max(seen):.1f}) more for each: headers, acknowledgements, the launcher's heartbeat"
         )
     else:
         on_wire = "No network namespace here: bytes on the interface were not compared"
     lines = [
         "Traffic of one update: buffers that one process hands to collectives. Llama, trained "
-        f"whole {sizes[False]:,} bytes of gradient, LoRA r={RANK} "
-        f"{sizes[True]:,}; float32, W={W} over gloo, CPU, {platform.machine()}, torch "
-        f"{version('torch')}, accelerate {version('accelerate')}, "
-        f"deepspeed {version('deepspeed')}, peft {version('peft')}. ZeRO-3 keeps weights below "
-        f"{PERSISTENT:,} numbers whole. {on_wire}. "
-        f"{len(results)} cases, each asserted against what it must be.",
+        f"whole {sizes[False]:,} bytes of gradient, LoRA r={RANK} {sizes[True]:,}; float32, W={W} "
+        f"over gloo, CPU, {platform.machine()}, torch {version('torch')}, accelerate "
+        f"{version('accelerate')}, deepspeed {version('deepspeed')}, peft {version('peft')}. "
+        f"ZeRO-3 keeps weights below {PERSISTENT:,} numbers whole. {on_wire}. {len(results)} "
+        "cases, each asserted against what it must be.",
         "",
         *tables(results),
         "",
         "Above 1 at once-per-window is padding to equal shards: FSDP2 pads each parameter's rows "
-        "to a multiple of W, ZeRO-3 its numbers; "
-        "ZeRO-1 and ZeRO-2 reduce unpadded, and pad the flat weights that they gather to a "
-        "multiple of 2 W. ZeRO-1 reduces at a window's end "
+        "to a multiple of W, ZeRO-3 its numbers; ZeRO-1 and ZeRO-2 reduce unpadded, and pad the "
+        "flat weights that they gather to a multiple of 2 W. ZeRO-1 reduces at a window's end "
         "whatever the policy. DeepSpeed has `coalesce_grad_reduction()` too, which is what "
-        "once-per-window uses; the plain loop does not call it. "
-        "accelerate has no FSDP2 on the CPU to compare with.",
+        "once-per-window uses; the plain loop does not call it. accelerate has no FSDP2 on the CPU "
+        "to compare with.",
     ]
     print("\n".join(lines))
     if options.out:

@@ -96,6 +96,5 @@ def check_alike(models: Sequence[SavedModel]) -> None:
             if first.kind_of(name) != other.kind_of(name):
                 raise ConfigError(
                     f"{both} {name} is {first.kind_of(name)} in {first.name}, "
-                    f"{other.kind_of(name)} in {other.name}; "
-                    "merge runs of one model"
+                    f"{other.kind_of(name)} in {other.name}; merge runs of one model"
                 )

@@ -32,8 +32,7 @@ def main() -> int:
     if not name:
         print(
             "no NVIDIA GPU is visible to torch: run this where there is one, with a torch that was "
-            "built for CUDA; "
-            "--small runs the same code on the CPU",
+            "built for CUDA; --small runs the same code on the CPU",
             file=sys.stderr,
         )
         return 2

@@ -103,11 +103,9 @@ def throughput(setting: Setting) -> Result:
     millions = next((run["parameters"] for runs in found.values() for run in runs), 0) / 1e6
     result.notes.append(
         f"Llama of {millions:.0f}M parameters ({size}), random weights in float32 under bf16 "
-        "autocast, AdamW, clipping; "
-        f"B={batch}, K={k}; {updates} updates after {WARM_UP}; lengths log-normal, median "
-        f"{_median(setting)}, up to "
-        f"{8 * _median(setting)}. MFU: 6 N operations per token, N all parameters, over the "
-        "device's dense bf16 peak"
+        f"autocast, AdamW, clipping; B={batch}, K={k}; {updates} updates after {WARM_UP}; lengths "
+        f"log-normal, median {_median(setting)}, up to {8 * _median(setting)}. MFU: 6 N operations "
+        "per token, N all parameters, over the device's dense bf16 peak"
         + (f" of {device_peak / 1e12:.0f} TFLOP/s by NVIDIA's data sheet." if device_peak else ".")
     )
     return result

@@ -336,9 +336,8 @@ def test_i37_a_run_moves_between_engines(tmp_path, rows):
 
 def test_deepspeed_missing_is_told_with_the_command_that_installs_it(tmp_path):
     program = (
-        "import sys; sys.modules['deepspeed'] = None\n"
-        "from accum_trainer.cli import main\n"
-        "main(['train', '--zero-stage', 'zero2', '--steps', '1', '--output-dir', "
+        "import sys; sys.modules['deepspeed'] = None\nfrom accum_trainer.cli import "
+        "main\nmain(['train', '--zero-stage', 'zero2', '--steps', '1', '--output-dir', "
         f"{str(tmp_path / 'run')!r}])"
     )
     finished = python("-c", program)

@@ -184,12 +184,9 @@ def test_a_run_that_keeps_crashing_is_given_up_and_the_other_ends(tmp_path, rows
     folder, hooks = tmp_path / "set", tmp_path / "hooks"
     hooks.mkdir()
     (hooks / "sitecustomize.py").write_text(
-        "import sys\n"
-        "if any('part-1.yaml' in argument for argument in sys.orig_argv):\n"
-        "    import accum_trainer.losses.causal_lm as loss\n"
-        "    def failing(model, batch):\n"
-        "        raise RuntimeError('device 1 went away')\n"
-        "    loss.causal_lm_loss = failing\n"
+        "import sys\nif any('part-1.yaml' in argument for argument in sys.orig_argv):\n    import "
+        "accum_trainer.losses.causal_lm as loss\n    def failing(model, batch):\n        raise "
+        "RuntimeError('device 1 went away')\n    loss.causal_lm_loss = failing\n"
     )
     arguments = [
         *SIDE_BY_SIDE,

@@ -108,16 +108,11 @@ def test_the_process_that_failed_first_speaks_for_itself(tmp_path, train):
     hooks = tmp_path / "hooks"
     hooks.mkdir()
     (hooks / "sitecustomize.py").write_text(
-        "import os\n"
-        "if os.environ.get('RANK') == '1':\n"
-        "    import accum_trainer.train.loop as train\n"
-        "    loss, calls = train.causal_lm_loss, []\n"
-        "    def failing(model, batch):\n"
-        "        calls.append(1)\n"
-        "        if len(calls) == 3:\n"
-        "            raise FloatingPointError('the third micro-batch of process 1')\n"
-        "        return loss(model, batch)\n"
-        "    train.causal_lm_loss = failing\n"
+        "import os\nif os.environ.get('RANK') == '1':\n    import accum_trainer.train.loop as "
+        "train\n    loss, calls = train.causal_lm_loss, []\n    def failing(model, batch):\n       "
+        " calls.append(1)\n        if len(calls) == 3:\n            raise FloatingPointError('the "
+        "third micro-batch of process 1')\n        return loss(model, batch)\n    "
+        "train.causal_lm_loss = failing\n"
     )
     finished = launch(
         tmp_path, *train, "--steps", 4, "--output-dir", tmp_path / "run", PYTHONPATH=hooks

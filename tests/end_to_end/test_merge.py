@@ -169,9 +169,8 @@ class TestRefused:
         )
         says = (
             "unfinished: part-0 stopped by time limit after 7 of 10 updates; part-1 is running, or "
-            "was killed (result.json "
-            "is missing) after 1 of 10 updates. The same train command continues a run; "
-            "--allow-unfinished merges them"
+            "was killed (result.json is missing) after 1 of 10 updates. The same train command "
+            "continues a run; --allow-unfinished merges them"
         )
         self.refused(command, tmp_path, "runs/two", says=says)
         finished = command("merge", "runs/two", "--allow-unfinished", cwd=tmp_path)

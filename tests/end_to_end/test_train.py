@@ -376,10 +376,9 @@ def test_cpu_time_of_help_and_plan():
 
 def test_breaking_out_saves_the_run(tmp_path):
     program = (
-        "from accum_trainer import TrainConfig\nfrom accum_trainer.train import updates\n"
-        "for r in updates(TrainConfig(steps=50, cpu=True, "
-        f"output_dir={str(tmp_path / 'run')!r})):\n"
-        "    if r['step'] == 3: break\n"
+        "from accum_trainer import TrainConfig\nfrom accum_trainer.train import updates\nfor r in "
+        f"updates(TrainConfig(steps=50, cpu=True, output_dir={str(tmp_path / 'run')!r})):\n    if "
+        "r['step'] == 3: break\n"
     )
     finished = python("-c", program)
     assert finished.returncode == 0, finished.stderr

@@ -477,8 +477,7 @@ def test_i40_packed_samples_of_a_model_that_mixes_them(train, tmp_path):
     tokenizer.save_pretrained(tmp_path / "mamba")
     says = (
         "layout=packed cannot be used with model=mamba, whose packed samples see each other: "
-        "logits of a packed sample "
-        "differ from those of it alone by ",
+        "logits of a packed sample differ from those of it alone by ",
         "use layout=padded",
     )
     options = (
