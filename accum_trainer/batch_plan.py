@@ -41,18 +41,17 @@ class BatchPlan:
     """How one effective batch is cut: `global_batch_size = micro_batch_size *
     gradient_accumulation_steps * world_size`.
 
-    Give any arguments that determine the four numbers; the rest is solved for. Where several
-    answers remain, `world_size` is taken as 1 first and then `gradient_accumulation_steps` as 1. A
-    global batch that the others do not divide keeps its size: K is rounded up, and some
-    micro-batches of each window are smaller (`is_whole` is False).
+    Give any arguments that determine the four numbers; the rest follows. If several answers
+    remain, `world_size` becomes 1, then `gradient_accumulation_steps`. A global batch that the
+    others do not divide keeps its size: K is rounded up, and some micro-batches of each window are
+    smaller (`is_whole` is False).
 
     Args:
         micro_batch_size: B, most samples in one forward/backward on one process.
         gradient_accumulation_steps: K, micro-batches per update on one process.
         world_size: W, processes that share the gradient.
         global_batch_size: B_eff, samples per optimizer update.
-        num_samples: samples in one epoch, where known; gives `updates_per_epoch` and
-            `tail_samples`.
+        num_samples: samples in one epoch, if known; gives `updates_per_epoch` and `tail_samples`.
 
     Raises:
         ConfigError: a value below 1 or not an integer; values that contradict each other; too few
@@ -101,23 +100,19 @@ class BatchPlan:
 
     @property
     def updates_per_epoch(self) -> int | None:
-        """Updates in one pass over `num_samples`, the short last window counted; None where the
-        length is unknown."""
-        return (
-            None
-            if self.num_samples is None
-            else math.ceil(self.num_samples / self.global_batch_size)
-        )
+        """Updates in one pass over `num_samples`, the short last window included."""
+        if self.num_samples is None:
+            return None
+        return math.ceil(self.num_samples / self.global_batch_size)
 
     @property
     def tail_samples(self) -> int | None:
-        """Samples in the short last window of an epoch; 0 where all windows are whole, None where
-        unknown."""
+        """Samples in the short last window of an epoch; 0 if all windows are whole."""
         return None if self.num_samples is None else self.num_samples % self.global_batch_size
 
     @property
     def is_whole(self) -> bool:
-        """Whether B x K x W is the global batch; else it is more, by less than B x W."""
+        """Whether B x K x W is the global batch; else it exceeds it, by less than B x W."""
         return self._product == self.global_batch_size
 
     @property
@@ -143,7 +138,7 @@ def _solve(
         if b is None:
             raise ConfigError(
                 "neither micro_batch_size nor global_batch_size is given; give one of them (and "
-                "gradient_accumulation_steps or world_size where they are not 1)"
+                "gradient_accumulation_steps or world_size if they are not 1)"
             )
         k, w = k or 1, w or 1
         return b, k, w, b * k * w

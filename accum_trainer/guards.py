@@ -1,4 +1,4 @@
-"""What a loop must not do inside a window, found before it makes an update wrong."""
+"""Watches over a loop: find what would make an update wrong, before it does."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class GradientWatch:
     """Finds a loop that changes gradients between two micro-batches, as by clipping them there.
 
     A gradient changed in place has another version, which costs nothing to read. Sharded gradients
-    have no version of their own and are not watched.
+    have no such version and are not watched.
     """
 
     def __init__(self) -> None:
@@ -118,7 +118,7 @@ class GradientWatch:
 
 
 class TrainedWatch:
-    """Finds parameters that were frozen or unfrozen after an engine was told which are trained."""
+    """Finds parameters that were frozen or unfrozen after `prepare`."""
 
     def __init__(self) -> None:
         self._trained: list[tuple[str, torch.nn.Parameter, bool]] = []

@@ -1,4 +1,4 @@
-"""The user's optimizer and scheduler, acting once per window wherever the loop calls them."""
+"""The user's optimizer and scheduler, which act once per window wherever the loop calls them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from accum_trainer.errors import AccumTrainerError, EngineError
 
 
 class PreparedOptimizer(torch.optim.Optimizer):
-    """An optimizer that acts once per window: what `Accumulator.prepare` returns.
+    """An optimizer that acts once per window; `Accumulator.prepare` returns it.
 
     `step()` after each micro-batch, as in an Accelerate loop, does nothing until the window's last
     one; then it clips, checks, steps and zeroes. It holds the user's optimizer and shares its state
     and parameter groups.
     """
 
-    def __init__(
-        self, accumulator: Any, accelerated: Any
-    ) -> None:  # the base class must not run: it owns nothing
+    def __init__(self, accumulator: Any, accelerated: Any) -> None:
+        # The base class must not run: this object owns no parameters.
         self._accumulator = accumulator
         self.accelerated = accelerated
 
@@ -61,7 +60,7 @@ class PreparedOptimizer(torch.optim.Optimizer):
             )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Nothing inside a window, whose gradient is still being made; `step` zeroes at its end."""
+        """Zero between windows only: inside one, the gradient is still being accumulated."""
         if self._accumulator.window is None:
             self.optimizer.zero_grad(set_to_none)
 
@@ -79,8 +78,7 @@ class PreparedOptimizer(torch.optim.Optimizer):
 
 
 class PreparedScheduler:
-    """A scheduler that steps once per update that happened, wherever `step()` is called: what
-    `prepare` returns."""
+    """A scheduler that steps once per update; `Accumulator.prepare` returns it."""
 
     def __init__(self, accumulator: Any, scheduler: Any) -> None:
         self._accumulator = accumulator

@@ -15,7 +15,7 @@ from accum_trainer.window import Position, Window
 
 @dataclass(frozen=True)
 class Update:
-    """What one window did.
+    """The record of one window.
 
     Attributes:
         step: optimizer updates made so far, this one included; a skipped window makes none.

@@ -24,8 +24,8 @@ def global_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
     RandomState, not Generator: its stream is frozen by numpy's NEP 19, so that a run continued
     years later under another numpy still sees the same windows.
     """
-    # Four words of 32 bits, the high ones last: as (seed, epoch) where both are small, and no two
-    # pairs alike where not.
+    # Four words of 32 bits, the high ones last: small numbers seed as (seed, epoch) would, and no
+    # two pairs give the same stream.
     words = [part >> shift & 0xFFFFFFFF for shift in (0, 32) for part in (seed, epoch)]
     bits = np.random.MT19937(np.random.SeedSequence(words))
     return np.random.RandomState(bits).permutation(num_samples).astype(np.int64)
@@ -40,11 +40,10 @@ def windows_of(order: np.ndarray, global_batch_size: int, start: int = 0) -> Ite
 
 @dataclass(frozen=True)
 class Cost:
-    """What a micro-batch costs, in the cost of one token: `fixed + tokens + square * sum over
-    samples of length ** 2`.
+    """The cost of a micro-batch, in tokens: `fixed + tokens + square * sum of length ** 2`.
 
-    Tokens count padding. `fixed` is what every forward and backward costs whatever its size (kernel
-    launches, Python), `square` is attention. The defaults are a GPU's: so much `fixed` that a
+    Tokens include padding. `fixed` is the cost of a forward and backward of any size (kernel
+    launches, Python), `square` that of attention. The defaults are a GPU's: `fixed` is large, so a
     micro-batch is worth filling.
     """
 
@@ -58,8 +57,7 @@ class Cut:
 
     Attributes:
         micro_batch_size: B, most samples of a micro-batch; None for no limit. Without `max_tokens`
-            a window becomes the fewest micro-batches that B allows, cut where they need the least
-            padding.
+            a window becomes the fewest micro-batches that B allows, with the least padding.
         max_tokens: most tokens of a micro-batch, padding counted. A window becomes the
             micro-batches of least cost.
         multiple: lengths are padded up to a multiple of this.
@@ -142,8 +140,7 @@ class Cut:
         return float((loads / shares).max()), dealt
 
     def padded(self, lengths: np.ndarray) -> np.ndarray:
-        """Lengths as they count in a micro-batch: up to the multiple, or as they are where samples
-        are packed."""
+        """Lengths as a micro-batch computes them: rounded up to the multiple, unless packed."""
         return lengths if self.packed else -(-lengths // self.multiple) * self.multiple
 
     def positions(self, lengths: np.ndarray) -> int:

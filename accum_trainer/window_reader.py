@@ -77,8 +77,8 @@ class WindowReader:
     """Reads this rank's shares of an epoch's windows, each counted over all ranks.
 
     The counts cost no exchange if the source knows them. If every rank's source reads ahead, they
-    travel in the exchange that ends the window before; else in an exchange of their own, before the
-    window begins. An error on one rank reaches all of them in that exchange.
+    travel in the exchange that ends the window before; else in a separate one, before the window
+    begins. An error on one rank reaches all of them in that exchange.
 
     Attributes:
         epoch: that is read.

@@ -55,7 +55,7 @@ class Windows:
 
     @property
     def objective(self) -> Objective | None:
-        """What the model's own loss sums over; None before the first window was read."""
+        """The terms that the model's own loss sums over; None before the first window was read."""
         return self._counter.objective
 
     @property
@@ -139,8 +139,7 @@ class Batches:
             yield from window
 
     def __len__(self) -> int:
-        """Micro-batches of this process in an epoch, if none is split; TypeError where that is not
-        known beforehand."""
+        """Micro-batches of this process in an epoch, if none is split; TypeError if unknown."""
         length = self.windows.num_micro_batches()
         if length is None:
             raise TypeError("how many micro-batches this source gives is not known beforehand")

@@ -1,4 +1,4 @@
-"""What each engine needs on one GPU, and sends in one update, before anything is allocated.
+"""Memory of each engine on one GPU, and bytes per update, before anything is allocated.
 
 With P parameters of which T are trained, W processes, c bytes per number in the forward (2 or 4)
 and a in accumulated gradients:

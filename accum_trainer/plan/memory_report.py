@@ -1,4 +1,4 @@
-"""What each engine needs and sends, which engines fit a GPU, and which to take, as lines to print.
+"""Memory and traffic of each engine, which of them fit a GPU and which to take, as lines of text.
 
 Formats `footprint`'s numbers and computes none. Imports torch.
 """
