@@ -46,8 +46,8 @@ class ScheduleWatch:
     def note(self, search: bool) -> None:
         """Remember learning rates and schedulers' steps, as a window's first micro-batch begins."""
         if self._schedulers is None or search:
-            owned = (*_schedulers_of(self._optimizer), *_schedulers_of(self._prepared))
-            self._schedulers = [weakref.ref(found) for found in owned]
+            found = _schedulers_of(self._optimizer, self._prepared)
+            self._schedulers = [weakref.ref(scheduler) for scheduler in found]
         self._before = self._state()
 
     def check(self) -> None:
@@ -74,15 +74,15 @@ class ScheduleWatch:
         return steps | {("lr", index): rate for index, rate in enumerate(written)}
 
 
-def _schedulers_of(optimizer: torch.optim.Optimizer) -> list[Any]:
+def _schedulers_of(*optimizers: torch.optim.Optimizer) -> list[Any]:
     # Depending on the Python version an object's own dictionary stands between the two.
-    referrers = gc.get_referrers(optimizer)
+    referrers = gc.get_referrers(*optimizers)
     owners = gc.get_referrers(*(r for r in referrers if isinstance(r, dict)))
-    kinds = (LRScheduler, ReduceLROnPlateau)
+    kinds, known = (LRScheduler, ReduceLROnPlateau), set(map(id, optimizers))
     found = {
         id(thing): thing
         for thing in (*referrers, *owners)
-        if isinstance(thing, kinds) and getattr(thing, "optimizer", None) is optimizer
+        if isinstance(thing, kinds) and id(getattr(thing, "optimizer", None)) in known
     }
     return list(found.values())
 
