@@ -34,20 +34,28 @@ class ScheduleWatch:
     """Finds a scheduler that steps per micro-batch: one that `prepare` did not return.
 
     torch's optimizers do not know their schedulers, but these know their optimizer: they are looked
-    for among the referrers of the user's optimizer and of the prepared one, once per epoch. A
-    learning rate set by hand is seen by its value.
+    for among the referrers of the user's optimizer and of the prepared one. That takes a tenth of a
+    second, so it is done when a scheduler has left its mark in the parameter groups, and in epochs
+    1, 2, 4, 8 and so on. A learning rate set by hand is seen by its value.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, prepared: torch.optim.Optimizer) -> None:
         self._optimizer, self._prepared = optimizer, prepared
-        self._schedulers: list[weakref.ReferenceType[Any]] | None = None
+        self._schedulers: list[weakref.ReferenceType[Any]] = []
         self._before: dict[Any, Any] = {}
+        self._num_epochs = 0
+        self._was_marked = False
 
-    def note(self, search: bool) -> None:
+    def note(self, is_new_epoch: bool) -> None:
         """Remember learning rates and schedulers' steps, as a window's first micro-batch begins."""
-        if self._schedulers is None or search:
+        self._num_epochs += is_new_epoch
+        is_power_of_two = self._num_epochs & (self._num_epochs - 1) == 0
+        # LRScheduler writes this key; ReduceLROnPlateau does not.
+        is_marked = any("initial_lr" in group for group in self._optimizer.param_groups)
+        if (is_new_epoch and is_power_of_two) or is_marked != self._was_marked:
             found = _schedulers_of(self._optimizer, self._prepared)
             self._schedulers = [weakref.ref(scheduler) for scheduler in found]
+            self._was_marked = is_marked
         self._before = self._state()
 
     def check(self) -> None:
@@ -64,7 +72,7 @@ class ScheduleWatch:
 
     def _state(self) -> dict[Any, Any]:
         """Each scheduler's steps, and each group's learning rate."""
-        schedulers = [found() for found in self._schedulers or []]
+        schedulers = [found() for found in self._schedulers]
         steps = {
             id(scheduler): scheduler.last_epoch for scheduler in schedulers if scheduler is not None
         }
@@ -168,7 +176,7 @@ class LoopGuard:
         is_new_epoch, self._reader = window.reader is not self._reader, window.reader
         for schedule in self._schedules:
             if window.micro_batch.is_first:
-                schedule.note(search=is_new_epoch)
+                schedule.note(is_new_epoch)
             else:
                 schedule.check()
         self._gradients.check()
