@@ -24,6 +24,7 @@ class WindowCounts(NamedTuple):
         has_nothing: the rank has no batch at all, not even one to run with weight 0.
         has_failed: the rank could not read its share.
         is_beginning: the rank begins a source whose loss is not decided yet, and has no counts.
+        sample: digest of one sample, the same index on all ranks; 0 means nothing.
     """
 
     num_targets: float
@@ -36,6 +37,7 @@ class WindowCounts(NamedTuple):
     has_nothing: float = 0.0
     has_failed: float = 0.0
     is_beginning: float = 0.0
+    sample: float = 0.0
 
     def to_row(self) -> list[float]:
         return [float(value) for value in self]
@@ -85,6 +87,19 @@ def check_own_data(fingerprints: list[float]) -> None:
                 f"batches, which would count as {len(ranks)} times as much data. Give each process "
                 f"its own, as in itertools.islice(stream, rank, None, {len(fingerprints)}), or "
                 "pass a DataLoader, whose batches are dealt to the processes"
+            )
+
+
+def check_same_sample(samples: list[float]) -> None:
+    """Raise a DataError if an index means different samples on two ranks; 0 says nothing."""
+    said = [(rank, sample) for rank, sample in enumerate(samples) if sample]
+    for rank, sample in said:
+        if sample != said[0][1]:
+            raise DataError(
+                f"processes {said[0][0]} and {rank} read different samples at the same index of "
+                "the data set, as if it was already split by rank: each sample is dealt to one "
+                "process, so the others' would be skipped. Pass the whole data set, or "
+                "iter(batches) for batches that are each process's own"
             )
 
 

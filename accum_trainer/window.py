@@ -118,6 +118,7 @@ class Window:
         self.position = Position(
             num_updates, reader.epoch, counted.share.consumed, counted.fingerprint
         )
+        self._passed = counted.share.passed
         self.num_splits = 0
         self.loss_sum: torch.Tensor | float = 0.0
         self.micro_batch: MicroBatch | None = None
@@ -243,7 +244,7 @@ class Window:
     def finish(self) -> None:
         """The optimizer has stepped or skipped: the position moves past this window."""
         self.is_finished = True
-        self._progress.reach(self.position.epoch, self.position.consumed)
+        self._progress.reach(self.position.epoch, self.position.consumed, self._passed)
 
     # --- out of memory ---
 

@@ -13,7 +13,13 @@ import numpy as np
 
 from accum_trainer.batch import Batch, num_samples, num_tokens
 from accum_trainer.errors import DataError
-from accum_trainer.exchanged import WindowCounts, check_beginnings, check_own_data, check_read
+from accum_trainer.exchanged import (
+    WindowCounts,
+    check_beginnings,
+    check_own_data,
+    check_read,
+    check_same_sample,
+)
 from accum_trainer.losses.contract import LossContract
 from accum_trainer.losses.objective import Objective
 from accum_trainer.losses.targets import CountTargets
@@ -127,9 +133,11 @@ class WindowReader:
         elif len(set(fingerprints)) > 1 or read.share is None:
             raise DataError(
                 "the processes read different data: each would train on batches the others also "
-                "take or skip. Seed the sampler's generator alike on all processes; a loader that "
-                "is already split by rank is passed as an iterable of this rank's batches"
+                "take or skip. If it is shuffled, seed the sampler's generator alike on all "
+                "processes; if it is already split by rank, pass the whole data set or loader, or "
+                "iter(batches) for batches that are each process's own"
             )
+        check_same_sample([one.sample for one in counts])
         self._all_read_ahead = all(one.can_read_ahead for one in counts)
         return self._counted(read, counts)
 
@@ -207,4 +215,5 @@ def _counts_of(share: WindowShare, targets: list[float], can_read_ahead: bool) -
         fingerprint=share.fingerprint,
         can_read_ahead=can_read_ahead,
         has_nothing=share.filler is None,
+        sample=share.sample,
     )

@@ -12,7 +12,7 @@ from typing import Any
 from accum_trainer.batch import Batch
 from accum_trainer.errors import DataError
 from accum_trainer.losses.objective import Objective
-from accum_trainer.sources.progress import Progress
+from accum_trainer.sources.progress import Passed, Progress
 from accum_trainer.sources.shares import Source
 from accum_trainer.window import Window
 from accum_trainer.window_reader import CountedWindow, Counter, WindowReader
@@ -87,11 +87,19 @@ class Windows:
 
     def state_dict(self) -> dict[str, Any]:
         """The position: the epoch, and the samples (batches of a loader or stream) that its updates
-        consumed; also `order`, the states of a loader's own generators when its epoch began."""
+        consumed; also of a loader `order`, the states of its own generators when its epoch began,
+        and `consumed_crc`, a checksum of what was consumed."""
         progress = self._progress
         order = self._source.order() if progress.order is None else progress.order
-        position = {"epoch": self.epoch, f"{self._source.unit}_consumed": progress.consumed}
-        return position if order is None else position | {"order": order}
+        position: dict[str, Any] = {
+            "epoch": self.epoch,
+            f"{self._source.unit}_consumed": progress.consumed,
+        }
+        if order is not None:
+            position["order"] = order
+        if progress.passed is not None:
+            position["consumed_crc"] = tuple(progress.passed)
+        return position
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved position; the next loop over this source starts there."""
@@ -101,7 +109,9 @@ class Windows:
                 f"the saved position {state} does not count {self._source.unit}, as this source "
                 "does; resume with the kind of source that was saved"
             )
-        self._progress.load(int(state["epoch"]), int(state[key]), state.get("order"))
+        crc = state.get("consumed_crc")
+        passed = None if crc is None else Passed(*map(int, crc))
+        self._progress.load(int(state["epoch"]), int(state[key]), state.get("order"), passed)
 
     def __iter__(self) -> Iterator[Window]:
         epoch, consumed = self._progress.begin(self._source.is_read_once)

@@ -11,8 +11,10 @@ from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from accum_trainer import AccumTrainerError, Accumulator, DataError
 
@@ -34,6 +36,32 @@ def masked() -> Iterator[dict[str, torch.Tensor]]:
     return ({"mask": torch.ones(2, 1), "x": batch} for batch in islice(rows(), RANK, None, W))
 
 
+ALL = [torch.tensor([2.0 * i]) for i in range(24)]
+
+
+class SplitByRank(IterableDataset):
+    """Each rank's own samples, which begin with a mask that is the same everywhere."""
+
+    def __iter__(self):
+        return ({"mask": torch.ones(1), "x": x} for x in ALL[RANK::W])
+
+
+class OwnNoise(Dataset):
+    """All samples, with noise from a generator of each rank."""
+
+    rng = np.random.default_rng(RANK)
+
+    def __len__(self):
+        return len(ALL)
+
+    def __getitem__(self, index):
+        return ALL[index] + float(self.rng.normal())
+
+
+def mine() -> Dataset:
+    return Subset(ALL, range(RANK, len(ALL), W))
+
+
 # name -> (the stream of this rank, K)
 STREAMS: dict[str, tuple[Callable[[], Any], int]] = {
     "the same, K=4": (rows, 4),
@@ -47,6 +75,16 @@ STREAMS: dict[str, tuple[Callable[[], Any], int]] = {
     "one batch again and again": (lambda: repeat(torch.arange(16.0).reshape(16, 1), 6), 2),
     "constant": (lambda: repeat(torch.ones(2, 1), 200), 100),
     "tiny": (tiny, 4),
+    "a data set split by rank": (mine, 2),
+    "a loader split by rank": (lambda: DataLoader(mine(), batch_size=2, shuffle=True), 2),
+    "workers over a data set split by rank": (
+        lambda: DataLoader(mine(), batch_size=2, num_workers=1),
+        2,
+    ),
+    "an iterable split by rank": (lambda: DataLoader(SplitByRank(), batch_size=2), 2),
+    "a whole data set": (lambda: ALL, 2),
+    "workers over a whole data set": (lambda: DataLoader(ALL, batch_size=2, num_workers=1), 2),
+    "a whole data set with noise": (OwnNoise, 2),
     "equal at first": (lambda: [*islice(rows(), 1), *rows(begin=1 + 5 * RANK)].__iter__(), 2),
 }
 

@@ -7,6 +7,7 @@ import json
 import os
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
@@ -14,6 +15,7 @@ from accelerate.state import AcceleratorState, GradientState
 from torch.utils.data import (
     DataLoader,
     IterableDataset,
+    RandomSampler,
     SequentialSampler,
     TensorDataset,
     default_collate,
@@ -40,11 +42,21 @@ def test_i43_the_same_stream_on_every_rank_is_refused_and_equal_batches_are_not(
         "constant": 2,
         "tiny": 3,
         "equal at first": 6,
+        # 24 samples in windows of 8.
+        "a whole data set": 3,
+        "workers over a whole data set": 3,
+        "a whole data set with noise": 3,
     }
-    for name, updates in {**refused, **whole}.items():
+    split = dict.fromkeys((name for name in ranks[0] if "split by rank" in name), 0)
+    assert len(split) == 4
+    for name, updates in {**refused, **whole, **split}.items():
         found = ranks[0][name]
         assert found["updates"] == updates, (name, found)
-        if name in refused:
+        if "split by rank" in name:
+            assert "already split by rank" in found["raised"], name
+            assert "Pass the whole data set" in found["raised"] or "iterable" in name
+            assert "iter(batches)" in found["raised"], name
+        elif name in refused:
             assert "processes 0 and 1 read the same batches" in found["raised"]
             assert "itertools.islice(stream, rank, None, 2)" in found["raised"]
         else:
@@ -198,7 +210,7 @@ def test_i42_an_epoch_that_was_left_early_is_followed_by_the_next(make):
     assert trained(acc, *training, hoisted, updates=2) == whole[1][: 2 * B_EFF]
     saved = hoisted.state_dict()
     unit = next(key for key in saved if key != "epoch")
-    assert saved == {
+    assert {key: saved[key] for key in saved if key != "consumed_crc"} == {
         "epoch": 1,
         unit: {"samples_consumed": 2 * B_EFF, "batches_consumed": 2 * B_EFF // B}[unit],
     }
@@ -424,3 +436,107 @@ def test_ready_batches_cannot_make_a_window_that_does_not_divide():
             acc.windows(source)
     batches = acc.batches(rows, count_targets=lambda batch: len(batch[0]))
     assert len(batches.windows) == 3 and len(batches) == 9  # 4, 4 and 2, three times
+
+
+# --- an order of the loader's own ---
+
+
+class OwnOrder(torch.utils.data.Sampler):
+    """Shuffles with numpy's generator, whose state is not part of a position."""
+
+    def __init__(self, generator):
+        self.generator = generator
+
+    def __iter__(self):
+        return iter(self.generator.permutation(SIZE).tolist())
+
+    def __len__(self):
+        return SIZE
+
+
+class OwnTorchOrder(OwnOrder):
+    def __iter__(self):
+        return iter(torch.randperm(SIZE, generator=self.generator).tolist())
+
+
+class OwnStream(IterableDataset):
+    def __init__(self):
+        self.generator = np.random.default_rng(0)
+
+    def __iter__(self):
+        return iter([torch.tensor([float(i)]) for i in self.generator.permutation(SIZE)])
+
+
+def seeded():
+    return torch.Generator().manual_seed(3)
+
+
+def pairs(**options):
+    return DataLoader(torch.arange(SIZE).reshape(-1, B, 1).float(), batch_size=None, **options)
+
+
+ORDERS = {
+    "sampler on torch": lambda: DataLoader(
+        samples(), batch_size=B, sampler=OwnTorchOrder(seeded())
+    ),
+    "ready batches": lambda: pairs(shuffle=True, generator=seeded()),
+    "ready batches, sampler": lambda: pairs(sampler=RandomSampler(range(11), generator=seeded())),
+    "ready batches, persistent": lambda: pairs(
+        shuffle=True, generator=seeded(), num_workers=1, persistent_workers=True
+    ),
+    "stateful": lambda: Stateful(samples(), batch_size=B, shuffle=True, generator=seeded()),
+    "sampler on numpy": lambda: DataLoader(
+        samples(), batch_size=B, sampler=OwnOrder(np.random.default_rng(0))
+    ),
+    "stream on numpy": lambda: DataLoader(OwnStream(), batch_size=B),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_an_epoch_resumed_in_its_middle_sees_the_rest_of_it_or_is_refused(name):
+    acc, *training = accumulator()
+    batches = acc.batches(ORDERS[name](), count_targets=len)
+    trained(acc, *training, batches)
+    before = trained(acc, *training, batches, updates=1)
+    saved = batches.state_dict()
+
+    acc, *training = accumulator()
+    batches = acc.batches(ORDERS[name](), count_targets=len)
+    batches.load_state_dict(saved)
+    if "numpy" in name:
+        with pytest.raises(DataError, match=r"other batches than before in epoch 1.*Generator"):
+            trained(acc, *training, batches)
+    else:
+        after = trained(acc, *training, batches)
+        assert sorted(before + after) == list(range(SIZE))
+
+
+def test_what_a_cut_of_other_windows_skips_is_not_compared_by_content():
+    """Random content depends on the window that it is read in."""
+    acc, *training = accumulator()
+    batches = acc.batches(DataLoader(OwnStream(), batch_size=B), count_targets=len)
+    trained(acc, *training, batches)
+    trained(acc, *training, batches, updates=1)
+    crc, at_once = batches.state_dict()["consumed_crc"]
+    batches.load_state_dict(batches.state_dict() | {"consumed_crc": (crc, at_once + 1)})
+    trained(acc, *training, batches)
+
+
+# --- samples of several lengths ---
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("data", "differ"),
+    [
+        ([torch.ones(1), torch.ones(2)], r"size: \(1,\), \(2,\)"),
+        ([{"input_ids": [1, 2]}, {"input_ids": [1, 2, 3]}], "input_ids: 2, 3"),
+        ([(torch.ones(1), torch.ones(1)), (torch.ones(1), torch.ones(3))], r"\[1\]: "),
+    ],
+)
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_ragged_samples_without_a_collate_fn_are_told_the_remedy(data, differ, workers):
+    acc = Accumulator(micro_batch_size=2, cpu=True)
+    windows = acc.windows(data, count_targets=len, shuffle=False, num_workers=workers)
+    with pytest.raises(DataError, match=differ + r"[\s\S]*collate_fn[\s\S]*PaddingCollator"):
+        next(iter(windows))

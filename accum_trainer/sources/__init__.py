@@ -2,6 +2,7 @@
 
 shares      the contract: one rank's share of each window
 drawing     seeds of the random numbers that reading draws
+content     digests of samples and batches
 options     how a source is read
 collating   samples -> one micro-batch, padded or packed
 dataset     a map-style data set in the global order, split by `window_plan`

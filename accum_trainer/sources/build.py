@@ -43,12 +43,13 @@ def as_source(
     Raises:
         DataError: `data` is no source of windows, or does not fit the plan or the options.
     """
+    progress = progress or Progress()
     if isinstance(data, DataLoader):
-        return _loader_source(data, plan, rank, options, progress or Progress())
+        return _loader_source(data, plan, rank, options, progress)
     if hasattr(data, "__getitem__") and isinstance(data, Sized):
         if isinstance(data, (list, tuple)) and options.collate_fn is None:
             _check_samples(data, plan)
-        source = PlannedSource(data, plan, rank, options)
+        source = PlannedSource(data, plan, rank, options, progress)
         return Prefetched(source) if options.prefetch else source
     shard = options.shard
     if shard != (0, 1) or options.cut is not None:

@@ -7,13 +7,56 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.utils.data import default_collate
 
 from accum_trainer.batch import BOUNDARIES, IGNORE, boundaries_of
-from accum_trainer.errors import ConfigError
+from accum_trainer.errors import ConfigError, DataError
 
 Sample = Mapping[str, Sequence[int]]
+
+
+def collated(samples: list[Any]) -> Any:
+    """torch's default: samples of equal shapes, stacked.
+
+    Raises:
+        DataError: a field has several lengths or shapes.
+    """
+    try:
+        return default_collate(samples)
+    except RuntimeError:
+        ragged = _ragged(samples)
+        if not ragged:
+            raise
+    raise DataError(
+        f"the samples of a micro-batch differ in {ragged}, and without a collate_fn they are "
+        "stacked, which takes equal shapes; pass a collate_fn that pads them, such as "
+        "accum_trainer.sources.collating.PaddingCollator(pad_token_id) for input_ids and labels"
+    )
+
+
+def _ragged(samples: Sequence[Any]) -> str:
+    """The first field of several sizes, with these; "" if there is none."""
+    first = samples[0]
+    if isinstance(first, Mapping):
+        fields = {str(key): [sample.get(key) for sample in samples] for key in first}
+    elif isinstance(first, tuple):
+        fields = {f"[{i}]": [sample[i] for sample in samples] for i in range(len(first))}
+    else:
+        fields = {"size": list(samples)}
+    for name, values in fields.items():
+        sizes = [_size(value) for value in values]
+        if len(set(sizes)) > 1:
+            return f"{name}: {', '.join(map(str, dict.fromkeys(sizes)))}"
+    return ""
+
+
+def _size(value: Any) -> Any:
+    if hasattr(value, "shape"):
+        return tuple(value.shape)
+    return len(value) if isinstance(value, Sequence) else ()
 
 
 @dataclass(frozen=True)

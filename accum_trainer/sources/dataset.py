@@ -18,9 +18,11 @@ from accum_trainer.batch_plan import BatchPlan
 from accum_trainer.errors import DataError
 from accum_trainer.exchanged import WindowCounts
 from accum_trainer.seeds import seed_of
-from accum_trainer.sources.collating import PackingCollator, PaddingCollator
+from accum_trainer.sources.collating import PackingCollator, PaddingCollator, collated
+from accum_trainer.sources.content import digest_of_sample
 from accum_trainer.sources.drawing import SeededIndices
 from accum_trainer.sources.options import SourceOptions
+from accum_trainer.sources.progress import Progress
 from accum_trainer.sources.shares import Announced, Reading, WindowShares, read_shares
 from accum_trainer.window_plan import Cut, global_order, windows_of
 
@@ -46,6 +48,7 @@ class PlannedSource:
         rank: of this process.
         options: how to read it. With `prefetch`, shares are made in a thread, which leaves the
             global random generators alone.
+        progress: the position in the data set.
 
     Raises:
         DataError: the data set or its shard is empty, or there are not as many lengths as samples.
@@ -61,6 +64,7 @@ class PlannedSource:
         plan: BatchPlan,
         rank: int,
         options: SourceOptions,
+        progress: Progress | None = None,
     ) -> None:
         if len(dataset) == 0:
             raise DataError("the data set is empty; there is no window to train on")
@@ -75,6 +79,7 @@ class PlannedSource:
                 f"{len(self._lengths)} lengths are given for a data set of {len(dataset)} samples"
             )
         self._dataset, self._plan, self._rank, self._options = dataset, plan, rank, options
+        self._progress = progress or Progress()
         self._cut = options.cut or Cut(plan.micro_batch_size)
         # Every rank knows the counts of all: these collators neither add nor drop a target.
         self.knows_counts = isinstance(dataset, CountedRows) and isinstance(
@@ -125,7 +130,7 @@ class PlannedSource:
         loader = DataLoader(
             self._dataset,
             batch_sampler=self._micro_batches(epoch, consumed, announced),
-            collate_fn=self._options.collate_fn,
+            collate_fn=self._options.collate_fn or collated,
             num_workers=self._options.num_workers,
             pin_memory=self._options.pin_memory,
             # The loader draws its workers' seed at each start. Drawn from the stream that dropout
@@ -159,7 +164,9 @@ class PlannedSource:
             if self._num_targets is not None:
                 targets = self._num_targets[window]
                 counts = [self._counts(targets, lengths, own) for own in by_rank]
-            announced.append(Announced(len(mine), consumed, zlib.crc32(window.tobytes()), counts))
+            sample = self._sample(int(window[0]))
+            fingerprint = zlib.crc32(window.tobytes())
+            announced.append(Announced(len(mine), consumed, fingerprint, counts, sample))
             filler = [[int(window[lengths.argmin()])]]
             batches = [window[micro_batch].tolist() for micro_batch in mine] or filler
             if self._draws_here or self.reads_ahead:
@@ -169,6 +176,15 @@ class PlannedSource:
                     for i, b in enumerate(batches)
                 ]
             yield from batches
+
+    def _sample(self, index: int) -> int:
+        """The digest of this sample in the source's first window; 0 later."""
+        if self._progress.has_compared or self._plan.world_size == 1 or self.knows_counts:
+            return 0
+        self._progress.has_compared = True
+        workers = {"num_workers": 1} if self.reads_ahead else {}
+        draws = self._draws_here or self.reads_ahead
+        return digest_of_sample(self._dataset, index, draws, **workers)
 
     def _counts(
         self, targets: np.ndarray, lengths: np.ndarray, own: list[np.ndarray]

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from accum_trainer.batch import Batch, first_tensor
+from accum_trainer.batch import Batch
 from accum_trainer.batch_plan import BatchPlan
+from accum_trainer.errors import DataError
 from accum_trainer.seeds import seed_of
+from accum_trainer.sources.content import crc_of_batches, digest_of, digest_of_sample
 from accum_trainer.sources.drawing import SeededIndices, drawing_from
-from accum_trainer.sources.progress import Progress
+from accum_trainer.sources.progress import Passed, Progress
 from accum_trainer.sources.shares import Announced, Reading, WindowShare, WindowShares, read_shares
 
 
@@ -112,6 +114,8 @@ class LoaderSource:
         """This rank's batches of indices; batch i of an epoch has the same seed on every rank."""
         batches: Iterator[Any] = iter(())
         used = 0
+        skipped = self._progress.take_passed()
+        passed: Passed | None = Passed(0)
         while True:
             with drawing_from(self._seed_of("order", epoch, used)):
                 if used == 0:
@@ -129,22 +133,53 @@ class LoaderSource:
             if not window:
                 return
             begin, used = used, used + len(window)
+            passed = _passed(passed, window)
             if used <= consumed:
+                if used == consumed:
+                    _check_skipped(passed, skipped, epoch, used)
                 continue
             numbered = list(enumerate(window, start=begin))
             own = numbered[self._rank :: self._plan.world_size]
-            announced.append(Announced(len(own), used, zlib.crc32(repr(window).encode())))
+            fingerprint = zlib.crc32(repr(window).encode())
+            sample = self._sample(window[0])
+            announced.append(Announced(len(own), used, fingerprint, sample=sample, passed=passed))
             for number, indices in own or numbered[:1]:
                 if isinstance(indices, (list, tuple)):
                     indices = SeededIndices(indices, self._seed_of("data", epoch, number))
                 yield indices
 
-    def _begin_order(self, epoch: int) -> None:
-        """Restore the loader's own generators to the start of this epoch; record their state."""
+    def _sample(self, batch: Any) -> int:
+        """The digest of the first sample of this batch in the first window; 0 later."""
         progress, loader = self._progress, self._loader
+        if progress.has_compared or self._plan.world_size == 1:
+            return 0
+        progress.has_compared = True
+        workers = {
+            "num_workers": 1,
+            "worker_init_fn": loader.worker_init_fn,
+            "multiprocessing_context": loader.multiprocessing_context,
+            "timeout": loader.timeout,
+        }
+        index = next(iter(batch), None) if isinstance(batch, Iterable) else None
+        is_read_here = loader.num_workers == 0
+        return digest_of_sample(loader.dataset, index, True, **({} if is_read_here else workers))
+
+    def _restore_order(self) -> bool:
+        """Set the loader's own generators to the start of this epoch; record their state.
+
+        Returns:
+            whether it is the epoch of a loaded position.
+        """
+        progress = self._progress
+        is_loaded = progress.loaded_order is not None
         for generator, state in zip(self._generators(), progress.loaded_order or (), strict=False):
             generator.set_state(state)
         progress.order, progress.loaded_order = self.order(), None
+        return is_loaded
+
+    def _begin_order(self, epoch: int) -> None:
+        loader = self._loader
+        self._restore_order()
         if loader.generator is not None and not (loader.persistent_workers and epoch):
             # A loader draws its workers' seed here; drawing it too keeps the order of a plain loop.
             torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
@@ -153,25 +188,30 @@ class LoaderSource:
         return [generator.get_state() for generator in self._generators()] or None
 
     def _generators(self) -> list[torch.Generator]:
-        """The loader's own generators that its order is drawn from."""
-        batch_sampler = self._loader.batch_sampler
-        owners = (
-            (self._loader, batch_sampler, getattr(batch_sampler, "sampler", None))
-            if self._by_index
-            else ()
-        )
-        found = [getattr(owner, "generator", None) for owner in owners]
+        """The loader's and its samplers' own generators, which its order is drawn from."""
+        loader = self._loader
+        batch_sampler = loader.batch_sampler
+        found = [loader.generator]
+        for owner in (batch_sampler, getattr(batch_sampler, "sampler", None), loader.sampler):
+            found += getattr(owner, "__dict__", {}).values()
         return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
 
     def _begin(self, epoch: int) -> Iterator[Batch]:
-        set_epoch(self._loader, epoch)
-        with workers_seeded(self._loader, self._seed_of("workers", epoch, 0)):
+        loader = self._loader
+        set_epoch(loader, epoch)
+        # Workers that live on draw no seed from the loader's generator in a later epoch.
+        is_kept = self._restore_order() and loader.persistent_workers and epoch > 0
+        with workers_seeded(loader, self._seed_of("workers", epoch, 0), always=is_kept):
             return iter(self._loader)
 
     def _shares_of_all(
         self, batches: Iterator[Batch], epoch: int, consumed: int
     ) -> Generator[WindowShare, None, None]:
         used = 0
+        skipped = self._progress.take_passed()
+        passed: Passed | None = Passed(0, self._per_window)
+        if consumed and skipped is not None and skipped.at_once != self._per_window:
+            skipped = passed = None  # the content may depend on the windows
         while True:
             with drawing_from(self._seed_of("data", epoch, used)):  # equal on all ranks
                 window = list(
@@ -185,9 +225,13 @@ class LoaderSource:
             if not window:
                 return
             used += len(window)
+            if passed is not None:
+                passed = passed._replace(crc=crc_of_batches(window, passed.crc))
             if used > consumed:
                 own = window[self._rank :: self._plan.world_size]
-                yield WindowShare(own, window[0], used, _content_fingerprint(window))
+                yield WindowShare(own, window[0], used, crc_of_batches(window), passed=passed)
+            elif used == consumed:
+                _check_skipped(passed, skipped, epoch, used)
 
     def _seed_of(self, purpose: str, epoch: int, position: int, rank: int = 0) -> int:
         given = self._loader.generator
@@ -234,25 +278,37 @@ def set_epoch(loader: Any, epoch: int) -> None:
 
 
 @contextlib.contextmanager
-def workers_seeded(loader: DataLoader[Any], seed: int) -> Iterator[None]:
-    """Seed the workers that start inside by `seed`, if the loader has no generator."""
-    is_lent = loader.generator is None
-    if is_lent:
+def workers_seeded(loader: DataLoader[Any], seed: int, always: bool = False) -> Iterator[None]:
+    """Seed the workers that start inside by `seed`, if the loader has no generator or `always`."""
+    own = loader.generator
+    if own is None or always:
         loader.generator = torch.Generator().manual_seed(seed)
     try:
         yield
     finally:
-        if is_lent:
-            loader.generator = None
+        loader.generator = own
 
 
-def _content_fingerprint(batches: Iterable[Batch]) -> int:
-    """A CRC-32 of the first tensor of each batch."""
-    fingerprint = 0
-    for batch in batches:
-        tensor = first_tensor(batch)
-        if tensor is not None:
-            fingerprint = zlib.crc32(
-                tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), fingerprint
-            )
-    return fingerprint
+def _passed(before: Passed | None, batches: list[Any]) -> Passed | None:
+    """`before` and these batches of indices; None if they are no plain values."""
+    if before is None:
+        return None
+    try:
+        digest = b"".join(digest_of(batch).to_bytes(6, "big") for batch in batches)
+    except TypeError:
+        return None
+    return before._replace(crc=zlib.crc32(digest, before.crc))
+
+
+def _check_skipped(passed: Passed | None, saved: Passed | None, epoch: int, used: int) -> None:
+    """Raise a DataError if a resumed epoch skips other samples than were trained on."""
+    if passed is None or saved is None or passed == saved:
+        return
+    raise DataError(
+        f"the DataLoader gives other batches than before in epoch {epoch}: the first {used}, which "
+        f"the saved position skips, have checksum {passed.crc:08x} and had {saved.crc:08x}, so "
+        "samples would be lost or repeated. Draw the order from a torch.Generator that is an "
+        "attribute of the loader or its sampler (it is saved), from the global generators (they "
+        "are seeded), or from the epoch in set_epoch(epoch); or resume from the end of an epoch. "
+        "If only augmentation differs, remove consumed_crc from the saved position"
+    )

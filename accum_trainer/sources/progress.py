@@ -8,10 +8,23 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 # Lists and tuples allow no weak references: at most this many are kept alive, the last ones used.
 MOST_HELD = 16
+
+
+class Passed(NamedTuple):
+    """A checksum of what an epoch has consumed; a resumed run must skip the same.
+
+    Attributes:
+        crc: of the indices, or of the content.
+        at_once: batches that were read from one seed, on which random content depends; 0 for
+            indices. Checksums compare only if it is equal.
+    """
+
+    crc: int
+    at_once: int = 0
 
 
 class Workers:
@@ -30,6 +43,9 @@ class Progress:
         order: states of the source's own generators at the start of this epoch; None between
             epochs or without such generators.
         loaded_order: the same of a loaded position, until its epoch begins.
+        passed: what this epoch has consumed; None if nothing is known about it.
+        loaded_passed: the same of a loaded position, until its epoch begins.
+        has_compared: a sample of the source was compared between the ranks.
     """
 
     def __init__(self, workers: Workers | None = None) -> None:
@@ -37,6 +53,9 @@ class Progress:
         self.workers = workers or Workers()
         self.order: Any = None
         self.loaded_order: Any = None
+        self.passed: Passed | None = None
+        self.loaded_passed: Passed | None = None
+        self.has_compared = False
         self._next: tuple[int, int] | None = None  # start of the next loop, if not here
 
     def begin(self, goes_on: bool) -> tuple[int, int]:
@@ -52,16 +71,24 @@ class Progress:
         self._next = None if goes_on else (self.epoch + 1, 0)
         return self.epoch, self.consumed
 
-    def reach(self, epoch: int, consumed: int) -> None:
+    def reach(self, epoch: int, consumed: int, passed: Passed | None = None) -> None:
         """Record a finished window or, with `consumed` 0, a finished epoch."""
-        self.epoch, self.consumed = epoch, consumed
+        self.epoch, self.consumed, self.passed = epoch, consumed, passed
         if not consumed:
             self.order = None
 
-    def load(self, epoch: int, consumed: int, order: Any = None) -> None:
+    def take_passed(self) -> Passed | None:
+        """What the epoch of a loaded position had consumed; only once."""
+        passed, self.loaded_passed = self.loaded_passed, None
+        return passed
+
+    def load(
+        self, epoch: int, consumed: int, order: Any = None, passed: Passed | None = None
+    ) -> None:
         """Start the next loop at this position."""
         self.epoch, self.consumed = epoch, consumed
         self.order = self.loaded_order = order
+        self.passed = self.loaded_passed = passed
         self._next = None
 
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from accum_trainer.batch import Batch
 from accum_trainer.exchanged import WindowCounts
 from accum_trainer.sources.drawing import drawing_from
+from accum_trainer.sources.progress import Passed
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class WindowShare:
             its own; 0 means nothing.
         counts: of each rank; None if the source does not know them. With them, no communication is
             needed before the window.
+        sample: digest of the content of one sample, the same index on all ranks; 0 means nothing.
+        passed: what this epoch has consumed once this window is done; see `Passed`.
     """
 
     batches: list[Batch]
@@ -35,6 +38,8 @@ class WindowShare:
     consumed: int
     fingerprint: int = 0
     counts: list[WindowCounts] | None = None
+    sample: int = 0
+    passed: Passed | None = None
 
 
 class Reading(Iterator[Batch]):
@@ -161,6 +166,8 @@ class Announced:
     consumed: int
     fingerprint: int
     counts: list[WindowCounts] | None = None
+    sample: int = 0
+    passed: Passed | None = None
 
 
 def read_shares(
@@ -198,5 +205,11 @@ def _next_share(batches: Iterator[Batch], announced: deque[Announced]) -> Window
     window = announced.popleft()
     mine = first + list(islice(batches, window.num_batches - 1)) if window.num_batches else []
     return WindowShare(
-        mine, (mine or first)[-1], window.consumed, window.fingerprint, window.counts
+        mine,
+        (mine or first)[-1],
+        window.consumed,
+        window.fingerprint,
+        window.counts,
+        window.sample,
+        window.passed,
     )
