@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -49,6 +50,9 @@ def trained_text(tokenizer, sample):
         ({"question": "q", "answer": "a", "text": None}, [("q\n", False), ("a", True)]),
         ({"instruction": "i", "input": "x", "output": "o"}, [("i\nx\n", False), ("o", True)]),
         ({"instruction": "i", "input": "", "output": "o"}, [("i\n", False), ("o", True)]),
+        ({"instruction": "i", "input": None, "output": "o"}, [("i\n", False), ("o", True)]),
+        ({"instruction": "i", "input": 0, "output": "o"}, [("i\n0\n", False), ("o", True)]),
+        ({"instruction": "i", "input": False, "output": "o"}, [("i\nfalse\n", False), ("o", True)]),
         ({"question": 7, "answer": 2.5}, [("7\n", False), ("2.5", True)]),
         ({"prompt": "is it?", "completion": False}, [("is it?", False), ("false", True)]),
     ],
@@ -308,12 +312,99 @@ def test_named_columns(tmp_path, tokenizer):
 
 
 def test_first_rows_are_looked_at_before_any_is_tokenised(tmp_path, tokenizer, capsys):
-    with pytest.raises(
-        DataError, match="rows.jsonl row 3 has the columns .'title'., which make no row format"
-    ):
+    with pytest.raises(DataError, match="rows.jsonl row 3: null value in column text"):
         tokenized(
             tmp_path,
             tokenizer,
             [{"text": "a"}, {"text": "b"}, {"title": "c"}] + [{"text": "d"}] * 50,
         )
     assert "Tokenising" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "p", "completion": None}, r"row 7: null value in column completion"),
+        ({"messages": None, "prompt": None, "completion": "c"}, "null value in column prompt"),
+        ({"q": "p", "a": "c"}, r"--prompt-column q --completion-column a"),
+        ({"prompt;completion": "p;c"}, "separated by ';': separate them by commas"),
+    ],
+)
+def test_rows_that_cannot_be_trained_on_are_told_the_remedy(row, said):
+    with pytest.raises(DataError, match=said):
+        spans_of(row, "rows.jsonl row 7")
+
+
+def test_empty_completions_are_told(tmp_path, tokenizer):
+    rows = [{"prompt": "p", "completion": ""}, {"prompt": "p", "completion": "c"}]
+    rows = tokenized(tmp_path, tokenizer, rows)
+    assert trained_text(tokenizer, rows[0]) == embedded.END_OF_TEXT
+    assert rows.notes == (
+        "1 of 2 samples have an empty completion; they train the model to end at once",
+    )
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".txt"])
+def test_a_file_that_was_replaced_with_its_size_and_time_kept_is_read_anew(tmp_path, suffix):
+    path = tmp_path / f"rows{suffix}"
+    for text in ("old", "new"):
+        path.write_text({".jsonl": '{"text": "%s"}\n'}.get(suffix, "text\n%s\n") % text)
+        os.utime(path, (1, 1))
+        assert list(read_file(path)["text"])[-1] == text
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("prompt,completion\nhi,Hello\n", ""),
+        ('prompt,completion\nhi,"Hello, friend"\n', ""),
+        ("prompt,completion\n\nhi\n", ""),
+        ("prompt,completion\nhi,Hello, friend\n", "line 2 has 3 fields, and the header has 2"),
+        ("prompt,completion\nhi,Hello\nbye,a,b\n", "line 3 has 3 fields"),
+        ('prompt,completion\na,"b\nc"\n\nd,e,f\n', "line 5 has 3 fields"),
+        ("id,prompt,completion\n1,p1,c1,\n", "line 2 has 4 fields"),
+        ("prompt,completion,completion\na,b,c\n", "line 1: the header has column completion 2"),
+        ("prompt;completion\na,b;c\n", "separated by ';'"),
+    ],
+)
+def test_fields_of_a_csv_stay_in_their_columns(tmp_path, text, said):
+    path = tmp_path / "rows.csv"
+    path.write_text(text)
+    for read in (read_file, count_rows):
+        if said:
+            with pytest.raises(DataError, match=said):
+                read(path)
+        else:
+            read(path)
+
+
+def test_long_texts_in_csv_are_counted(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text\n" + "word " * 40_000 + "\n")
+    assert len(read_file(path)) == count_rows(path) == 1
+
+
+@pytest.mark.parametrize("sign", ["\u2028", "\x85", "\x0c"])
+def test_line_separators_inside_strings_end_no_row(tmp_path, sign):
+    path = tmp_path / "rows.jsonl"
+    row = {"prompt": f"a{sign}b" if sign != "\x0c" else "a", "completion": 42}
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8", newline="")
+    rows = read_file(path)
+    assert rows["prompt"][0] == row["prompt"]
+    assert len(rows) == count_rows(path) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.txt", "abc\n"),
+        ("rows.csv", "text\nabc\n"),
+        ("rows.jsonl", '{"text": "abc"}\n'),
+        ("rows.json", '[{"text": "abc"}]'),
+    ],
+)
+def test_a_byte_order_mark_is_no_text(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_text("\ufeff" + content, encoding="utf-8")
+    assert list(read_file(path)["text"]) == ["abc"]
+    assert count_rows(path) == 1

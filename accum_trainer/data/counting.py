@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from accum_trainer.data.files import check_file
+from accum_trainer.data.literal import check_csv, csv_records
 from accum_trainer.errors import DataError
 
 
@@ -31,10 +32,12 @@ def _count(path: Path) -> int:
         from pyarrow import parquet
 
         return parquet.ParquetFile(path).metadata.num_rows
-    with open(path, encoding="utf-8", newline="") as file:
+    if path.suffix == ".csv":
+        check_csv(path)
+        return max(0, sum(1 for _ in csv_records(path)) - 1)
+    newline = "\n" if path.suffix == ".jsonl" else None
+    with open(path, encoding="utf-8-sig", newline=newline) as file:
         if path.suffix == ".json":
             rows = json.load(file)
             return len(rows) if isinstance(rows, list) else 1
-        if path.suffix == ".csv":
-            return sum(1 for _ in csv.DictReader(file))
         return sum(1 for line in file if line.strip())

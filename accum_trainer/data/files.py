@@ -11,9 +11,9 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from accum_trainer.data.literal import csv_options, is_written_otherwise, read_json
+from accum_trainer.data.literal import check_csv, csv_options, is_written_otherwise, read_json
 from accum_trainer.data.rows import TEXT_COLUMNS
 from accum_trainer.errors import DataError
 
@@ -65,13 +65,17 @@ def digest(path: str | Path) -> str:
     return sha.hexdigest()
 
 
-def read_file(path: str | Path, columns: Sequence[str] = ()) -> datasets.Dataset:
+def read_file(
+    path: str | Path, columns: Sequence[str] = (), content: str | None = None
+) -> datasets.Dataset:
     """Read the rows of a data file; in a text file, each line that is not blank is a row.
 
     Args:
         path: a file with a suffix of `BUILDERS`.
         columns: further columns whose numbers are text as the file writes them, like those in
             `TEXT_COLUMNS`.
+        content: the file's `digest`, if it is known; `datasets` recognises a file that it has read
+            before by its size and time only, and a replaced file can have both.
 
     Raises:
         DataError: `check_file` refuses the file, its content is not of its format (with the line),
@@ -83,13 +87,19 @@ def read_file(path: str | Path, columns: Sequence[str] = ()) -> datasets.Dataset
     import datasets
 
     is_json = path.suffix in (".json", ".jsonl")
+    options: dict[str, Any] = {}
+    if path.suffix == ".csv":
+        check_csv(path)
+        options = csv_options(path)
+    elif path.suffix == ".txt":
+        options = {"encoding": "utf-8-sig"}  # a byte order mark is no text
     try:
         rows = datasets.load_dataset(
             BUILDERS[path.suffix],
             data_files=str(path),
             split="train",
-            cache_dir=str(cache_dir() / "rows"),
-            **(csv_options(path) if path.suffix == ".csv" else {}),
+            cache_dir=str(cache_dir() / "rows" / (content or digest(path))[:32]),
+            **options,
         )
     except Exception as error:  # datasets wraps errors of pyarrow, json and csv, without the line
         wrong = _wrong_json(path) if is_json else ""
@@ -122,7 +132,7 @@ def _wrong_json(path: Path) -> str:
     """The error in a JSON file, with the line; "" if there is none."""
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".jsonl":
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(text.split("\n"), start=1):
             try:
                 if line.strip() and not isinstance(json.loads(line), dict):
                     return f"data file {path} line {number} is not a JSON object: {line[:60]}"

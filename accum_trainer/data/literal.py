@@ -6,8 +6,9 @@ nobody wrote.
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,60 @@ if TYPE_CHECKING:
 
 class _Number(str):
     """A JSON number as the file writes it."""
+
+
+def csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(line, fields) of each record of a CSV file, the header included; blank lines are none.
+
+    Raises:
+        csv.Error, UnicodeDecodeError: the file is not CSV.
+    """
+    limit = csv.field_size_limit(1 << 30)  # the default refuses long texts
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file)
+            begin = 1
+            for fields in reader:
+                if fields:
+                    yield begin, fields
+                begin = reader.line_num + 1
+    finally:
+        csv.field_size_limit(limit)
+
+
+def check_csv(path: Path) -> None:
+    """Refuse a CSV file whose values would come under another column's name.
+
+    Raises:
+        DataError: with the line, of two columns of one name, or of a row with more fields than the
+            header.
+    """
+    records = csv_records(path)
+    try:
+        line, names = next(records, (1, []))
+        twice = sorted({name for name in names if name.strip() and names.count(name) > 1})
+        if twice:
+            raise DataError(
+                f"data file {path} line {line}: the header has column {twice[0]} "
+                f"{names.count(twice[0])} times; give each column a name of its own"
+            )
+        for line, fields in records:
+            if len(fields) > len(names):
+                raise DataError(
+                    f"data file {path} line {line} has {len(fields)} fields, and the header has "
+                    f"{len(names)} ({', '.join(names)}); put quotes around values that hold a comma"
+                    f"{delimiter_remedy(names)}"
+                )
+    except csv.Error:
+        return  # reading it says why
+
+
+def delimiter_remedy(columns: Collection[str]) -> str:
+    """The remedy for columns that another delimiter than a comma separates; "" if none does."""
+    for sign, name in ((";", "';'"), ("\t", "a tab"), ("|", "'|'")):
+        if len(columns) == 1 and sign in next(iter(columns)):
+            return f"; its columns seem to be separated by {name}: separate them by commas"
+    return ""
 
 
 def csv_options(path: Path) -> dict[str, Any]:
@@ -45,7 +100,7 @@ def read_json(path: Path) -> datasets.Dataset:
 
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".jsonl":
-        rows = [_parsed(line) for line in text.splitlines() if line.strip()]
+        rows = [_parsed(line) for line in text.split("\n") if line.strip()]
     else:
         whole = _parsed(text)
         rows = whole if isinstance(whole, list) else [whole]

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from accum_trainer.data.literal import delimiter_remedy
 from accum_trainer.errors import DataError
 
 # A piece of a sample's text, and whether the loss counts it.
@@ -36,6 +37,15 @@ TEXT_COLUMNS = (
     "input",
     "output",
 )
+# Format -> the columns that it needs; the first that fits is taken.
+NEEDED = {
+    "messages": ("messages",),
+    "conversations": ("conversations",),
+    "completion": ("prompt", "completion"),
+    "question": ("question", "answer"),
+    "instruction": ("instruction", "output"),
+    "text": ("text",),
+}
 # ShareGPT's names of the speakers -> the chat template's roles.
 ROLES = {
     "human": "user",
@@ -48,18 +58,7 @@ ROLES = {
 
 def format_of(columns: Sequence[str]) -> str | None:
     """The name of the format that has these columns, or None."""
-    have = set(columns)
-    for needed, name in (
-        ({"messages"}, "messages"),
-        ({"conversations"}, "conversations"),
-        ({"prompt", "completion"}, "completion"),
-        ({"question", "answer"}, "question"),
-        ({"instruction", "output"}, "instruction"),
-        ({"text"}, "text"),
-    ):
-        if needed <= have:
-            return name
-    return None
+    return next((name for name, needed in NEEDED.items() if set(needed) <= set(columns)), None)
 
 
 def spans_of(
@@ -82,10 +81,7 @@ def spans_of(
     present = {key: value for key, value in row.items() if value is not None}
     name = format_of(list(present))
     if name is None:
-        raise DataError(
-            f"{where} has the columns {sorted(present)}, which make no row format; expected "
-            f"{FORMATS}"
-        )
+        raise _no_format(row, list(present), where)
     if name == "messages":
         return _message_spans(present["messages"], where, chat_template)
     if name == "conversations":
@@ -104,9 +100,28 @@ def spans_of(
             (_text(present, "question", where) + "\n", False),
             (_text(present, "answer", where), True),
         ]
-    context = _text(present, "input", where) if present.get("input") else ""
+    context = _text(present, "input", where) if "input" in present else ""
     prompt = _text(present, "instruction", where) + "\n" + (context + "\n" if context else "")
     return [(prompt, False), (_text(present, "output", where), True)]
+
+
+def _no_format(row: Mapping[str, Any], present: list[str], where: str) -> DataError:
+    """The error of a row that has no format, for `spans_of`."""
+    formats = [needed for needed in NEEDED.values() if set(needed) <= set(row)]
+    if formats:
+        needed = max(formats, key=lambda needed: len(set(needed) & set(present)))
+        missing = next(column for column in needed if column not in present)
+        return DataError(
+            f"{where}: null value in column {missing} (so is an empty cell of CSV, or an absent "
+            "key of JSON); fill it in, or leave the row out"
+        )
+    return DataError(
+        f"{where} has the columns {sorted(present)}, which make no row format; expected {FORMATS}"
+        + (
+            delimiter_remedy(present)
+            or ". Name yours with --prompt-column q --completion-column a, or --text-column t"
+        )
+    )
 
 
 def _text(row: Mapping[str, Any], column: str, where: str) -> str:

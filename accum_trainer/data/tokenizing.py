@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import datasets
 
 # Increment when the same rows would give other tokens.
-_VERSION = 2
+_VERSION = 3
 # Rows that are checked before all are tokenised: most errors already show in the first row.
 _FIRST_ROWS = 100
 
@@ -140,6 +140,12 @@ def _notes(table: datasets.Dataset, num_targets: np.ndarray, max_seq_len: int) -
     empty = int((num_targets == 0).sum())
     if empty:
         yield f"{empty} of {len(table)} samples have no target; they are kept and weigh nothing"
+    silent = int(np.asarray(table.data.column("silent").to_numpy()).sum())
+    if silent:
+        yield (
+            f"{silent} of {len(table)} samples have an empty completion; they train the model to "
+            "end at once"
+        )
 
 
 def _identity(data_digest: str, tokenizer: Any, max_seq_len: int) -> str:
@@ -197,6 +203,7 @@ class _Encoder:
             "length": [],
             "num_targets": [],
             "cut": [],
+            "silent": [],
         }
         for row, row_spans in zip(rows, spans, strict=True):
             for ids, labels, cut in self._samples(row, row_spans, encoded):
@@ -205,6 +212,7 @@ class _Encoder:
                 columns["length"].append(len(ids))
                 columns["num_targets"].append(sum(label != IGNORE for label in labels[1:]))
                 columns["cut"].append(cut)
+                columns["silent"].append(row_spans[1:] == [("", True)])
         return columns
 
     def _samples(

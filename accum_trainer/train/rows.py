@@ -62,12 +62,13 @@ def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[TokenizedRows, Token
         return tokenize(table, name, digest, tokenizer, config.max_seq_len)
 
     def from_file(path: Any, name: str) -> TokenizedRows:
-        return from_table(
-            files.read_file(path, [c for c in columns if c]), name, files.digest(path)
-        )
+        digest = files.digest(path)
+        table = files.read_file(path, [c for c in columns if c], digest)
+        return from_table(table, name, digest)
 
     def embedded_rows(path: Any, name: str) -> TokenizedRows:
-        return from_table(files.read_file(path), name, files.digest(path), ())
+        digest = files.digest(path)
+        return from_table(files.read_file(path, content=digest), name, digest, ())
 
     if config.dataset_file is not None:
         rows = from_file(config.dataset_file, config.dataset_file)
