@@ -3,7 +3,8 @@
 It knows no models, gradients or windows. `all_gather_floats` uses the group of the gradients, in
 the middle of training. Everything else uses a separate group that waits for hours: it surrounds
 work of unknown length (tokenising, loading, saving), and NCCL gives up after ten minutes, gloo
-after thirty.
+after thirty. Notes (`post`, `posted`) are in the store that the processes met at, and need no other
+process to join.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 
 from accum_trainer.errors import AccumTrainerError, EngineError
 
@@ -29,8 +30,8 @@ T = TypeVar("T")
 class Ranks:
     """This process among the others.
 
-    All methods are collective: every rank must make the same calls in the same order. The
-    properties are not.
+    All methods but `post` and `posted` are collective: every rank must make the same calls in the
+    same order. The properties are not.
     """
 
     accelerator: Accelerator
@@ -86,6 +87,19 @@ class Ranks:
         """Wait for all ranks, for hours."""
         if self.world_size > 1:
             dist.barrier(group=_patient_group(dist.group.WORLD))
+
+    def post(self, key: str, note: str) -> None:
+        """Replace this rank's note under `key`. Not collective, and does not wait."""
+        if self.world_size > 1:
+            _get_default_store().set(f"{key}/{self.rank}", note)
+
+    def posted(self, key: str) -> list[str]:
+        """Every rank's note under `key`, in the order of ranks; empty for a single process. Not
+        collective; waits for a rank that has posted none yet."""
+        if self.world_size == 1:
+            return []
+        keys = [f"{key}/{rank}" for rank in range(self.world_size)]
+        return [note.decode() for note in _get_default_store().multi_get(keys)]
 
     # --- work that may fail on one rank ---
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import time
 from collections.abc import Iterator
 
@@ -14,6 +15,7 @@ from accum_trainer.engine.memory import memory_gb, peak_gb, reset_peak
 from accum_trainer.losses.causal_lm import causal_lm_loss
 from accum_trainer.train import checkpoint as checkpoints
 from accum_trainer.train.evaluation import Evaluation
+from accum_trainer.train.leaving import LoopPlaces
 from accum_trainer.train.rank_agreement import agree_on_folder
 from accum_trainer.train.records import Record
 from accum_trainer.train.resume import capture, restore
@@ -25,12 +27,16 @@ from accum_trainer.train.stopping import StoppingPolicy
 from accum_trainer.update import Update
 from accum_trainer.window import Window
 
+logger = logging.getLogger(__name__)
+
 
 def updates(config: TrainConfig) -> Iterator[Record]:
     """Train and yield one record per window, on every process the same.
 
     Logging, evaluation and early stopping are code in the caller's loop. A caller that breaks out
-    must do so on all processes at the same record; the run is then saved as it stands.
+    must do so on all processes at the same record; the run is then saved as it stands. If only
+    some processes leave the loop, by an error or a break, those save nothing: a warning says so,
+    and the last checkpoint stays.
 
     Raises:
         ConfigError, DataError, EngineError, CheckpointError: before the first file is written.
@@ -81,7 +87,8 @@ class Run:
         training, acc = self.training, self.training.accumulator
         evaluation = Evaluation(training)
         # Signals outermost: one more that comes while the run is saved must not end it there.
-        with self.stopping.on_signals(), self._open_files():
+        places = LoopPlaces(self.engine, self._files.num_records)
+        with self.stopping.on_signals(), self._open_files(places):
             last_ended = time.perf_counter()
             for window in self._windows():
                 waited = time.perf_counter() - last_ended
@@ -99,6 +106,7 @@ class Run:
                 if self._is_save_due(update):
                     self.save()
                 yield record
+                places.goes_on_after(self._files.num_records)
                 if update.stop_requested:
                     self.stopping.agree_on_reason()
                     return
@@ -156,16 +164,26 @@ class Run:
         self.stopping.note_save(time.perf_counter() - started)
 
     @contextlib.contextmanager
-    def _open_files(self) -> Iterator[None]:
-        """Start the run's files; save the run at the end, even if it was stopped or the caller
-        broke out of its loop."""
+    def _open_files(self, places: LoopPlaces) -> Iterator[None]:
+        """Start the run's files; save the run at the end, even if it was stopped or all processes
+        left the caller's loop."""
         self.engine.on_main(self._files.start, self.config, self._plan)
         reset_peak(self.engine.device)
         try:
             yield
             self._finish()
-        except GeneratorExit:  # the caller broke out of its loop
-            self._finish()
+        except GeneratorExit:  # the caller broke out of its loop, or raised in it
+            step = self.training.accumulator.num_updates
+            other = places.process_that_did_not_leave(self._files.num_records)
+            if other is None:
+                self._finish()
+            else:
+                logger.warning(
+                    "process %d left its loop after update %d and process %d did not, so nothing "
+                    "is saved here and the last checkpoint stays; break out on all processes at "
+                    "the same record",
+                    *(self.engine.rank, step, other),
+                )
             raise
         finally:
             self._files.close()
