@@ -9,10 +9,11 @@ calls each function.
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
-from accum_trainer.errors import CheckpointError
+from accum_trainer.errors import CheckpointError, ConfigError
 from accum_trainer.lm.model import checksum
 from accum_trainer.train import checkpoint as checkpoints
 from accum_trainer.train.checkpoint import Checkpoint
@@ -61,11 +62,13 @@ def restore(training: Training, path: Path) -> tuple[Training, int]:
 
     Raises:
         CheckpointError: it is damaged, or another run's.
+        ConfigError: the run has gone past the steps or epochs of this command.
         EngineError: the processes would start from different states.
     """
     acc, engine = training.accumulator, training.accumulator.engine
     saved: Checkpoint = engine.together(checkpoints.load_checkpoint, path)
     notes = engine.on_main(_check_same_run, saved.state["identity"], training.identity, path)
+    _check_not_past_its_end(training, saved.state, path)
     weights = engine.full_weights(training.model, trained_only=True)
     engine.together(checkpoints.check_same_weights, saved.model, weights)
     training = _with_kept_options(
@@ -89,6 +92,31 @@ def restore(training: Training, path: Path) -> tuple[Training, int]:
         )
     training.notes.append(f"continued from {path} after {acc.num_updates} updates")
     return training, num_records
+
+
+def _check_not_past_its_end(training: Training, saved: dict[str, Any], path: Path) -> None:
+    """Raise a ConfigError if the saved run is longer than this command's; one that is exactly as
+    long is complete.
+
+    Args:
+        saved: the state that `capture` gave.
+    """
+    config, position = training.config, saved["windows"]
+    assert training.schedule.plan.num_samples is not None
+    share_of_epoch = position["samples_consumed"] / training.schedule.plan.num_samples
+    done = {
+        "steps": saved["accumulator"]["num_updates"],
+        "epochs": position["epoch"] + share_of_epoch,
+    }
+    name = "steps" if config.steps is not None else "epochs"
+    asked = getattr(config, name)
+    if done[name] > asked:
+        counted = {"steps": "updates"}.get(name, name)
+        raise ConfigError(
+            f"{name}={asked}, but the run has gone past it: {path} was written after "
+            f"{done[name]:.6g} {counted}; give {name}={math.ceil(done[name])} or more to continue "
+            "it, or another output_dir to start anew"
+        )
 
 
 def _changeable_options(training: Training) -> dict[str, Any]:

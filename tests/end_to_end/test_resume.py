@@ -157,6 +157,36 @@ def test_finished_run_says_so_and_changes_nothing(train, argv, undisturbed, tmp_
     assert_same_run(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.parametrize(
+    "name, asked, message",
+    [
+        ("steps", "2", "steps=2, but the run has gone past it: run/checkpoints/step-00000006 was "
+         "written after 6 updates; give steps=6 or more"),
+        ("epochs", "1", "epochs=1, but the run has gone past it: run/checkpoints/step-00000006 was "
+         "written after 2 epochs; give epochs=2 or more"),
+    ],
+)  # fmt: skip
+def test_a_run_that_has_gone_past_its_end_is_refused_and_not_touched(
+    train, argv, undisturbed, tmp_path, name, asked, message
+):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    steps = argv.index("--steps")
+    argv = [*argv[:steps], *argv[steps + 2 :], f"--{name}", asked]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    finished = train(*argv)
+    assert finished.status == 2
+    assert message in finished.error
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+def test_a_run_that_ended_with_its_last_epoch_is_complete(train, argv, undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    steps = argv.index("--steps")
+    finished = train(*argv[:steps], *argv[steps + 2 :], "--epochs", "2")
+    assert finished.status == 0
+    assert "the run was complete already" in finished.out
+
+
 def test_i49_another_learning_rate_is_not_taken_said_so_and_not_recorded(
     train, argv, undisturbed, tmp_path
 ):
