@@ -28,6 +28,7 @@ from accum_trainer.engine.grad_sync import EVERY, ONCE, choose_by_memory
 from accum_trainer.engine.request import Request
 from accum_trainer.engine.step import refuse_data_parallel, set_gradient_dtype, square_sums
 from accum_trainer.engine.usage import Usage, refuse, refuse_difference
+from accum_trainer.engine.zero_build import await_extension
 from accum_trainer.engine.zero_config import complete, make_plugin
 from accum_trainer.engine.zero_state import FlatState, PartitionedState
 from accum_trainer.errors import EngineError
@@ -74,6 +75,7 @@ class ZeroEngine(Engine):
             kwargs.get("mixed_precision"),
             kwargs.get("deepspeed_plugin"),
         )
+        await_extension()
         if not torch.cuda.is_available():
             # DeepSpeed's processes find each other over gloo only if accelerate asks for it.
             gloo = InitProcessGroupKwargs(backend="gloo")
