@@ -16,7 +16,7 @@ import torch
 
 from accum_trainer.batch_plan import BatchPlan
 from accum_trainer.engine.base import Settings
-from accum_trainer.engine.build import build_engine
+from accum_trainer.engine.build import build_engine, check_arguments
 from accum_trainer.errors import AccumTrainerError, ConfigError, EngineError
 from accum_trainer.guards import LoopGuard, discard_unowned_grads
 from accum_trainer.losses.contract import LossContract, Passed
@@ -69,7 +69,7 @@ class Accumulator:
         last_optimizer: the one that finished it.
 
     Raises:
-        ConfigError: sizes that contradict each other or another source of K.
+        ConfigError: an unknown argument; sizes that contradict each other or another source of K.
         EngineError: the engine in force is not the one asked for.
     """
 
@@ -87,6 +87,7 @@ class Accumulator:
         accelerator: Any = None,
         **accelerator_kwargs: Any,
     ) -> None:
+        check_arguments(accelerator_kwargs, Accumulator)
         settings = Settings(max_grad_norm, accumulation_dtype)
         k = gradient_accumulation_steps
         # Refuse a wrong K before accelerate starts.

@@ -7,8 +7,11 @@ K in the environment that overrides the constructor's. Each such fall-back is an
 from __future__ import annotations
 
 import atexit
+import difflib
 import os
 import time
+from collections.abc import Iterable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -94,6 +97,22 @@ def build_engine(
     )
 
 
+def check_arguments(given: Iterable[str], taker: type) -> None:
+    """Raise a ConfigError, with the nearest known name, for an argument of `taker` that neither it,
+    an engine nor `Accelerator(...)` takes."""
+    own = [name for name, p in signature(taker).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    own += [name for kind in ENGINES for name in kind.options]
+    known = [*own, *signature(Accelerator).parameters]
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ConfigError(
+                f"{taker.__name__} has no argument {name!r}"
+                + (f"; did you mean {near[0]}?" if near else ".")
+                + f" It takes {', '.join(own)}, and the arguments of accelerate's Accelerator"
+            )
+
+
 def _request(options: dict[str, Any]) -> Request:
     """Options that are given, those of engines apart from those of accelerate."""
     ours = {name for kind in ENGINES for name in kind.options}
@@ -113,7 +132,8 @@ def _new_accelerator(request: Request, asked_for: list[type[Engine]]) -> Acceler
         # K is ours to apply: accelerate's stays 1, unless its environment variable repeats ours.
         return Accelerator(**kwargs)
     except (ValueError, TypeError) as error:
-        raise EngineError(f"accelerate refuses {', '.join(sorted(kwargs))}: {error}") from None
+        given = ", ".join(sorted(request.accelerator_kwargs)) or "to start"
+        raise EngineError(f"accelerate refuses {given}: {error}") from None
 
 
 def _check_steps(gradient_accumulation_steps: int | None, accelerator: Accelerator) -> None:

@@ -50,9 +50,26 @@ def test_a_launcher_asks_for_it(registered, monkeypatch):
     assert isinstance(Accumulator(micro_batch_size=1, cpu=True).engine, MadeUpEngine)
 
 
-def test_an_option_of_no_engine_is_for_accelerate():
-    with pytest.raises(EngineError, match="accelerate refuses cpu, made_up"):
-        Accumulator(micro_batch_size=1, cpu=True, made_up=True)
+@pytest.mark.parametrize(
+    "name, near",
+    [
+        ("grad_accum_steps", "did you mean gradient_accumulation_steps?"),
+        ("batch_size", "did you mean micro_batch_size?"),
+        ("zero_stages", "did you mean zero_stage?"),
+        ("mixed_precison", "did you mean mixed_precision?"),
+        ("made_up", "It takes micro_batch_size, "),
+    ],
+)
+def test_an_argument_that_nothing_takes_is_refused_with_the_nearest_name(name, near):
+    with pytest.raises(ConfigError) as refused:
+        Accumulator(micro_batch_size=1, **{name: 1})
+    assert f"Accumulator has no argument '{name}'" in str(refused.value)
+    assert near in str(refused.value)
+
+
+def test_a_value_that_accelerate_refuses_names_the_callers_arguments_only():
+    with pytest.raises(EngineError, match="accelerate refuses mixed_precision: Unknown mixed_pr"):
+        Accumulator(micro_batch_size=1, mixed_precision="bf15")
 
 
 def test_two_engines_are_refused(registered):
