@@ -148,8 +148,19 @@ def find_checkpoint(resume: str, run: Path | None) -> Path | None:
                 f"resume={named} is a run without a whole checkpoint; start anew with resume=never"
             )
         return newest
-    check_manifest(named)
+    try:
+        check_manifest(named)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {_others_near(named)}") from None
     return named
+
+
+def _others_near(path: Path) -> str:
+    """What to give instead of `path`: the run that it lies in, or another checkpoint of it."""
+    for run in (path, *path.parents[:2]):
+        if others := [other for other in list_checkpoints(run / CHECKPOINTS) if other != path]:
+            return f"give the run, {run}, or a checkpoint in it, such as {others[-1]}"
+    return f"give a run directory, or a checkpoint in it (RUN/{CHECKPOINTS}/step-N)"
 
 
 def check_manifest(path: Path) -> None:
@@ -163,7 +174,7 @@ def check_manifest(path: Path) -> None:
         listed = manifest["files"].items()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path} is not a whole checkpoint: its {MANIFEST} is missing or damaged ({error!r})"
+            f"{path} is not a whole checkpoint: its {MANIFEST} {_fault(error)}"
         ) from None
     for name, expected in listed:
         file = path / name
@@ -173,6 +184,12 @@ def check_manifest(path: Path) -> None:
             raise CheckpointError(
                 f"checkpoint {path} is damaged: {name} is not what its manifest lists"
             )
+
+
+def _fault(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "is missing"
+    return f"cannot be read ({error})" if isinstance(error, OSError) else "is damaged"
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -15,6 +15,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from accum_trainer.errors import CheckpointError
+from accum_trainer.train.checkpoint import Checkpoint, find_checkpoint, save_checkpoint
 from accum_trainer.train.records import read_records
 from tests.grids import thinned
 from tests.launching import ROOT, environment, python, torchrun
@@ -177,6 +179,23 @@ def test_a_run_that_has_gone_past_its_end_is_refused_and_not_touched(
     assert finished.status == 2
     assert message in finished.error
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+@pytest.mark.parametrize("folder", ["model", "checkpoints", "."])
+def test_a_folder_of_a_run_that_is_no_checkpoint_is_refused_with_one_that_is(tmp_path, folder):
+    """The run itself is taken."""
+    step = tmp_path / "run" / "checkpoints" / "step-00000002"
+    save_checkpoint(step.parent, 2, Checkpoint({}, {}, [], {}), keep=2)
+    (tmp_path / "run" / "model").mkdir()
+    if folder == ".":
+        assert find_checkpoint(str(tmp_path / "run"), None) == step
+        return
+    with pytest.raises(CheckpointError) as refused:
+        find_checkpoint(str(tmp_path / "run" / folder), None)
+    assert str(refused.value) == (
+        f"{tmp_path}/run/{folder} is not a whole checkpoint: its manifest.json is missing; give "
+        f"the run, {tmp_path}/run, or a checkpoint in it, such as {step}"
+    )
 
 
 def test_a_run_that_ended_with_its_last_epoch_is_complete(train, argv, undisturbed, tmp_path):

@@ -440,7 +440,13 @@ class TestResume:
     def test_foreign_folder(self, train, folder):
         (folder / "elsewhere").mkdir()
         argv = [*self.argv[:-1], "fresh", "--resume", "elsewhere"]
-        refused(train, folder, *argv, says="elsewhere is not a whole checkpoint")
+        refused(
+            train,
+            folder,
+            *argv,
+            says="elsewhere is not a whole checkpoint: its manifest.json is missing; give a run "
+            "directory, or a checkpoint in it (RUN/checkpoints/step-N)",
+        )
 
     def test_damaged_checkpoint(self, train, folder):
         step = folder / "run" / "checkpoints" / "step-00000002"
