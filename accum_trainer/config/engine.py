@@ -16,6 +16,7 @@ class EngineOptions(Section):
         "none",
         "Shard optimizer, gradients or weights with DeepSpeed ZeRO.",
         choices=("none", "zero1", "zero2", "zero3"),
+        aliases={"1": "zero1", "2": "zero2", "3": "zero3"},  # as `Accumulator(zero_stage=2)`
     )
     cpu_offload: bool = option(False, "Keep ZeRO's optimizer state in host memory.")
 

@@ -26,9 +26,10 @@ def option(default: Any, help: str, **limits: Any) -> Any:
 
     Args:
         help: its line in `--help`.
-        limits: `choices`, `minimum`, `above` and `below` bound the value; `word` is a text that is
-            accepted beside numbers; `needs` names the missing feature that any value but the
-            default requires; `only_with` names the option without which this one has no effect.
+        limits: `choices`, `minimum`, `above` and `below` bound the value; `aliases` maps other
+            spellings of choices to them; `word` is a text that is accepted beside numbers; `needs`
+            names the missing feature that any value but the default requires; `only_with` names
+            the option without which this one has no effect.
     """
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
@@ -119,6 +120,8 @@ def checked_value(field: Field, value: Any) -> Any:
         value = float(value)
     if kind is str and not isinstance(value, str):
         value = _as_text(field, value)
+    if kind is str:
+        value = field.metadata.get("aliases", {}).get(value, value)
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         raise ConfigError(f"{field.name}={value!r} is not {wanted}{_example(field)}")
     _check_limits(field, value)

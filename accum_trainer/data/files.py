@@ -173,7 +173,7 @@ def read_hub(name: str) -> datasets.Dataset:
     try:
         return datasets.load_dataset(path, config or None, split="train")
     except Exception as error:  # offline, unknown, gated, no such config: many types, one remedy
-        first = str(error).splitlines()[0] if str(error) else repr(error)
+        first = str(error).splitlines()[0].rstrip(" .") if str(error) else repr(error)
         raise DataError(
             f"dataset {name} cannot be loaded from the hub: {first}; for a file on this machine "
             "use dataset_file"

@@ -328,4 +328,6 @@ def _names(text: str | None) -> list[str] | None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    """The first line of an error's message, as a clause that a message of ours goes on after."""
+    said = str(error).strip()
+    return said.splitlines()[0].rstrip(" .;:") if said else repr(error)

@@ -193,7 +193,7 @@ def find_objective(
     for reduction in (MEAN, SUM):
         for counting in candidates:
             if _holds(counting, reduction, probe, seen, is_16_bit):
-                reason = f"proven on a micro-batch of {num_samples(batch)} samples"
+                reason = f"proven on {num_samples(batch)} samples"
                 one_length = _length_that_matters(probe, seen, is_16_bit)
                 return Objective(counting, reduction, reason, coefficient > 0, one_length)
     over = " or ".join(c.name for c in candidates)

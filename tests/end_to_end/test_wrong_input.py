@@ -8,6 +8,9 @@ import shutil
 
 import pytest
 
+from accum_trainer import TrainConfig
+from accum_trainer.errors import ConfigError
+
 GOOD = [{"prompt": f"What is {n}?\n", "completion": f"It is {n}."} for n in range(20)]
 
 
@@ -25,6 +28,7 @@ def refused(run, folder, *argv, says, **env):
     assert finished.status == 2, finished.err
     for part in says if isinstance(says, tuple) else (says,):
         assert part in finished.error, finished.error
+    assert ".;" not in finished.error  # another library's sentence inside ours
     assert snapshot(folder) == before
 
 
@@ -204,6 +208,16 @@ OPTIONS = {
         "eval_every=5 needs eval_file",
     ),
 }
+
+
+@pytest.mark.parametrize("written", ["2", 2, "zero2"])
+def test_a_zero_stage_may_be_written_as_in_python(written):
+    assert TrainConfig(zero_stage=written).zero_stage == "zero2"
+
+
+def test_a_stage_that_does_not_exist_is_refused():
+    with pytest.raises(ConfigError, match="zero_stage=4 is not known; give one of none, zero1"):
+        TrainConfig(zero_stage="4")
 
 
 @pytest.mark.parametrize("name", OPTIONS)
