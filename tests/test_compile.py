@@ -83,7 +83,7 @@ def test_a_loop_of_your_own_is_not_compiled_in_silence(tmp_path):
         "--gradient-accumulation-steps",
         2,
     )
-    assert run.returncode == 2 and "compile=true is what train does to its model" in run.stderr
+    assert run.returncode == 2 and "compile=true is an option of train" in run.stderr
 
 
 def test_without_a_compiler_one_message_and_no_folder(tmp_path):
