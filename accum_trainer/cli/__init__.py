@@ -12,6 +12,7 @@ from importlib import import_module
 
 import click
 
+from accum_trainer.cli.quiet import quiet_libraries
 from accum_trainer.errors import AccumTrainerError, ConfigError
 
 # Name -> module of this package that holds `command`, and the line of `accum-trainer --help`.
@@ -57,6 +58,7 @@ def cli() -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 2 wrong input, 75 stopped and saved, 1 anything
     else."""
+    quiet_libraries()
     try:
         sys.exit(
             cli.main(
