@@ -1,5 +1,7 @@
-"""What `accum-trainer train --parallel-independent` shows: a live table of its runs, and a
-summary."""
+"""Show `accum-trainer train --parallel-independent`: a live table of its runs, then a summary.
+
+Reads each run's state and files; `runs.independent` starts and restarts them.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 _COLUMNS = ("run", "", "device", "state", "update", "loss", "tokens/s")
 
 
-def train_side_by_side(composed: Composed) -> int:
+def train_independent_runs(composed: Composed) -> int:
     """Train the independent runs that the configuration asks for; returns the exit status."""
     from accum_trainer.runs.independent import IndependentRunner
     from accum_trainer.runs.independent_plan import plan_runs
@@ -30,9 +32,9 @@ def train_side_by_side(composed: Composed) -> int:
     runs, devices, on_gpu = plan_runs(config, folder)
     for line in composed.overridden:
         click.echo(f"note: {line}", err=True)
-    where = "GPUs" if on_gpu else "CPU slots"
+    kind = "GPUs" if on_gpu else "CPU slots"
     click.echo(
-        f"{len(runs)} independent runs on {where} {', '.join(devices)}; run directory: {folder}",
+        f"{len(runs)} independent runs on {kind} {', '.join(devices)}; run directory: {folder}",
         err=True,
     )
     if config.dry_run:
@@ -40,43 +42,43 @@ def train_side_by_side(composed: Composed) -> int:
             click.echo(f"{run.name}  {run.label}", err=True)
         click.echo("dry run: nothing was trained and nothing written", err=True)
         return 0
-    side_by_side = IndependentRunner(runs, devices, on_gpu, folder, config.max_restarts)
-    status = _show_while(side_by_side)
+    runner = IndependentRunner(runs, devices, on_gpu, folder, config.max_restarts)
+    status = _show_while(runner)
     if status == 2:
         for reason in dict.fromkeys(run.reason for run in runs):
             click.echo(reason if reason.startswith("error") else f"error: {reason}", err=True)
         return status
-    _show_end(side_by_side, status)
+    _show_end(runner, status)
     return status
 
 
-def _show_while(side_by_side: IndependentRunner) -> int:
-    """Run under a live table, or with a line for each change where there is no terminal."""
+def _show_while(runner: IndependentRunner) -> int:
+    """Run under a live table, or with a line for each change if there is no terminal."""
     from rich.console import Console
     from rich.live import Live
 
     console = Console(stderr=True)
     if console.is_terminal:
-        with Live(_table(side_by_side.runs), console=console, refresh_per_second=4) as live:
-            return side_by_side.run(lambda: live.update(_table(side_by_side.runs)))
-    told: dict[str, tuple[object, ...]] = {}
+        with Live(_table(runner.runs), console=console, refresh_per_second=4) as live:
+            return runner.run(lambda: live.update(_table(runner.runs)))
+    shown: dict[str, tuple[object, ...]] = {}
 
-    def tell() -> None:
-        for run in side_by_side.runs:
+    def show_changes() -> None:
+        for run in runner.runs:
             _, _, _, state, update, loss, speed = _row(run)
             record, total = run.last_record(), run.total_updates()
             tenth = record["step"] * 10 // total if record is not None and total else 0
             now = (run.state, run.restarts, tenth)
-            if told.get(run.name) != now:
-                told[run.name] = now
-                seen = (
+            if shown.get(run.name) != now:
+                shown[run.name] = now
+                progress = (
                     f"  update {update}  loss {loss}  {speed} tokens/s"
                     if record is not None
                     else ""
                 )
-                click.echo(f"{run.name}  {state}{seen}", err=True)
+                click.echo(f"{run.name}  {state}{progress}", err=True)
 
-    return side_by_side.run(tell)
+    return runner.run(show_changes)
 
 
 def _table(runs: list[IndependentRun]) -> Table:
@@ -105,25 +107,25 @@ def _row(run: IndependentRun) -> tuple[str, str, str, str, str, str, str]:
     return run.name, run.label, run.device or "", state, update, loss, speed
 
 
-def _show_end(side_by_side: IndependentRunner, status: int) -> None:
+def _show_end(runner: IndependentRunner, status: int) -> None:
     from accum_trainer.runs.independent_run import DONE, FAILED
 
-    runs, folder = side_by_side.runs, side_by_side.folder
+    runs, folder = runner.runs, runner.folder
     samples = sum((run.result() or {}).get("num_samples", 0) for run in runs)
     done = sum(run.state == DONE for run in runs)
     restarts = sum(run.restarts for run in runs)
     failed = [run for run in runs if run.state == FAILED]
     for run in failed:
         click.echo(f"{run.name} failed: {run.reason} (log: {run.log})", err=True)
-    head = (
+    summary = (
         f"{done} of {len(runs)} runs done, {samples} samples trained, {restarts} restarts; {folder}"
     )
     if status == 0:
-        if side_by_side.is_sweep:
-            best = side_by_side.best()
+        if runner.is_sweep:
+            best = runner.best()
             then = f"best: {best}" if best else ""
         else:
             then = f"`accum-trainer merge {folder}` averages their weights" if len(runs) > 1 else ""
-        click.echo(f"done: {head}" + (f"\n{then}" if then else ""))
+        click.echo(f"done: {summary}" + (f"\n{then}" if then else ""))
     else:
-        click.echo(f"{head}; the same command with --output-dir {folder} continues")
+        click.echo(f"{summary}; the same command with --output-dir {folder} continues")

@@ -9,9 +9,9 @@ import click
 if TYPE_CHECKING:
     from accum_trainer.runs.merge import Merged
 
-_MADE = {
+_RESULTS = {
     "mean": "the mean of {} models",
-    "concat": "one adapter that acts as the mean of {} (their ranks concatenated)",
+    "concat": "one adapter that equals the mean of {} (their ranks concatenated)",
     "product": "the base model with the mean of {} adapters' products added",
 }
 
@@ -26,25 +26,24 @@ _MADE = {
     "-o",
     "--output",
     metavar="DIR",
-    help="Where the merged model goes. Default: RUN/merged; needed where several runs are named.",
+    help="Folder of the merged model. Default: RUN/merged; required if several runs are named.",
 )
 @click.option(
     "--adapter",
     type=click.Choice(["concat", "product"]),
-    help="How LoRA adapters are merged: into one adapter of all their ranks (concat, the default), "
-    "or into a whole model, "
-    "the base plus the mean of their products.",
+    help="How to merge LoRA adapters: concat (default), into one adapter of all their ranks; "
+    "product, into a whole model, the base plus the mean of their products.",
 )
 @click.option(
     "--eval-file",
     metavar="FILE",
-    help="Rows to evaluate the parts and the merge on. Default: the runs' eval_file; the embedded "
-    "corpus's own rows.",
+    help="Rows to evaluate the runs and the merge on. Default: the runs' eval_file, or the "
+    "embedded corpus's evaluation rows.",
 )
 @click.option(
     "--allow-unfinished",
     is_flag=True,
-    help="Merge runs that did not come to their end as they stand.",
+    help="Also merge runs that have not finished, as they stand.",
 )
 @click.option("--force", is_flag=True, help="Replace an earlier merge.")
 def command(
@@ -55,13 +54,12 @@ def command(
     allow_unfinished: bool,
     force: bool,
 ) -> None:
-    """Average the results of independent runs, weighted by the samples that each was trained on.
+    """Average the results of independent runs, each weighted by the samples that it trained on.
 
     RUN is the folder of a parallel-independent run, or two or more run directories. Whole models
-    are averaged tensor by tensor, LoRA adapters by what they do (the mean of their products),
-    exactly. All runs must be finished and have started from the same weights. Writes what
-    `from_pretrained` loads, and merge.json; prints the evaluation loss of each part and of the
-    merge.
+    are averaged tensor by tensor; LoRA adapters are merged into the exact mean of their products.
+    All runs must be finished and have started from the same weights. Writes a model for
+    `from_pretrained`, and merge.json; prints the evaluation loss of each run and of the merge.
     """
     from accum_trainer.runs.merge import merge
 
@@ -77,12 +75,12 @@ def command(
         click.echo(f"note: {note}", err=True)
     for row in _rows(merged):
         click.echo(row)
-    click.echo(f"{merged.folder}: {_MADE[merged.method].format(len(merged.inputs))}")
+    click.echo(f"{merged.folder}: {_RESULTS[merged.method].format(len(merged.inputs))}")
 
 
 def _rows(merged: Merged) -> list[str]:
-    """The table: part, samples, weight, evaluation loss; then the merge."""
-    cells = [("part", "samples", "weight", "evaluation loss")]
+    """A line for each run, with samples, weight and evaluation loss; then the merge."""
+    cells = [("run", "samples", "weight", "evaluation loss")]
     for run, loss in zip(merged.inputs, merged.input_losses, strict=True):
         cells.append(
             (

@@ -26,7 +26,7 @@ _BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 
 
 def quiet_libraries() -> None:
-    """Drop the notices above; draw no progress bars into a file, or from a second process."""
+    """Drop the notices above, and progress bars in a file or from a second process."""
     for name, beginning in _LOGGED.items():
         logging.getLogger(name).addFilter(_Without(beginning))
     for message in _DEPRECATED:

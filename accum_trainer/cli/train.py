@@ -37,9 +37,9 @@ def command(composed: Composed) -> None:
     accum_trainer.train`.
     """
     if composed.config.parallel_independent:
-        from accum_trainer.cli.independent import train_side_by_side
+        from accum_trainer.cli.independent import train_independent_runs
 
-        sys.exit(train_side_by_side(composed))
+        sys.exit(train_independent_runs(composed))
     from accum_trainer.train.loop import Run
 
     run = Run(composed.config)
