@@ -22,8 +22,20 @@ INSTALL = "pip install 'accum-trainer[deepspeed]'"
 CONFIG_FILE_VARIABLE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 
 
+_STAGES = {name: stage for stage in range(4) for name in (stage, f"{stage}", f"zero{stage}")}
+
+
+def _stage_number(zero_stage: int | str) -> int:
+    """The stage that is written 2, "2" or "zero2"."""
+    if isinstance(zero_stage, bool) or zero_stage not in _STAGES:
+        raise ConfigError(
+            f"zero_stage={zero_stage!r} is not known; give 0, 1, 2 or 3, or zero0 to zero3"
+        )
+    return _STAGES[zero_stage]
+
+
 def make_plugin(
-    zero_stage: int | None,
+    zero_stage: int | str | None,
     cpu_offload: bool,
     mixed_precision: str | None,
     plugin: DeepSpeedPlugin | None,
@@ -32,10 +44,12 @@ def make_plugin(
     "auto" for values that are known later.
 
     Raises:
-        ConfigError: the launcher or its file says another stage, or another precision than
-            `mixed_precision`.
+        ConfigError: an unknown stage; the launcher or its file says another stage, or another
+            precision than `mixed_precision`.
         EngineError: DeepSpeed is not installed.
     """
+    if zero_stage is not None:
+        zero_stage = _stage_number(zero_stage)
     _check_installed()
     path = os.environ.get(CONFIG_FILE_VARIABLE, "none")
     if plugin is not None:

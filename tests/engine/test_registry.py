@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import accum_trainer
 from accum_trainer import Accumulator
-from accum_trainer.engine import build
+from accum_trainer.engine import build, zero_config
 from accum_trainer.engine.base import Engine
 from accum_trainer.engine.ddp import DDPEngine
 from accum_trainer.engine.fsdp import FSDPEngine
@@ -70,6 +71,20 @@ def test_an_argument_that_nothing_takes_is_refused_with_the_nearest_name(name, n
 def test_a_value_that_accelerate_refuses_names_the_callers_arguments_only():
     with pytest.raises(EngineError, match="accelerate refuses mixed_precision: Unknown mixed_pr"):
         Accumulator(micro_batch_size=1, mixed_precision="bf15")
+
+
+@pytest.mark.parametrize("written", [2, "2", "zero2"])
+def test_a_zero_stage_may_be_written_as_on_the_command_line(written, monkeypatch):
+    monkeypatch.setattr(zero_config, "_check_installed", lambda: None)
+    plugin = SimpleNamespace(deepspeed_config={})
+    zero_config.make_plugin(written, False, None, plugin)
+    assert plugin.deepspeed_config["zero_optimization"] == {"stage": 2}
+
+
+@pytest.mark.parametrize("written", [4, "zero", "two", True])
+def test_a_zero_stage_that_does_not_exist_is_refused(written):
+    with pytest.raises(ConfigError, match=f"zero_stage={written!r} is not known; give 0, 1, 2"):
+        zero_config.make_plugin(written, False, None, None)
 
 
 def test_two_engines_are_refused(registered):
