@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from accum_trainer.batch_plan import BatchPlan
-from accum_trainer.engine.base import Settings
 from accum_trainer.engine.build import build_engine, check_arguments
+from accum_trainer.engine.settings import Settings
 from accum_trainer.errors import AccumTrainerError, ConfigError, EngineError
 from accum_trainer.guards import LoopGuard, discard_unowned_grads
 from accum_trainer.losses.contract import LossContract, Passed

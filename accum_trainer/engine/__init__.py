@@ -11,7 +11,8 @@
     memory          in use, free, run out
     grad_sync       when gradients are exchanged
     step, usage     arithmetic of an optimizer step; parameters that a backward uses
-    request, lost_processes     an engine as it is asked for; processes that were not started
+    settings, request           choices for every engine; an engine as it is asked for
+    lost_processes              processes that were asked for and not started
 
 A new engine is one file with a subclass of `Engine`, and one entry in `build.ENGINES`;
 `pytest tests/engine` runs the contract on it.

@@ -23,9 +23,10 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 
 from accum_trainer.batch_plan import BatchPlan
-from accum_trainer.engine.base import LOWER, Engine, Settings
+from accum_trainer.engine.base import LOWER, Engine
 from accum_trainer.engine.grad_sync import EVERY, ONCE, choose_by_memory
 from accum_trainer.engine.request import Request
+from accum_trainer.engine.settings import Settings
 from accum_trainer.engine.step import refuse_data_parallel, set_gradient_dtype, square_sums
 from accum_trainer.engine.usage import Usage, refuse, refuse_difference
 from accum_trainer.engine.zero_build import await_extension

@@ -15,7 +15,7 @@ from typing import Any
 from accelerate.utils import DeepSpeedPlugin
 
 from accum_trainer.batch_plan import BatchPlan
-from accum_trainer.engine.base import Settings
+from accum_trainer.engine.settings import Settings
 from accum_trainer.errors import ConfigError, EngineError
 
 INSTALL = "pip install 'accum-trainer[deepspeed]'"
