@@ -236,7 +236,14 @@ def test_rows_without_a_target_are_refused(fresh_accelerate):
 
 # --- loops of others ---
 
-RIGHT = ["update", "update_clipped", "update_by_hand"]
+RIGHT = [
+    "update",
+    "update_clipped",
+    "update_by_hand",
+    "update_clipped_by_a_hook",
+    "update_in_a_closure",
+    "update_with_its_own_rate",
+]
 # loop -> (check that fails, what it says)
 # The faults of docs/verify.md, for one process and for two.
 FAULTS_OF_ANY = {
@@ -266,6 +273,44 @@ FAULTS_OF_ANY = {
     "zero_grad_per_micro_step": ("ragged window", "zero_grad per micro-step"),
     "no_zero_grad": ("tail window", "zero_grad is missing"),
     "accumulated_in_bf16": ("ragged window", "accumulated in bf16"),
+    "scheduler_before_optimizer": (
+        "update = lr x gradient",
+        "0.9 times as far: scheduler.step() runs before optimizer.step()",
+    ),
+    "rate_per_micro_batch": (
+        "update = lr x gradient",
+        "0.729 times as far: the learning rate at the step is 0.0729, the schedule's after 3 "
+        "updates, and the schedule has 0.1 there",
+    ),
+    "rate_times_micro_batches": (
+        "update = lr x gradient",
+        "3 times as far: the learning rate at the step is 0.3, and the schedule has 0.1 there",
+    ),
+    "decays_weights_by_hand": (
+        "update = lr x gradient",
+        "the weights are also multiplied by 0.5",
+    ),
+    "update_thrown_away": (
+        "update = lr x gradient",
+        "0 times as far: the update is thrown away",
+    ),
+    "second_optimizer": (
+        "update = lr x gradient",
+        "2 times as far: the gradient is applied 2 times",
+    ),
+    "moves_one_weight": (
+        "update = lr x gradient",
+        "most of the difference is in lm_head.weight",
+    ),
+    "hook_changes_gradient": (
+        "ragged window",
+        "right when optimizer.step() begins and wrong when it ends",
+    ),
+    "cuts_long_rows": ("a long row", "only this window has a row of 120 tokens"),
+    "wrong_after_first_calls": (
+        "ragged window again",
+        "the same window was right in an earlier call",
+    ),
     "wrong_in_its_own_way": ("ragged window", "none of the known faults"),
     "does_nothing": ("ragged window", "the optimizer stepped 0 times"),
     "model_that_nobody_can_split": ("separable loss", "1 BatchNorm modules (norm)"),
@@ -280,6 +325,14 @@ FAULTS_OF_TWO = FAULTS_OF_ANY | {
     "left_out_of_the_exchange": ("equal weights", "hold different weights of model.norm.weight"),
     "never_exchanged": ("equal weights", "left out of the exchange"),
     "training_that_parts_the_ranks": ("equal weights", "hold different weights of lm_head.weight"),
+}
+
+
+# Loops that fail one check, at any number of processes.
+ONLY = {
+    loop: check
+    for loop, (check, _) in FAULTS_OF_ANY.items()
+    if check in ("update = lr x gradient", "a long row")
 }
 
 
@@ -301,7 +354,7 @@ def test_right_loop_passes(loop, processes, reports):
     report = reports[processes][loop]
     assert report["passed"], failed(report)
     windows = [check for check in report["checks"] if check["error"] is not None]
-    assert len(windows) == 3 + processes, "separability and every window were measured"
+    assert len(windows) == 6 + processes, "separability, every window and the update were measured"
     assert all(check["error"] <= check["tolerance"] for check in windows)
 
 
@@ -332,11 +385,28 @@ def test_one_fault_is_not_taken_for_another(reports):
     """A loop whose only fault is in the tail, or in the scheduler, passes every other check."""
     assert failed(reports[1]["tail_divided_by_k"]) == ["tail window"]
     assert failed(reports[1]["scheduler_per_micro_step"]) == ["scheduler per update"]
+    for processes, (loop, check) in itertools.product((1, 2), ONLY.items()):
+        assert failed(reports[processes][loop]) == [check], (processes, loop)
     assert failed(reports[2]["left_out_of_the_exchange"]) == ["equal weights"]
     assert failed(reports[2]["training_that_parts_the_ranks"]) == ["equal weights"]
     tail = checks_of(reports[1]["mean_of_means"])["tail window"]["meaning"]
     assert "mean of means" in tail
     assert "AND the tail is divided by K" in tail
+
+
+def test_update_is_shown_beside_the_right_one(reports):
+    check = checks_of(reports[1]["decays_weights_by_hand"])["update = lr x gradient"]
+    assert check["details"][:3] == [
+        "right: weights = start - lr(u) * g, g the gradient at the optimizer's step",
+        "  ragged window: weights = 0.5 * start - 0.05 * g, right start - 0.1 * g",
+        "  tail window: weights = 0.5 * start - 0.045 * g, right start - 0.09 * g",
+    ]
+
+
+def test_rate_that_the_loop_sets_is_said_and_not_judged(reports):
+    check = checks_of(reports[1]["update_with_its_own_rate"])["update = lr x gradient"]
+    assert check["result"] == "PASS"
+    assert "the rates are not judged: 0, 0.02, 0.04, 0.06, 0.08" in check["meaning"]
 
 
 def test_command_names_the_fault_of_a_loop():
@@ -358,8 +428,10 @@ def test_loop_in_low_precision(fresh_accelerate):
     arguments = (engine, lambda: make_model("llama"), make_rows(40), BatchPlan(2, 3))
     report = verify_loop(correct.update, *arguments).to_dict()
     assert report["passed"], failed(report)
-    for name in ("ragged window", "tail window", "a micro-batch without a target"):
+    for name in ("ragged window", "tail window", "a long row", "ragged window again"):
         assert len(checks_of(report)[name]["details"]) == 4, "each window of its kind is shown"
+    report = verify_loop(faults.update_thrown_away, *arguments).to_dict()
+    assert failed(report) == ["update = lr x gradient"]
     report = verify_loop(faults.counts_first_labels, *arguments).to_dict()
     assert "first labels are counted" in checks_of(report)["ragged window"]["meaning"]
 
@@ -372,7 +444,7 @@ def test_model_that_nobody_can_split_is_all_that_is_judged(processes, reports):
 def test_i50_loop_that_counts_first_labels_fails_in_every_window(reports):
     """N in place of N + F, F rows with a first label, makes the gradient N / (N + F) of the right
     one."""
-    for processes, count in ((1, 3), (2, 4)):
+    for processes, count in ((1, 5), (2, 6)):
         report = reports[processes]["counts_first_labels"]
         assert len(failed(report)) == count, failed(report)
         for name in failed(report):

@@ -17,7 +17,8 @@ import torch
 from accum_trainer.errors import EngineError
 
 IGNORE = -100
-_REFERENCE_ROWS = 4  # rows in one chunk of the reference; any cut of it is exact
+# Rows and tokens, with padding, in one chunk of the reference; any cut of it is exact.
+_REFERENCE_ROWS, _REFERENCE_TOKENS = 4, 1024
 _DROPOUTS = (
     torch.nn.Dropout,
     torch.nn.Dropout1d,
@@ -88,15 +89,18 @@ class BigBatch:
             )
         self.model.load_state_dict(weights, strict=False)
 
-    def truth(self, rows: Sequence[Row], chunk: int = _REFERENCE_ROWS) -> Truth:
-        """Loss and gradient of `rows`, computed `chunk` rows at a time; any cut of a sum is
-        exact."""
+    def truth(self, rows: Sequence[Row], chunk: int | None = None) -> Truth:
+        """Loss and gradient of `rows`, computed `chunk` rows at a time, by default few enough to
+        take little memory; any cut of a sum is exact."""
         self.model.zero_grad()
         losses = torch.zeros(len(rows), dtype=torch.float64)
         longest_first = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
         with dropout_off(self.model):
-            for begin in range(0, len(rows), chunk):
-                chosen = longest_first[begin : begin + chunk]
+            begin = 0
+            while begin < len(rows):
+                size = chunk or _chunk_size(len(rows[longest_first[begin]]["input_ids"]))
+                chosen = longest_first[begin : begin + size]
+                begin += size
                 summed = self._row_losses([rows[i] for i in chosen])
                 (summed.sum() * self._scale).backward()
                 losses[chosen] = summed.detach().double().cpu()
@@ -137,6 +141,10 @@ class BigBatch:
         labels = batch["labels"][:, 1:]
         picked = log_p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
         return -(picked * (labels != IGNORE)).sum(dim=1)
+
+
+def _chunk_size(longest: int) -> int:
+    return max(1, min(_REFERENCE_ROWS, _REFERENCE_TOKENS // max(1, longest)))
 
 
 def pad(rows: Sequence[Row], pad_token_id: int = 0) -> dict[str, torch.Tensor]:

@@ -4,8 +4,9 @@
         # one optimizer update from this process's batches
 
 The loop runs on windows that tell faults apart (`loop_windows`). `loop_runner` observes the
-gradient of each update. `loop_judge` compares it with one big batch in float64 and, if it differs,
-with the gradients that known faults (`loop_faults`) give on the same micro-batches.
+gradient of each update and how it moved the weights. `loop_judge` compares the gradient with one
+big batch in float64 and, if it differs, with the gradients that known faults (`loop_faults`) give
+on the same micro-batches. `loop_update` compares the weights with start - lr * gradient.
 """
 
 from __future__ import annotations
@@ -29,15 +30,11 @@ from accum_trainer.verify.big_batch import Row, dropout_off, num_targets
 from accum_trainer.verify.loop_file import Loop
 from accum_trainer.verify.loop_judge import LoopJudge
 from accum_trainer.verify.loop_runner import LoopRunner
-from accum_trainer.verify.loop_windows import windows_for
+from accum_trainer.verify.loop_windows import SHORT, repeated, windows_for
 from accum_trainer.verify.plain_accelerate import plain_engine
 from accum_trainer.verify.report import FAIL, INFO, Check, Report
 from accum_trainer.verify.shared_checks import dropout_check
 from accum_trainer.verify.tolerance import LOW_PRECISION_WINDOWS
-
-# Longer rows of the user's data are left out if enough shorter ones exist: the check is about
-# weights, not length.
-_SHORT = 96
 
 
 def verify_loop_of(config: TrainConfig, loop: Loop, world_size: int) -> Report:
@@ -112,11 +109,10 @@ def verify_loop(
     runner = LoopRunner(loop, engine, make_model())
     variants = 1 if engine.mixed_precision == "no" else LOW_PRECISION_WINDOWS
     with dropout_off(runner.model) as dropouts:
-        observed = [
-            runner.run(window)
-            for variant in range(variants)
-            for window in windows_for(rows, plan, variant)
+        windows = [
+            window for variant in range(variants) for window in windows_for(rows, plan, variant)
         ]
+        observed = [runner.run(window) for window in [*windows, *repeated(windows)]]
     checks = engine.gather_objects(judge.checks(observed) if judge is not None else None)[0]
     return Report(subject, [*first, *checks, dropout_check(dropouts)])
 
@@ -151,12 +147,16 @@ def _check_options(config: TrainConfig, world_size: int) -> tuple[BatchPlan, str
 
 
 def _choose(rows: TokenizedRows, needed: int, seed: int) -> list[Row]:
-    """Up to `needed` rows with targets, short ones if there are enough."""
+    """Up to `needed` rows with targets, short ones if there are enough, and after them the longest
+    rows: one for each variant of the windows."""
     has_targets = rows.num_targets > 0
-    short = np.flatnonzero(has_targets & (rows.lengths <= _SHORT))
+    short = np.flatnonzero(has_targets & (rows.lengths <= SHORT))
     positions = short if len(short) >= needed else np.flatnonzero(has_targets)
-    chosen = np.random.RandomState(seed).permutation(positions)[:needed]
-    return [rows[int(i)] for i in chosen]
+    chosen = np.random.RandomState(seed).permutation(positions)[:needed].tolist()
+    with_targets = np.flatnonzero(has_targets)
+    longest = with_targets[np.argsort(rows.lengths[with_targets], kind="stable")]
+    chosen += [i for i in longest[-LOW_PRECISION_WINDOWS:].tolist() if i not in chosen]
+    return [rows[i] for i in chosen]
 
 
 def _describe(

@@ -242,4 +242,4 @@ def flat(gradient: Gradient, sizes: dict[str, int]) -> Vector:
         gradient[n].flatten() if n in gradient else zero.new_zeros(size)
         for n, size in sizes.items()
     ]
-    return torch.cat(pieces)
+    return torch.cat(pieces).double()

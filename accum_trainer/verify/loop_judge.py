@@ -4,6 +4,7 @@ A gradient that differs from the right one is compared with those of all known f
 within a limit is the fault; if several are equally near, other windows decide. The weights that the
 loop gave its micro-batches are found by least squares. Runs on rank 0; knows observations, not the
 loop.
+`loop_update` judges how the weights of the model moved.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ from accum_trainer.batch_plan import BatchPlan
 from accum_trainer.engine.base import Engine
 from accum_trainer.verify.big_batch import BigBatch, Row, clip_factor
 from accum_trainer.verify.loop_faults import RIGHT, TAIL, Fault, MicroBatchGradients, Vector, flat
-from accum_trainer.verify.loop_runner import Observation
-from accum_trainer.verify.report import FAIL, INFO, PASS, Check, measured
+from accum_trainer.verify.loop_runner import Observation, scheduled_rate
+from accum_trainer.verify.loop_update import update_check
+from accum_trainer.verify.loop_windows import FIRST, LONG_ROW
+from accum_trainer.verify.report import FAIL, INFO, PASS, Check
 from accum_trainer.verify.shared_checks import separability_check
 from accum_trainer.verify.tolerance import (
+    LONG_ROW_MARGIN,
+    PRECISION_MARGIN,
     error_and_tolerance,
     low_precision_peer,
     peer_errors,
@@ -40,6 +45,7 @@ class _Verdict:
     Attributes:
         meaning: the finding, without a named fault.
         faults: if it is wrong, the faults, or combinations of them, that explain the gradient.
+        hint: a sentence for a loop that is wrong here and right in the first window.
     """
 
     name: str
@@ -48,20 +54,27 @@ class _Verdict:
     tolerance: float | None = None
     faults: Sequence[tuple[Fault, ...]] = ()
     details: tuple[str, ...] = ()
+    hint: str = ""
 
-    def check(self, certain: set[Fault]) -> Check:
+    @property
+    def is_right(self) -> bool:
+        error, tolerance = self.error, self.tolerance
+        return error is not None and tolerance is not None and error <= tolerance
+
+    def check(self, certain: set[Fault], first_is_right: bool) -> Check:
         """The row of the report; `certain` are the faults that another window has proven."""
-        if self.error is not None and self.tolerance is not None and self.error <= self.tolerance:
-            return measured(
-                self.name, self.error, self.tolerance, self.meaning, details=self.details
-            )
+        hint = f"; {self.hint}" if self.hint and first_is_right else ""
+        if self.is_right:
+            return Check(self.name, PASS, self.meaning, self.error, self.tolerance, self.details)
         if not self.faults:
-            return Check(self.name, FAIL, self.meaning, self.error, self.tolerance, self.details)
+            meaning = self.meaning + hint
+            return Check(self.name, FAIL, meaning, self.error, self.tolerance, self.details)
         known = max(len(certain & set(faults)) for faults in self.faults)
         named = [faults for faults in self.faults if len(certain & set(faults)) == known]
         # A fault that whole windows would have shown too, and did not, is not the tail's.
         named = [faults for faults in named if TAIL in faults and not known] or named
         meaning = "; or ".join(" AND ".join(fault.sentence for fault in faults) for faults in named)
+        meaning += hint
         formulas = tuple(f"loop:  {fault.formula}" for faults in named for fault in faults)
         return Check(
             self.name, FAIL, meaning, self.error, self.tolerance, (RIGHT, *formulas, *self.details)
@@ -118,8 +131,11 @@ class LoopJudge:
         ]
         # If several faults explain one window, another window may have proven one of them.
         certain = {fault for v in verdicts if len(v.faults) == 1 for fault in v.faults[0]}
+        first_is_right = any(v.is_right for v in verdicts if v.name == FIRST)
+        updates = [one.update for one in observed if one.update is not None]
         return [
-            *(verdict.check(certain) for verdict in verdicts),
+            *(verdict.check(certain, first_is_right) for verdict in verdicts),
+            update_check(updates, scheduled_rate),
             _equality_check(observed),
             _steps_check(observed),
             _scheduler_check(observed),
@@ -127,23 +143,31 @@ class LoopJudge:
 
     def _verdict(self, name: str, observed: Sequence[Observation]) -> _Verdict:
         """Compare all windows of this name with the big batch; explain the worst if it is wrong."""
-        compared = []
+        hint, compared = observed[0].window.hint, []
         for one in observed:
             if one.gradient is None or one.optimizer_steps > 1:
                 meaning = (
                     "the function must make one update, and the optimizer stepped "
                     f"{one.optimizer_steps} times"
                 )
-                return _Verdict(name, meaning)
+                return _Verdict(name, meaning, hint=hint)
             compared.append(self._compare(one, flat(one.gradient, self._sizes)))
             if not math.isfinite(compared[-1].error):
-                return _not_finite(name, compared[-1].micro_batches)
+                return _not_finite(name, compared[-1].micro_batches, hint)
         errors, of_peer = [one.error for one in compared], [one.peer_error for one in compared]
-        error, tolerance = error_and_tolerance(errors, of_peer)
+        margin = LONG_ROW_MARGIN if name == LONG_ROW else PRECISION_MARGIN
+        error, tolerance = error_and_tolerance(errors, of_peer, margin)
         lines = window_lines(errors, of_peer, self._precision)
         if error <= tolerance:
             return _Verdict(name, self._describe_right(compared[0]), error, tolerance, (), lines)
         worst = max(range(len(observed)), key=lambda i: errors[i] / (of_peer[i] or 1.0))
+        details = (*_weights_found(compared[worst]), *lines)
+        if self._was_right(observed[worst], compared[worst], tolerance):
+            meaning = (
+                "the gradient is right when optimizer.step() begins and wrong when it ends: a step "
+                f"hook or closure changes it; {self._describe_unknown(compared[worst])}"
+            )
+            return _Verdict(name, meaning, error, tolerance, (), details, hint)
         leftover = flat(observed[worst].leftover, self._sizes)
         return _Verdict(
             name,
@@ -151,8 +175,15 @@ class LoopJudge:
             error,
             tolerance,
             self._faults_of(compared[worst], leftover),
-            (*_weights_found(compared[worst]), *lines),
+            details,
+            hint,
         )
+
+    def _was_right(self, one: Observation, compared: _Comparison, tolerance: float) -> bool:
+        """Whether the gradient was right before a hook of the step changed it."""
+        if one.handed is None:
+            return False
+        return self._distance(flat(one.handed, self._sizes), compared.right) <= tolerance
 
     def _compare(self, observation: Observation, gradient: Vector) -> _Comparison:
         micro_batches = MicroBatchGradients(
@@ -162,8 +193,11 @@ class LoopJudge:
             self._plan.gradient_accumulation_steps,
         )
         right = micro_batches.combine(micro_batches.right)
-        rows = observation.window.rows
-        peer_error, _ = peer_errors(self._peer, observation.start, rows, self._exact.truth(rows))
+        peer_error = None
+        if self._peer is not None:
+            rows = observation.window.rows
+            truth = self._exact.truth(rows)
+            peer_error, _ = peer_errors(self._peer, observation.start, rows, truth)
         error = self._distance(gradient, right) if torch.isfinite(gradient).all() else math.nan
         return _Comparison(gradient, right, micro_batches, error, peer_error)
 
@@ -216,7 +250,7 @@ class LoopJudge:
         )
 
 
-def _not_finite(name: str, micro_batches: MicroBatchGradients) -> _Verdict:
+def _not_finite(name: str, micro_batches: MicroBatchGradients, hint: str) -> _Verdict:
     has_empty = any(0 in rank for rank in micro_batches.targets)
     why = (
         "a mean over no target is 0/0; use the sum of the losses"
@@ -224,7 +258,7 @@ def _not_finite(name: str, micro_batches: MicroBatchGradients) -> _Verdict:
         else "the loop divides by 0 or overflows"
     )
     meaning = f"the gradient is not finite: {why}"
-    return _Verdict(name, meaning, math.inf, details=(RIGHT,))
+    return _Verdict(name, meaning, math.inf, details=(RIGHT,), hint=hint)
 
 
 def _weights_found(one: _Comparison) -> tuple[str, ...]:

@@ -1,13 +1,16 @@
 """Run a user's loop on prepared objects and observe its updates.
 
-An observation is facts only: the gradient that the optimizer stepped with, the number of steps, the
-weights that differ between ranks. Whether they are right is decided in `loop_judge`.
+An observation is facts only: the gradient that the optimizer stepped with, how the weights moved,
+the number of steps, the weights that differ between ranks. Whether they are right is decided in
+`loop_judge`.
 """
 
 from __future__ import annotations
 
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -15,11 +18,17 @@ from accum_trainer.engine.base import Engine
 from accum_trainer.errors import LoopError
 from accum_trainer.verify.big_batch import Gradient, pad
 from accum_trainer.verify.loop_file import Loop
+from accum_trainer.verify.loop_update import Update, measure_movement
 from accum_trainer.verify.loop_windows import LoopWindow
 from accum_trainer.verify.plain_accelerate import MicroBatches, start_update
 from accum_trainer.verify.shared_checks import unequal_names
 
-_LR = 0.1
+_LR, _LR_DECAY = 0.1, 0.9
+
+
+def scheduled_rate(updates: int) -> float:
+    """The learning rate of the update that follows `updates` others."""
+    return _LR * _LR_DECAY**updates
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,10 @@ class Observation:
     Attributes:
         start: weights before the call.
         gradient: the gradient of the last optimizer step, the mean over ranks if they differ; None
-            without a step.
+            without a step. Read when the step ends, so after its hooks and its closure.
+        handed: the gradient when that step began, if a hook or closure changed it.
+        update: how this rank's weights moved; None unless the optimizer stepped once, with a
+            gradient that is finite and not 0.
         unequal: parameters that differ between ranks afterwards.
         leftover: gradient that the call before left behind.
     """
@@ -37,6 +49,8 @@ class Observation:
     window: LoopWindow
     start: Gradient
     gradient: Gradient | None
+    handed: Gradient | None
+    update: Update | None
     unequal: list[str]
     optimizer_steps: int
     scheduler_steps: int
@@ -49,7 +63,9 @@ class LoopRunner:
     def __init__(self, loop: Loop, engine: Engine, model: torch.nn.Module) -> None:
         self._loop, self._engine = loop, engine
         self._sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=_LR)
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._sgd, lambda update: 0.9**update)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self._sgd, lambda update: _LR_DECAY**update
+        )
         prepared = engine.accelerator.prepare(model, self._sgd, self._schedule)
         self.model, self._optimizer, self._scheduler = prepared
         self._start = {name: w.clone() for name, w in engine.full_weights(self.model).items()}
@@ -63,9 +79,8 @@ class LoopRunner:
         engine = self._engine
         engine.load_full_weights(self.model, self._start)
         leftover = self._gradients()
-        stepped: list[Gradient] = []
-        handle = self._sgd.register_step_pre_hook(lambda *_: stepped.append(self._gradients()))
         before = self._schedule.last_epoch
+        steps = _StepWatch(self._sgd, self._schedule, self._gradients)
         start_update(engine)
         batches = [engine.to_device(pad(rows)) for rows in window.ranks[engine.rank]]
         try:
@@ -79,20 +94,49 @@ class LoopRunner:
         except Exception as error:  # the user's code may raise anything
             raise LoopError(_describe(error, self._loop, window.name)) from error
         finally:
-            handle.remove()
+            steps.stop()
+        weights = engine.full_weights(self.model)
         return Observation(
             window=window,
             start=self._start,
-            gradient=self._mean_over_ranks(stepped[-1]) if stepped else None,
-            unequal=unequal_names(engine, engine.full_weights(self.model)),
-            optimizer_steps=len(stepped),
+            gradient=self._mean_over_ranks(steps.gradient) if steps.count else None,
+            handed=self._handed(steps),
+            update=self._update(window, steps, before, weights),
+            unequal=unequal_names(engine, weights),
+            optimizer_steps=steps.count,
             scheduler_steps=self._schedule.last_epoch - before,
             leftover=leftover,
         )
 
+    def _handed(self, steps: _StepWatch) -> Gradient | None:
+        changed = any(self._engine.gather_objects(not _equal(steps.handed, steps.gradient)))
+        return self._mean_over_ranks(steps.handed) if changed else None
+
+    def _update(
+        self, window: LoopWindow, steps: _StepWatch, before: int, weights: Gradient
+    ) -> Update | None:
+        if steps.count != 1:
+            return None
+        # Parameters only: a forward may change buffers.
+        names = [name for name, _ in self._engine.unwrap(self.model).named_parameters()]
+        after = {name: weights[name] for name in names}
+        movement = measure_movement(self._start, after, steps.gradient)
+        if movement is None:
+            return None
+        return Update(
+            window=window.name,
+            movement=movement,
+            updates_before=before,
+            early_steps=steps.scheduled - before,
+            scheduler_steps=self._schedule.last_epoch - before,
+            rate_in_force=steps.rate,
+        )
+
     def _gradients(self) -> Gradient:
         named = self._engine.unwrap(self.model).named_parameters()
-        return {name: p.grad.detach().double().cpu() for name, p in named if p.grad is not None}
+        return {
+            name: p.grad.detach().to("cpu", copy=True) for name, p in named if p.grad is not None
+        }
 
     def _mean_over_ranks(self, gradient: Gradient) -> Gradient:
         """The ranks' mean. They are equal unless the exchange left out a parameter, and then the
@@ -104,8 +148,50 @@ class LoopRunner:
         for name in {name for rank in ranks for name in rank}:
             like = next(rank[name] for rank in ranks if name in rank)
             each = [rank.get(name, torch.zeros_like(like)) for rank in ranks]
-            mean[name] = torch.stack(each).mean(0)
+            mean[name] = torch.stack(each).double().mean(0)
         return mean
+
+
+class _StepWatch:
+    """Watches an optimizer until `stop`.
+
+    Attributes:
+        count: its steps.
+        handed, gradient: the gradient when the last step began and when it ended.
+        rate: the learning rate of the last step.
+        scheduled: the scheduler's count at the last step.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        gradients: Callable[[], Gradient],
+    ) -> None:
+        self._schedule, self._gradients = schedule, gradients
+        self.count, self.rate, self.scheduled = 0, 0.0, 0
+        self.handed: Gradient = {}
+        self.gradient: Gradient = {}
+        self._handles = [
+            optimizer.register_step_pre_hook(self._begins),
+            optimizer.register_step_post_hook(self._ends),
+        ]
+
+    def stop(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _begins(self, *_: Any) -> None:
+        self.handed = self._gradients()
+
+    def _ends(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self.count += 1
+        self.gradient = self._gradients()
+        self.rate, self.scheduled = optimizer.param_groups[0]["lr"], self._schedule.last_epoch
+
+
+def _equal(one: Gradient, other: Gradient) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(g, other[n]) for n, g in one.items())
 
 
 def _describe(error: Exception, loop: Loop, window: str) -> str:

@@ -23,6 +23,10 @@ FLOAT32_TOLERANCE = 2e-6
 # 0.95 to 1.02 on one process, DDP and FSDP2 (26 trainings), 1.00 to 1.09 on ZeRO 1 to 3 (12), which
 # rounds once more when it sums the ranks' gradients.
 PRECISION_MARGIN, ZERO_PRECISION_MARGIN = 1.1, 1.25
+# The same for windows in which one row is far longer than the others. Right loops in bf16 were
+# measured at 1.005 to 1.131 over 4 windows (one process and DDP, 6 seeds each), 3 of 12 above 1.1;
+# why is not known. 1.5 was set after the first 6. A loop that cuts rows was 80 percent off.
+LONG_ROW_MARGIN = 1.5
 # Windows of each kind that are run in 16 bits, at least: single ones were measured at up to 1.07
 # (ZeRO: 1.14).
 LOW_PRECISION_WINDOWS = 4

@@ -1,5 +1,9 @@
 """Training steps that are right: `verify --loop` must pass them."""
 
+import contextlib
+import itertools
+from types import SimpleNamespace
+
 import torch
 import torch.nn.functional as F
 
@@ -47,6 +51,42 @@ def update_clipped(accelerator, model, optimizer, scheduler, batches):
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
+
+
+def update_clipped_by_a_hook(accelerator, model, optimizer, scheduler, batches):
+    """The clip is a hook of optimizer.step(): what the optimizer steps with is right."""
+
+    def clip(inner, *_):
+        torch.nn.utils.clip_grad_norm_(inner.param_groups[0]["params"], 0.3)
+
+    handle = optimizer.optimizer.register_step_pre_hook(clip)
+    update_by_hand(accelerator, model, optimizer, scheduler, batches)
+    handle.remove()
+
+
+def update_in_a_closure(accelerator, model, optimizer, scheduler, batches):
+    """optimizer.step(closure): the backward runs inside the step."""
+    total = all_targets(accelerator, batches)
+
+    def closure():
+        for index, batch in enumerate(list(batches)):
+            is_last = index == len(batches) - 1
+            with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
+                (summed_loss(model, batch) * accelerator.num_processes / total).backward()
+
+    optimizer.step(closure)
+    scheduler.step()
+    optimizer.zero_grad()
+
+
+RATES = itertools.count()
+
+
+def update_with_its_own_rate(accelerator, model, optimizer, scheduler, batches):
+    """A warm-up that the loop sets itself, from 0; the scheduler is not used."""
+    for group in optimizer.param_groups:
+        group["lr"] = 0.02 * next(RATES)
+    update_by_hand(accelerator, model, optimizer, SimpleNamespace(step=lambda: None), batches)
 
 
 def update_by_hand(accelerator, model, optimizer, scheduler, batches):

@@ -231,6 +231,92 @@ def never_exchanged(accelerator, model, optimizer, scheduler, batches):
     optimizer.zero_grad()
 
 
+def scheduler_before_optimizer(accelerator, model, optimizer, scheduler, batches):
+    """Every update has the learning rate of the next."""
+    total = all_targets(accelerator, batches)
+    factor = accelerator.num_processes * accelerator.gradient_accumulation_steps / total
+    for batch in batches:
+        with accelerator.accumulate(model):
+            accelerator.backward(summed_loss(model, batch) * factor)
+            scheduler.step()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def rate_per_micro_batch(accelerator, model, optimizer, scheduler, batches):
+    """A decay of the learning rate by hand, once per micro-batch."""
+
+    def decay(is_last):
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.9
+
+    by_hand(accelerator, model, optimizer, scheduler, batches, after_each=decay)
+
+
+def rate_times_micro_batches(accelerator, model, optimizer, scheduler, batches):
+    """The learning rate scaled by K in every update, before the scheduler sets it anew."""
+
+    def scale():
+        for group in optimizer.param_groups:
+            group["lr"] *= accelerator.gradient_accumulation_steps
+
+    by_hand(accelerator, model, optimizer, scheduler, batches, before_step=scale)
+
+
+def decays_weights_by_hand(accelerator, model, optimizer, scheduler, batches):
+    by_hand(accelerator, model, optimizer, scheduler, batches)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.5)
+
+
+def update_thrown_away(accelerator, model, optimizer, scheduler, batches):
+    kept = [p.detach().clone() for p in model.parameters()]
+    by_hand(accelerator, model, optimizer, scheduler, batches)
+    with torch.no_grad():
+        for p, before in zip(model.parameters(), kept, strict=True):
+            p.copy_(before)
+
+
+def second_optimizer(accelerator, model, optimizer, scheduler, batches):
+    """Another SGD on the same parameters steps as well."""
+    own = torch.optim.SGD(model.parameters(), lr=0.1)
+    by_hand(accelerator, model, optimizer, scheduler, batches, before_step=own.step)
+
+
+def moves_one_weight(accelerator, model, optimizer, scheduler, batches):
+    """One parameter is shifted besides, alike on all ranks."""
+    by_hand(accelerator, model, optimizer, scheduler, batches)
+    with torch.no_grad():
+        accelerator.unwrap_model(model).lm_head.weight.add_(0.01)
+
+
+def hook_changes_gradient(accelerator, model, optimizer, scheduler, batches):
+    """A hook of optimizer.step() halves what the optimizer was handed."""
+
+    def halve(inner, *_):
+        for p in inner.param_groups[0]["params"]:
+            p.grad.mul_(0.5)
+
+    handle = optimizer.optimizer.register_step_pre_hook(halve)
+    by_hand(accelerator, model, optimizer, scheduler, batches)
+    handle.remove()
+
+
+def cuts_long_rows(accelerator, model, optimizer, scheduler, batches):
+    cut = [{key: value[:, :100] for key, value in batch.items()} for batch in batches]
+    by_hand(accelerator, model, optimizer, scheduler, cut)
+
+
+CALLS = []
+
+
+def wrong_after_first_calls(accelerator, model, optimizer, scheduler, batches):
+    CALLS.append(len(batches))
+    right = len(CALLS) <= 4
+    (by_hand if right else mean_of_means)(accelerator, model, optimizer, scheduler, batches)
+
+
 def wrong_in_its_own_way(accelerator, model, optimizer, scheduler, batches):
     """Something no list of faults has: every weight's gradient is squared."""
 

@@ -18,7 +18,7 @@ from accum_trainer import Accumulator, BatchPlan
 from accum_trainer.verify.loop import verify_loop
 from accum_trainer.verify.plain_accelerate import plain_engine
 from accum_trainer.verify.training import Subject, verify
-from tests.reference import IGNORE, make_model, make_rows, pad
+from tests.reference import IGNORE, VOCABULARY, make_model, make_rows, pad
 from tests.verify_loops import correct, faults
 
 # K differs from the 2 processes of a launch: with K = W some faults look alike.
@@ -35,6 +35,9 @@ def verify_named(name: str, world_size: int = 1) -> dict[str, Any]:
     plan = BatchPlan(2, STEPS, world_size)
     # As data of prompts and answers: the first label of every row is masked.
     rows = [{**row, "labels": [IGNORE, *row["labels"][1:]]} for row in make_rows(40)]
+    # One row far longer than all others; it has a window of its own.
+    ids = [1 + i % (VOCABULARY - 1) for i in range(120)]
+    rows.append({"input_ids": ids, "labels": [IGNORE, *ids[1:]]})
     return verify_loop(
         loop, engine, lambda: make_model("llama"), rows, plan, max_grad_norm
     ).to_dict()
