@@ -236,9 +236,14 @@ def test_i38_a_mean_is_known_for_one_without_being_said():
         (
             mean,
             lambda m, b: (m(**b)["loss"] * 2,),
+            "the model's own loss, divided or multiplied by a number",
+        ),
+        (
+            mean,
+            lambda m, b: (m(**b)["loss"] + 1,),
             "neither causal_lm_loss nor what the model returned",
         ),
-        (mean, lambda m, b: (m(**b)["loss"] * 2, "mean"), "it is not known what it averages over"),
+        (mean, lambda m, b: (m(**b)["loss"] + 1, "mean"), "it is not known what it averages over"),
         (
             mean,
             lambda m, b: (causal_lm_loss(m, b),),
@@ -249,7 +254,7 @@ def test_i38_a_mean_is_known_for_one_without_being_said():
             lambda m, b: (causal_lm_loss(m, b), "mean"),
             "causal_lm_loss is a sum over targets",
         ),
-        (entangled, own, "not known to be a mean over targets: it is neither a mean nor a sum"),
+        (entangled, own, "not known to be a mean over targets, for it is neither a mean nor a sum"),
         (
             entangled,
             lambda m, b: (m(**b)["logits"].sum(), "sum"),

@@ -54,8 +54,9 @@ def read_launch_file(path: Path, cpu: bool) -> LaunchFile:
             f"{path} is not YAML: {getattr(error, 'problem', None) or error}"
         ) from None
     except (OSError, ValueError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
         raise ConfigError(
-            f"accelerate {accelerate_version} cannot read {path}: {str(error).splitlines()[0]}; "
+            f"accelerate {accelerate_version} cannot read {path}: {reason}; "
             "write it again with `accum-trainer config create`"
         ) from None
     kind = str(getattr(config.distributed_type, "value", config.distributed_type))

@@ -21,7 +21,7 @@ def run(*command, cwd, **more):
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
-        env=environment(**more),
+        env=environment(**more, PYTHONPATH=""),  # not the clone
         capture_output=True,
         text=True,
         timeout=300,

@@ -62,7 +62,7 @@ def test_shards_of_a_whole_model(command, shards, tmp_path):
     finished = command("merge", "runs/two", cwd=tmp_path)
     assert finished.status == 0, finished.err
     lines = finished.out.splitlines()
-    assert lines[0].split() == ["part", "samples", "weight", "evaluation", "loss"]
+    assert lines[0].split() == ["run", "samples", "weight", "evaluation", "loss"]
     assert [line.split()[:3] for line in lines[1:4]] == [
         ["part-0", "8", "0.4000"],
         ["part-1", "12", "0.6000"],
@@ -93,7 +93,7 @@ def test_shards_of_adapters(command, shards, tmp_path):
     concat = command("merge", "runs/two", cwd=tmp_path)
     assert concat.status == 0, concat.err
     assert (
-        "runs/two/merged: one adapter that acts as the mean of 2 (their ranks concatenated)"
+        "runs/two/merged: one adapter that equals the mean of 2 (their ranks concatenated)"
         in concat.out
     )
     assert json.loads((folder / "merged" / "adapter_config.json").read_text())["r"] == 8

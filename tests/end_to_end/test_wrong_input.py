@@ -256,7 +256,7 @@ FILES = {
     "one row short": (
         "rows.jsonl",
         json.dumps(GOOD[0]) + "\n" + '{"prompt": "x"}\n',
-        "row 2 has the columns ['prompt']",
+        "row 2: null value in column completion",
     ),
     "not text": (
         "rows.jsonl",

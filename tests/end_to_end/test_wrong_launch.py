@@ -332,7 +332,9 @@ def test_i23b_processes_that_accelerate_does_not_start_are_missed(how, tmp_path)
         (tmp_path / "cpu.yaml").write_text(yaml.safe_dump(MULTI_CPU))
         options = ["--config_file", tmp_path / "cpu.yaml"]
     train = ("-m", "accum_trainer.train", "--dry-run", "--cpu", "--output-dir", tmp_path / "run")
-    run = python("-m", "accelerate.commands.launch", *options, *train, CUDA_VISIBLE_DEVICES="")
+    # Fresh: a launcher is known by its command line.
+    launcher = ("-m", "accelerate.commands.launch", *options)
+    run = python(*launcher, *train, CUDA_VISIBLE_DEVICES="", fresh=True)
     assert run.returncode != 0
     [message] = [line for line in run.stderr.splitlines() if line.startswith("error")]
     assert f"was asked for {'several' if how == 'file' else 2} processes and started one" in message
@@ -352,17 +354,15 @@ def test_one_process_that_was_asked_for_is_not_missed(tmp_path):
         tmp_path / "rows.txt",
     )
     (tmp_path / "rows.txt").write_text("one\ntwo\n")
-    told = python(
-        "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", *train, **shell
-    )
+    launcher = ("-m", "accelerate.commands.launch")  # known by its command line: fresh
+    told = python(*launcher, "--cpu", "--num_processes", "1", *train, fresh=True, **shell)
     assert told.returncode == 0, told.stderr
     assert "if several processes were asked for" not in told.stderr
     (tmp_path / "one.yaml").write_text(
         yaml.safe_dump(MULTI_CPU | {"distributed_type": "NO", "num_processes": 1})
     )
-    unknown = python(
-        "-m", "accelerate.commands.launch", "--config_file", tmp_path / "one.yaml", *train, **shell
-    )
+    file = ("--config_file", tmp_path / "one.yaml")
+    unknown = python(*launcher, *file, *train, fresh=True, **shell)
     assert unknown.returncode == 0, unknown.stderr
     assert (
         "note: accelerate launch started this one process, and MASTER_ADDR is set" in unknown.stderr
