@@ -944,10 +944,31 @@ def i33_inf_is_dropped_everywhere_under_a_scaler() -> dict[str, Any]:
     return _inject(acc) | {"scale": scaler.get_scale()}
 
 
+def curve_of_one_big_batch(rows: list[dict], updates: int) -> list[float]:
+    """Losses of AdamW on whole windows of 16 rows, in float64, by torch alone."""
+    model = make_model("llama").double()
+    adam = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses: list[float] = []
+    for epoch in itertools.count():
+        for window in planned(rows, 16, epoch):
+            batch = pad(window)
+            logits = model(batch["input_ids"], batch["attention_mask"]).logits[:, :-1]
+            labels = batch["labels"][:, 1:]
+            loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels)
+            adam.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            adam.step()
+            losses.append(loss.item())
+            if len(losses) == updates:
+                return losses
+    raise AssertionError
+
+
 @case
 def i36_fifty_updates() -> dict[str, Any]:
     rows = make_rows(16 * 10 + 5)
-    curves = {}
+    curves = {"truth": curve_of_one_big_batch(rows, 50)}
     cuts = [(micro, Cut(micro), "") for micro in ((16, 4) if world_size() == 1 else (2, 1))]
     cuts += [(4, Cut(4, packed=True), ", packed")]
     if world_size() == 2:
