@@ -1,5 +1,5 @@
 # make demo       train the embedded default three ways and leave a picture in runs/demo/
-# make test       run the tests: every situation, at most 12 minutes on 2 cores
+# make test       run the tests: every situation, up to 25 minutes on 2 cores
 # make quick      arithmetic, windows, single, DDP, wrong input: at most 90 seconds
 # make test-long  the remaining points of the long grids; make test does not repeat them
 # make check      ruff and mypy
