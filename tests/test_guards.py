@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import ConstantLR, MultiStepLR, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from accum_trainer import AccumTrainerError, Accumulator, DataError
+from tests.reference import make_model
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -242,20 +243,6 @@ def test_a_window_whose_mean_is_over_no_target_is_skipped_and_said():
         assert torch.equal(weight, before[name])
 
 
-def tiny_llama():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-    )
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config)
-
-
 def llama_batches(acc, labels=True, **options):
     ids = torch.arange(4 * 6).view(4, 6) % 32
     rows = [{"input_ids": row} | ({"labels": row} if labels else {}) for row in ids]
@@ -266,7 +253,7 @@ def llama_batches(acc, labels=True, **options):
 @pytest.mark.parametrize("reduction", [None, "mean"])
 def test_the_models_loss_divided_by_k_is_refused_with_the_reason(scale, reduction):
     acc = Accumulator(micro_batch_size=2, gradient_accumulation_steps=2)
-    model = tiny_llama()
+    model = make_model("llama")
     model, _ = acc.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(AccumTrainerError, match="own loss, divided or multiplied by a number"):
         for batch in llama_batches(acc):
@@ -276,7 +263,7 @@ def test_the_models_loss_divided_by_k_is_refused_with_the_reason(scale, reductio
 
 def test_forgotten_labels_are_named_at_every_step():
     acc = Accumulator(micro_batch_size=2, gradient_accumulation_steps=2)
-    model = tiny_llama()
+    model = make_model("llama")
     model, _ = acc.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(DataError, match="add labels"):
         next(iter(llama_batches(acc, labels=False)))

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from accum_trainer.batch_plan import BatchPlan
-from accum_trainer.cli.options import GIGABYTES
+from accum_trainer.cli.options import GIGABYTES, num_samples_option
 from accum_trainer.cli.train import options_in, parse
 from accum_trainer.errors import ConfigError
 from accum_trainer.launch.files import launch_files, run_command, write_files
@@ -94,12 +94,7 @@ def command() -> None:
 @click.option(
     "--global-batch-size", type=int, metavar="N", help="B_eff, samples per update; K follows."
 )
-@click.option(
-    "--num-samples",
-    type=int,
-    metavar="N",
-    help="Samples in an epoch, if no --dataset-file is given.",
-)
+@num_samples_option
 @click.option(
     "--gpu-memory",
     type=GIGABYTES,

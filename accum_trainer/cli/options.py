@@ -33,6 +33,12 @@ _SET = click.option(
     metavar="KEY=VALUE",
     help="Set an option by its YAML name; may be repeated.",
 )
+num_samples_option = click.option(
+    "--num-samples",
+    type=int,
+    metavar="N",
+    help="Samples in an epoch, if no --dataset-file is given.",
+)
 
 
 def composed_options(

@@ -9,6 +9,7 @@ from accum_trainer.cli.options import (
     SectionedCommand,
     composed_options,
     is_on_command_line,
+    num_samples_option,
 )
 from accum_trainer.config import Composed, TrainConfig
 from accum_trainer.errors import ConfigError
@@ -36,12 +37,7 @@ _USED = (
     metavar="W",
     help="Processes that share the gradient.",
 )
-@click.option(
-    "--num-samples",
-    type=int,
-    metavar="N",
-    help="Samples in an epoch, if no --dataset-file is given.",
-)
+@num_samples_option
 @click.option(
     "--gpu-memory",
     type=GIGABYTES,

@@ -122,14 +122,7 @@ class LoaderSource:
                     set_epoch(self._loader, epoch)
                     self._begin_order(epoch)
                     batches = iter(self._loader.batch_sampler)  # type: ignore[arg-type]
-                window = list(
-                    islice(
-                        batches,
-                        min(self._per_window, consumed - used)
-                        if used < consumed
-                        else self._per_window,
-                    )
-                )
+                window = self._next_window(batches, used, consumed)
             if not window:
                 return
             begin, used = used, used + len(window)
@@ -177,6 +170,11 @@ class LoaderSource:
         progress.order, progress.loaded_order = self.order(), None
         return is_loaded
 
+    def _next_window(self, batches: Iterator[Any], used: int, consumed: int) -> list[Any]:
+        """The next batches, one window at most; those to be skipped end where the rest begins."""
+        size = self._per_window
+        return list(islice(batches, min(size, consumed - used) if used < consumed else size))
+
     def _begin_order(self, epoch: int) -> None:
         loader = self._loader
         self._restore_order()
@@ -214,14 +212,7 @@ class LoaderSource:
             skipped = passed = None  # the content may depend on the windows
         while True:
             with drawing_from(self._seed_of("data", epoch, used)):  # equal on all ranks
-                window = list(
-                    islice(
-                        batches,
-                        min(self._per_window, consumed - used)
-                        if used < consumed
-                        else self._per_window,
-                    )
-                )
+                window = self._next_window(batches, used, consumed)
             if not window:
                 return
             used += len(window)
