@@ -388,6 +388,12 @@ def test_model_folder_without_a_model(train, tmp_path):
     )
 
 
+def test_a_mistyped_command_is_answered_with_the_nearest(command, tmp_path):
+    finished = command("trian", cwd=tmp_path)
+    assert finished.status == 2
+    assert "No such command 'trian'. Did you mean 'train'?" in finished.error
+
+
 def test_messages_are_not_mixed_up_with_a_missing_plan_file(command, tmp_path):
     finished = command("plan", "--dataset-file", "nowhere.jsonl", cwd=tmp_path)
     assert finished.status == 2
