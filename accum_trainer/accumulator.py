@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,8 @@ import torch
 from accum_trainer.batch_plan import BatchPlan
 from accum_trainer.engine.build import build_engine, check_arguments
 from accum_trainer.engine.settings import Settings
-from accum_trainer.errors import AccumTrainerError, ConfigError, EngineError
-from accum_trainer.guards import LoopGuard, discard_unowned_grads
+from accum_trainer.errors import AccumTrainerError, EngineError
+from accum_trainer.guards import LoopGuard, discard_unowned_grads, refuse_unprepared
 from accum_trainer.losses.contract import LossContract, Passed
 from accum_trainer.losses.objective import MEAN, SUM
 from accum_trainer.losses.targets import CountTargets
@@ -62,7 +62,7 @@ class Accumulator:
         plan: the `BatchPlan` in force.
         engine: moves the gradients.
         losses: knows what the model's own loss sums over (`losses.objective`).
-        window: the one in hand; None between windows.
+        window: the one in hand; None between windows, unless a loop broke out of it.
         num_updates: optimizer updates made.
         num_micro_batches: micro-batches that this process has run.
         last_update: the record of the last finished window.
@@ -111,6 +111,7 @@ class Accumulator:
         self._oom = OomRecovery(self.engine, recover_from_oom)
         self._optimizers: list[PreparedOptimizer] = []
         self._models: set[torch.nn.Module] = set()
+        self._deferred: list[Callable[[], None]] = []  # until the micro-batch in hand has ended
         self._sources = Remembered()
         self._guard = LoopGuard(self.engine)
         self._stop = False
@@ -255,6 +256,7 @@ class Accumulator:
         finally:
             window.is_running = False
             self.losses.forget_outputs()
+            deferred, self._deferred = self._deferred, []
         if not window.has_run_backward:
             raise AccumTrainerError(
                 "no backward() of the Accumulator ran inside accumulate(); call acc.backward(loss) "
@@ -264,6 +266,16 @@ class Accumulator:
         self._guard.after_micro_batch(window, self._models)
         if micro_batch.is_last and not self._optimizers:
             self._finish_for_accelerate(window)
+        for action in deferred:
+            action()
+
+    def defer(self, action: Callable[[], None]) -> bool:
+        """Run `action` after the micro-batch in hand, whose gradient may not be reduced yet; False
+        if none is running."""
+        is_running = self.window is not None and self.window.is_running
+        if is_running:
+            self._deferred.append(action)
+        return is_running
 
     def backward(
         self,
@@ -311,6 +323,8 @@ class Accumulator:
         if weighted is not None:
             with releasing_graph_on_failure(loss, auxiliary):
                 self.engine.backward(weighted)
+        if window.num_targets == 0 and window.micro_batch.is_last and not self._optimizers:
+            self._discard()  # accelerate's optimizer steps on its own, on nothing then
 
     def step(self, optimizer: torch.optim.Optimizer, scheduler: Any = None) -> Update:
         """Finish the window: clip, decide on all ranks together whether the gradient is finite,
@@ -334,6 +348,8 @@ class Accumulator:
             raise AccumTrainerError(
                 "step() without a window to finish; call it once after each window's micro-batches"
             )
+        if window.is_running:
+            raise AccumTrainerError("step() inside accumulate(); call it after the `with` block")
         window.check_accumulated()
         if window.num_targets > 0:
             row = end_row(window, self._stop)
@@ -361,28 +377,23 @@ class Accumulator:
             raise AccumTrainerError(
                 "a new window began before the last was finished; finish each before the next"
             )
-        if self.window is not None:  # the loop broke out of it; its gradient is void
-            for optimizer in self._optimizers:
-                self.engine.discard_window_grads(optimizer.accelerated)
+        if self.window is not None:  # the loop broke out of it
+            self._discard()
         self._guard.before_window()
         self.window = Window(counted, reader, progress, self.engine, self._oom, self.num_updates)
         return self.window
 
     def _finish_for_accelerate(self, window: Window) -> None:
         """End a window whose optimizer accelerate prepared, and steps."""
-        if not self.accelerator._optimizers:  # noqa: SLF001 - accelerate has no public name
-            raise AccumTrainerError(
-                "no optimizer was prepared, so an optimizer.step() after each micro-batch acts K "
-                "times per update; write model, optimizer = acc.prepare(model, optimizer)"
-            )
-        if self.max_grad_norm is not None:
-            raise ConfigError(
-                f"max_grad_norm={self.max_grad_norm} is applied by acc.step() or "
-                "an optimizer that acc.prepare() returned; prepare the optimizer with "
-                "acc.prepare(), or leave max_grad_norm out and clip yourself"
-            )
+        refuse_unprepared(self.engine, self.max_grad_norm)
         table = self.engine.end_window(end_row(window, self._stop))
-        self._conclude(window, table, math.nan, True, "")
+        reason = "" if window.num_targets > 0 else "empty"
+        self._conclude(window, table, math.nan, not reason, reason)
+
+    def _discard(self) -> None:
+        """Drop the gradient of the window in hand."""
+        for optimizer in self.engine.prepared_optimizers():
+            self.engine.discard_window_grads(optimizer)
 
     def _conclude(
         self, window: Window, table: np.ndarray, grad_norm: float, stepped: bool, reason: str

@@ -170,6 +170,13 @@ class LoopGuard:
         self._gradients.forget()
         self._trained.check(self._engine)
         refuse_schedulers(self._engine.accelerator, self._engine.world_size)
+        is_reduced_late = self._engine.defer_grad_reduction and self._engine.world_size > 1
+        if is_reduced_late and not self._schedules:
+            raise EngineError(
+                "gradients are reduced after the last backward, so that it can run again if memory "
+                "runs out, and an optimizer of accelerate may step before that; prepare it with "
+                "acc.prepare(), or set recover_from_oom='never'"
+            )
 
     def before_micro_batch(self, window: Any) -> None:
         """Raise an AccumTrainerError for what happened since the micro-batch before."""
@@ -187,7 +194,9 @@ class LoopGuard:
 
     def after_micro_batch(self, window: Any, models: Iterable[torch.nn.Module]) -> None:
         """Remember the gradients so far; after the last micro-batch a loop may change them."""
-        if not window.micro_batch.is_last:
+        if window.micro_batch.is_last:
+            self._gradients.forget()
+        else:
             self._gradients.note(models)
 
 
@@ -203,3 +212,23 @@ def discard_unowned_grads(
         for parameter in model.parameters():
             if parameter.grad is not None and id(parameter) not in owned:
                 parameter.grad = None
+
+
+def refuse_unprepared(engine: Any, max_grad_norm: float | None) -> None:
+    """Raise for a loop whose optimizer `Accumulator.prepare` did not return.
+
+    Raises:
+        AccumTrainerError: accelerate did not prepare it either.
+        ConfigError: it is to be clipped, which only a prepared optimizer can be.
+    """
+    if not engine.prepared_optimizers():
+        raise AccumTrainerError(
+            "no optimizer was prepared, so an optimizer.step() after each micro-batch acts K "
+            "times per update; write model, optimizer = acc.prepare(model, optimizer)"
+        )
+    if max_grad_norm is not None:
+        raise ConfigError(
+            f"max_grad_norm={max_grad_norm} is applied by acc.step() or "
+            "an optimizer that acc.prepare() returned; prepare the optimizer with "
+            "acc.prepare(), or leave max_grad_norm out and clip yourself"
+        )

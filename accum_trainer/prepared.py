@@ -49,6 +49,8 @@ class PreparedOptimizer(torch.optim.Optimizer):
                 "a closure would run the micro-batches again inside step(); optimizers that need "
                 "one cannot accumulate"
             )
+        if self._accumulator.defer(self.step):
+            return
         window = self._accumulator.window
         if window is not None and window.is_complete:
             self._accumulator.step(self)
@@ -87,6 +89,8 @@ class PreparedScheduler:
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Step the user's scheduler if there was an update since the last step; else nothing."""
+        if self._accumulator.defer(lambda: self.step(*args, **kwargs)):
+            return
         if self._accumulator.num_updates != self._stepped_for:
             self._stepped_for = self._accumulator.num_updates
             self.scheduler.step(*args, **kwargs)

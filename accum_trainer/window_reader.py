@@ -84,7 +84,8 @@ class WindowReader:
 
     The counts cost no exchange if the source knows them. If every rank's source reads ahead, they
     travel in the exchange that ends the window before; else in a separate one, before the window
-    begins. An error on one rank reaches all of them in that exchange.
+    begins. An error on one rank reaches all of them in that exchange; without one it ends its
+    process, and the launcher the others.
 
     Attributes:
         epoch: that is read.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import weakref
 
 import pytest
 import torch
@@ -42,14 +43,18 @@ def count(batch) -> int:
     return len(batch[0])
 
 
-def start(optimizers=1, prepare=True, **options):
+PREPARED_BY = pytest.mark.parametrize("prepared_by", ["acc", "accelerate"])
+
+
+def start(optimizers=1, prepare=True, prepared_by="acc", **options):
     model = network()
     halves = [list(model[0].parameters()), list(model[2].parameters())]
     groups = halves if optimizers == 2 else [[p for half in halves for p in half]]
     raw = [torch.optim.SGD(group, lr=0.1) for group in groups]
     acc = Accumulator(micro_batch_size=B, gradient_accumulation_steps=K, **options)
     if prepare:
-        model, *raw = acc.prepare(model, *raw)
+        prepare_all = acc.prepare if prepared_by == "acc" else acc.accelerator.prepare
+        model, *raw = prepare_all(model, *raw)
     return acc, model, raw
 
 
@@ -184,20 +189,23 @@ def test_clipping_after_the_last_micro_batch_is_that_of_max_grad_norm():
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
-def test_a_window_that_a_loop_left_belongs_to_no_update_and_is_reported(caplog):
-    acc, model, (optimizer,) = start()
+@PREPARED_BY
+def test_a_window_that_a_loop_left_belongs_to_no_update_and_is_reported(prepared_by, caplog):
+    acc, model, (optimizer,) = start(prepared_by=prepared_by)
     exact = network().double()
     by_hand = torch.optim.SGD(exact.parameters(), lr=0.1)
     with caplog.at_level(logging.WARNING):
         for number, batch in enumerate(batches(acc)):
             accumulate(acc, model, batch)
             optimizer.step()
+            optimizer.zero_grad()
             if number == 5:  # one update, and two micro-batches of the next window
                 break
     assert "left after 2 of a window's 4 micro-batches" in caplog.text
     for batch in batches(acc):
         accumulate(acc, model, batch)
         optimizer.step()
+        optimizer.zero_grad()
     first, *_ = windows_by_hand()
     for window in (first, *windows_by_hand()):
         update_by_hand(exact, by_hand, window)
@@ -215,6 +223,50 @@ def test_two_windows_at_once_are_refused():
         next(second)
 
 
+@PREPARED_BY
+def test_a_step_inside_accumulate_is_that_after_it(prepared_by):
+    """Where Accelerate's own examples have it."""
+    weights = []
+    for inside in (False, True):
+        acc, model, (optimizer,) = start(prepared_by=prepared_by)
+        scheduler = StepLR(getattr(optimizer, "optimizer", optimizer), step_size=1, gamma=0.5)
+        scheduler = acc.prepare(scheduler)
+        for batch in batches(acc):
+            with acc.accumulate(model):
+                acc.backward(squares(model, batch), reduction="sum")
+                if inside:
+                    optimizer.step()
+                    scheduler.step()
+                    optimizer.zero_grad()
+            if not inside:
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+        assert acc.num_updates == SAMPLES // (B * K)
+        weights.append([p.detach().clone() for p in model.parameters()])
+    for after, inside in zip(*weights, strict=True):
+        assert torch.equal(after, inside)
+
+
+def test_step_of_the_accumulator_inside_accumulate_is_refused():
+    acc, model, (optimizer,) = start()
+    with pytest.raises(AccumTrainerError, match=r"step\(\) inside accumulate\(\)"):
+        for window in acc.windows(DataLoader(data(), batch_size=B), count_targets=count):
+            for batch in window:
+                with acc.accumulate(model):
+                    acc.backward(squares(model, batch), reduction="sum")
+                    acc.step(optimizer)
+
+
+def test_gradients_are_let_go_after_the_step():
+    acc, model, (optimizer,) = start()
+    for batch in batches(acc):
+        accumulate(acc, model, batch)
+        gradient = weakref.ref(model[0].weight.grad)
+        optimizer.step()
+    assert gradient() is None
+
+
 def test_accumulating_a_micro_batch_twice_is_refused():
     acc, model, _ = start()
     for batch in batches(acc):
@@ -229,17 +281,25 @@ def masked_mean(model, batch):
     return (((model(inputs) - wanted) ** 2).sum(1) * mask).sum() / mask.sum()
 
 
-def test_a_window_whose_mean_is_over_no_target_is_skipped_and_said():
+@PREPARED_BY
+def test_a_window_whose_mean_is_over_no_target_is_skipped_and_said(prepared_by):
+    """Also under momentum, which would move the weights on a gradient of 0."""
     acc = Accumulator(micro_batch_size=B, gradient_accumulation_steps=1)
     model = network()
-    model, optimizer = acc.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    before = copy.deepcopy(model).state_dict()
+    adam = torch.optim.AdamW(model.parameters(), lr=0.1)
+    prepare = acc.prepare if prepared_by == "acc" else acc.accelerator.prepare
+    model, optimizer = prepare(model, adam)
+    some = (torch.ones(B, 3), torch.ones(B, 2), torch.ones(B))
     empty = (torch.zeros(B, 3), torch.zeros(B, 2), torch.zeros(B))
-    for batch in acc.batches(iter([empty]), count_targets=lambda batch: float(batch[2].sum())):
+    before, updates = {}, []
+    for batch in acc.batches(iter([some, empty]), count_targets=lambda b: float(b[2].sum())):
+        before = copy.deepcopy(model.state_dict())
         with acc.accumulate(model):
             acc.backward(masked_mean(model, batch), reduction="mean")
         optimizer.step()
-    assert acc.last_update.skipped and acc.last_update.reason == "empty"
+        optimizer.zero_grad()
+        updates.append(acc.last_update)
+    assert [(u.step, u.skipped, u.reason) for u in updates] == [(1, False, ""), (1, True, "empty")]
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, before[name])
 

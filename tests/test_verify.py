@@ -324,6 +324,10 @@ FAULTS_OF_TWO = FAULTS_OF_ANY | {
     "not_times_processes": ("ragged window", "not multiplied by the number of processes"),
     "left_out_of_the_exchange": ("equal weights", "hold different weights of model.norm.weight"),
     "never_exchanged": ("equal weights", "left out of the exchange"),
+    "steps_on_the_main_process_only": (
+        "one optimizer step",
+        "1 times on rank 0, 0 times on rank 1",
+    ),
     "training_that_parts_the_ranks": ("equal weights", "hold different weights of lm_head.weight"),
 }
 

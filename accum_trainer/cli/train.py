@@ -12,12 +12,11 @@ import click
 from accum_trainer.cli.options import SectionedCommand, composed_options
 from accum_trainer.config import Composed, compose
 from accum_trainer.errors import ConfigError
+from accum_trainer.launch.signals import STOPPED_AND_SAVED
 
 if TYPE_CHECKING:
     from accum_trainer.train.loop import Run
     from accum_trainer.train.records import Record
-
-STOPPED_AND_SAVED = 75
 
 
 @click.command(

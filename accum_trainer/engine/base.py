@@ -231,6 +231,10 @@ class Engine(FullState, abc.ABC):
         """Models that accelerate itself prepared, in a loop that asked it to."""
         return list(self.accelerator._models)  # noqa: SLF001 - accelerate has no public name
 
+    def prepared_optimizers(self) -> list[AcceleratedOptimizer]:
+        """The same of optimizers."""
+        return list(self.accelerator._optimizers)  # noqa: SLF001 - accelerate has no public name
+
     def gives_this_ranks_batches(self, loader: Any) -> bool:
         """Whether accelerate has sharded this loader already."""
         return isinstance(loader, (DataLoaderShard, DataLoaderDispatcher))

@@ -22,6 +22,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch.nn.parallel import DistributedDataParallel
 
+from accum_trainer.batch import version_of
 from accum_trainer.engine.grad_sync import EVERY
 from accum_trainer.engine.request import Request
 from accum_trainer.engine.single import TorchEngine
@@ -35,7 +36,6 @@ class DDPEngine(TorchEngine):
     """Under `once-per-window` ranks may hold different numbers of micro-batches: only the last of
     each is exchanged."""
 
-    can_change_trained = False
     name = "ddp"
     can_change_trained = False
     runs_plain_loops = True
@@ -95,7 +95,7 @@ class DDPEngine(TorchEngine):
             there = [
                 p for model in models if exchange and model not in here for p in model.parameters()
             ]
-            before = [(p, p.grad, _version(p.grad)) for p in there if p.requires_grad]
+            before = [(p, p.grad, _grad_version(p)) for p in there if p.requires_grad]
             yield
         for model in here:
             self._exchange([p for p in model.parameters() if p.requires_grad])
@@ -134,7 +134,7 @@ class DDPEngine(TorchEngine):
         left_out = [
             p
             for p, gradient, version in before
-            if p.grad is gradient and _version(p.grad) == version
+            if p.grad is gradient and _grad_version(p) == version
         ]
         self._only_zeros -= {p for p, *_ in before} - set(left_out)
         if left_out:
@@ -209,6 +209,5 @@ class _Zeros(torch.autograd.Function):
         )
 
 
-def _version(tensor: torch.Tensor | None) -> int:
-    """How often a tensor was written in place."""
-    return 0 if tensor is None else tensor._version  # noqa: SLF001 - torch has no public name
+def _grad_version(parameter: torch.Tensor) -> int:
+    return 0 if parameter.grad is None else version_of(parameter.grad)

@@ -54,8 +54,11 @@ def await_lock(lock: Path, speaks: bool = True) -> None:
     """
     said = False
     while (age := _age(lock)) is not None:
-        owner = _process_that_holds(lock)
-        if owner is None and age > LONGEST_BUILD:
+        owner = process_that_holds(lock)
+        is_left = owner is None and age > LONGEST_BUILD
+        if (
+            is_left and _age(lock) is not None
+        ):  # else the build ended while its owner was looked for
             raise EngineError(
                 f"{lock} is {age / 60:.0f} minutes old and no process here holds it: a compilation "
                 "of DeepSpeed's extension was killed and left it, and every start would wait for "
@@ -95,7 +98,7 @@ def _age(lock: Path) -> float | None:
         return None
 
 
-def _process_that_holds(file: Path) -> int | None:
+def process_that_holds(file: Path) -> int | None:
     """The pid of a process that has `file` open, as far as Linux shows this user."""
     for descriptors in Path("/proc").glob("[0-9]*/fd"):
         try:

@@ -9,6 +9,7 @@ in the store that the processes met at. Knows no training and no files.
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import Callable
 
@@ -17,6 +18,10 @@ from accum_trainer.engine.ranks import Ranks
 # Loops of this process so far. Every process runs the same loops, so their keys agree.
 _LOOPS = itertools.count()
 _ON, _LEFT = "on", "left"
+# A wait for another process that is longer than this is said.
+QUIET_WAIT_SEC = 30.0
+
+logger = logging.getLogger(__name__)
 
 
 class LoopPlaces:
@@ -45,7 +50,7 @@ class LoopPlaces:
         may be slow to break out.
         """
         self._ranks.post(self._key, f"{record} {_LEFT}")
-        pause = 0.01
+        pause, begun, was_said = 0.01, time.monotonic(), False
         while True:
             places = [place.split() for place in self._ranks.posted(self._key)]
             for rank, (at, state) in enumerate(places):
@@ -53,5 +58,12 @@ class LoopPlaces:
                     return rank
             if all(state == _LEFT for _, state in places):
                 return None
+            if not was_said and time.monotonic() - begun > QUIET_WAIT_SEC:
+                was_said = True
+                waited_for = [rank for rank, (_, state) in enumerate(places) if state == _ON]
+                logger.warning(
+                    "the loop over updates was left; waiting for process %d to leave it, too",
+                    waited_for[0],
+                )
             sleep(pause)
             pause = min(2 * pause, 1.0)

@@ -22,7 +22,7 @@ class StoppingPolicy:
     """Asks all processes to stop together after a window, and raises on divergence.
 
     Args:
-        accumulator: carries the request to all processes with the next window's counts.
+        accumulator: carries the request to all processes at the window's end.
         max_hours: the time limit, or None.
         started: `time.monotonic()` when the run began.
 

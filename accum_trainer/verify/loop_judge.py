@@ -145,10 +145,10 @@ class LoopJudge:
         """Compare all windows of this name with the big batch; explain the worst if it is wrong."""
         hint, compared = observed[0].window.hint, []
         for one in observed:
-            if one.gradient is None or one.optimizer_steps > 1:
+            if one.gradient is None or max(one.optimizer_steps) > 1:
                 meaning = (
                     "the function must make one update, and the optimizer stepped "
-                    f"{one.optimizer_steps} times"
+                    f"{_times(one.optimizer_steps)}"
                 )
                 return _Verdict(name, meaning, hint=hint)
             compared.append(self._compare(one, flat(one.gradient, self._sizes)))
@@ -303,17 +303,24 @@ def _equality_check(observed: Sequence[Observation]) -> Check:
 
 def _steps_check(observed: Sequence[Observation]) -> Check:
     name = "one optimizer step"
-    wrong = [one for one in observed if one.optimizer_steps != 1]
+    wrong = [one for one in observed if set(one.optimizer_steps) != {1}]
     if not wrong:
         return Check(name, PASS, "the optimizer steps once per update")
     one = wrong[0]
     meaning = (
-        f"the optimizer steps {one.optimizer_steps} times in the {one.window.name}, and "
+        f"the optimizer steps {_times(one.optimizer_steps)} in the {one.window.name}, and "
         "should once per update"
     )
-    if one.optimizer_steps == len(one.window.ranks[0]) > 1:
+    if one.optimizer_steps[0] == len(one.window.ranks[0]) > 1:
         meaning += ": it steps per micro-batch, so nothing accumulates"
     return Check(name, FAIL, meaning)
+
+
+def _times(steps: Sequence[int]) -> str:
+    """`2 times`; by rank if the ranks differ."""
+    if len(set(steps)) == 1:
+        return f"{steps[0]} times"
+    return ", ".join(f"{count} times on rank {rank}" for rank, count in enumerate(steps))
 
 
 def _scheduler_check(observed: Sequence[Observation]) -> Check:

@@ -38,11 +38,12 @@ class Observation:
     Attributes:
         start: weights before the call.
         gradient: the gradient of the last optimizer step, the mean over ranks if they differ; None
-            without a step. Read when the step ends, so after its hooks and its closure.
+            unless every rank stepped. Read when the step ends, so after its hooks and its closure.
         handed: the gradient when that step began, if a hook or closure changed it.
         update: how this rank's weights moved; None unless the optimizer stepped once, with a
             gradient that is finite and not 0.
         unequal: parameters that differ between ranks afterwards.
+        optimizer_steps: of each rank.
         leftover: gradient that the call before left behind.
     """
 
@@ -52,7 +53,7 @@ class Observation:
     handed: Gradient | None
     update: Update | None
     unequal: list[str]
-    optimizer_steps: int
+    optimizer_steps: list[int]
     scheduler_steps: int
     leftover: Gradient
 
@@ -96,14 +97,17 @@ class LoopRunner:
         finally:
             steps.stop()
         weights = engine.full_weights(self.model)
+        # On all processes or on none: the means are collective.
+        optimizer_steps = engine.gather_objects(steps.count)
+        stepped = all(optimizer_steps)
         return Observation(
             window=window,
             start=self._start,
-            gradient=self._mean_over_ranks(steps.gradient) if steps.count else None,
-            handed=self._handed(steps),
+            gradient=self._mean_over_ranks(steps.gradient) if stepped else None,
+            handed=self._handed(steps) if stepped else None,
             update=self._update(window, steps, before, weights),
             unequal=unequal_names(engine, weights),
-            optimizer_steps=steps.count,
+            optimizer_steps=optimizer_steps,
             scheduler_steps=self._schedule.last_epoch - before,
             leftover=leftover,
         )

@@ -497,6 +497,28 @@ def i10_a_rank_without_targets_under_the_models_own_mean() -> dict[str, Any]:
 
 
 @case
+def optimizer_steps_inside_accumulate() -> dict[str, Any]:
+    """As Accelerate's examples do, also when gradients are reduced after the last backward."""
+    rows, weights = make_rows(21), []
+    for recover, inside in (("auto", False), ("auto", True), ("always", True)):
+        acc = accumulator(2, global_batch_size=8, recover_from_oom=recover)
+        probe = Probe(acc, make_model("llama"))
+        for batch in acc.batches(rows, collate_fn=pad):
+            with acc.accumulate(probe.model):
+                acc.backward(causal_lm_loss(probe.model, batch))
+                if inside:
+                    probe.optimizer.step()
+                    probe.optimizer.zero_grad()
+            if not inside:
+                probe.optimizer.step()
+                probe.optimizer.zero_grad()
+        weights.append(probe.weights())
+        assert acc.num_updates == 3
+    after, *inside_weights = weights
+    return {"errors": [relative_error(found, after) for found in inside_weights]}
+
+
+@case
 def trained_parameters_change_after_prepare() -> dict[str, Any]:
     """One layer is unfrozen, or frozen, between two windows: exact, or refused with the remedy."""
     found = {}

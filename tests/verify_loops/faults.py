@@ -352,6 +352,19 @@ def does_nothing(accelerator, model, optimizer, scheduler, batches):
     pass
 
 
+def steps_on_the_main_process_only(accelerator, model, optimizer, scheduler, batches):
+    """As if the update, like a checkpoint, were the main process's work."""
+    total = all_targets(accelerator, batches)
+    for index, batch in enumerate(batches):
+        is_last = index == len(batches) - 1
+        with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
+            (summed_loss(model, batch) * accelerator.num_processes / total).backward()
+    if accelerator.is_main_process:
+        optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+
+
 def raises(accelerator, model, optimizer, scheduler, batches):
     """A slip: the batch has no such key."""
     for batch in batches:
