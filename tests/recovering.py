@@ -23,8 +23,8 @@ from accum_trainer import Accumulator, EngineError, causal_lm_loss
 from accum_trainer.losses.head import decide_loss_path
 from accum_trainer.sources.collating import PaddingCollator
 from accum_trainer.speed.batch_size import Memory, find_batch_size
-from tests.engine import cases
-from tests.engine.cases import Probe, accumulator, lengths, planned, rank, world_size
+from tests.engine.cases import probing
+from tests.engine.cases.probing import Probe, accumulator, lengths, planned, rank, world_size
 from tests.reference import big_batch, make_model, make_rows, pad, relative_error
 
 # Where a micro-batch can fail, in the order it gets there. Gradients are made from the head down.
@@ -164,11 +164,11 @@ def case(function: Callable[[], Any]) -> Callable[[], Any]:
 
 @contextlib.contextmanager
 def engine(**options: Any) -> Iterator[None]:
-    cases.ENGINE.update(options)
+    probing.ENGINE.update(options)
     try:
         yield
     finally:
-        cases.ENGINE.clear()
+        probing.ENGINE.clear()
         _fresh()
 
 

@@ -18,7 +18,7 @@ from accum_trainer import AccumTrainerError, Accumulator, EngineError, causal_lm
 from accum_trainer.batch import halve
 from accum_trainer.errors import ConfigError, DataError
 from tests import recovering
-from tests.engine.cases import Slope
+from tests.engine.cases.probing import Slope
 from tests.grids import thinned
 from tests.launching import python, torchrun
 from tests.recovering import LAST, POINTS, B, K, out_of_memory, train
@@ -398,7 +398,7 @@ def test_what_has_no_samples_along_its_first_dimension_is_not_cut():
 def test_packed_windows_recover():
     from accum_trainer.sources.collating import PackingCollator
     from accum_trainer.window_plan import Cut
-    from tests.engine.cases import Probe, lengths, planned
+    from tests.engine.cases.probing import Probe, lengths, planned
     from tests.reference import relative_error
 
     rows = make_rows(12)

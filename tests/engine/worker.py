@@ -17,6 +17,7 @@ import torch
 
 def main(out: str, engine: str, *names: str) -> None:
     from tests.engine import cases
+    from tests.engine.cases.probing import forget_accelerate, rank
 
     cases.ENGINE.update(json.loads(engine))
     if not cases.ENGINE.get("cpu", True) and cases.ENGINE.get("backend") == "gloo":
@@ -30,15 +31,12 @@ def main(out: str, engine: str, *names: str) -> None:
         )
     if set(cases.ENGINE) & {"zero_stage", "fsdp"}:
         names = names or tuple(set(cases.CASES) - cases.OF_ACCELERATE)
-    CASES, rank = (
-        {name: run for name, run in cases.CASES.items() if name in names or not names},
-        cases.rank,
-    )
+    chosen = {name: run for name, run in cases.CASES.items() if name in names or not names}
     results = {}
-    for name, run in CASES.items():
+    for name, run in chosen.items():
         if "ACCELERATE_USE_DEEPSPEED" in os.environ:
             del os.environ["ACCELERATE_USE_DEEPSPEED"]  # accelerate sets it for good
-        cases.forget_accelerate(whole=True)
+        forget_accelerate(whole=True)
         torch.manual_seed(0)
         if rank() == 0:
             print(

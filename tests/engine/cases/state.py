@@ -1,0 +1,109 @@
+"""State: positions, offload, round trips."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+from accum_trainer import causal_lm_loss
+from tests.engine.cases.probing import ENGINE, Probe, accumulator, case, compare, equal, planned
+from tests.reference import (
+    big_batch,
+    make_model,
+    make_rows,
+    pad,
+    relative_error,
+)
+
+
+@case
+def position_survives_another_world() -> dict[str, Any]:
+    """Stop after two windows, continue from the saved position: the rest of the epoch, then the
+    next."""
+    rows = make_rows(30)
+    acc = accumulator(2, global_batch_size=8)
+    probe = Probe(acc, make_model("llama"))
+    first = acc.windows(rows, collate_fn=pad)
+    for count, window in enumerate(first, start=1):
+        for batch in window:
+            with acc.accumulate(probe.model):
+                acc.backward(causal_lm_loss(probe.model, batch))
+        probe.step()
+        if count == 2:
+            break
+    state = copy.deepcopy(first.state_dict())
+    second = acc.windows(rows, collate_fn=pad)
+    second.load_state_dict(state)
+    rest = compare(probe, second, planned(rows, 8)[2:])
+    following = compare(probe, second, planned(rows, 8, epoch=1))
+    return {"state": state, "errors": rest["errors"] + following["errors"]}
+
+
+@case
+def i22_i26_offload_by_policy() -> dict[str, Any]:
+    """ZeRO with optimizer state in host memory, under both policies: the same norms and the same
+    exact gradient."""
+    if ENGINE.get("zero_stage", 0) not in (1, 2, 3):
+        return {"norms": [], "errors": []}
+    rows = make_rows(16)
+    norms, errors = [], []
+    for offload in (False, True):
+        for policy in ("once-per-window", "every-microbatch"):
+            acc = accumulator(2, global_batch_size=16, cpu_offload=offload, grad_sync=policy)
+            model = make_model("llama")
+            exact = big_batch(model, rows)[1]
+            prepared, optimizer = acc.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+            for window in acc.windows(rows, collate_fn=pad):
+                for batch in window:
+                    with acc.accumulate(prepared):
+                        acc.backward(causal_lm_loss(prepared, batch))
+                errors.append(relative_error(acc.engine.full_gradients(prepared), exact))
+                norms.append(acc.step(optimizer).grad_norm)
+    return {"norms": norms, "errors": errors}
+
+
+@case
+def state_survives_a_round_trip() -> dict[str, Any]:
+    """Three AdamW updates, everything saved and loaded into fresh objects, three more: as six
+    without a stop."""
+    rows = make_rows(48)
+    finals = []
+    for stop_after in (6, 3):
+        done, saved = 0, None
+        while done < 6:
+            acc = accumulator(2, global_batch_size=8, max_grad_norm=1.0)
+            model = make_model("llama")
+            groups = [
+                {"params": [p for p in model.parameters() if (p.ndim > 1) == wide]}
+                for wide in (True, False)
+            ]
+            adam = torch.optim.AdamW(groups, lr=1e-2)
+            prepared, optimizer = acc.prepare(model, adam)
+            windows = acc.windows(rows, collate_fn=pad)
+            if saved is not None:
+                acc.engine.load_full_weights(prepared, saved[0])
+                acc.engine.load_full_optimizer_state(prepared, optimizer.accelerated, saved[1])
+                windows.load_state_dict(saved[2])
+            for window in windows:
+                for batch in window:
+                    with acc.accumulate(prepared):
+                        acc.backward(causal_lm_loss(prepared, batch))
+                acc.step(optimizer)
+                done += 1
+                if done in (stop_after, 6):
+                    break
+            saved = (
+                acc.engine.full_weights(prepared, trained_only=True),
+                acc.engine.full_optimizer_state(prepared, optimizer.accelerated),
+                windows.state_dict(),
+            )
+        assert saved is not None
+        finals.append(saved[0])
+    return {
+        "equal": equal(*finals),
+        "moved": max(
+            (finals[0][n] - p).abs().max().item() for n, p in make_model("llama").named_parameters()
+        ),
+    }
