@@ -26,7 +26,7 @@ SMALL = [name for name in PARTS if name != "compile"]
 # Parts whose content other tests run on the CPU as well (engines, 16 bits, a loop of Trainer), and
 # the test that looks at each.
 LONG = {
-    "sharded": "test_sharded_engines_hold_it_and_fsdp2_refuses_one_process",
+    "sharded": "test_sharded_engines_hold_it_and_fsdp2_needs_a_launcher",
     "precision": "test_precision_bf16_follows_float32",
     "throughput": "test_throughput_against_the_trainer",
 }
@@ -87,11 +87,12 @@ def test_contract_is_held_on_one_process_and_on_two(made):
 
 
 @pytest.mark.long
-def test_sharded_engines_hold_it_and_fsdp2_refuses_one_process(made):
+def test_sharded_engines_hold_it_and_fsdp2_needs_a_launcher(made):
     rows, _, notes = result_of(made, "sharded")
     assert [(row["engine"], row["processes"], row["cases"]) for row in rows] == [
         ("zero2", 1, 3),
-        ("fsdp2", 2, 3),
+        ("fsdp2", 1, 3),
+        ("fsdp2, two processes", 2, 3),
     ]
     assert all(0 < row["worst error against float64"] < 2e-6 for row in rows)
     assert any("FSDP2 shards over processes, and there is one" in note for note in notes)

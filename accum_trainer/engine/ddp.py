@@ -50,10 +50,10 @@ class DDPEngine(TorchEngine):
 
     @classmethod
     def drives(cls, accelerator: Accelerator, request: Request) -> bool:
-        return accelerator.distributed_type in (
-            DistributedType.MULTI_GPU,
-            DistributedType.MULTI_CPU,
-        )
+        # accelerate wraps the model of one process that torchrun started on a CPU, not on a GPU.
+        several = accelerator.num_processes > 1
+        kinds = (DistributedType.MULTI_CPU, *([DistributedType.MULTI_GPU] if several else []))
+        return accelerator.distributed_type in kinds
 
     @property
     def reduces_in_last_backward(self) -> bool:

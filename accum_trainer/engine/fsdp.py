@@ -59,9 +59,11 @@ class FSDPEngine(TorchEngine):
 
     def __init__(self, accelerator: Accelerator, grad_sync: str) -> None:
         super().__init__(accelerator, grad_sync)
-        if accelerator.num_processes == 1:
+        # One that a launcher started is a mesh of one: a script for many GPUs, tried on one.
+        if accelerator.num_processes == 1 and not torch.distributed.is_initialized():
             raise EngineError(
-                "FSDP2 shards over processes, and there is one; launch several, or leave FSDP out"
+                "FSDP2 shards over processes, and there is one, which no launcher started; launch "
+                "several, or one with torchrun --nproc_per_node=1, or leave FSDP out"
             )
         if accelerator.mixed_precision == "fp16":
             raise EngineError("mixed_precision=fp16 is not available with FSDP2 here; use bf16")

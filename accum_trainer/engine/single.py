@@ -104,4 +104,7 @@ class SingleEngine(TorchEngine):
 
     @classmethod
     def drives(cls, accelerator: Accelerator, request: Request) -> bool:
-        return bool(accelerator.distributed_type == DistributedType.NO)
+        # accelerate calls one process that torchrun started on a GPU MULTI_GPU, and wraps nothing.
+        alone = accelerator.num_processes == 1
+        kinds = (DistributedType.NO, *([DistributedType.MULTI_GPU] if alone else []))
+        return accelerator.distributed_type in kinds

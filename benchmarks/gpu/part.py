@@ -9,8 +9,11 @@ limits or of the report.
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import importlib
 import json
+import math
+import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,8 +33,8 @@ PARTS: dict[str, tuple[str, str, int, str]] = {
     "memory": ("memory", "memory", 120, "Running out of memory; --batch-size auto"),
     "packing": ("packed", "packing", 150, "Gradients of packed samples against padded float64"),
     "compile": ("training", "compiled", 150, "--compile against uncompiled"),
-    "sharded": ("contract", "sharded", 370, "ZeRO with one process, FSDP2 with two on one GPU"),
-    "waits": ("waits", "waits", 90, "How often the host waits for the device in a window of K=8"),
+    "sharded": ("contract", "sharded", 370, "ZeRO and FSDP2 with one process"),
+    "waits": ("waits", "waits", 150, "How often the host waits for the device in a window of K=8"),
     "footprint": ("footprints", "footprint", 150, "Estimated memory against allocated memory"),
     "throughput": (
         "throughput",
@@ -50,11 +53,13 @@ class Setting:
         device: `cuda` or `cpu`.
         small: in seconds on a CPU.
         folder: for a part's own files.
+        limit: seconds that the part has.
     """
 
     device: str
     small: bool
     folder: str
+    limit: float = math.inf
 
     @property
     def cpu(self) -> bool:
@@ -120,6 +125,7 @@ def last_words(text: str, lines: int = 12) -> str:
 
 
 def main(name: str, setting: str, out: str) -> None:
+    faulthandler.register(signal.SIGTERM, chain=True)  # its last words are where it was
     module, function, *_ = PARTS[name]
     run = getattr(importlib.import_module(f"benchmarks.gpu.{module}"), function)
     result: Result = run(Setting(**json.loads(setting)))

@@ -97,7 +97,7 @@ def run_part(
     out, log = folder / f"{name}.result", folder / f"{name}.log"
     out.unlink(missing_ok=True)
     shutil.rmtree(folder / name, ignore_errors=True)
-    own = dataclasses.replace(setting, folder=str(folder / name))
+    own = dataclasses.replace(setting, folder=str(folder / name), limit=limit)
     command = command or [
         sys.executable,
         *("-m", "benchmarks.gpu.part", name, json.dumps(dataclasses.asdict(own)), str(out)),
@@ -105,8 +105,10 @@ def run_part(
     begun = time.monotonic()
     status = processes.run(command, log, limit, environment(setting))
     ended = processes.how_it_ended(status, limit)
-    if not ended and out.exists():
-        return _outcome(name, "done", "", time.monotonic() - begun, json.loads(out.read_text()))
+    if out.exists():  # whole, whatever its process did afterwards
+        result = json.loads(out.read_text())
+        result["notes"] += [f"After it had given its result, {ended}."] if ended else []
+        return _outcome(name, "done", "", time.monotonic() - begun, result)
     words = (
         f"{ended or 'it gave no result'}; its last "
         f"words:\n{last_words(log.read_text(errors='replace'))}"
@@ -118,7 +120,8 @@ def run_part(
 
 def environment(setting: Setting) -> dict[str, str]:
     """One GPU or none; as pytest's, so that a part is what the tests run."""
-    given = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # A part that crashes or is ended shows where it was.
+    given = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONFAULTHANDLER": "1"}
     given |= {"OMP_NUM_THREADS": "1"} if setting.cpu else {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or "0"
     devices = "" if setting.cpu else visible.split(",")[0]

@@ -31,6 +31,8 @@ LOOPS = {
 }
 WARM_UP = 2
 LIMIT = 90.0  # seconds for one loop in one round
+ROUNDS = 3
+STARTING = 15.0  # seconds of a part that go into starting its process
 MARK = "MEASURED "
 
 # Dense bf16 with float32 accumulation, operations per second; NVIDIA's data sheets and architecture
@@ -63,7 +65,11 @@ def throughput(setting: Setting) -> Result:
     result = Result(Table(HEADER, []))
     loops = [name for name in LOOPS if not (setting.cpu and "flex" in name)]
     found: dict[str, list[dict[str, float]]] = {name: [] for name in loops}
-    for number in range(1 if setting.small else 3):
+    begun = time.monotonic()
+    for number in range(1 if setting.small else ROUNDS):
+        passed = time.monotonic() - begun
+        if number and passed * (number + 1) / number > setting.limit - STARTING:
+            break  # another round as long as the mean of those before would not end in time
         for name in loops if number % 2 == 0 else loops[::-1]:
             if len(found[name]) < number:
                 continue  # it failed before
@@ -103,7 +109,8 @@ def throughput(setting: Setting) -> Result:
     millions = next((run["parameters"] for runs in found.values() for run in runs), 0) / 1e6
     result.notes.append(
         f"Llama of {millions:.0f}M parameters ({size}), random weights in float32 under bf16 "
-        f"autocast, AdamW, clipping; B={batch}, K={k}; {updates} updates after {WARM_UP}; lengths "
+        f"autocast, AdamW, clipping; B={batch}, K={k}; {updates} updates after {WARM_UP}, "
+        f"{max(map(len, found.values()))} rounds; lengths "
         f"log-normal, median {_median(setting)}, up to {8 * _median(setting)}. MFU: 6 N operations "
         "per token, N all parameters, over the device's dense bf16 peak"
         + (f" of {device_peak / 1e12:.0f} TFLOP/s by NVIDIA's data sheet." if device_peak else ".")

@@ -136,7 +136,13 @@ def engine_results(request, tmp_path_factory):
     cases = ONLY["cases"] if ONLY else [name for name in _all_cases() if name in asked]
     arguments = ("tests.engine.worker", out, json.dumps(options), *cases)
     alone = processes == 1 and not (ONLY and ONLY["torchrun"])
-    run = python("-m", *arguments) if alone else torchrun(processes, *arguments)
+    # A process that was forked after a library had looked for GPUs cannot use one.
+    fresh = bool(ONLY) and not options.get("cpu", True)
+    run = (
+        python("-m", *arguments, fresh=fresh)
+        if alone
+        else torchrun(processes, *arguments, fresh=fresh)
+    )
     assert run.returncode == 0, run.stderr[-4000:]
     ranks = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(processes)]
     return {name: [results[name] for results in ranks] for name in ranks[0]}

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from accelerate.utils import DistributedType
 
 import accum_trainer
 from accum_trainer import Accumulator
@@ -14,6 +15,7 @@ from accum_trainer.engine import build, zero_config
 from accum_trainer.engine.base import Engine
 from accum_trainer.engine.ddp import DDPEngine
 from accum_trainer.engine.fsdp import FSDPEngine
+from accum_trainer.engine.request import Request
 from accum_trainer.engine.single import SingleEngine
 from accum_trainer.engine.zero import STAGES, ZeroEngine
 from accum_trainer.errors import ConfigError, EngineError
@@ -153,3 +155,21 @@ def test_nobody_compares_the_name_of_an_engine():
                 assert "engine.name.startswith" not in called, path
                 if called == "isinstance":
                     assert not ast.unparse(node.args[-1]).endswith("Engine"), path
+
+
+@pytest.mark.parametrize(
+    "kind, processes, engine",
+    [
+        ("NO", 1, SingleEngine),
+        ("MULTI_GPU", 1, SingleEngine),  # torchrun --nproc_per_node=1: accelerate wraps nothing
+        ("MULTI_GPU", 2, DDPEngine),
+        ("MULTI_CPU", 1, DDPEngine),  # wrapped
+        ("MULTI_CPU", 2, DDPEngine),
+    ],
+)
+def test_the_engine_is_that_of_what_accelerate_wraps(kind, processes, engine):
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType[kind], num_processes=processes, state=None
+    )
+    request = Request({}, {})
+    assert [k for k in (DDPEngine, SingleEngine) if k.drives(accelerator, request)] == [engine]
