@@ -48,7 +48,7 @@ import torch
 import torch.distributed.fsdp
 
 import accum_trainer.cli.train  # noqa: F401
-import accum_trainer.train.checkpoint as checkpoint
+import accum_trainer.train.durable as durable
 import accum_trainer.train.loop as train
 
 # DeepSpeed looks for GPUs when it is imported, and a process forked after that cannot use them.
@@ -66,12 +66,16 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
-def kill_self_at(number: int, function: Callable[..., Any]) -> Callable[..., Any]:
+def kill_self_at(
+    number: int,
+    function: Callable[..., Any],
+    is_counted: Callable[..., bool] = lambda *args, **kwargs: True,
+) -> Callable[..., Any]:
     calls = 0
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
-        calls += 1
+        calls += is_counted(*args, **kwargs)
         if calls == number:
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*args, **kwargs)
@@ -109,7 +113,9 @@ def become(request: dict[str, Any], descriptors: list[int]) -> None:
     if "micro_step" in kill:
         train.causal_lm_loss = kill_self_at(kill["micro_step"], train.causal_lm_loss)
     if "sync" in kill:
-        checkpoint._sync = kill_self_at(kill["sync"], checkpoint._sync)  # noqa: SLF001 - the seam that is patched
+        durable.sync = kill_self_at(
+            kill["sync"], durable.sync, lambda path: "checkpoints" in path.parts
+        )
     status: Any = 0
     try:
         run_program(request["module"], request["argv"])

@@ -17,7 +17,9 @@ class OutputOptions(Section):
     )
     keep_checkpoints: int = option(2, "Newest checkpoints to keep.", minimum=1)
     resume: str = option(
-        "auto", "auto: continue the run in the run directory; never; or a checkpoint's PATH."
+        "auto",
+        "auto: continue the run in the run directory; never: refuse to; anew: replace it; or a "
+        "checkpoint's PATH.",
     )
     save_dtype: str = option(
         "auto",

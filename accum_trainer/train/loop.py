@@ -12,11 +12,13 @@ import torch
 
 from accum_trainer.config import TrainConfig
 from accum_trainer.engine.memory import memory_gb, peak_gb, reset_peak
+from accum_trainer.errors import AccumTrainerError, CheckpointError
 from accum_trainer.losses.causal_lm import causal_lm_loss
 from accum_trainer.train import checkpoint as checkpoints
+from accum_trainer.train.checkpoint import Checkpoint
 from accum_trainer.train.evaluation import Evaluation
 from accum_trainer.train.leaving import LoopPlaces
-from accum_trainer.train.rank_agreement import agree_on_folder
+from accum_trainer.train.rank_agreement import agree_on_checkpoint, agree_on_folder
 from accum_trainer.train.records import Record
 from accum_trainer.train.resume import capture, restore
 from accum_trainer.train.run_folder import RunFolder
@@ -59,12 +61,17 @@ class Run:
         accumulator = make_accumulator(config)
         self.engine = accumulator.engine
         self.stopping = StoppingPolicy(accumulator, config.max_hours, started)
-        self.folder, self._resumed_from = agree_on_folder(self.engine, config)
-        self._files = RunFolder(self.folder)
-        self.training = assemble(config, accumulator)
-        if self._resumed_from is not None:
-            self.training, num_records = restore(self.training, self._resumed_from)
-            self._files.continue_from(self._resumed_from, num_records)
+        self.folder, lock = agree_on_folder(self.engine, config)
+        self._files = RunFolder(self.folder, lock)
+        try:
+            self._resumed_from = agree_on_checkpoint(self.engine, config)
+            self.training = assemble(config, accumulator)
+            if self._resumed_from is not None:
+                self.training, tally = restore(self.training, self._resumed_from)
+                self._files.continue_from(self._resumed_from, tally)
+        except BaseException:
+            self._files.close()
+            raise
         self.config = dataclasses.replace(
             self.training.config,
             output_dir=str(self.folder),
@@ -87,7 +94,7 @@ class Run:
         training, acc = self.training, self.training.accumulator
         evaluation = Evaluation(training)
         # Signals outermost: one more that comes while the run is saved must not end it there.
-        places = LoopPlaces(self.engine, self._files.num_records)
+        places = LoopPlaces(self.engine, self._files.tally.records)
         with self.stopping.on_signals(), self._open_files(places):
             last_ended = time.perf_counter()
             for window in self._windows():
@@ -106,7 +113,7 @@ class Run:
                 if self._is_save_due(update):
                     self.save()
                 yield record
-                places.goes_on_after(self._files.num_records)
+                places.goes_on_after(self._files.tally.records)
                 if update.stop_requested:
                     self.stopping.agree_on_reason()
                     return
@@ -155,13 +162,35 @@ class Run:
         return at_interval and not update.skipped and not self.training.is_done
 
     def save(self) -> None:
-        """Write a checkpoint of the last finished window; all processes wait for it."""
+        """Write a checkpoint of the last finished window; all processes wait for it.
+
+        If it cannot be written, a warning says so, and training goes on to the next one.
+        """
         started = time.perf_counter()
-        step = self.training.accumulator.num_updates
-        checkpoint = capture(self.training, self._files.num_records)
-        folder, keep = self._files.checkpoints, self.config.keep_checkpoints
-        self.engine.on_main(checkpoints.save_checkpoint, folder, step, checkpoint, keep)
+        checkpoint = capture(self.training, self._files.tally)
+        self.engine.on_main(self._try_to_write, checkpoint)
         self.stopping.note_save(time.perf_counter() - started)
+
+    def _try_to_write(self, checkpoint: Checkpoint) -> None:
+        try:
+            self._write(checkpoint)
+        except CheckpointError as error:
+            logger.warning(
+                "%s; training goes on, and the next checkpoint is due after %d more updates",
+                *(error, self.config.checkpoint_every),
+            )
+
+    def _write(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint, on the main process.
+
+        Raises:
+            CheckpointError: that failed.
+            AccumTrainerError: the directory is another process's by now.
+        """
+        self._files.check_lock()
+        step, keep = self.training.accumulator.num_updates, self.config.keep_checkpoints
+        written = checkpoints.save_checkpoint(self._files.checkpoints, step, checkpoint, keep)
+        checkpoints.note_last(self.folder, written)
 
     @contextlib.contextmanager
     def _open_files(self, places: LoopPlaces) -> Iterator[None]:
@@ -174,7 +203,7 @@ class Run:
             self._finish()
         except GeneratorExit:  # the caller broke out of its loop, or raised in it
             step = self.training.accumulator.num_updates
-            other = places.process_that_did_not_leave(self._files.num_records)
+            other = places.process_that_did_not_leave(self._files.tally.records)
             if other is None:
                 self._finish()
             else:
@@ -189,18 +218,34 @@ class Run:
             self._files.close()
 
     def _finish(self) -> None:
-        self.save()
+        checkpoint = capture(self.training, self._files.tally)
         trained_only = needs_only_trained_weights(self.config)
         weights = self.engine.full_weights(self.training.model, trained_only=trained_only)
-        self.engine.on_main(self._write_results, weights)
+        self.engine.on_main(self._write_results, checkpoint, weights)
 
-    def _write_results(self, weights: dict[str, torch.Tensor]) -> None:
+    def _write_results(self, checkpoint: Checkpoint, weights: dict[str, torch.Tensor]) -> None:
+        """Write the last checkpoint, the model and result.json: each that can be written."""
         training, model = self.training, self.engine.unwrap(self.training.model)
-        save_model(self.folder, self.config, model, training.tokenizer, weights)
-        title = f"{self.folder.name}: {training.schedule.plan.describe()}"
-        ending = {
-            "done": training.is_done,
-            "stopped_by": self.stopped_by,
-            "updates": training.accumulator.num_updates,
-        }
-        self._files.finish(title, ending)
+        failed = []
+        try:
+            self._write(checkpoint)
+        except CheckpointError as error:
+            failed.append(str(error))
+        try:
+            save_model(self.folder, self.config, model, training.tokenizer, weights)
+            title = f"{self.folder.name}: {training.schedule.plan.describe()}"
+            ending = {
+                "done": training.is_done,
+                "stopped_by": self.stopped_by,
+                "updates": training.accumulator.num_updates,
+            }
+            if not failed:
+                self._files.finish(title, ending)
+        except OSError as error:
+            failed.append(str(error))
+        if failed:
+            raise AccumTrainerError(
+                f"the run ended after {training.accumulator.num_updates} updates, and not all of "
+                f"it could be saved: {'; '.join(failed)}. Make room and give the same command with "
+                f"--output-dir {self.folder}: it continues from the last whole checkpoint"
+            )

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from accum_trainer.train.records import Record
 
+CURVES = ("step", "skipped", "loss", "lr", "eval_loss")  # the keys that are drawn
+
 
 def draw_loss(runs: Mapping[str, Sequence[Record]], path: Path, title: str) -> None:
     """Draw loss, and below it the learning rate, over optimizer updates; one curve per run (label

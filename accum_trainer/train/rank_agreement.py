@@ -21,7 +21,8 @@ from typing import Any
 from accum_trainer.config import TrainConfig
 from accum_trainer.errors import CheckpointError, ConfigError, EngineError
 from accum_trainer.train.checkpoint import MANIFEST, find_checkpoint
-from accum_trainer.train.run_folder import LOGS, check_places, new_run_folder
+from accum_trainer.train.run_folder import LOGS, check_places, holds_run, new_run_folder
+from accum_trainer.train.run_lock import RunLock
 
 # Seconds until another machine must see a file; its NFS client caches for a while that it was
 # missing.
@@ -33,12 +34,12 @@ _SEEN_HERE_WITHIN = 3.0
 _MAY_DIFFER = {"dataset_file", "eval_file", "model", "log_file"}
 
 
-def agree_on_folder(engine: Any, config: TrainConfig) -> tuple[Path, Path | None]:
-    """The run directory, and the checkpoint to continue from if there is one.
+def agree_on_folder(engine: Any, config: TrainConfig) -> tuple[Path, RunLock | None]:
+    """The run directory; and on the main process, if it holds a run already, its lock.
 
     Raises:
-        ConfigError: options differ between ranks, or the directory cannot be used or is not shared.
-        CheckpointError: no checkpoint at the given path, or not the same on all ranks.
+        ConfigError: options differ between ranks, or the directory cannot be used, is not shared,
+            or is in use.
     """
     _check_same_options(engine, config)
     engine.together(check_places, config)
@@ -46,7 +47,11 @@ def agree_on_folder(engine: Any, config: TrainConfig) -> tuple[Path, Path | None
     # Named by rank 0: the default holds the time.
     folder = given or Path(engine.gather_objects(str(new_run_folder(config.model)))[0])
     _check_shared(engine, folder)
-    return folder, _choose_checkpoint(engine, config.resume, given)
+    return folder, None if config.dry_run else engine.on_main(_lock, folder)
+
+
+def _lock(folder: Path) -> RunLock | None:
+    return RunLock.take(folder) if holds_run(folder) else None
 
 
 def _check_same_options(engine: Any, config: TrainConfig) -> None:
@@ -117,14 +122,15 @@ def _is_seen(path: Path, within: float) -> bool:
     return True
 
 
-def _choose_checkpoint(engine: Any, resume: str, folder: Path | None) -> Path | None:
+def agree_on_checkpoint(engine: Any, config: TrainConfig) -> Path | None:
     """The checkpoint that rank 0 finds (`find_checkpoint`), on every rank; None if the run starts
     anew.
 
     Raises:
         CheckpointError: the given path holds none, or a rank does not have the same one there.
     """
-    found = engine.on_main(find_checkpoint, resume, folder)
+    given = Path(config.output_dir) if config.output_dir else None
+    found = engine.on_main(find_checkpoint, config.resume, given)
     mine = (found, socket.gethostname(), _digest(found / MANIFEST) if found is not None else "")
     chosen, writer, digest = engine.gather_objects(mine)[0]
     if chosen is not None:

@@ -2,59 +2,159 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import math
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accum_trainer.errors import ConfigError
+logger = logging.getLogger(__name__)
 
 # The keys are described in docs/records.md.
 Record = dict[str, Any]
+
+
+@dataclass
+class Tally:
+    """What a run's records add up to; part of its checkpoints, so that no line of metrics.jsonl is
+    needed to continue.
+
+    Attributes:
+        records: how many there are, windows that gave no update included.
+        num_micro_batches: the last record's `batch_idx`.
+        skipped: windows that gave no update.
+        num_samples: samples of all updates, each as often as it was trained on.
+        num_targets: targets of all updates.
+        loss: of the last update.
+        eval_loss: of the last evaluation.
+    """
+
+    records: int = 0
+    num_micro_batches: int = 0
+    skipped: int = 0
+    num_samples: int = 0
+    num_targets: int = 0
+    loss: float | None = None
+    eval_loss: float | None = None
+
+    def add(self, record: Record) -> None:
+        """Count one more record."""
+        self.records += 1
+        self.num_micro_batches = record["batch_idx"]
+        if record["skipped"]:
+            self.skipped += 1
+            return
+        self.num_samples += record["effective_batch_size"]
+        self.num_targets += record["num_targets"]
+        self.loss = record["loss"]
+        if record.get("eval_loss") is not None:
+            self.eval_loss = record["eval_loss"]
+
+    def totals(self) -> dict[str, Any]:
+        """The part of it that result.json has."""
+        counted = dataclasses.asdict(self)
+        return {k: v for k, v in counted.items() if k not in ("records", "num_micro_batches")}
 
 
 class RecordWriter:
     """Appends one JSON line per update to metrics.jsonl, and to a second file if asked.
 
     Args:
-        path: metrics.jsonl; created, or cut to its first `kept` records.
+        path: metrics.jsonl; created, or cut to the records that `kept` counts.
         copy: the second file (`--log-file`), brought to the same content.
         kept: records that a resumed run keeps; later ones than its checkpoint's are made again.
         earlier: another run's metrics.jsonl to take the kept records from.
-
-    Raises:
-        ConfigError: there are fewer than `kept` records.
     """
 
     def __init__(
-        self, path: Path, copy: Path | None = None, kept: int = 0, earlier: Path | None = None
+        self,
+        path: Path,
+        copy: Path | None = None,
+        kept: Tally | None = None,
+        earlier: Path | None = None,
     ) -> None:
-        source = earlier or path
-        self.records = read_records(source)[:kept] if kept else []
-        if len(self.records) < kept:
-            raise ConfigError(
-                f"{source} has {len(self.records)} records, but the checkpoint was written after "
-                f"{kept}"
-            )
-        self._files = []
-        for target in [path, *([copy] if copy else [])]:
+        kept, source = kept or Tally(), earlier or path
+        targets = [path, *([copy] if copy else [])]
+        partials = [target.with_name(f"{target.name}.partial") for target in targets]
+        for target in targets:
             target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_name(f"{target.name}.partial")
-            partial.write_text("".join(_line(record) for record in self.records), encoding="utf-8")
+        found = _copy_records(source, partials, kept)
+        if found < kept.records:
+            logger.warning(
+                "%s has %d of the %d records that were written before the checkpoint; the others "
+                "are lost, and nothing else is",
+                *(source, found, kept.records),
+            )
+        for target, partial in zip(targets, partials, strict=True):
             partial.replace(target)
-            self._files.append(open(target, "a", encoding="utf-8"))  # noqa: SIM115 - closed by close()
+        self._files = [_LineFile(target) for target in targets]
 
     def write(self, record: Record) -> None:
-        """Append a record and flush it to the operating system."""
-        self.records.append(record)
+        """Append a record and flush it to the operating system. If that fails, a warning says so,
+        and it is tried again with the next record."""
         for file in self._files:
-            file.write(_line(record))
-            file.flush()
+            file.append(_line(record))
 
     def close(self) -> None:
         """Close the files."""
         for file in self._files:
             file.close()
+
+
+class _LineFile:
+    """Appends whole lines; those that could not be written wait for the next."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+        self._end = path.stat().st_size  # of the last whole line
+        self._waiting: list[str] = []
+
+    def append(self, line: str) -> None:
+        was_failing = bool(self._waiting)
+        self._waiting.append(line)
+        data = "".join(self._waiting).encode()
+        try:
+            self._file.truncate(self._end)  # a part of a line that did not fit
+            written = 0
+            while written < len(data):
+                written += self._file.write(data[written:]) or 0
+        except OSError as error:
+            if not was_failing:
+                logger.warning(
+                    "a record could not be written to %s (%s); training goes on, and it is tried "
+                    "again with the next record",
+                    *(self._path, error),
+                )
+            return
+        self._end += len(data)
+        self._waiting.clear()
+
+    def close(self) -> None:
+        if self._waiting:
+            logger.warning(
+                "the last %d records could not be written to %s", len(self._waiting), self._path
+            )
+        self._file.close()
+
+
+def _copy_records(source: Path, targets: list[Path], kept: Tally) -> int:
+    """Write those records of `source` that `kept` counts to each target; return how many."""
+    count, files = 0, [open(target, "w", encoding="utf-8") for target in targets]  # noqa: SIM115
+    try:
+        for record in _records_in(source) if kept.records else ():
+            if record["batch_idx"] > kept.num_micro_batches:
+                break
+            count += 1
+            for file in files:
+                file.write(_line(record))
+    finally:
+        for file in files:
+            file.close()
+    return count
 
 
 def _line(record: Record) -> str:
@@ -66,9 +166,31 @@ def _line(record: Record) -> str:
     return json.dumps(finite) + "\n"
 
 
-def read_records(path: Path) -> list[Record]:
-    """The records of a metrics.jsonl, without a last line that a killed process left unfinished."""
+def read_records(path: Path, keys: Collection[str] | None = None) -> list[Record]:
+    """The records of a metrics.jsonl, without a last line that a killed process left unfinished.
+
+    Args:
+        keys: those to keep of each record; None keeps all.
+    """
+    return [
+        record if keys is None else {key: record[key] for key in keys if key in record}
+        for record in _records_in(path)
+    ]
+
+
+def _records_in(path: Path) -> Iterator[Record]:
+    """Record by record; damaged lines are left out with a warning."""
     if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+        return
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                record = json.loads(line)
+                if not isinstance(record["batch_idx"], int):
+                    raise ValueError
+            except (ValueError, KeyError, TypeError, RecursionError):
+                logger.warning("line %d of %s is damaged and left out", number, path)
+                continue
+            yield record

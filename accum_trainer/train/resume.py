@@ -18,6 +18,7 @@ from accum_trainer.lm.model import checksum
 from accum_trainer.train import checkpoint as checkpoints
 from accum_trainer.train.checkpoint import Checkpoint
 from accum_trainer.train.rank_agreement import check_same_start
+from accum_trainer.train.records import Tally
 from accum_trainer.train.setup import Training
 
 # Options that the optimizer's saved state overrides.
@@ -33,11 +34,11 @@ _NEW = (
 )
 
 
-def capture(training: Training, num_records: int) -> Checkpoint:
+def capture(training: Training, tally: Tally) -> Checkpoint:
     """The whole state after a finished window, on every process. Collective.
 
     Args:
-        num_records: records of the run so far.
+        tally: of the run's records so far.
     """
     engine = training.accumulator.engine
     rng = engine.gather_objects(engine.rng_state())
@@ -51,14 +52,15 @@ def capture(training: Training, num_records: int) -> Checkpoint:
             "accumulator": training.accumulator.state_dict(),
             "windows": training.windows.state_dict(),
             "scheduler": training.scheduler.state_dict(),
-            "num_records": num_records,
+            "tally": dataclasses.asdict(tally),
             "world_size": engine.world_size,
         },
     )
 
 
-def restore(training: Training, path: Path) -> tuple[Training, int]:
-    """`training` in the state of the checkpoint at `path`, and its number of records. Collective.
+def restore(training: Training, path: Path) -> tuple[Training, Tally]:
+    """`training` in the state of the checkpoint at `path`, and the tally of the run's records.
+    Collective.
 
     Raises:
         CheckpointError: it is damaged, or another run's.
@@ -81,8 +83,8 @@ def restore(training: Training, path: Path) -> tuple[Training, int]:
     acc.load_state_dict(saved.state["accumulator"])
     training.scheduler.load_state_dict(saved.state["scheduler"])
     training.windows.load_state_dict(saved.state["windows"])
-    num_records = saved.state["num_records"]
-    check_same_start(engine, _checksums(training) | {"records": num_records})
+    tally = Tally(**saved.state["tally"])
+    check_same_start(engine, _checksums(training) | {"records": tally.records})
     if len(saved.rng) == engine.world_size:
         engine.set_rng_state(saved.rng[engine.rank])
     else:
@@ -91,7 +93,7 @@ def restore(training: Training, path: Path) -> tuple[Training, int]:
             "same windows; dropout, if any, draws anew"
         )
     training.notes.append(f"continued from {path} after {acc.num_updates} updates")
-    return training, num_records
+    return training, tally
 
 
 def _check_not_past_its_end(training: Training, saved: dict[str, Any], path: Path) -> None:

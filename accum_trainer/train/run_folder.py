@@ -1,14 +1,16 @@
 """The run directory: its files, who may use a folder, and writing it.
 
-config.yaml     the composed configuration
-plan.json       B, K, W, B_eff, updates per epoch, engine, versions, seed
-metrics.jsonl   one record per update
-loss.png        loss and learning rate over updates
-result.json     how the run ended: done or stopped, updates, samples
-logs/           one log per process, if `accum-trainer launch` started it
-checkpoints/    see `checkpoint`
-model/          for `from_pretrained`; with LoRA the adapter
-model-merged/   the base model with the adapter merged in, if asked for
+config.yaml           the composed configuration
+plan.json             B, K, W, B_eff, updates per epoch, engine, versions, seed
+metrics.jsonl         one record per update
+loss.png              loss and learning rate over updates
+result.json           how the run ended: done or stopped, updates, samples
+logs/                 one log per process, if `accum-trainer launch` started it
+checkpoints/          see `checkpoint`
+last-checkpoint.json  which of them was written last
+model/                for `from_pretrained`; with LoRA the adapter
+model-merged/         the base model with the adapter merged in, if asked for
+run.lock              the process that trains in this directory, see `run_lock`
 
 Knows no model and no engine; only the main process writes. Imports no torch.
 """
@@ -17,16 +19,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 from accum_trainer.config import TrainConfig
 from accum_trainer.errors import ConfigError
-from accum_trainer.train.loss_picture import draw_loss
-from accum_trainer.train.records import Record, RecordWriter
+from accum_trainer.train import durable
+from accum_trainer.train.loss_picture import CURVES, draw_loss
+from accum_trainer.train.records import Record, RecordWriter, Tally, read_records
+from accum_trainer.train.run_lock import LOCK, RunLock
 
-CONFIG, PLAN, METRICS, PICTURE, RESULT, LOGS, CHECKPOINTS, MODEL, MERGED = (
+CONFIG, PLAN, METRICS, PICTURE, RESULT, LOGS, CHECKPOINTS, LAST, MODEL, MERGED = (
     "config.yaml",
     "plan.json",
     "metrics.jsonl",
@@ -34,6 +39,7 @@ CONFIG, PLAN, METRICS, PICTURE, RESULT, LOGS, CHECKPOINTS, MODEL, MERGED = (
     "result.json",
     "logs",
     "checkpoints",
+    "last-checkpoint.json",
     "model",
     "model-merged",
 )
@@ -55,8 +61,8 @@ def check_places(config: TrainConfig) -> None:
 def check_output_dir(path: Path, resume: str) -> None:
     """Raise a ConfigError unless a run can live in `path`: it is writable, and empty or a run to
     continue."""
-    if path.is_dir() and any(entry.name != LOGS for entry in path.iterdir()):
-        if not (path / CONFIG).is_file():
+    if path.is_dir() and any(_is_of_a_run(entry) for entry in path.iterdir()):
+        if not holds_run(path):
             raise ConfigError(
                 f"output_dir={path} holds other files and no run ({CONFIG} is missing); choose a "
                 "new or empty folder"
@@ -64,9 +70,14 @@ def check_output_dir(path: Path, resume: str) -> None:
         if resume == "never":
             raise ConfigError(
                 f"output_dir={path} already holds a run and resume=never; choose another folder, "
-                "or resume=auto"
+                "or resume=auto to continue it, or resume=anew to replace it"
             )
     _check_writable("output_dir", path)
+
+
+def _is_of_a_run(entry: Path) -> bool:
+    """Whether this is more than what is in a run directory before its run."""
+    return entry.name != LOGS and not entry.name.lstrip(".").startswith(LOCK)
 
 
 def check_log_file(path: Path) -> None:
@@ -97,8 +108,13 @@ def _check_writable(option: str, path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON."""
-    path.write_text(json.dumps(value, indent=1) + "\n")
+    """Write `value` as indented JSON; the file is replaced whole."""
+    durable.write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def holds_run(path: Path) -> bool:
+    """Whether a run was started in this directory."""
+    return (path / CONFIG).is_file()
 
 
 class RunFolder:
@@ -108,12 +124,17 @@ class RunFolder:
 
     Attributes:
         path: the directory.
-        num_records: records of the run so far, those before a resume included.
+        tally: of the run's records so far, those before a resume included.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, lock: RunLock | None = None) -> None:
+        """
+        Args:
+            lock: of the directory, if it holds a run already.
+        """
         self.path = path
-        self.num_records = 0
+        self.tally = Tally()
+        self._lock = lock
         self._earlier: Path | None = None
         self._writer: RecordWriter | None = None
 
@@ -121,25 +142,51 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / CHECKPOINTS
 
-    def continue_from(self, checkpoint: Path, num_records: int) -> None:
-        """Keep the first `num_records` records of the run that `checkpoint` lies in."""
-        self.num_records = num_records
+    def continue_from(self, checkpoint: Path, tally: Tally) -> None:
+        """Keep the records that `tally` counts of the run that `checkpoint` lies in."""
+        self.tally = tally
         run = checkpoint.parent.parent
         if run != self.path:
             self._earlier = run / METRICS
 
     def start(self, config: TrainConfig, plan: dict[str, Any]) -> None:
-        """Write configuration and plan, and open the records."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Lock the directory, write configuration and plan, and open the records.
+
+        Raises:
+            ConfigError: another process trains here, or has since this one looked.
+        """
+        if self._lock is None:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = RunLock.take(self.path)
+            if holds_run(self.path):
+                raise ConfigError(
+                    f"output_dir={self.path}: another run was started there meanwhile; choose "
+                    "another folder, or give the command again to continue that run"
+                )
+        if config.resume == "anew":
+            self._remove_run()
         (self.path / RESULT).unlink(missing_ok=True)  # the run has not ended any more
-        (self.path / CONFIG).write_text(config.to_yaml())
+        durable.write_text(self.path / CONFIG, config.to_yaml())
         write_json(self.path / PLAN, plan)
         copy = Path(config.log_file) if config.log_file else None
-        self._writer = RecordWriter(self.path / METRICS, copy, self.num_records, self._earlier)
+        self._writer = RecordWriter(self.path / METRICS, copy, self.tally, self._earlier)
+
+    def _remove_run(self) -> None:
+        """Remove what an earlier run here has written, but for its logs."""
+        for name in (CHECKPOINTS, MODEL, MERGED):
+            if (self.path / name).is_dir():
+                shutil.rmtree(self.path / name)
+        for name in (METRICS, PICTURE, LAST):
+            (self.path / name).unlink(missing_ok=True)
+
+    def check_lock(self) -> None:
+        """Raise an AccumTrainerError if another process has taken this directory over."""
+        if self._lock is not None:
+            self._lock.check()
 
     def write(self, record: Record) -> None:
         """Count a record; write it if this process started the directory."""
-        self.num_records += 1
+        self.tally.add(record)
         if self._writer is not None:
             self._writer.write(record)
 
@@ -149,24 +196,14 @@ class RunFolder:
         `num_samples` counts each sample as often as it was trained on.
         """
         assert self._writer is not None, "only the process that started the directory finishes it"
-        records = self._writer.records
+        records = read_records(self.path / METRICS, CURVES)
         if records:
             draw_loss({"training": records}, self.path / PICTURE, title)
-        write_json(self.path / RESULT, ending | _totals(records))
+        write_json(self.path / RESULT, ending | self.tally.totals())
 
     def close(self) -> None:
-        """Close the records' files."""
+        """Close the records' files and unlock the directory."""
         if self._writer is not None:
             self._writer.close()
-
-
-def _totals(records: list[Record]) -> dict[str, Any]:
-    updates = [record for record in records if not record["skipped"]]
-    evaluated = [record["eval_loss"] for record in updates if record.get("eval_loss") is not None]
-    return {
-        "skipped": len(records) - len(updates),
-        "num_samples": sum(record["effective_batch_size"] for record in updates),
-        "num_targets": sum(record["num_targets"] for record in updates),
-        "loss": updates[-1]["loss"] if updates else None,
-        "eval_loss": evaluated[-1] if evaluated else None,
-    }
+        if self._lock is not None:
+            self._lock.release()

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from accum_trainer.config import TrainConfig
 from accum_trainer.lm.model import load_model, stored_dtype
+from accum_trainer.train import durable
 from accum_trainer.train.run_folder import MERGED, MODEL
 
 
@@ -53,15 +55,22 @@ def _write(
     weights: dict[str, torch.Tensor],
     dtype: torch.dtype | None,
 ) -> None:
-    """Write beside `target`, then rename into place. An adapter (`dtype` None) stays in float32."""
+    """Write beside `target`, then rename into place. An adapter (`dtype` None) stays in float32.
+
+    Raises:
+        OSError: writing failed; `target` is as it was.
+    """
     partial = target.with_name(f".{target.name}.partial")
-    for leftover in (partial, target):
-        shutil.rmtree(leftover, ignore_errors=True)
-    model.save_pretrained(partial, state_dict=_cast(weights, dtype or torch.float32))
-    if dtype is not None:
-        _state_dtype(partial / "config.json", dtype)
-    tokenizer.save_pretrained(partial)
-    partial.rename(target)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.save_pretrained(partial, state_dict=_cast(weights, dtype or torch.float32))
+        if dtype is not None:
+            _state_dtype(partial / "config.json", dtype)
+        tokenizer.save_pretrained(partial)
+        durable.put_in_place(partial, target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"{target} could not be written: {error}") from error
 
 
 def _saved_dtype(config: TrainConfig) -> torch.dtype:

@@ -144,11 +144,13 @@ def test_nothing_is_unpickled_that_the_manifest_does_not_vouch_for(
     shutil.copytree(undisturbed, tmp_path / "run")
     for step in (tmp_path / "run" / "checkpoints").iterdir():
         (step / "optimizer.pt").write_bytes(b"cos\nsystem\n(S'touch broken'\ntR.")
-    finished = train(*argv)
-    assert finished.status == 0
-    assert finished.err.count("falling back") == 2
+    refused = train(*argv)
+    assert refused.status == 2
+    assert refused.err.count("falling back") == 2
+    assert "none of its checkpoints is whole" in refused.error
+    assert train(*argv, "--resume", "anew").status == 0
     assert not (tmp_path / "broken").exists()
-    assert_same_run(tmp_path / "run", undisturbed)  # both damaged: trained again from the start
+    assert_same_run(tmp_path / "run", undisturbed)
 
 
 def test_finished_run_says_so_and_changes_nothing(train, argv, undisturbed, tmp_path):

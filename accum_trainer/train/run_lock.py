@@ -1,0 +1,203 @@
+"""One process at a time trains in a run directory: run.lock names it.
+
+The lock is a file that its owner touches every few seconds. On the owner's own host, the process
+that it names tells whether it is alive; from another host, the time of the last touch does, by the
+clock of the file server. A lock whose owner is gone is taken over, so a run that was killed
+continues without anybody's help. Locks of the operating system are not used: some shared file
+systems do not have them, and they pass to the loader's worker processes. Knows no run.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from accum_trainer.errors import AccumTrainerError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+LOCK = "run.lock"
+BEAT_SEC = 10.0
+# Without a touch for so long, an owner on another host is taken for dead.
+SILENT_SEC = 60.0
+
+
+class RunLock:
+    """The lock of one run directory, held by this process. Made by `take`."""
+
+    def __init__(self, path: Path, owner: dict[str, Any]) -> None:
+        self._path, self._owner = path, owner
+        self._ended = threading.Event()
+        threading.Thread(target=self._beat, daemon=True).start()
+        atexit.register(self.release)
+
+    @classmethod
+    def take(cls, folder: Path) -> RunLock:
+        """Lock `folder`, which exists.
+
+        Raises:
+            ConfigError: another process, which is alive, has locked it.
+        """
+        path, owner = folder / LOCK, _this_process()
+        while not _create(path, owner):
+            found = _read(path)
+            if found is None:  # released meanwhile
+                continue
+            _wait_for_its_end(path, found)
+            _remove(path, found)
+            logger.info("the lock of %s was left by a process that is gone: %s", folder, found)
+        return cls(path, owner)
+
+    def check(self) -> None:
+        """Raise an AccumTrainerError if another process has taken the lock, because this one gave
+        no sign of life."""
+        found = _read(self._path)
+        if found is not None and found != self._owner:
+            raise AccumTrainerError(
+                f"{self._path.parent} was taken over by {_named(found)}, because this process gave "
+                f"no sign of life for {SILENT_SEC:.0f} s; it ends here, and nothing more is written"
+            )
+
+    def release(self) -> None:
+        """Unlock, if this process still holds the lock."""
+        self._ended.set()
+        atexit.unregister(self.release)
+        if os.getpid() == self._owner["process"] and _read(self._path) == self._owner:
+            self._path.unlink(missing_ok=True)
+
+    def _beat(self) -> None:
+        while not self._ended.wait(BEAT_SEC):
+            with contextlib.suppress(OSError):
+                os.utime(self._path)
+
+
+def _this_process() -> dict[str, Any]:
+    own = psutil.Process()
+    return {
+        "host": socket.gethostname(),
+        "process": own.pid,
+        "started": own.create_time(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "id": uuid.uuid4().hex,  # of this lock
+    }
+
+
+def _create(path: Path, owner: dict[str, Any]) -> bool:
+    """Create the lock, whole, unless there is one."""
+    partial = path.with_name(f".{LOCK}-{owner['id']}")
+    partial.write_text(json.dumps(owner) + "\n", encoding="utf-8")
+    try:
+        return _link(partial, path)
+    finally:
+        partial.unlink()
+
+
+def _link(source: Path, path: Path) -> bool:
+    """Give the file `source` the name `path`, too, unless it is taken."""
+    try:
+        os.link(source, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links
+        try:
+            with open(path, "x", encoding="utf-8") as file:
+                file.write(source.read_text(encoding="utf-8"))
+        except FileExistsError:
+            return False
+    return True
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The owner; None if there is no lock. Of a damaged lock nothing is known."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _wait_for_its_end(path: Path, owner: dict[str, Any]) -> None:
+    """Return once the owner of a lock is gone.
+
+    Raises:
+        ConfigError: it is alive.
+    """
+    if owner.get("host") == socket.gethostname():
+        if _runs_here(owner):
+            raise _in_use(path, owner)
+        return
+    first = _touched(path)
+    while (silent := _now(path.parent) - first) < SILENT_SEC:
+        logger.warning(
+            "%s was locked by %s; waiting up to %.0f s for a sign of life",
+            *(path.parent, _named(owner), SILENT_SEC - silent),
+        )
+        for _ in range(round(BEAT_SEC)):
+            time.sleep(1.0)
+            if _read(path) != owner:
+                return  # released, or another one's by now
+            if _touched(path) != first:
+                raise _in_use(path, owner)
+
+
+def _runs_here(owner: dict[str, Any]) -> bool:
+    """Whether the owner, a process of this host, is alive: not another one with its number."""
+    try:
+        process = psutil.Process(owner["process"])
+        is_dead = process.status() == psutil.STATUS_ZOMBIE
+        return not is_dead and abs(process.create_time() - owner["started"]) < 1.0
+    except (psutil.NoSuchProcess, KeyError, TypeError, ValueError):
+        return False
+
+
+def _remove(path: Path, owner: dict[str, Any]) -> None:
+    """Remove the lock of an owner that is gone, and no other that was made meanwhile."""
+    aside = path.with_name(f".{LOCK}-{uuid.uuid4().hex}")
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(aside)
+        if _read(aside) != owner:
+            _link(aside, path)
+        aside.unlink()
+
+
+def _touched(path: Path) -> float:
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_mtime
+    return 0.0
+
+
+def _now(folder: Path) -> float:
+    """The time by the clock that `folder`'s files are stamped with."""
+    probe = folder / f".{LOCK}-{uuid.uuid4().hex}"
+    probe.touch()
+    try:
+        return probe.stat().st_mtime
+    finally:
+        probe.unlink()
+
+
+def _in_use(path: Path, owner: dict[str, Any]) -> ConfigError:
+    return ConfigError(
+        f"output_dir={path.parent} is in use: {_named(owner)} trains in it; wait for it, stop it, "
+        "or choose another output_dir"
+    )
+
+
+def _named(owner: dict[str, Any]) -> str:
+    return (
+        f"process {owner.get('process', 'unknown')} on {owner.get('host', 'an unknown host')}, "
+        f"since {owner.get('since', 'an unknown time')},"
+    )

@@ -1,0 +1,294 @@
+"""A run directory that lost files, is on a full disk, or is used by two commands: it goes on whole,
+or one sentence says why not."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import threading
+import time
+
+import psutil
+import pytest
+
+from accum_trainer.errors import AccumTrainerError, ConfigError
+from accum_trainer.train import run_lock
+from accum_trainer.train.records import read_records
+from accum_trainer.train.run_lock import LOCK, RunLock
+from tests.end_to_end.started import Started, accum_trainer
+
+STEPS = ("--batch-size", "2", "--max-seq-len", "64", "--lr", "1e-2", "--output-dir", "run")
+SHORT = (*STEPS, "--steps", "4", "--checkpoint-every", "1")
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    """A run of four updates with its last two checkpoints."""
+    from tests.launching import cli
+
+    folder = tmp_path_factory.mktemp("four")
+    assert cli("train", "--cpu", *SHORT, cwd=folder).returncode == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def run(four, tmp_path):
+    return shutil.copytree(four, tmp_path / "run")
+
+
+def content(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def steps_of(run):
+    return [record["step"] for record in read_records(run / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("left", ["folder gone", "empty folder", "all damaged"])
+def test_a_saved_run_without_checkpoints_is_refused_and_not_touched(train, run, left):
+    checkpoints = run / "checkpoints"
+    if left == "all damaged":
+        for file in checkpoints.glob("*/state.json"):
+            file.write_text("{}")
+    else:
+        shutil.rmtree(checkpoints)
+        if left == "empty folder":
+            checkpoints.mkdir()
+    before = content(run)
+    refused = train(*SHORT)
+    assert refused.status == 2
+    assert "none of its checkpoints is whole" in refused.error
+    assert "give resume=anew" in refused.error
+    assert content(run) == before
+
+
+def test_anew_replaces_the_run(train, four, run):
+    shutil.rmtree(run / "checkpoints")
+    assert train(*SHORT, "--resume", "anew").status == 0
+    assert steps_of(run) == [1, 2, 3, 4]
+    for name in ("model.safetensors", "config.json"):
+        assert (run / "model" / name).read_bytes() == (four / "model" / name).read_bytes()
+
+
+def test_never_names_the_ways_to_go_on(train, run):
+    refused = train(*SHORT, "--resume", "never")
+    assert refused.status == 2 and "resume=anew to replace it" in refused.error
+
+
+def test_a_run_that_goes_back_keeps_what_it_writes_then(train, four, run):
+    """From step 3 it writes step 4 again, and 5; a user's own copy stays."""
+    shutil.copytree(run / "checkpoints" / "step-00000003", run / "checkpoints" / "step-00000003-ok")
+    longer = ("5" if value == "4" else value for value in SHORT)
+    finished = train(*longer, "--resume", "run/checkpoints/step-00000003")
+    assert finished.status == 0
+    assert "continued from run/checkpoints/step-00000003 after 3 updates" in finished.err
+    assert steps_of(run) == [1, 2, 3, 4, 5]
+    found = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert found == ["step-00000003-ok", "step-00000004", "step-00000005"]
+
+
+def test_records_that_are_lost_or_damaged_cost_nothing_else(train, four, run):
+    """Lines 2 and 3 of metrics.jsonl cannot be read; the totals are those of all."""
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join([lines[0], lines[1][:20] + "\n", "[]\n", lines[3]]))
+    longer = ["5" if value == "4" else value for value in SHORT]
+    finished = train(*longer)
+    assert finished.status == 0
+    assert "line 2 of run/metrics.jsonl is damaged" in finished.err
+    assert "has 2 of the 4 records that were written before the checkpoint" in finished.err
+    assert steps_of(run) == [1, 4, 5]
+    result = json.loads((run / "result.json").read_text())
+    assert result["num_samples"] == 5 * 2 and result["updates"] == 5
+
+
+def test_a_checkpoint_copied_alone_is_enough(train, run, tmp_path):
+    shutil.copytree(run / "checkpoints" / "step-00000004", tmp_path / "copied")
+    longer = ["5" if value == "4" else value for value in SHORT]
+    finished = train(*longer, "--output-dir", "other", "--resume", "copied")
+    assert finished.status == 0
+    assert steps_of(tmp_path / "other") == [5]
+    assert json.loads((tmp_path / "other" / "result.json").read_text())["num_samples"] == 10
+
+
+# --- a full disk ---
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_and_tried_again(tmp_path):
+    """The kernel refuses files above a limit for a while; the run ends whole."""
+    command = accum_trainer("train", "--cpu", *STEPS, "--checkpoint-every", "2", "--steps", "60")
+    started = Started([*command, "--keep-checkpoints", "1"], tmp_path, cwd=tmp_path)
+    run = tmp_path / "run"
+    started.until(lambda: (run / "last-checkpoint.json").exists())
+    process = psutil.Process(started.process.pid)
+    unlimited = process.rlimit(psutil.RLIMIT_FSIZE)
+    process.rlimit(psutil.RLIMIT_FSIZE, (100_000, unlimited[1]))
+    started.until(lambda: "could not be written" in started.err)
+    kept = [path.name for path in (run / "checkpoints").glob("step-*")]
+    assert len(kept) == 1 and not list((run / "checkpoints").glob(".partial*"))
+    process.rlimit(psutil.RLIMIT_FSIZE, unlimited)
+    assert started.ended() == 0, started.err
+    assert "training goes on, and the next checkpoint is due after 2 more updates" in started.err
+    assert "Traceback" not in started.err
+    assert steps_of(run) == list(range(1, 61))
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000060"]
+    assert (run / "model" / "model.safetensors").exists()
+
+
+def test_a_run_that_cannot_be_saved_at_its_end_says_so_and_continues_later(train, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    started = None
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        started = Started(accum_trainer("train", "--cpu", *SHORT), tmp_path, cwd=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert started.ended() == 1
+    assert "Traceback" not in started.err
+    assert "the run ended after 4 updates, and not all of it could be saved" in started.err
+    assert not list((tmp_path / "run").glob(".model*"))
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+    assert not (tmp_path / "run" / LOCK).exists()
+    assert train(*SHORT).status == 0
+    assert steps_of(tmp_path / "run") == [1, 2, 3, 4]
+
+
+def test_a_record_that_cannot_be_written_waits_for_the_next(tmp_path, caplog):
+    from accum_trainer.train.records import RecordWriter
+
+    def record(number):
+        return {"batch_idx": number, "skipped": False, "text": "x" * 1000}
+
+    writer = RecordWriter(tmp_path / "metrics.jsonl")
+    before, old = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
+    writer.write(record(1))
+    try:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, before[1]))  # half a line fits
+        writer.write(record(2))
+        writer.write(record(3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, old)
+    assert caplog.text.count("could not be written") == 1
+    writer.write(record(4))
+    writer.close()
+    assert [r["batch_idx"] for r in read_records(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+# --- two commands in one directory ---
+
+
+def test_a_second_command_in_the_same_directory_is_refused(train, tmp_path):
+    """While the first trains, and until it is gone; killed, it leaves nothing to clean up."""
+    command = accum_trainer(
+        "train", "--cpu", *STEPS, "--checkpoint-every", "2", "--steps", "100000"
+    )
+    started = Started(command, tmp_path, cwd=tmp_path)
+    try:
+        started.until(lambda: (tmp_path / "run" / "last-checkpoint.json").exists())
+        refused = train(*SHORT)
+        assert refused.status == 2
+        pid, host = started.process.pid, socket.gethostname()
+        assert f"output_dir=run is in use: process {pid} on {host}, since 20" in refused.error
+        assert "choose another output_dir" in refused.error
+    finally:
+        os.killpg(started.process.pid, signal.SIGKILL)
+        started.process.wait()
+    assert (tmp_path / "run" / LOCK).exists()
+    done = steps_of(tmp_path / "run")[-1] + 1
+    finished = train(*STEPS, "--steps", done)
+    assert finished.status == 0, finished.err
+    assert steps_of(tmp_path / "run") == list(range(1, done + 1))
+    assert not (tmp_path / "run" / LOCK).exists()
+
+
+def locked_by(folder, **owner):
+    path = folder / LOCK
+    path.write_text(json.dumps({"since": "2026-01-01 00:00:00", "id": "1"} | owner))
+    return path
+
+
+def test_a_lock_of_a_process_that_is_gone_is_taken_over(tmp_path):
+    here = socket.gethostname()
+    own = psutil.Process()
+    for owner in (
+        {"host": here, "process": 2**22 + 1, "started": 0.0},  # no such process
+        {"host": here, "process": own.pid, "started": own.create_time() - 100},  # another one
+        {"host": here},
+        {"host": here, "process": "x", "started": None},
+    ):
+        path = locked_by(tmp_path, **owner)
+        lock = RunLock.take(tmp_path)
+        lock.check()
+        assert json.loads(path.read_text())["process"] == os.getpid()
+        lock.release()
+        assert not path.exists()
+
+
+def test_a_lock_of_another_host_holds_while_it_is_touched(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "BEAT_SEC", 3.0)
+    path = locked_by(tmp_path, host="another", process=1, started=0.0)
+    ended = threading.Event()
+
+    def touch():
+        while not ended.wait(0.2):
+            os.utime(path)
+
+    toucher = threading.Thread(target=touch)
+    toucher.start()
+    try:
+        with pytest.raises(ConfigError, match="in use: process 1 on another, since 2026"):
+            RunLock.take(tmp_path)
+    finally:
+        ended.set()
+        toucher.join()
+    assert json.loads(path.read_text())["host"] == "another"
+
+
+def test_a_lock_of_another_host_that_gives_no_sign_is_taken_over(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(run_lock, "BEAT_SEC", 1.0)
+    monkeypatch.setattr(run_lock, "SILENT_SEC", 3.0)
+    locked_by(tmp_path, host="another", process=1, started=0.0)
+    lock = RunLock.take(tmp_path)
+    assert "was locked by process 1 on another" in caplog.text
+    lock.release()
+    old = time.time() - 100
+    os.utime(locked_by(tmp_path, host="another", process=1, started=0.0), (old, old))
+    caplog.clear()
+    RunLock.take(tmp_path).release()
+    assert "sign of life" not in caplog.text
+
+
+def test_whoever_was_taken_for_dead_writes_no_more(tmp_path):
+    lock = RunLock.take(tmp_path)
+    path = locked_by(tmp_path, host="another", process=1, started=0.0)
+    with pytest.raises(AccumTrainerError, match="taken over by process 1 on another"):
+        lock.check()
+    lock.release()
+    assert path.exists()
+
+
+def test_of_many_that_start_at_once_one_gets_the_lock(tmp_path):
+    locked_by(tmp_path, host=socket.gethostname(), process=2**22 + 1, started=0.0)
+    got, refused, start = [], [], threading.Barrier(16)
+
+    def begin():
+        start.wait()
+        try:
+            got.append(RunLock.take(tmp_path))
+        except ConfigError as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=begin) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(got) == 1 and len(refused) == 15
+    got[0].check()
+    got[0].release()
+    assert [path.name for path in tmp_path.iterdir()] == []
