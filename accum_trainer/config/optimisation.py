@@ -18,6 +18,12 @@ class LengthOptions(Section):
     max_hours: float | None = option(
         None, "Save and stop cleanly before this many hours have passed.", above=0
     )
+    timeout: float = option(
+        1800.0,
+        "End a run on several processes if no window ends for this many seconds, and say which "
+        "process the others wait for.",
+        above=0,
+    )
 
     def _check_rules(self) -> None:
         super()._check_rules()

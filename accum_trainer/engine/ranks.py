@@ -30,8 +30,8 @@ T = TypeVar("T")
 class Ranks:
     """This process among the others.
 
-    All methods but `post` and `posted` are collective: every rank must make the same calls in the
-    same order. The properties are not.
+    All methods but those that post and read notes are collective: every rank must make the same
+    calls in the same order. The properties are not.
     """
 
     accelerator: Accelerator
@@ -88,6 +88,12 @@ class Ranks:
         if self.world_size > 1:
             dist.barrier(group=_patient_group(dist.group.WORLD))
 
+    def wait_in_training(self, seconds: float) -> None:
+        """Let an exchange in training wait for other ranks for so long, whatever the backend's own
+        limit."""
+        if self.world_size > 1:
+            _set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
+
     def post(self, key: str, note: str) -> None:
         """Replace this rank's note under `key`. Not collective, and does not wait."""
         if self.world_size > 1:
@@ -100,6 +106,20 @@ class Ranks:
             return []
         keys = [f"{key}/{rank}" for rank in range(self.world_size)]
         return [note.decode() for note in _get_default_store().multi_get(keys)]
+
+    def post_once(self, key: str, note: str) -> None:
+        """Post a note of the whole job under `key`, whichever rank is first. Not collective."""
+        if self.world_size > 1:
+            _get_default_store().compare_set(key, "", note)
+
+    def is_posted(self, key: str) -> bool:
+        """Whether any rank has called `post_once` with `key`. Not collective."""
+        return self.world_size > 1 and bool(_get_default_store().check([key]))
+
+    def posted_so_far(self, key: str) -> list[str | None]:
+        """As `posted`, with None for a rank that has posted none; does not wait."""
+        store, keys = _get_default_store(), [f"{key}/{rank}" for rank in range(self.world_size)]
+        return [store.get(one).decode() if store.check([one]) else None for one in keys]
 
     # --- work that may fail on one rank ---
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -30,8 +30,12 @@ class Evaluation:
             at_interval or self._training.is_done
         )
 
-    def mean_loss(self) -> float:
-        """Mean loss per target over all processes. Collective."""
+    def mean_loss(self, progress: Callable[[], None] = lambda: None) -> float:
+        """Mean loss per target over all processes. Collective.
+
+        Args:
+            progress: called after each micro-batch.
+        """
         training, engine = self._training, self._training.accumulator.engine
         rows = training.data.evaluation
         assert rows is not None
@@ -45,15 +49,22 @@ class Evaluation:
             engine.to_device(collate([rows[int(i)] for i in chosen])) for chosen in [*mine, *idle]
         )
         # Unwrapped: DDP's forward would exchange buffers.
-        losses = micro_batch_losses(engine.unwrap(training.model), batches)
+        losses = micro_batch_losses(engine.unwrap(training.model), batches, progress)
         total = engine.all_gather_floats([sum(losses[: len(mine)])]).sum()
         return float(total / rows.num_targets.sum())
 
 
 @torch.no_grad()
-def micro_batch_losses(model: Any, batches: Iterable[dict[str, torch.Tensor]]) -> list[float]:
+def micro_batch_losses(
+    model: Any,
+    batches: Iterable[dict[str, torch.Tensor]],
+    progress: Callable[[], None] = lambda: None,
+) -> list[float]:
     """Summed loss of each micro-batch, dropout off; `model` is in train mode afterwards."""
     model.eval()
-    losses = [causal_lm_loss(model, batch).double().item() for batch in batches]
+    losses = []
+    for batch in batches:
+        losses.append(causal_lm_loss(model, batch).double().item())
+        progress()
     model.train()
     return losses

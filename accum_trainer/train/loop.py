@@ -17,6 +17,7 @@ from accum_trainer.losses.causal_lm import causal_lm_loss
 from accum_trainer.train import checkpoint as checkpoints
 from accum_trainer.train.checkpoint import Checkpoint
 from accum_trainer.train.evaluation import Evaluation
+from accum_trainer.train.hang_watch import HangWatch
 from accum_trainer.train.leaving import LoopPlaces
 from accum_trainer.train.rank_agreement import agree_on_checkpoint, agree_on_folder
 from accum_trainer.train.records import Record
@@ -63,6 +64,7 @@ class Run:
         self.stopping = StoppingPolicy(accumulator, config.max_hours, started)
         self.folder, lock = agree_on_folder(self.engine, config)
         self._files = RunFolder(self.folder, lock)
+        self._hangs = HangWatch(self.engine, config.timeout, self._files.close)
         try:
             self._resumed_from = agree_on_checkpoint(self.engine, config)
             self.training = assemble(config, accumulator)
@@ -98,6 +100,7 @@ class Run:
         with self.stopping.on_signals(), self._open_files(places):
             last_ended = time.perf_counter()
             for window in self._windows():
+                self._hangs.progress(window=acc.num_updates + 1)
                 waited = time.perf_counter() - last_ended
                 for batch in window:
                     with acc.accumulate(training.model):
@@ -108,11 +111,12 @@ class Run:
                 self.stopping.check(update, seconds)
                 record = self._record(update, lr, seconds, waited)
                 if not update.skipped and evaluation.is_due(update.step):
-                    record["eval_loss"] = evaluation.mean_loss()
+                    record["eval_loss"] = evaluation.mean_loss(self._hangs.progress)
                 self._files.write(record)
-                if self._is_save_due(update):
-                    self.save()
-                yield record
+                with self._hangs.paused():
+                    if self._is_save_due(update):
+                        self.save()
+                    yield record
                 places.goes_on_after(self._files.tally.records)
                 if update.stop_requested:
                     self.stopping.agree_on_reason()
@@ -198,10 +202,13 @@ class Run:
         left the caller's loop."""
         self.engine.on_main(self._files.start, self.config, self._plan)
         reset_peak(self.engine.device)
+        self._hangs.start()
         try:
             yield
+            self._hangs.stop()
             self._finish()
         except GeneratorExit:  # the caller broke out of its loop, or raised in it
+            self._hangs.stop()
             step = self.training.accumulator.num_updates
             other = places.process_that_did_not_leave(self._files.tally.records)
             if other is None:
@@ -215,6 +222,7 @@ class Run:
                 )
             raise
         finally:
+            self._hangs.stop()
             self._files.close()
 
     def _finish(self) -> None:
