@@ -91,10 +91,11 @@ class HangWatch:
     def _answer(self) -> None:
         if not self._has_answered:
             self._has_answered = True
-            place = "between windows (saving, or the caller's own code)" if self._pauses else self._place()
-            self._ranks.post(f"{self._key}/place", place)
+            self._ranks.post(f"{self._key}/place", self._place())
 
     def _place(self) -> str:
+        if self._pauses:
+            return "between windows (saving, or the caller's own code)"
         frame = sys._current_frames().get(self._main)  # noqa: SLF001 - documented, for debuggers
         return _innermost(frame)
 
