@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+import time
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -64,9 +65,14 @@ def cli() -> None:
     """Gradient accumulation that is exactly right: the effective batch is the unit of training."""
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, shares_terminal: bool = True) -> None:
     """Run the command line and exit: 0 done, 2 wrong input, 75 stopped and saved, 1 anything
-    else."""
+    else.
+
+    Args:
+        shares_terminal: whether all processes of a job write to one terminal, so that a mistake
+            that all of them find is shown once.
+    """
     quiet_libraries()
     try:
         sys.exit(
@@ -81,16 +87,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.Abort:
         sys.exit(130)
     except click.ClickException as wrong:
-        if _is_main():
-            wrong.show()
+        if shares_terminal:
+            _let_main_speak()
+        wrong.show()
         sys.exit(wrong.exit_code)
     except AccumTrainerError as wrong:
-        # A ConfigError is the same on all processes, so the main one reports it. Other errors may
-        # belong to one process.
-        if _is_main() or not isinstance(wrong, ConfigError):
-            rank = "" if _is_main() else f" (process {os.environ['RANK']})"
-            click.echo(f"error{rank}: {wrong}", err=True)
+        if shares_terminal and isinstance(wrong, ConfigError):
+            _let_main_speak()
+        rank = "" if _is_main() else f" (process {os.environ['RANK']})"
+        click.echo(f"error{rank}: {wrong}", err=True)
         sys.exit(wrong.exit_status)
+
+
+# Longer than a launcher takes to see that one process failed, and to end the others.
+_MAIN_SPEAKS_WITHIN_SEC = 8.0
+
+
+def _let_main_speak() -> None:
+    """Let a mistake that all processes find be shown by the main one, whose launcher then ends this
+    one. If this process alone found it, the wait ends and it speaks for itself."""
+    if not _is_main():
+        time.sleep(_MAIN_SPEAKS_WITHIN_SEC)
 
 
 def _is_main() -> bool:

@@ -1,4 +1,4 @@
-"""One process of a launched training: `python -m accum_trainer.launch.rank LOGS NODE --
+"""One process of a launched training: `python -m accum_trainer.launch.rank LOGS STATUSES --
 TRAIN-ARGS`.
 
 accelerate's launcher starts it. It sends its output to its own log and writes a status file,
@@ -7,46 +7,68 @@ because torchrun turns every failure into status 1. Knows nothing of the trainin
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
+import shutil
 import signal
+import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+from accum_trainer.launch.process import send_signal, start_of
 
 
 @dataclass(frozen=True)
 class RankStatus:
     """One process: its exit status (None while it runs), and when it ended, in seconds since the
-    epoch."""
+    epoch. `start` tells it from a later process with its `pid` (`process.start_of`)."""
 
     rank: int
     pid: int
+    start: int | None
     status: int | None = None
     ended: float | None = None
 
-    def write(self, logs: Path, node: int) -> None:
-        partial = logs / f".node-{node}-rank-{self.rank}.partial"
+    def write(self, statuses: Path) -> None:
+        partial = statuses / f"rank-{self.rank}.partial"
         partial.write_text(json.dumps(asdict(self)))
-        partial.replace(logs / f"node-{node}-rank-{self.rank}.json")
+        partial.replace(statuses / f"rank-{self.rank}.json")
+
+    def send(self, number: int) -> bool:
+        """Send it a signal (0: none); False if it is not running."""
+        if self.status is not None or self.start is None:
+            return False
+        return send_signal(self.pid, self.start, number)
 
 
-def read_statuses(logs: Path, node: int) -> list[RankStatus]:
-    """The processes that this node's launcher started, by rank."""
-    files = logs.glob(f"node-{node}-rank-*.json")
+def make_statuses(logs: Path) -> Path:
+    """Make this launcher's folder for the statuses of its processes: nobody else writes there.
+
+    Its name holds the host and the launcher, so that folders of launchers that were killed can be
+    removed. It is in `logs`, because a folder for temporary files may be cleaned in a long run.
+    """
+    # No host name holds a plus sign.
+    of_this_host = f".processes-{socket.gethostname()}+"
+    for folder in logs.glob(f"{of_this_host}*"):
+        pid, start = folder.name.removeprefix(of_this_host).split("+")[:2]
+        if str(start_of(int(pid))) != start:
+            shutil.rmtree(folder, ignore_errors=True)
+    mine = f"{of_this_host}{os.getpid()}+{start_of(os.getpid())}+"
+    return Path(tempfile.mkdtemp(prefix=mine, dir=logs))
+
+
+def read_statuses(statuses: Path) -> list[RankStatus]:
+    """The processes that this launcher started, by rank."""
     return sorted(
-        (RankStatus(**json.loads(file.read_text())) for file in files),
+        (RankStatus(**json.loads(file.read_text())) for file in statuses.glob("rank-*.json")),
         key=lambda status: status.rank,
     )
-
-
-def forget_statuses(logs: Path, node: int) -> None:
-    """Delete the status files of an earlier start."""
-    for file in logs.glob(f"node-{node}-rank-*.json"):
-        file.unlink()
 
 
 def log_of(logs: Path, rank: int) -> Path:
@@ -66,16 +88,16 @@ def follow_parent() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
-def main(logs: Path, node: int, train: Callable[[], None]) -> None:
-    """Run `train`, which raises SystemExit at its end, as one process of node `node`."""
+def main(logs: Path, statuses: Path, train: Callable[[], None]) -> None:
+    """Run `train`, which raises SystemExit at its end, as one process of a launcher."""
     follow_parent()
     rank = int(os.environ.get("RANK", "0"))
     log = os.open(log_of(logs, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
-    running = RankStatus(rank, os.getpid())
-    running.write(logs, node)
+    running = RankStatus(rank, os.getpid(), start_of(os.getpid()))
+    running.write(statuses)
     status = 1
     try:
         train()
@@ -83,10 +105,15 @@ def main(logs: Path, node: int, train: Callable[[], None]) -> None:
         status = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
         raise
     finally:
-        RankStatus(rank, running.pid, status, time.time()).write(logs, node)
+        with contextlib.suppress(OSError):  # a launcher that was killed does not read it
+            replace(running, status=status, ended=time.time()).write(statuses)
 
 
 if __name__ == "__main__":
     from accum_trainer.cli import main as command_line
 
-    main(Path(sys.argv[1]), int(sys.argv[2]), lambda: command_line(["train", *sys.argv[4:]]))
+    main(
+        Path(sys.argv[1]),
+        Path(sys.argv[2]),
+        lambda: command_line(["train", *sys.argv[4:]], shares_terminal=False),
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +17,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from accum_trainer.errors import ConfigError
 from accum_trainer.launch.folders import make_folder, remove_folders
 from accum_trainer.launch.placement import NodePlacement
-from accum_trainer.launch.rank import follow_parent, forget_statuses
+from accum_trainer.launch.rank import follow_parent, make_statuses
 from accum_trainer.launch.signals import (
     POLL_INTERVAL_SEC,
     RESEND_AFTER_SEC,
@@ -44,13 +46,30 @@ def launch(
         deepspeed_file: the DeepSpeed configuration that `config` names, as a path that exists.
 
     Returns:
-        The exit status: 0 done, 75 stopped by a signal after saving, 2 wrong input, 1 anything
-        else.
+        The exit status: 0 done, 75 stopped by a signal after saving, 128 + N stopped by signal N
+        with nothing saved, 2 wrong input, 1 anything else.
     """
     made = make_folder(logs)
-    forget_statuses(logs, place.machine_rank)
-    command = _command(config, place, train, logs, deepspeed_file)
-    watch = RankWatch(logs, place.machine_rank)
+    try:
+        statuses = make_statuses(logs)
+    except OSError as error:
+        remove_folders(made)
+        raise ConfigError(
+            f"no file can be made in {logs}: {error.strerror}; name another output_dir"
+        ) from None
+    try:
+        watch = RankWatch(logs, place.machine_rank, statuses)
+        command = _command(config, place, train, logs, statuses, deepspeed_file)
+        status = _run(command, watch, logs)
+        if status == 2 and logs in made:  # refused: leave nothing behind
+            watch.remove_logs()
+        return status
+    finally:
+        shutil.rmtree(statuses, ignore_errors=True)
+        remove_folders(made)
+
+
+def _run(command: list[str], watch: RankWatch, logs: Path) -> int:
     with open(logs / LAUNCHER_LOG, "a") as output, collect_stop_signals() as signals:
         process = subprocess.Popen(
             command,
@@ -69,15 +88,7 @@ def launch(
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             watch.show()
-    try:
-        status = watch.exit_status(process.returncode, bool(signals))
-    finally:
-        forget_statuses(logs, place.machine_rank)
-    if status == 2 and logs in made:  # refused: leave nothing behind
-        for file in logs.iterdir():
-            file.unlink()
-        remove_folders(made)
-    return status
+        return watch.exit_status(process.returncode, signals[0] if signals else None)
 
 
 def _command(
@@ -85,13 +96,14 @@ def _command(
     place: NodePlacement,
     train: Sequence[str],
     logs: Path,
+    statuses: Path,
     deepspeed_file: Path | None,
 ) -> list[str]:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     command += place.arguments()
     if deepspeed_file is not None:
         command += ["--deepspeed_config_file", str(deepspeed_file)]
-    rank = ["-m", "accum_trainer.launch.rank", str(logs), str(place.machine_rank)]
+    rank = ["-m", "accum_trainer.launch.rank", str(logs), str(statuses)]
     return [*command, *rank, "--", *train]
 
 

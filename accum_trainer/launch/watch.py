@@ -12,8 +12,6 @@ into stdout and stderr, under a random name for each start.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 import signal
 import sys
@@ -28,18 +26,21 @@ from accum_trainer.launch.signals import POLL_INTERVAL_SEC, STOPPED_AND_SAVED
 LAUNCHER_LOG = "launcher.log"
 _GRACE_SEC = 60.0  # for processes without a launcher to save
 _LAST_LINES = 40
+_SCREEN = 100_000  # characters of what was printed that are kept
 
 
 class RankWatch:
-    """The processes of node `node` that write to `logs`, from now on."""
+    """The processes of node `node` that write to `logs` and their statuses to `statuses`, from now
+    on."""
 
-    def __init__(self, logs: Path, node: int) -> None:
-        self._logs, self._node = logs, node
+    def __init__(self, logs: Path, node: int, statuses: Path) -> None:
+        self._logs, self._node, self._statuses = logs, node, statuses
         self._launcher_log = logs / LAUNCHER_LOG
         # A continued run appends to its logs: remember where this start begins.
         written = [self._launcher_log, *logs.glob("rank-*.log")]
         self._begins = {log: log.stat().st_size for log in written if log.exists()}
         self._shown = self._begins.get(log_of(logs, 0), 0)
+        self._screen = ""
 
     def show(self) -> None:
         """Print what rank 0 has written since the last call; on its own node only."""
@@ -50,18 +51,12 @@ class RankWatch:
             file.seek(self._shown)
             new = file.read()
         self._shown += len(new)
-        sys.stderr.write(new.decode(errors="replace"))
-        sys.stderr.flush()
+        self._print(new.decode(errors="replace"))
 
     def send(self, number: int) -> bool:
         """Send a signal (0: none) to each running process; False if none is running."""
-        sent = False
-        for process in read_statuses(self._logs, self._node):
-            if process.status is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process.pid, number)
-                    sent = True
-        return sent
+        sent = [process.send(number) for process in read_statuses(self._statuses)]  # all of them
+        return any(sent)
 
     def stop_orphans(self) -> None:
         """After the launcher has ended: let processes that it left behind save and stop."""
@@ -71,34 +66,61 @@ class RankWatch:
             time.sleep(POLL_INTERVAL_SEC)
             self.show()
 
-    def exit_status(self, launcher_status: int, stopped: bool) -> int:
+    def exit_status(self, launcher_status: int, stopped_by: int | None) -> int:
         """The exit status of the whole. If another process than rank 0 failed first, prints which
         one and its message.
+
+        Args:
+            stopped_by: the signal that asked for a stop, if one did.
 
         Raises:
             AccumTrainerError: a process was killed, or the launcher failed before any process.
         """
-        ended = read_statuses(self._logs, self._node)
+        ended = read_statuses(self._statuses)
         if launcher_status == 0 and all(process.status == 0 for process in ended):
             return 0
         failed = [
             process for process in ended if process.status not in (0, STOPPED_AND_SAVED, None)
         ]
-        saved = any(process.status == STOPPED_AND_SAVED for process in ended)
-        if not failed and (stopped or saved):
+        if not failed and any(process.status == STOPPED_AND_SAVED for process in ended):
             return STOPPED_AND_SAVED
-        refused = next((process for process in failed if process.status == 2), None)
-        if refused is None and any(process.status is None for process in ended):
+        if not failed and stopped_by is not None:
+            name = signal.Signals(stopped_by).name
+            print(
+                f"stopped by {name}, and nothing was saved since this start; the same command "
+                "starts again from the last checkpoint, if there is one",
+                file=sys.stderr,
+            )
+            return 128 + stopped_by
+        # The others fail because of the first: they lose it, and may take that for wrong input.
+        first = min(failed, key=lambda process: process.ended or 0.0, default=None)
+        if (first is None or first.status != 2) and any(p.status is None for p in ended):
             self._raise_if_killed()
-        first = refused or min(failed, key=lambda process: process.ended or 0.0, default=None)
         if first is None:
             raise AccumTrainerError(
                 f"accelerate's launcher ended with status {launcher_status}; its last lines "
                 f"({self._launcher_log}):\n{self._last_words(self._launcher_log)}"
             )
-        if first.rank != 0:
+        if not self._is_shown(first):
             self._print_failure(first)
         return 2 if first.status == 2 else 1
+
+    def remove_logs(self) -> None:
+        """Delete the logs of a start that was refused, unless one holds an error that was not
+        shown. Logs of other nodes and of earlier starts stay."""
+        ended = read_statuses(self._statuses)
+        if all(process.status in (2, None) and self._is_shown(process) for process in ended):
+            for log in (self._launcher_log, *(log_of(self._logs, p.rank) for p in ended)):
+                if self._begins.get(log, 0) == 0:
+                    log.unlink(missing_ok=True)
+
+    def _is_shown(self, process: RankStatus) -> bool:
+        """Whether its error is on the screen, in its words or as another process repeated it."""
+        if process.status is None or (process.rank == 0 and self._node == 0):
+            return True
+        # "error (process 1): ..." there is "error: process 1 on HOST: ..." here.
+        message = self._last_words(log_of(self._logs, process.rank)).partition(": ")[2]
+        return bool(message) and message in self._screen
 
     def _raise_if_killed(self) -> None:
         """Raise if torchrun saw a process die of a signal before it stopped the others."""
@@ -116,11 +138,15 @@ class RankWatch:
 
     def _print_failure(self, process: RankStatus) -> None:
         log = log_of(self._logs, process.rank)
-        print(
+        self._print(
             f"process {process.rank} of this training failed first, with status {process.status} "
-            f"({log}):\n{self._last_words(log)}",
-            file=sys.stderr,
+            f"({log}):\n{self._last_words(log) or '(it wrote nothing)'}\n"
         )
+
+    def _print(self, text: str) -> None:
+        self._screen = (self._screen + text)[-_SCREEN:]
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
     def _last_words(self, log: Path) -> str:
         """Its error message, or its last traceback, or its last lines."""

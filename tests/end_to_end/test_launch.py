@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from accum_trainer.launch.process import start_of
+from accum_trainer.launch.rank import RankStatus
 from accum_trainer.train.records import read_records
 from tests.end_to_end.started import Started, accum_trainer, process_of, wait_for_end
 from tests.launching import ROOT, cli, torchrun
@@ -39,8 +42,17 @@ def launch(tmp_path, *arguments, **env):
     return Started(accum_trainer("launch", TWO, "--", *arguments), tmp_path, **env)
 
 
+def hooked(tmp_path, code):
+    """PYTHONPATH of processes that run `code` first."""
+    hooks = tmp_path / "hooks"
+    hooks.mkdir()
+    (hooks / "sitecustomize.py").write_text(code)
+    return os.pathsep.join([str(hooks), str(ROOT)])
+
+
 def pid_of(run, rank):
-    return json.loads((run / "logs" / f"node-0-rank-{rank}.json").read_text())["pid"]
+    [status] = (run / "logs").glob(f".processes-*/rank-{rank}.json")
+    return json.loads(status.read_text())["pid"]
 
 
 def weights(run):
@@ -105,14 +117,13 @@ def test_a_killed_process_is_named_and_its_run_continues(tmp_path, train):
 
 def test_the_process_that_failed_first_speaks_for_itself(tmp_path, train):
     """Process 1 raises in its third micro-batch; process 0 only loses its peer."""
-    hooks = tmp_path / "hooks"
-    hooks.mkdir()
-    (hooks / "sitecustomize.py").write_text(
+    hooks = hooked(
+        tmp_path,
         "import os\nif os.environ.get('RANK') == '1':\n    import accum_trainer.train.loop as "
         "train\n    loss, calls = train.causal_lm_loss, []\n    def failing(model, batch):\n       "
         " calls.append(1)\n        if len(calls) == 3:\n            raise FloatingPointError('the "
         "third micro-batch of process 1')\n        return loss(model, batch)\n    "
-        "train.causal_lm_loss = failing\n"
+        "train.causal_lm_loss = failing\n",
     )
     finished = launch(
         tmp_path, *train, "--steps", 4, "--output-dir", tmp_path / "run", PYTHONPATH=hooks
@@ -123,6 +134,82 @@ def test_the_process_that_failed_first_speaks_for_itself(tmp_path, train):
         "FloatingPointError: the third micro-batch of process 1"
     )
     assert "ChildFailedError" not in finished.err
+
+
+@pytest.mark.parametrize("start", ["launch", "torchrun"])
+def test_wrong_input_of_another_process_than_rank_0_is_shown(tmp_path, train, start):
+    """Process 1 alone has a wrong variable: rank 0, which waits for it, has nothing to say."""
+    hooks = hooked(
+        tmp_path,
+        "import os\nif os.environ.get('RANK') == '1':\n"
+        "    os.environ['ACCUM_TRAINER_MAX_GRAD_NORM'] = 'much'\n",
+    )
+    arguments = [*train, "--steps", 4, "--output-dir", tmp_path / "run"]
+    if start == "launch":
+        finished = launch(tmp_path, *arguments, PYTHONPATH=hooks)
+        status, err = finished.ended(), finished.err
+        assert status == 2 and "process 1 of this training failed first, with status 2" in err
+        assert not (tmp_path / "run").exists()
+    else:
+        ended = torchrun(2, "accum_trainer.train", *arguments, fresh=True, PYTHONPATH=hooks)
+        status, err = ended.returncode, ended.stderr
+        assert status == 1
+    assert err.count("error (process 1): max_grad_norm='much' is not a number") == 1, err
+
+
+def test_an_error_that_rank_0_takes_for_wrong_input_is_shown_and_its_log_kept(tmp_path, train):
+    """Process 1 crashes between two exchanges; rank 0 cannot reach it and says so, with status
+    2."""
+    hooks = hooked(
+        tmp_path,
+        "import os\nif os.environ.get('RANK'):\n    import accum_trainer.train.rank_agreement as "
+        "first\n    check = first._check_same_options\n    def failing(engine, config):\n        "
+        "if engine.rank == 1:\n            raise RuntimeError('the disk of process 1')\n        "
+        "return check(engine, config)\n    first._check_same_options = failing\n",
+    )
+    finished = launch(
+        tmp_path, *train, "--steps", 4, "--output-dir", tmp_path / "run", PYTHONPATH=hooks
+    )
+    assert finished.ended() == 1, finished.err
+    assert "RuntimeError: the disk of process 1" in finished.err
+    assert "the disk of process 1" in (tmp_path / "run" / "logs" / "rank-1.log").read_text()
+
+
+def test_a_mistake_that_all_processes_find_is_shown_once(tmp_path, train):
+    for finished in (
+        cli(
+            "launch", TWO, "--", *train, "--output-dir", tmp_path / "run", "--lr-scaling", "linear"
+        ),
+        torchrun(
+            *(2, "accum_trainer.train", *train, "--output-dir", tmp_path / "run"),
+            *("--lr-scaling", "linear"),
+        ),
+    ):
+        assert finished.returncode != 0
+        assert finished.stderr.count("lr_base_batch_size") == 1, finished.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_process_that_a_foreign_file_names_is_not_killed(tmp_path, train):
+    """A start of this run on another machine left its statuses; here the PIDs are others'."""
+    run = tmp_path / "run"
+    bystander = subprocess.Popen(["sleep", "300"])
+    try:
+        started = launch(tmp_path, *train, "--steps", 3, "--output-dir", run)
+        started.until_update(run, 1)
+        foreign = {"rank": 0, "pid": bystander.pid, "status": None, "ended": None}
+        for place in (run / "logs", *(run / "logs").glob(".processes-*")):
+            (place / "node-0-rank-7.json").write_text(json.dumps(foreign))
+        assert started.ended() == 0, started.err
+        assert bystander.poll() is None
+        # And of its own start: the PID was given to another process after the first had ended.
+        reused = RankStatus(0, bystander.pid, start_of(bystander.pid) - 1)
+        assert not reused.send(signal.SIGKILL) and bystander.poll() is None
+        assert RankStatus(0, bystander.pid, start_of(bystander.pid)).send(signal.SIGTERM)
+        assert bystander.wait(10) == -signal.SIGTERM
+    finally:
+        bystander.kill()
+        bystander.wait()
 
 
 @pytest.mark.parametrize("whole_group", [False, True], ids=["launcher", "launcher and torchrun"])
