@@ -5,7 +5,7 @@
 # make check      ruff and mypy
 # make bench      benchmarks against peers (installs them)
 # make gpu        what only a GPU can show, in 20 minutes at most: benchmarks/results/gpu-<name>.md
-# make clean      remove what was built
+# make clean      remove what was built; runs/ stays
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -42,7 +42,7 @@ gpu: $(INSTALLED)
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # torch first and alone: with it in place nothing else brings another build of it.
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt

@@ -144,8 +144,9 @@ def merge(
     if note:
         notes.append(f"nothing was evaluated: {note}")
 
-    partial = folder.absolute().with_name(f".{folder.absolute().name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    place = Path(os.path.realpath(folder))  # a link that the user named stays one
+    partial = place.with_name(f".{place.name}.partial")
+    _remove(partial)
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
         notes += _write(method, models, [run.num_samples for run in inputs], partial, origin)
@@ -157,8 +158,8 @@ def merge(
             folder, method, tuple(inputs), evaluated_on, tuple(input_losses), loss, tuple(notes)
         )
         files.write_json(partial / REPORT, merged.to_dict())
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        shutil.rmtree(place, ignore_errors=True)
+        partial.rename(place)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return merged
@@ -172,6 +173,11 @@ def _output_folder(runs: Sequence[str | Path], output: str | Path | None, force:
                 "DIR"
             )
         output = Path(runs[0]) / MERGED
+        if output.is_symlink():
+            raise ConfigError(
+                f"{output} is a link to {os.path.realpath(output)}; remove it, or name the folder "
+                "of the merge with -o DIR"
+            )
     folder = Path(output)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         if not (folder / REPORT).is_file():
@@ -190,6 +196,13 @@ def _output_folder(runs: Sequence[str | Path], output: str | Path | None, force:
             f"output={folder} cannot be written: {existing} is no folder that may be written to"
         )
     return folder
+
+
+def _remove(path: Path) -> None:
+    """Remove what an earlier merge left; of a link, the link."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _method(adapter: str | None, models: Sequence[SavedModel]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from accum_trainer.batch_plan import parse_shard
 from accum_trainer.errors import CheckpointError, ConfigError
+from accum_trainer.runs.inside import check_inside, check_is_name, check_tree
 from accum_trainer.runs.json_file import read_json
 from accum_trainer.train import run_folder as files
 from accum_trainer.train.records import read_records
@@ -120,10 +121,12 @@ def best_run(folder: Path, runs: Sequence[Mapping[str, Any]]) -> str:
     return ""
 
 
-def _refuse_sweep(folder: Path, runs: Sequence[Mapping[str, Any]]) -> None:
+def _refuse_sweep(
+    folder: Path, runs: Sequence[Mapping[str, Any]], settings: Sequence[Mapping[str, Any]]
+) -> None:
     """Runs of a sweep compete with each other; the mean of their weights is the result of no
     setting."""
-    varied = {option for run in runs for option in run.get("settings", ())} - {"shard"}
+    varied = {option for one in settings for option in one} - {"shard"}
     if not varied:
         return
     best = best_run(folder, runs)
@@ -140,14 +143,17 @@ def _expand(path: Path) -> list[tuple[str, Path]]:
     if (path / INDEPENDENT).is_file():
         try:
             runs = read_json(path / INDEPENDENT)["runs"]
-            names = [str(run["name"]) for run in runs]
-        except (KeyError, TypeError):
-            runs, names = [], []
+            names = [check_is_name(run["name"], path / INDEPENDENT) for run in runs]
+            varied = [dict(run.get("settings", {})) for run in runs]
+        except (KeyError, TypeError, ValueError, AttributeError):
+            runs, names, varied = [], [], []
         if not names:
             raise CheckpointError(
                 f"{path / INDEPENDENT} names no runs; give the run directories one by one"
             )
-        _refuse_sweep(path, runs)
+        for name in names:
+            check_inside(path / name, path, "name the run directories one by one")
+        _refuse_sweep(path, runs, varied)
         missing = [name for name in names if not _is_run(path / name)]
         if missing:
             raise CheckpointError(
@@ -170,6 +176,9 @@ def _is_run(folder: Path) -> bool:
 
 
 def _read_run(name: str, folder: Path) -> MergeInput:
+    for file in (files.CONFIG, files.PLAN, files.RESULT, files.METRICS):
+        check_inside(folder / file, folder, "put a copy in its place")
+    check_tree(folder / files.MODEL, folder)
     plan = read_json(folder / files.PLAN)
     result = read_json(folder / files.RESULT) if (folder / files.RESULT).is_file() else None
     if result is not None:
@@ -183,9 +192,10 @@ def _read_run(name: str, folder: Path) -> MergeInput:
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{folder / files.METRICS} is damaged: {error!r}") from None
         updates, stopped = len(made), f"is running, or was killed ({files.RESULT} is missing)"
-    if not isinstance(num_samples, int):
+    if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 0:
         raise CheckpointError(
-            f"{folder / files.RESULT} has no num_samples, the number of samples trained on"
+            f"{folder / files.RESULT} has num_samples={num_samples}, which is no number of samples "
+            "trained on"
         )
     done = result is not None and result.get("done") is True
     progress = "" if done else f"{stopped} after {updates} of {plan.get('total_updates')} updates"

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from accum_trainer.errors import CheckpointError, ConfigError
+from accum_trainer.runs.inside import check_is_name
 from accum_trainer.runs.json_file import read_json
 
 ADAPTER_CONFIG, ADAPTER, MODEL = (
@@ -40,7 +41,7 @@ class SavedModel:
         index = folder / f"{MODEL}.index.json"
         files = [ADAPTER] if self.is_adapter else [MODEL]
         if not self.is_adapter and not (folder / MODEL).exists() and index.is_file():
-            files = sorted(set(read_json(index).get("weight_map", {}).values()))
+            files = _files_in(index)
         try:
             self._files = {file: safe_open(folder / file, "pt") for file in files}
         except FileNotFoundError:
@@ -71,6 +72,15 @@ class SavedModel:
 
     def metadata(self, file: str) -> dict[str, str] | None:
         return self._files[file].metadata()
+
+
+def _files_in(index: Path) -> list[str]:
+    """The files that an index lists, sorted. CheckpointError if one is not a name in its folder:
+    the merge writes a file of the same name."""
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise CheckpointError(f"{index} is damaged: its weight_map is no map of tensors to files")
+    return sorted({check_is_name(name, index) for name in listed.values()})
 
 
 def check_alike(models: Sequence[SavedModel]) -> None:

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import logging
 import math
+import os
+import stat
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,10 +79,13 @@ class RecordWriter:
         earlier: Path | None = None,
     ) -> None:
         kept, source = kept or Tally(), earlier or path
-        targets = [path, *([copy] if copy else [])]
-        partials = [target.with_name(f"{target.name}.partial") for target in targets]
+        # The user's link to the copy stays; metrics.jsonl is inside its folder, link or not.
+        targets = [path, *([_followed(copy)] if copy else [])]
         for target in targets:
             target.parent.mkdir(parents=True, exist_ok=True)
+        # A pipe or a terminal gets only the records to come.
+        files = [target for target in targets if not _is_stream(target)]
+        partials = [target.with_name(f"{target.name}.partial") for target in files]
         found = _copy_records(source, partials, kept)
         if found < kept.records:
             logger.warning(
@@ -88,7 +93,9 @@ class RecordWriter:
                 "are lost, and nothing else is",
                 *(source, found, kept.records),
             )
-        for target, partial in zip(targets, partials, strict=True):
+        for target, partial in zip(files, partials, strict=True):
+            if target.is_file() and not target.is_symlink():
+                partial.chmod(stat.S_IMODE(target.stat().st_mode))
             partial.replace(target)
         self._files = [_LineFile(target) for target in targets]
 
@@ -110,7 +117,8 @@ class _LineFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
-        self._end = path.stat().st_size  # of the last whole line
+        # Where the last whole line ends; None of a pipe.
+        self._end = None if _is_stream(path) else path.stat().st_size
         self._waiting: list[str] = []
 
     def append(self, line: str) -> None:
@@ -118,7 +126,8 @@ class _LineFile:
         self._waiting.append(line)
         data = "".join(self._waiting).encode()
         try:
-            self._file.truncate(self._end)  # a part of a line that did not fit
+            if self._end is not None:
+                self._file.truncate(self._end)  # a part of a line that did not fit
             written = 0
             while written < len(data):
                 written += self._file.write(data[written:]) or 0
@@ -130,7 +139,8 @@ class _LineFile:
                     *(self._path, error),
                 )
             return
-        self._end += len(data)
+        if self._end is not None:
+            self._end += len(data)
         self._waiting.clear()
 
     def close(self) -> None:
@@ -143,6 +153,8 @@ class _LineFile:
 
 def _copy_records(source: Path, targets: list[Path], kept: Tally) -> int:
     """Write those records of `source` that `kept` counts to each target; return how many."""
+    for target in targets:
+        target.unlink(missing_ok=True)  # a link would take the content elsewhere
     count, files = 0, [open(target, "w", encoding="utf-8") for target in targets]  # noqa: SIM115
     try:
         for record in _records_in(source) if kept.records else ():
@@ -155,6 +167,15 @@ def _copy_records(source: Path, targets: list[Path], kept: Tally) -> int:
         for file in files:
             file.close()
     return count
+
+
+def _followed(path: Path) -> Path:
+    """The file that a link names, or would name; a device or a pipe keeps its name."""
+    return path if _is_stream(path) else Path(os.path.realpath(path))
+
+
+def _is_stream(path: Path) -> bool:
+    return path.exists() and not path.is_file() and not path.is_symlink()
 
 
 def _line(record: Record) -> str:
