@@ -6,11 +6,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from accum_trainer.data.files import private_cache
 from accum_trainer.errors import AccumTrainerError, CheckpointError
 from accum_trainer.runs.merge import merge
 from accum_trainer.train.records import RecordWriter
@@ -198,6 +200,28 @@ class TestLogFile:
         writer.close()
         assert own.read_text() == "mine"
         assert not metrics.is_symlink() and metrics.read_text() == '{"step": 1}\n'
+
+
+class TestCache:
+    """Files in the cache hold rows."""
+
+    def test_at_its_usual_place_it_is_the_users_alone(self, tmp_path, monkeypatch):
+        """Also one that an earlier version made."""
+        monkeypatch.delenv("ACCUM_TRAINER_CACHE", raising=False)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        (tmp_path / "accum_trainer" / "rows").mkdir(parents=True, mode=0o755)
+        for name in ("rows", "tokenized"):
+            assert stat.S_IMODE(private_cache(name).stat().st_mode) == 0o700
+        assert stat.S_IMODE((tmp_path / "accum_trainer").stat().st_mode) == 0o700
+
+    def test_one_that_the_user_names_is_left_as_it_is(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("ACCUM_TRAINER_CACHE", str(tmp_path))
+        tmp_path.chmod(0o755)
+        (tmp_path / "rows").mkdir()
+        (tmp_path / "rows").chmod(0o775)
+        assert stat.S_IMODE(private_cache("rows").stat().st_mode) == 0o775
+        assert stat.S_IMODE(private_cache("tokenized").stat().st_mode) == 0o755
+        assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o755
 
 
 def test_make_clean_leaves_runs(tmp_path):

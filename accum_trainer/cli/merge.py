@@ -46,6 +46,11 @@ _RESULTS = {
     help="Also merge runs that have not finished, as they stand.",
 )
 @click.option("--force", is_flag=True, help="Replace an earlier merge.")
+@click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Let the runs' models run Python code that comes with them, also if they were trained so.",
+)
 def command(
     runs: tuple[str, ...],
     output: str | None,
@@ -53,6 +58,7 @@ def command(
     eval_file: str | None,
     allow_unfinished: bool,
     force: bool,
+    trust_remote_code: bool,
 ) -> None:
     """Average the results of independent runs, each weighted by the samples that it trained on.
 
@@ -70,6 +76,7 @@ def command(
         eval_file=eval_file,
         allow_unfinished=allow_unfinished,
         force=force,
+        trust_remote_code=trust_remote_code,
     )
     for note in merged.notes:
         click.echo(f"note: {note}", err=True)

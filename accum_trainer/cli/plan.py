@@ -19,6 +19,7 @@ _USED = (
     *("batch_size", "gradient_accumulation_steps", "global_batch_size", "grad_sync"),
     *("accumulation_dtype", "steps", "epochs", "dataset_file", "lr", "lr_scaling"),
     *("lr_base_batch_size", "scheduler", "warmup", "model", "max_seq_len", "mixed_precision"),
+    *("revision", "trust_remote_code"),
     *("amp", "gradient_checkpointing", "attention", "use_peft", "lora_r", "lora_dropout"),
     *("lora_target_modules", "lora_modules_to_save", "zero_stage", "cpu_offload", "cpu"),
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 from accum_trainer.config.names import check_names
 from accum_trainer.config.sources import displaced, merge_settings, read_environment, read_yaml
-from accum_trainer.config.train_config import OPTIONS, TrainConfig
+from accum_trainer.config.train_config import OPTIONS, TrainConfig, check_not_from_file
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def compose(
 
     Raises:
         ConfigError: an unknown key (with the nearest known one), an unreadable file, a bad value,
-            or one option given two values on the command line.
+            one option given two values on the command line, or one that a file may not set.
     """
     given: dict[str, tuple[Any, str]] = {}
     overridden = []
@@ -63,4 +63,7 @@ def compose(
                     f"{key}={value} ({source}) over {given[key][0]} ({given[key][1]})"
                 )
             given[key] = (value, source)
-    return Composed(TrainConfig(**{key: value for key, (value, _) in given.items()}), overridden)
+    config = TrainConfig(**{key: value for key, (value, _) in given.items()})
+    in_file = [key for key, (_, source) in given.items() if source == str(config_file)]
+    check_not_from_file(config, in_file, str(config_file))
+    return Composed(config, overridden)

@@ -13,6 +13,15 @@ class ModelOptions(Section):
     model: str = option(
         "tiny", "A path, a hub id, or `tiny`, a small Llama that needs no download."
     )
+    revision: str | None = option(
+        None, "The branch, tag or commit of a model from the hub. Default: its main branch."
+    )
+    trust_remote_code: bool = option(
+        False,
+        "Let the model run Python code that comes with it. Only the command line or the "
+        "environment can say so, no file.",
+        not_from_files=True,
+    )
     max_seq_len: int = option(512, "Most tokens in one sample.", minimum=2)
     mixed_precision: str | None = option(
         None,
@@ -67,6 +76,12 @@ class ModelOptions(Section):
             raise ConfigError(
                 f"amp picks the precision, but mixed_precision={self.mixed_precision} is given "
                 "too; leave one of them out"
+            )
+        if self.model == "tiny" and (self.revision is not None or self.trust_remote_code):
+            name = "revision" if self.revision is not None else "trust_remote_code"
+            raise ConfigError(
+                f"{name}={getattr(self, name)} is about a model of others, and model=tiny is built "
+                f"in; give a model, or leave {name} out"
             )
         if self.merge_adapter and not self.use_peft:
             raise ConfigError(

@@ -29,7 +29,8 @@ def option(default: Any, help: str, **limits: Any) -> Any:
         limits: `choices`, `minimum`, `above` and `below` bound the value; `aliases` maps other
             spellings of choices to them; `word` is a text that is accepted beside numbers; `needs`
             names the missing feature that any value but the default requires; `only_with` names
-            the option without which this one has no effect.
+            the option without which this one has no effect; with `not_from_files`, a file that came
+            from others cannot set it.
     """
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 

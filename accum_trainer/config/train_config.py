@@ -8,7 +8,7 @@ section only may take `BatchOptions`, say, and be given the whole configuration.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,16 +77,29 @@ class TrainConfig(  # bases from last section to first: dataclasses collect fiel
         }
         return dataclasses.replace(self, **values)
 
+    def of_folder(self, model: Path) -> TrainConfig:
+        """The same configuration for a model in a folder, which has no revisions."""
+        return dataclasses.replace(self, model=str(model), revision=None)
+
     @classmethod
-    def from_yaml(cls, path: str | Path) -> TrainConfig:
+    def from_yaml(cls, path: str | Path, *, trust_remote_code: bool | None = None) -> TrainConfig:
         """Read a configuration from a YAML file; missing options keep their defaults.
 
+        Args:
+            trust_remote_code: in place of what the file says.
+
         Raises:
-            ConfigError: an unreadable file, an unknown option or a bad value.
+            ConfigError: an unreadable file, an unknown option or a bad value; or the file wants to
+                run a model's code, which only its reader can allow.
         """
         values = read_yaml(path)
         check_names(values, OPTIONS, str(path))
-        return cls(**values)
+        if trust_remote_code is not None:
+            values["trust_remote_code"] = trust_remote_code
+        config = cls(**values)
+        if trust_remote_code is None:
+            check_not_from_file(config, values, str(path))
+        return config
 
     def varied(self, settings: Sequence[str]) -> TrainConfig:
         """The same configuration with some `key=value` settings replaced.
@@ -115,6 +128,18 @@ class TrainConfig(  # bases from last section to first: dataclasses collect fiel
             lines.append(f"\n# {title}")
             lines.append(yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip())
         return "\n".join(lines) + "\n"
+
+
+def check_not_from_file(config: TrainConfig, names: Iterable[str], file: str) -> None:
+    """Raise a ConfigError if one of the options `names`, which `file` sets, is not for files."""
+    for name in names:
+        field, value = OPTIONS[name], getattr(config, name)
+        if field.metadata.get("not_from_files") and value != field.default:
+            raise ConfigError(
+                f"{name}={str(value).lower()} in {file}: a file cannot allow this, because it may "
+                f"come from others; look at the model's code, then give --{name.replace('_', '-')} "
+                "on the command line"
+            )
 
 
 # Every option by name, in the order of `SECTIONS`.

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from accum_trainer.data.files import cache_dir
+from accum_trainer.data.files import private_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -74,7 +74,7 @@ def corpus_tokenizer() -> PreTrainedTokenizerFast:
 
 def _folder() -> Path:
     version = ".".join(map(str, sys.version_info[:3]))
-    return cache_dir() / "embedded" / f"v{_VERSION}-{sys.implementation.name}-{version}"
+    return private_cache("embedded") / f"v{_VERSION}-{sys.implementation.name}-{version}"
 
 
 def _rows() -> Iterator[dict[str, str]]:

@@ -6,9 +6,11 @@ Knows file formats, but not which columns can be trained on (`rows` does).
 from __future__ import annotations
 
 import codecs
+import contextlib
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +31,25 @@ def cache_dir() -> Path:
     if "ACCUM_TRAINER_CACHE" in os.environ:
         return Path(os.environ["ACCUM_TRAINER_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "accum_trainer"
+
+
+def private_cache(name: str) -> Path:
+    """A folder in the cache, which nobody else reads or writes: its files hold the user's rows.
+
+    A folder that $ACCUM_TRAINER_CACHE names may be shared on purpose; what is made in it has its
+    permissions.
+    """
+    root = cache_dir()
+    is_shared = "ACCUM_TRAINER_CACHE" in os.environ and root.is_dir()
+    mode = stat.S_IMODE(root.stat().st_mode) if is_shared else 0o700
+    folder = root / name
+    for path in [folder] if is_shared else [root, folder]:
+        if is_shared and path.is_dir():
+            continue
+        path.mkdir(mode=mode, parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # another user's
+            path.chmod(mode)
+    return folder
 
 
 def check_file(path: str | Path) -> Path:
@@ -98,7 +119,7 @@ def read_file(
             BUILDERS[path.suffix],
             data_files=str(path),
             split="train",
-            cache_dir=str(cache_dir() / "rows" / (content or digest(path))[:32]),
+            cache_dir=str(private_cache("rows") / (content or digest(path))[:32]),
             **options,
         )
     except Exception as error:  # datasets wraps errors of pyarrow, json and csv, without the line

@@ -12,12 +12,13 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from accum_trainer.batch import IGNORE
-from accum_trainer.data.files import cache_dir
+from accum_trainer.data.files import private_cache
 from accum_trainer.data.rows import Span, spans_of
 from accum_trainer.errors import DataError
 from accum_trainer.sources.dataset import CountedRows
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 # Increment when the same rows would give other tokens.
 _VERSION = 3
+_COLUMNS = ("input_ids", "labels", "length", "num_targets", "cut", "silent")
 # Rows that are checked before all are tokenised: most errors already show in the first row.
 _FIRST_ROWS = 100
 
@@ -107,8 +109,9 @@ def tokenize(
         DataError: a row has no known format, or no row has a target.
     """
     identity = _identity(data_digest, tokenizer, max_seq_len)
-    path = cache_dir() / "tokenized" / f"{identity}.arrow"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = private_cache("tokenized") / f"{identity}.arrow"
+    if path.exists() and not _is_whole(path):
+        path.unlink()
     encoder = _Encoder(tokenizer, max_seq_len, source)
     encoder.check(rows)
     table = rows.map(
@@ -131,6 +134,19 @@ def tokenize(
     return TokenizedRows(
         table, lengths, num_targets, identity, tuple(_notes(table, num_targets, max_seq_len))
     )
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file of the cache is a table of samples, and not one that a disk or another program
+    damaged."""
+    import datasets
+
+    try:
+        table = datasets.Dataset.from_file(str(path))
+        table.data.validate()
+    except Exception:  # pyarrow and datasets raise many types
+        return False
+    return set(table.column_names) == set(_COLUMNS) and len(table) > 0
 
 
 def _notes(table: datasets.Dataset, num_targets: np.ndarray, max_seq_len: int) -> Iterator[str]:
@@ -197,14 +213,7 @@ class _Encoder:
         ]
         texts = [text for row_spans in spans for text, _ in row_spans]
         encoded = iter(self.tokenizer(texts, add_special_tokens=False).input_ids if texts else [])
-        columns: dict[str, list[Any]] = {
-            "input_ids": [],
-            "labels": [],
-            "length": [],
-            "num_targets": [],
-            "cut": [],
-            "silent": [],
-        }
+        columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
         for row, row_spans in zip(rows, spans, strict=True):
             for ids, labels, cut in self._samples(row, row_spans, encoded):
                 columns["input_ids"].append(ids)

@@ -61,11 +61,39 @@ def _tokenizer(config: TrainConfig) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(config.model)
+        return AutoTokenizer.from_pretrained(config.model, **source_of(config))
     except Exception as error:  # hub, file and parser errors of many types, one remedy
+        raise _not_loaded(config, "gives no tokenizer", error) from None
+
+
+def source_of(config: TrainConfig) -> dict[str, Any]:
+    """The arguments that every `from_pretrained(config.model)` gets.
+
+    transformers asks on the terminal whether to run a model's code unless it is told.
+
+    Raises:
+        ConfigError: a revision of a folder, which has none.
+    """
+    if config.revision is None:
+        return {"trust_remote_code": config.trust_remote_code}
+    if Path(config.model).is_dir():
         raise ConfigError(
-            f"model={config.model} gives no tokenizer: {_first_line(error)}{_MODEL_REMEDY}"
-        ) from None
+            f"revision={config.revision} is for models from the hub, and model={config.model} is a "
+            "folder; leave it out"
+        )
+    return {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
+
+
+def _not_loaded(config: TrainConfig, what: str, error: Exception) -> ConfigError:
+    """The error of a `from_pretrained` that failed."""
+    if isinstance(error, ConfigError):
+        return error
+    if "trust_remote_code" in str(error) and not config.trust_remote_code:
+        return ConfigError(
+            f"model={config.model} wants to run Python code that comes with it; read the code, "
+            "then allow it with --trust-remote-code, or take another model"
+        )
+    return ConfigError(f"model={config.model} {what}: {_first_line(error)}{_MODEL_REMEDY}")
 
 
 def stored_dtype(config: TrainConfig) -> torch.dtype:
@@ -75,7 +103,7 @@ def stored_dtype(config: TrainConfig) -> torch.dtype:
     from transformers import AutoConfig
 
     try:
-        found = AutoConfig.from_pretrained(config.model).dtype
+        found = AutoConfig.from_pretrained(config.model, **source_of(config)).dtype
     except Exception:  # `load_model` reports it
         return torch.float32
     return found if isinstance(found, torch.dtype) else torch.float32
@@ -271,24 +299,23 @@ def _pretrained(config: TrainConfig, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype, **source_of(config))
     except Exception as error:  # hub, file, parser and architecture errors, one remedy
-        raise ConfigError(
-            f"model={config.model} cannot be loaded: {_first_line(error)}{_MODEL_REMEDY}"
-        ) from None
+        raise _not_loaded(config, "cannot be loaded", error) from None
 
 
 def _from_configuration(config: TrainConfig) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
+        source = source_of(config)
         return AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(config.model), dtype=torch.float32
+            AutoConfig.from_pretrained(config.model, **source),
+            dtype=torch.float32,
+            trust_remote_code=config.trust_remote_code,
         )
     except Exception as error:  # as in _pretrained
-        raise ConfigError(
-            f"model={config.model} cannot be found: {_first_line(error)}{_MODEL_REMEDY}"
-        ) from None
+        raise _not_loaded(config, "cannot be found", error) from None
 
 
 def _with_lora(model: Any, config: TrainConfig) -> Any:

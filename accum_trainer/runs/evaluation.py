@@ -57,9 +57,7 @@ def evaluate(folder: Path, rows: TokenizedRows, origin: Origin) -> float:
 
         model = PeftModel.from_pretrained(origin.load(), str(folder))
     else:
-        model = load_model(
-            replace(origin.config.without_peft(), model=str(folder)), origin.tokenizer
-        )
+        model = load_model(origin.config.without_peft().of_folder(folder), origin.tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() and not origin.config.cpu else "cpu")
     micro_batches = _cut(origin.config).assign_to_ranks(rows.lengths, 1)[0]
     pad = PaddingCollator(origin.tokenizer.pad_token_id or 0)

@@ -23,6 +23,7 @@ from accum_trainer.train import run_folder as files
 # Options that all runs share, or that the launcher sets for each.
 _NOT_VARIED = {
     *("output_dir", "log_file", "resume", "dry_run", "shard", "max_restarts", "cpu"),
+    "trust_remote_code",
     *("parallel_independent", "cuda_ids", "vary"),
 }
 

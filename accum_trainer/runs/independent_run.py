@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -21,6 +22,11 @@ from accum_trainer.train import run_folder as files
 from accum_trainer.train.records import Record
 
 WAITING, RUNNING, DONE, STOPPED, FAILED = "waiting", "running", "done", "stopped", "failed"
+
+
+def _private(path: str, flags: int) -> int:
+    """Open a file that nobody else may read: messages in a log quote rows."""
+    return os.open(path, flags, 0o600)
 
 
 @dataclass
@@ -63,10 +69,12 @@ class IndependentRun:
         self.device, self.state = device, RUNNING
         file = self.log.with_suffix(".yaml")
         file.write_text(self.config.to_yaml())
+        # The file cannot allow it; this run's own command line did.
+        trust = ["--trust-remote-code"] if self.config.trust_remote_code else []
         self._log_begins = self.log.stat().st_size if self.log.exists() else 0
-        with open(self.log, "ab") as output:
+        with open(self.log, "ab", opener=_private) as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "accum_trainer.train", "--config", str(file)],
+                [sys.executable, "-m", "accum_trainer.train", "--config", str(file), *trust],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -123,7 +131,7 @@ class IndependentRun:
 
     def is_extended(self) -> bool:
         """Whether it is now asked to train for another length than in its run directory."""
-        before = TrainConfig.from_yaml(self.folder / files.CONFIG)
+        before = TrainConfig.from_yaml(self.folder / files.CONFIG, trust_remote_code=False)
         return (before.steps, before.epochs) != (self.config.steps, self.config.epochs)
 
     def failure(self) -> str:

@@ -104,6 +104,7 @@ def merge(
     eval_file: str | Path | None = None,
     allow_unfinished: bool = False,
     force: bool = False,
+    trust_remote_code: bool = False,
 ) -> Merged:
     """Merge runs, each weighted by the samples it was trained on. A refusal writes nothing.
 
@@ -116,6 +117,8 @@ def merge(
             trained on it.
         allow_unfinished: merge unfinished runs as they are.
         force: replace an earlier merge.
+        trust_remote_code: let the runs' models run Python code that comes with them; that a run
+            was trained so does not count, since it may come from others.
 
     Raises:
         ConfigError: the runs have no common mean, or an option cannot be followed.
@@ -128,7 +131,7 @@ def merge(
     check_alike(models)
     method = _method(adapter, models)
     origin = Origin(
-        TrainConfig.from_yaml(inputs[0].folder / files.CONFIG),
+        TrainConfig.from_yaml(inputs[0].folder / files.CONFIG, trust_remote_code=trust_remote_code),
         models[0].folder,
         inputs[0].plan["initial_weights"],
     )

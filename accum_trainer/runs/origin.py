@@ -16,7 +16,7 @@ import torch
 
 from accum_trainer.config import TrainConfig
 from accum_trainer.errors import ConfigError
-from accum_trainer.lm.model import TINY, fingerprint, load_model, load_tokenizer
+from accum_trainer.lm.model import fingerprint, load_model, load_tokenizer, stored_dtype
 
 
 class Origin:
@@ -43,7 +43,7 @@ class Origin:
     def tokenizer(self) -> Any:
         """The tokenizer saved with the first run."""
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(replace(self.config, model=str(self._model)))
+            self._tokenizer = load_tokenizer(self.config.of_folder(self._model))
         return self._tokenizer
 
     def check(self) -> None:
@@ -64,11 +64,7 @@ class Origin:
 
     def dtype(self) -> torch.dtype:
         """The dtype of the stored model."""
-        if self.config.model == TINY:
-            return torch.float32
-        from transformers import AutoConfig
-
-        return AutoConfig.from_pretrained(self.config.model).dtype or torch.float32
+        return stored_dtype(self.config)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,11 @@ def run_plan(training: Training, resumed_from: Path | None) -> dict[str, Any]:
     model = engine.unwrap(prepared.model)
     all_parameters, trained = count_parameters(model)
     return {
+        "model": config.model,
+        "revision": config.revision,
+        # The commit that the hub gave for it.
+        "model_commit": getattr(model.config, "_commit_hash", None),
+        "trust_remote_code": config.trust_remote_code,
         "physical_batch_size": cut.micro_batch_size,
         "max_tokens_per_micro_batch": cut.max_tokens,
         "batch_size_found": fit.as_record() if fit is not None else None,

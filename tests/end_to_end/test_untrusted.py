@@ -1,0 +1,265 @@
+"""Models, data, checkpoints and files that came from others, given to the real commands: each is
+read as data or refused with status 2 and one message; none runs code. docs/security.md lists them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import stat
+
+import pytest
+import torch
+import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from accum_trainer.config import TrainConfig
+from accum_trainer.data.embedded import corpus_tokenizer
+from accum_trainer.errors import ConfigError
+from tests.made_runs import make_run
+
+ROWS = [{"prompt": f"What is {n}?\n", "completion": f"It is {n}."} for n in range(8)]
+SHORT = ("--steps", "1", "--batch-size", "2", "--output-dir", "run")
+CODE = """
+import os
+from transformers import LlamaConfig, LlamaForCausalLM
+open(os.environ["MARKER"], "a").write("ran ")
+class MineConfig(LlamaConfig):
+    model_type = "mine"
+class MineForCausalLM(LlamaForCausalLM):
+    config_class = MineConfig
+"""
+
+
+class Payload:
+    """A pickle that makes a file when it is loaded."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return open, (str(self.marker), "w")
+
+
+@pytest.fixture
+def marker(tmp_path_factory, monkeypatch):
+    """A file that exists once code that must not run has run."""
+    path = tmp_path_factory.mktemp("marker") / "ran"
+    monkeypatch.setenv("MARKER", str(path))
+    monkeypatch.setenv("HF_MODULES_CACHE", str(path.parent / "modules"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return path
+
+
+def small(folder):
+    """A model and its tokenizer, as `save_pretrained` writes them."""
+    torch.manual_seed(0)
+    tokenizer = corpus_tokenizer()
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, **sizes))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def with_code(folder):
+    """A model whose class comes with it."""
+    config = json.loads((small(folder) / "config.json").read_text())
+    names = {
+        "AutoConfig": "code_mine.MineConfig",
+        "AutoModelForCausalLM": "code_mine.MineForCausalLM",
+    }
+    config |= {"model_type": "mine", "auto_map": names}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code_mine.py").write_text(CODE)
+    return folder
+
+
+class TestModel:
+    """A model from the hub or from a friend."""
+
+    def test_its_code_runs_only_if_asked_for(self, train, command, tmp_path, rows_file, marker):
+        model = with_code(tmp_path / "model")
+        given = ("--model", model, "--dataset-file", rows_file("rows.jsonl", ROWS), *SHORT)
+        refused = train(*given)
+        assert refused.status == 2 and "allow it with --trust-remote-code" in refused.error
+        assert not marker.exists() and not (tmp_path / "run").exists()
+        planned = command("plan", "--model", model, *SHORT[:4], cwd=tmp_path)
+        assert planned.status == 2 and "--trust-remote-code" in planned.error
+        assert not marker.exists()
+
+        allowed = train(*given, "--trust-remote-code")
+        assert allowed.status == 0, allowed.err
+        assert marker.exists()
+        recorded = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+        plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+        assert recorded["trust_remote_code"] is plan["trust_remote_code"] is True
+        assert plan["model"] == str(model) and plan["revision"] is plan["model_commit"] is None
+
+    def test_weights_are_no_program(self, train, tmp_path, rows_file, marker):
+        model = small(tmp_path / "model")
+        (model / "model.safetensors").unlink()
+        (model / "pytorch_model.bin").write_bytes(pickle.dumps({"w": Payload(marker)}))
+        refused = train("--model", model, "--dataset-file", rows_file("rows.jsonl", ROWS), *SHORT)
+        assert refused.status == 2 and f"model={model} cannot be loaded" in refused.error
+        assert not marker.exists()
+
+    def test_a_chat_template_is_kept_in_jinjas_sandbox(self, train, tmp_path, rows_file, marker):
+        model = small(tmp_path / "model")
+        escape = "{{ cycler.__init__.__globals__.os.system('touch ' ~ '" + str(marker) + "') }}"
+        (model / "chat_template.jinja").write_text(escape)
+        talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+        rows = rows_file("rows.jsonl", [{"messages": talk}])
+        refused = train("--model", model, "--dataset-file", rows, *SHORT)
+        assert refused.status == 2 and "the chat template refuses the conversation" in refused.error
+        assert not marker.exists()
+
+    @pytest.mark.parametrize(
+        ("argv", "says"),
+        [
+            (["--revision", "main"], "revision=main is about a model of others"),
+            (["--trust-remote-code"], "trust_remote_code=True is about a model of others"),
+            (["--model", "{model}", "--revision", "v1"], "revision=v1 is for models from the hub"),
+        ],
+    )
+    def test_options_without_effect(self, train, tmp_path, argv, says):
+        model = small(tmp_path / "model")
+        refused = train(*(part.format(model=model) for part in argv), *SHORT)
+        assert refused.status == 2 and says in refused.error
+
+
+class TestFilesOfOptions:
+    """A configuration, a launch file, a run's config.yaml."""
+
+    def test_none_allows_a_models_code(self, train, command, tmp_path, rows_file, marker):
+        model = with_code(tmp_path / "model")
+        rows = rows_file("rows.jsonl", ROWS)
+        options = {"model": str(model), "dataset_file": str(rows), "trust_remote_code": True}
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(options))
+        launch = options | {"parallel_independent": True, "cuda_ids": "0,1", "cpu": True}
+        (tmp_path / "launch.yaml").write_text(yaml.safe_dump(launch))
+        for refused in (
+            train("--config", "run.yaml", *SHORT),
+            command("launch", "launch.yaml", "--", *SHORT, cwd=tmp_path),
+        ):
+            assert refused.status == 2, refused.err
+            assert "a file cannot allow this" in refused.error
+            assert "--trust-remote-code" in refused.error
+        with pytest.raises(ConfigError, match="a file cannot allow this"):
+            TrainConfig.from_yaml(tmp_path / "run.yaml")
+        assert TrainConfig.from_yaml(tmp_path / "run.yaml", trust_remote_code=True)
+        assert not marker.exists() and not (tmp_path / "run").exists()
+        allowed = command(
+            *("launch", "launch.yaml", "--", *SHORT, "--trust-remote-code"), cwd=tmp_path
+        )
+        assert allowed.status == 0, allowed.err  # its runs are told so too
+
+    @pytest.mark.parametrize("words", [["train", "--config", "x.yaml"], ["launch", "x.yaml"]])
+    def test_yaml_makes_no_objects(self, command, tmp_path, marker, words):
+        text = f"parallel_independent: !!python/object/apply:os.system ['touch {marker}']\n"
+        (tmp_path / "x.yaml").write_text(text)
+        refused = command(*words, cwd=tmp_path)
+        assert refused.status == 2 and "x.yaml" in refused.error and "YAML" in refused.error
+        assert not marker.exists()
+
+    def test_a_run_that_was_trained_so_does_not_count_in_a_merge(self, command, tmp_path, marker):
+        runs = [tmp_path / name for name in ("a", "b")]
+        config = TrainConfig(model=str(tmp_path / "gone"), trust_remote_code=True)
+        for run in runs:
+            make_run(run, config=config)
+            with_code(run / "model")
+        refused = command("merge", *runs, "-o", "out", cwd=tmp_path)
+        assert refused.status == 2, refused.err
+        assert "allow it with --trust-remote-code" in refused.error
+        assert not marker.exists() and not (tmp_path / "out").exists()
+        merged = command("merge", *runs, "-o", "out", "--trust-remote-code", cwd=tmp_path)
+        assert merged.status == 0, merged.err
+        assert marker.exists()
+
+
+class TestCheckpoint:
+    """A run directory or checkpoint to continue from."""
+
+    def poisoned(self, train, tmp_path, marker, file):
+        """Continue from a checkpoint whose `file` is a pickle that runs code, and whose manifest
+        says that all is well."""
+        assert train(*SHORT).status == 0
+        checkpoint = tmp_path / "run" / "checkpoints" / "step-00000001"
+        torch.save({"state": Payload(marker)}, checkpoint / file)
+        content = (checkpoint / file).read_bytes()
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        manifest["files"][file] = {
+            "size": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
+        (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+        new = ("--steps", "2", "--batch-size", "2", "--output-dir", "new")
+        return train(*new, "--resume", "run")
+
+    @pytest.mark.parametrize("file", ["optimizer.pt", "rng.pt"])
+    def test_a_pickle_in_it_runs_nothing(self, train, tmp_path, marker, file):
+        assert self.poisoned(train, tmp_path, marker, file).status != 0
+        assert not marker.exists() and not (tmp_path / "new").exists()
+
+    @pytest.mark.xfail(
+        strict=True, reason="load_checkpoint lets torch's error through; remove this mark with that"
+    )
+    @pytest.mark.parametrize("file", ["optimizer.pt", "rng.pt"])
+    def test_a_pickle_in_it_is_one_message(self, train, tmp_path, marker, file):
+        refused = self.poisoned(train, tmp_path, marker, file)
+        assert refused.status == 2 and file in refused.error, refused.err
+
+
+class TestCache:
+    """Files that are computed once; another user of the machine may want to read or write them."""
+
+    def test_others_can_neither_read_nor_write_it(self, train, tmp_path, rows_file):
+        previous = os.umask(0)
+        try:
+            rows = rows_file("rows.jsonl", ROWS)
+            done = train("--dataset-file", rows, *SHORT, ACCUM_TRAINER_CACHE=tmp_path / "cache")
+        finally:
+            os.umask(previous)
+        assert done.status == 0, done.err
+        for name in ("", "rows", "tokenized"):
+            assert stat.S_IMODE((tmp_path / "cache" / name).stat().st_mode) == 0o700, name
+
+    def test_a_folder_that_a_group_shares_stays_shared(self, train, tmp_path, rows_file):
+        (tmp_path / "cache").mkdir()
+        (tmp_path / "cache").chmod(0o2770)
+        rows = rows_file("rows.jsonl", ROWS)
+        done = train("--dataset-file", rows, *SHORT, ACCUM_TRAINER_CACHE=tmp_path / "cache")
+        assert done.status == 0, done.err
+        for name in ("", "rows", "tokenized"):
+            assert stat.S_IMODE((tmp_path / "cache" / name).stat().st_mode) == 0o2770, name
+
+    @pytest.mark.parametrize("kind", ["tokenized", "rows"])
+    def test_what_is_no_table_in_it_is_not_loaded(self, train, tmp_path, rows_file, marker, kind):
+        rows = rows_file("rows.jsonl", ROWS)
+        cache = tmp_path / "cache"
+        given = ("--dataset-file", rows, *SHORT[:4])
+        assert train(*given, "--output-dir", "a", ACCUM_TRAINER_CACHE=cache).status == 0
+        tables = list((cache / kind).rglob("*.arrow"))
+        assert tables
+        for table in tables:
+            table.write_bytes(pickle.dumps(Payload(marker)))
+        again = train(*given, "--output-dir", "b", ACCUM_TRAINER_CACHE=cache)
+        assert again.status == 0, again.err  # it is made again
+        assert not marker.exists()
+        losses = [
+            json.loads((tmp_path / run / "metrics.jsonl").read_text())["loss"] for run in "ab"
+        ]
+        assert losses[0] == losses[1]
+
+
+def test_secrets_of_the_environment_are_in_no_file(train, tmp_path, rows_file):
+    secret = "hf_abcdefghijklmnopqrstuvwxyz"
+    rows = rows_file("rows.jsonl", ROWS)
+    tokens = dict.fromkeys(("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"), secret)
+    done = train("--dataset-file", rows, *SHORT, **tokens)
+    assert done.status == 0, done.err
+    assert secret not in done.out + done.err
+    for path in (tmp_path / "run").rglob("*"):
+        assert not path.is_file() or secret.encode() not in path.read_bytes(), path
