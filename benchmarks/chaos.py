@@ -30,7 +30,7 @@ import psutil
 from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from accum_trainer.train.checkpoint import list_checkpoints, newest_whole
+from accum_trainer.train.checkpoint_folder import list_checkpoints, newest_whole
 from accum_trainer.train.records import read_records
 from tests.launching import Completed, forked, script
 

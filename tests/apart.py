@@ -24,7 +24,7 @@ import torch
 
 from accum_trainer.cli import main as command_line
 from accum_trainer.sources import dataset as windows
-from accum_trainer.train import checkpoint, model
+from accum_trainer.train import checkpoint, checkpoint_folder, checkpoint_writer, model
 from accum_trainer.train import rows as train_rows
 from accum_trainer.train.records import read_records
 
@@ -121,7 +121,10 @@ def first_half() -> dict[str, Any]:
 def stale_listing() -> dict[str, Any]:
     """Rank 1 is not shown the newest checkpoint yet."""
     with replaced(
-        checkpoint, "list_checkpoints", lambda before: lambda folder: before(folder)[:1], on=1
+        checkpoint_folder,
+        "list_checkpoints",
+        lambda before: lambda folder: before(folder)[:1],
+        on=1,
     ):
         found = run(output_dir=BASE / "run", steps=4, checkpoint_every=1, scheduler="constant")
     return found | {
@@ -204,7 +207,8 @@ def loading_fails_on_one() -> dict[str, Any]:
 
 @case
 def disk_full_while_saving() -> dict[str, Any]:
-    with replaced(checkpoint, "save_file", raising(OSError(28, "No space left on device")), on=0):
+    full = raising(OSError(28, "No space left on device"))
+    with replaced(checkpoint_writer, "write_part", full, on=1):
         return run(output_dir=BASE / "full", steps=2, checkpoint_every=1)
 
 

@@ -97,11 +97,6 @@ def test_i44_ranks_on_other_windows_end_at_the_first_update(ended, folder):
         ),
         ("tokenising_fails_on_one", 1, "process 1 on {host}: OSError: the cache is read-only"),
         ("loading_fails_on_one", 1, "process 1 on {host}: MemoryError: no memory for the model"),
-        (
-            "disk_full_while_saving",
-            1,
-            "process 0 on {host}: OSError: [Errno 28] No space left on device",
-        ),
     ],
 )
 def test_i47_what_one_process_raises_before_or_between_updates_ends_all_with_its_words(
@@ -112,6 +107,17 @@ def test_i47_what_one_process_raises_before_or_between_updates_ends_all_with_its
         assert says.rpartition(": ")[2] in found["err"]
     other = ended[name][1 if "process 0" in says else 0]
     assert says.format(host=socket.gethostname()) in other["err"]
+
+
+def test_a_disk_that_is_full_for_one_process_costs_one_checkpoint(ended, folder):
+    found = ended["disk_full_while_saving"]
+    assert [one["status"] for one in found] == [0, 0], found
+    assert (
+        "step-00000001 could not be written: process 1: [Errno 28] No space left on device; "
+        "training goes on" in found[0]["err"]
+    )
+    written = [path.name for path in (folder / "full" / "checkpoints").iterdir()]
+    assert written == ["step-00000002"]
 
 
 @pytest.mark.parametrize("place", ["__getitem__", "collate", "forward"])

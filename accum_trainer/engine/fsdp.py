@@ -19,9 +19,10 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from accum_trainer.engine.grad_sync import choose_by_memory
+from accum_trainer.engine.own_parts import Part, share_of
 from accum_trainer.engine.request import Request
 from accum_trainer.engine.single import TorchEngine
 from accum_trainer.engine.step import refuse_data_parallel, square_sums
@@ -179,6 +180,10 @@ class FSDPEngine(TorchEngine):
     # --- whole tensors; a forward without a backward leaves the outermost weights gathered, as
     # parameters of the model, so each method shards them again first ---
 
+    def own_parts(self, model: torch.nn.Module, optimizer: AcceleratedOptimizer) -> list[Part]:
+        _reshard(model)
+        return super().own_parts(model, optimizer)
+
     def full_weights(
         self, model: torch.nn.Module, trained_only: bool = False
     ) -> dict[str, torch.Tensor]:
@@ -221,6 +226,25 @@ class FSDPEngine(TorchEngine):
             key: value.clone() if value.ndim == 0 else self._sharded_like(parameter, value)
             for key, value in state.items()
         }
+
+    def _own_weight(self, parameter: torch.Tensor) -> tuple[int, torch.Tensor]:
+        return self._own(parameter)
+
+    def _own_state(
+        self, optimizer: AcceleratedOptimizer, parameter: torch.Tensor
+    ) -> dict[str, tuple[tuple[int, ...], int, torch.Tensor]]:
+        return {
+            key: (tuple(value.shape), *self._own(value))
+            for key, value in optimizer.optimizer.state.get(parameter, {}).items()
+        }
+
+    def _own(self, tensor: torch.Tensor) -> tuple[int, torch.Tensor]:
+        if not isinstance(tensor, DTensor) or tensor.ndim == 0:
+            return share_of(_local(tensor), self.rank, self.world_size)
+        assert tensor.placements == (Shard(0),), tensor.placements
+        rows = -(-tensor.shape[0] // self.world_size)  # of each rank but the last ones
+        row = math.prod(tensor.shape[1:])
+        return min(self.rank * rows, tensor.shape[0]) * row, tensor.to_local().detach().reshape(-1)
 
     def _sharded_like(self, parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         assert isinstance(parameter, DTensor)

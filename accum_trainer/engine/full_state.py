@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 
+from accum_trainer.engine.own_parts import Part, share_of, state_name, weight_name
 from accum_trainer.engine.ranks import Ranks
 from accum_trainer.engine.step import parameters_of
 
@@ -79,10 +80,7 @@ class FullState(Ranks):
             found = self._parameter_state(optimizer, p)
             if found:
                 state[name] = {key: value.detach().cpu().clone() for key, value in found.items()}
-        groups = [
-            {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups
-        ]
-        return {"state": state, "groups": groups}
+        return {"state": state, "groups": self.optimizer_groups(optimizer)}
 
     def load_full_optimizer_state(
         self, model: torch.nn.Module, optimizer: AcceleratedOptimizer, saved: dict[str, Any]
@@ -93,6 +91,31 @@ class FullState(Ranks):
         for name, p in self.unwrap(model).named_parameters():
             if name in saved["state"]:
                 self._set_parameter_state(optimizer, p, saved["state"][name])
+
+    # --- this rank's parts of them, for a checkpoint ---
+
+    def own_parts(self, model: torch.nn.Module, optimizer: AcceleratedOptimizer) -> list[Part]:
+        """This rank's parts of the trained weights, the persistent buffers and the optimizer's
+        state, where they lie; together the ranks have each element once.
+
+        Not collective. `full_weights` and `full_optimizer_state` give the same, whole.
+        """
+        plain, found = self.unwrap(model), []
+        for name, p in plain.named_parameters():
+            if p.requires_grad:
+                found.append(Part(weight_name(name), self._shape(p), *self._own_weight(p)))
+                for key, (shape, begin, values) in self._own_state(optimizer, p).items():
+                    found.append(Part(state_name(name, key), shape, begin, values))
+        if self.is_main:  # buffers may differ between ranks; those of rank 0 hold
+            for name, b in persistent_buffers(plain).items():
+                found.append(Part(weight_name(name), tuple(b.shape), 0, b.detach().reshape(-1)))
+        return [part for part in found if part.values.numel()]
+
+    def optimizer_groups(self, optimizer: AcceleratedOptimizer) -> list[dict[str, Any]]:
+        """The options of each group, such as lr and betas."""
+        return [
+            {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups
+        ]
 
     # --- small state ---
 
@@ -164,6 +187,24 @@ class FullState(Ranks):
         optimizer.optimizer.state[parameter] = {
             key: value.clone() if value.ndim == 0 else value.to(parameter.device).clone()
             for key, value in state.items()
+        }
+
+    def _shape(self, parameter: torch.Tensor) -> tuple[int, ...]:
+        """Of the whole parameter."""
+        return tuple(parameter.shape)
+
+    def _own_weight(self, parameter: torch.Tensor) -> tuple[int, torch.Tensor]:
+        """(begin, values) of this rank's part of a trained weight, in the precision that the
+        optimizer steps."""
+        return share_of(parameter, self.rank, self.world_size)
+
+    def _own_state(
+        self, optimizer: AcceleratedOptimizer, parameter: torch.Tensor
+    ) -> dict[str, tuple[tuple[int, ...], int, torch.Tensor]]:
+        """(shape, begin, values) of this rank's part of each state of a trained parameter."""
+        return {
+            key: (tuple(value.shape), *share_of(value, self.rank, self.world_size))
+            for key, value in optimizer.optimizer.state.get(parameter, {}).items()
         }
 
     def _without_state(self, optimizer: AcceleratedOptimizer) -> list[torch.Tensor]:

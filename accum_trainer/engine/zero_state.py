@@ -6,12 +6,13 @@ parameter of them through its `safe_*` functions. It knows no windows.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 
 from accum_trainer.engine.full_state import FullState
+from accum_trainer.engine.own_parts import Part, share_of
 
 
 class ShardedState(FullState):
@@ -36,6 +37,26 @@ class ShardedState(FullState):
     ) -> dict[str, Any]:
         self._link_states()
         return super().full_optimizer_state(model, optimizer)
+
+    def own_parts(self, model: torch.nn.Module, optimizer: AcceleratedOptimizer) -> list[Part]:
+        self._link_states()
+        return super().own_parts(model, optimizer)
+
+    def _own_weight(self, parameter: torch.Tensor) -> tuple[int, torch.Tensor]:
+        return self._fragment(parameter, None)
+
+    def _own_state(
+        self, optimizer: AcceleratedOptimizer, parameter: torch.Tensor
+    ) -> dict[str, tuple[tuple[int, ...], int, torch.Tensor]]:
+        inner = self._inner_states()
+        found: dict[str, tuple[tuple[int, ...], int, torch.Tensor]] = {}
+        for key, value in inner[0].items() if inner else ():
+            if _is_number(value):
+                number = torch.as_tensor(value)
+                found[key] = ((), *share_of(number, self.rank, self.world_size))
+            else:
+                found[key] = (self._shape(parameter), *self._fragment(parameter, key))
+        return found
 
     def _whole_weight(self, parameter: torch.Tensor) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_fp32_param
@@ -109,6 +130,10 @@ class ShardedState(FullState):
     def _link_states(self) -> None:
         """Have DeepSpeed find each parameter's part of the flat optimizer state."""
 
+    def _fragment(self, parameter: torch.Tensor, key: str | None) -> tuple[int, torch.Tensor]:
+        """(begin, values) of this rank's float32 part of a weight, or of its optimizer state."""
+        raise NotImplementedError
+
     def _whole_frozen(self, parameter: torch.Tensor) -> torch.Tensor:
         return parameter
 
@@ -123,6 +148,12 @@ class FlatState(ShardedState):
     def _shards(self) -> list[torch.Tensor]:
         return list(self._deepspeed.optimizer.single_partition_of_fp32_groups)
 
+    def _fragment(self, parameter: torch.Tensor, key: str | None) -> tuple[int, torch.Tensor]:
+        part = cast(Any, parameter)._hp_mapping  # noqa: SLF001 - what `safe_get_full_fp32_param` adds up
+        if part is None:  # none of it is on this rank
+            return 0, torch.empty(0)
+        return part.lp_fragment_address.start, part.get_hp_fragment(key).detach().reshape(-1)
+
     def _link_states(self) -> None:
         # DeepSpeed links them once, when the first of several parameter groups has stepped and the
         # others have no state.
@@ -134,6 +165,21 @@ class FlatState(ShardedState):
 
 class PartitionedState(ShardedState):
     """Stage 3: a weight is whole inside `GatheredParameters` only."""
+
+    def _shape(self, parameter: torch.Tensor) -> tuple[int, ...]:
+        return tuple(cast(Any, parameter).ds_shape)
+
+    def _fragment(self, parameter: torch.Tensor, key: str | None) -> tuple[int, torch.Tensor]:
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        local: torch.Tensor = (
+            safe_get_local_fp32_param(parameter)
+            if key is None
+            else safe_get_local_optimizer_state(parameter, key)
+        )
+        begin = self.rank * local.numel()
+        rest = cast(Any, parameter).ds_numel - begin
+        return begin, local.detach().reshape(-1)[: max(0, rest)]  # the last one is padded
 
     def _shards(self) -> list[torch.Tensor]:
         return list(self._deepspeed.optimizer.fp32_partitioned_groups_flat)

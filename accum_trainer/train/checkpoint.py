@@ -1,51 +1,72 @@
-"""Checkpoints: written whole or not at all, and read only after every byte matches the manifest.
+"""The files of a checkpoint: each rank's part, and a manifest without which they are nothing.
 
     step-00000100/
-      model.safetensors   trained parameters and buffers
-      optimizer.pt        optimizer state
-      rng.pt              random generators of every rank
-      state.json          counters, position, scheduler, loss scaler, and what the run is
-      manifest.json       size and SHA-256 of each file above; how many checkpoints the run had
-                          written before it; its own SHA-256
+      part-00000-of-00002.safetensors   what process 0 had of the trained weights, the buffers and
+                                        the optimizer's state; its random generators
+      part-00001-of-00002.safetensors
+      state.json                        counters, position, scheduler, loss scaler, the optimizer's
+                                        options, and what the run is
+      manifest.json                     size and SHA-256 of each file above; how many checkpoints
+                                        the run had written with this one; its own SHA-256
 
-Written at window ends only, so no half-accumulated gradient exists to lose. The newest is the one
-that was written last: a run that went back to an earlier checkpoint writes lower steps again. Knows
-neither engines nor processes: the caller has one process write while the others wait.
+Read on any number of processes and by any engine; only after every byte matches the manifest. No
+file holds a pickle: torch.distributed.checkpoint's metadata is one, and its shards are rows, which
+ZeRO's are not. Knows neither engines nor processes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
-import shutil
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 
+from accum_trainer.engine.own_parts import MODEL, OPTIMIZER, Part, whole_tensors
 from accum_trainer.errors import CheckpointError
-from accum_trainer.train import durable
-from accum_trainer.train.run_folder import CHECKPOINTS, LAST, METRICS, RESULT, write_json
 
-logger = logging.getLogger(__name__)
+MANIFEST, STATE = "manifest.json", "state.json"
+_FORMAT = 3
+_PART = re.compile(r"part-(\d{5})-of-(\d{5})\.safetensors")
+_RNG = "rng"
+# safetensors' names of dtypes.
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
-MANIFEST = "manifest.json"
-_MODEL, _OPTIMIZER, _RNG, _STATE = _FILES = (
-    "model.safetensors",
-    "optimizer.pt",
-    "rng.pt",
-    "state.json",
-)
-_FORMAT = 2
-_NAME = re.compile(r"step-\d{8,}")
-# Of the space that a checkpoint takes, for names and for what torch adds to each file.
-_MARGIN = 1.02
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What one rank writes into a checkpoint, in host memory.
+
+    Attributes:
+        parts: of weights, buffers and optimizer state.
+        rng: this rank's random generators.
+        state: everything else, as JSON values, the same on every rank.
+    """
+
+    parts: Sequence[Part]
+    rng: dict[str, Any]
+    state: dict[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.values.nbytes for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -54,7 +75,7 @@ class Checkpoint:
 
     Attributes:
         model: trained parameters and buffers by name.
-        optimizer: the optimizer's state by parameter name, and the options of its groups.
+        optimizer: {"state": {parameter name: {key: tensor}}, "groups": [options of each group]}.
         rng: one generator state per rank that wrote it.
         state: everything else, as JSON values.
     """
@@ -81,224 +102,74 @@ def check_same_weights(saved: dict[str, torch.Tensor], current: dict[str, torch.
             )
 
 
-def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write `folder/step-NNNNNNNN` and delete all but the newest `keep`; return its path.
+# --- writing ---
 
-    Written beside, synced to disk, then renamed into place: a process killed at any moment leaves
-    the last checkpoint whole and at most a `.partial` folder, which the next save removes.
 
-    Raises:
-        CheckpointError: there is too little space, or writing failed. What was there before is as
-            it was.
+def part_name(rank: int, world_size: int) -> str:
+    return f"part-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def write_part(path: Path, snapshot: Snapshot) -> dict[str, Any]:
+    """Write one rank's part; return its entry in the manifest.
+
+    In pieces, and hashed on the way: safetensors' own writer holds Python's lock until the file is
+    written, which would stop training meanwhile, and the file would be read again to hash it.
     """
-    target = folder / f"step-{step:08d}"
-    partial = folder / f".partial-{target.name}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".partial-*"):
-            shutil.rmtree(leftover)
-        durable.finish_replacing_in(folder)
-        sequence = 1 + max((_sequence(path) or 0 for path in list_checkpoints(folder)), default=0)
-        _check_space(folder, checkpoint)
-        partial.mkdir()
-        _write(partial, checkpoint, step, sequence)
-        durable.put_in_place(partial, target)
-    # safetensors and torch have types of their own for a failed write.
-    except (OSError, SafetensorError, RuntimeError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"the checkpoint {target} could not be written: {error}") from error
-    _prune(folder, keep)
-    return target
-
-
-def _write(partial: Path, checkpoint: Checkpoint, step: int, sequence: int) -> None:
-    save_file({name: t.contiguous() for name, t in checkpoint.model.items()}, partial / _MODEL)
-    torch.save(checkpoint.optimizer, partial / _OPTIMIZER)
-    torch.save(checkpoint.rng, partial / _RNG)
-    (partial / _STATE).write_text(json.dumps(checkpoint.state, indent=1))
-    files = {
-        name: {"size": (partial / name).stat().st_size, "sha256": _digest(partial / name)}
-        for name in _FILES
+    tensors = {f"{part.tensor}@{part.begin}": part.values for part in snapshot.parts}
+    shapes = {part.tensor: part.shape for part in snapshot.parts}
+    generators = {k: v for k, v in snapshot.rng.items() if isinstance(v, torch.Tensor)}
+    tensors |= {f"{_RNG}/{name}": value for name, value in generators.items()}
+    numbers = {k: v for k, v in snapshot.rng.items() if k not in generators}
+    header: dict[str, Any] = {
+        "__metadata__": {"shapes": json.dumps(shapes), _RNG: json.dumps(numbers)}
     }
-    manifest = {"format": _FORMAT, "step": step, "sequence": sequence, "files": files}
-    (partial / MANIFEST).write_text(
-        json.dumps(manifest | {"sha256": _digest_of(manifest)}, indent=1)
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        entry = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape)}
+        header[name] = entry | {"data_offsets": [begin, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    sha = hashlib.sha256()
+    with open(path, "wb", buffering=0) as file:
+        for piece in _pieces([struct.pack("<Q", len(encoded)) + encoded], tensors.values()):
+            sha.update(piece)
+            while piece:
+                piece = piece[file.write(piece) :]
+    return {"size": path.stat().st_size, "sha256": sha.hexdigest()}
+
+
+def _pieces(first: list[bytes], tensors: Any) -> Iterator[memoryview]:
+    for data in first:
+        yield memoryview(data)
+    for tensor in tensors:
+        raw = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+        for begin in range(0, raw.size, 1 << 24):
+            yield raw[begin : begin + (1 << 24)].data
+
+
+def write_manifest(
+    folder: Path, sequence: int, state: dict[str, Any], parts: dict[str, dict[str, Any]]
+) -> None:
+    """Write what makes the parts in `folder` a checkpoint.
+
+    Args:
+        sequence: how many checkpoints the run has written with this one.
+        parts: the entry of each part, by name.
+    """
+    (folder / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+    size, sha256 = (folder / STATE).stat().st_size, _digest(folder / STATE)
+    files = parts | {STATE: {"size": size, "sha256": sha256}}
+    manifest = {"format": _FORMAT, "sequence": sequence, "files": files}
+    (folder / MANIFEST).write_text(
+        json.dumps(manifest | {"sha256": digest_of(manifest)}, indent=1), encoding="utf-8"
     )
 
 
-def _check_space(folder: Path, checkpoint: Checkpoint) -> None:
-    """Raise an OSError if the file system has less room than the tensors take."""
-    parts = (checkpoint.model, checkpoint.optimizer, checkpoint.rng)
-    needed = _MARGIN * sum(tensor.nbytes for part in parts for tensor in _tensors(part))
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(f"it takes {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free")
+# --- reading ---
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for inside in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(inside)
-
-
-def _prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints whose manifest can be read."""
-    known = [path for path in list_checkpoints(folder) if _sequence(path) is not None]
-    kept = known[-keep:]
-    for path in list_checkpoints(folder):
-        if path not in kept:
-            try:
-                shutil.rmtree(path)
-            except OSError as error:
-                logger.warning("the old checkpoint %s could not be deleted: %s", path, error)
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders, that written last at the end, unchecked.
-
-    One whose manifest cannot be read has the place of its step.
-    """
-    found = [path for path in folder.iterdir() if _is_checkpoint(path)] if folder.is_dir() else []
-    found.sort(key=_step)
-    latest, places = 0, {}
-    for path in found:
-        sequence = _sequence(path)
-        latest = max(latest, sequence or 0)
-        places[path] = (latest if sequence is None else sequence, _step(path))
-    return sorted(found, key=places.__getitem__)
-
-
-def _is_checkpoint(path: Path) -> bool:
-    return bool(_NAME.fullmatch(path.name)) and path.is_dir()
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
-
-
-def _sequence(path: Path) -> int | None:
-    """How many checkpoints the run had written with this one; None without a whole manifest."""
-    try:
-        return int(_read_manifest(path)["sequence"])
-    except CheckpointError:
-        return None
-
-
-def newest_whole(folder: Path) -> Path | None:
-    """The newest checkpoint that matches its manifest; a damaged newer one is skipped with a
-    warning."""
-    for path in reversed(list_checkpoints(folder)):
-        try:
-            check_manifest(path)
-        except CheckpointError as error:
-            logger.warning("%s; falling back to the checkpoint before it", error)
-            continue
-        return path
-    return None
-
-
-def note_last(run: Path, checkpoint: Path) -> None:
-    """Note in the run directory which checkpoint was written last, so that a loss of all of them is
-    seen."""
-    write_json(run / LAST, {"checkpoint": f"{CHECKPOINTS}/{checkpoint.name}"})
-
-
-def find_checkpoint(resume: str, run: Path | None) -> Path | None:
-    """The checkpoint to continue from, or None to start anew.
-
-    Args:
-        resume: `auto`, the newest whole one of `run`; `never` or `anew`; or the path of a
-            checkpoint, or of a run directory.
-        run: the run directory; None if it is a new one.
-
-    Raises:
-        CheckpointError: the path is not a folder, or holds no whole checkpoint; `auto`, and the
-            run's checkpoints are gone.
-    """
-    if resume in ("never", "anew"):
-        return None
-    if resume == "auto":
-        return _newest_of(run) if run else None
-    named = Path(resume)
-    if not named.is_dir():
-        raise CheckpointError(
-            f"resume={named} is no folder; give a run directory, a checkpoint in it, `auto`, "
-            "`never` or `anew`"
-        )
-    if (named / CHECKPOINTS).is_dir():
-        newest = newest_whole(named / CHECKPOINTS)
-        if newest is None:
-            raise CheckpointError(
-                f"resume={named} is a run without a whole checkpoint; start anew in another "
-                "output_dir"
-            )
-        return newest
-    try:
-        check_manifest(named)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; {_others_near(named)}") from None
-    return named
-
-
-def _newest_of(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run; None if it has not written one yet.
-
-    Raises:
-        CheckpointError: it has, and none is left.
-    """
-    found = newest_whole(run / CHECKPOINTS)
-    last = _last_of(run)
-    if found is None and (last is not None or (run / RESULT).is_file()):
-        raise CheckpointError(
-            f"{run} holds a run that was saved ({last or RESULT}), and none of its checkpoints is "
-            f"whole: the same command would train it anew and replace its {METRICS} and model; put "
-            "the checkpoints back, choose another output_dir, or give resume=anew to have that"
-        )
-    if found is not None and last is not None and not (run / last).is_dir():
-        logger.warning("%s is gone; continuing from %s", run / last, found)
-    return found
-
-
-def _last_of(run: Path) -> str | None:
-    """The checkpoint that `note_last` noted, relative to the run directory."""
-    try:
-        noted = json.loads((run / LAST).read_text(encoding="utf-8"))["checkpoint"]
-        return f"{CHECKPOINTS}/{Path(noted).name}"
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError):
-        return LAST  # damaged: a checkpoint was written, but it is not known which
-
-
-def _others_near(path: Path) -> str:
-    """What to give instead of `path`: the run that it lies in, or another checkpoint of it."""
-    for run in (path, *path.parents[:2]):
-        if others := [other for other in list_checkpoints(run / CHECKPOINTS) if other != path]:
-            return f"give the run, {run}, or a checkpoint in it, such as {others[-1]}"
-    return f"give a run directory, or a checkpoint in it (RUN/{CHECKPOINTS}/step-N)"
-
-
-def check_manifest(path: Path) -> None:
-    """Raise a CheckpointError unless every file has the size and SHA-256 in the manifest."""
-    for name, expected in _read_manifest(path)["files"].items():
-        file = path / name
-        try:
-            is_whole = (
-                file.stat().st_size == expected["size"] and _digest(file) == expected["sha256"]
-            )
-        except FileNotFoundError:
-            raise CheckpointError(f"checkpoint {path} is damaged: {name} is missing") from None
-        except OSError as error:
-            raise CheckpointError(f"checkpoint {path}: {name} cannot be read ({error})") from None
-        if not is_whole:
-            raise CheckpointError(
-                f"checkpoint {path} is damaged: {name} is not what its manifest lists"
-            )
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
     """A manifest of this version's format that matches its own SHA-256.
 
     Raises:
@@ -313,7 +184,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
                 f"checkpoint {path} has format {manifest.get('format')}; this version reads "
                 f"{_FORMAT}"
             )
-        if manifest.pop("sha256", None) != _digest_of(manifest):
+        if manifest.pop("sha256", None) != digest_of(manifest):
             raise ValueError("it is not what was written")
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
@@ -324,13 +195,42 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if (
         not isinstance(manifest.get("sequence"), int)
         or not isinstance(files, dict)
-        or files.keys() != set(_FILES)
         or not all(isinstance(v, dict) and v.keys() == {"size", "sha256"} for v in files.values())
+        or not _parts_of(files)
+        or files.keys() != {STATE, *_parts_of(files)}
     ):
         raise CheckpointError(
-            f"{path} is not a checkpoint: its {MANIFEST} does not list {', '.join(_FILES)}"
+            f"{path} is not a checkpoint: its {MANIFEST} lists other files than {STATE} and one "
+            "part of each process"
         )
     return manifest
+
+
+def _parts_of(names: Any) -> list[str]:
+    """The names of all parts that belong to those in `names`, by rank."""
+    found = [matched for name in names if (matched := _PART.fullmatch(name))]
+    world_size = int(found[0][2]) if found else 0
+    # Many processes of which few have files: their names would fill the memory.
+    if world_size != len(found):
+        return []
+    return [part_name(rank, world_size) for rank in range(world_size)]
+
+
+def check_manifest(path: Path) -> None:
+    """Raise a CheckpointError unless every file has the size and SHA-256 in the manifest."""
+    for name, expected in read_manifest(path)["files"].items():
+        file = path / name
+        try:
+            size = file.stat().st_size
+            is_whole = size == expected["size"] and _digest(file) == expected["sha256"]
+        except FileNotFoundError:
+            raise CheckpointError(f"checkpoint {path} is damaged: {name} is missing") from None
+        except OSError as error:
+            raise CheckpointError(f"checkpoint {path}: {name} cannot be read ({error})") from None
+        if not is_whole:
+            raise CheckpointError(
+                f"checkpoint {path} is damaged: {name} is not what its manifest lists"
+            )
 
 
 def _fault(error: Exception) -> str:
@@ -340,24 +240,54 @@ def _fault(error: Exception) -> str:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint after checking its manifest; no code that it holds is run.
+    """Read a checkpoint after checking its manifest.
 
     Raises:
         CheckpointError: it is damaged or missing, or something else wrote it.
     """
     check_manifest(path)
+    parts = [path / name for name in _parts_of(read_manifest(path)["files"])]
     try:
-        return Checkpoint(
-            model=load_file(path / _MODEL),
-            optimizer=torch.load(path / _OPTIMIZER, map_location="cpu", weights_only=True),
-            rng=torch.load(path / _RNG, map_location="cpu", weights_only=True),
-            state=json.loads((path / _STATE).read_text()),
-        )
+        tensors = whole_tensors(part for file in parts for part in _read_parts(file))
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        groups = [_group(options) for options in state["optimizer_groups"]]
+        rng = [_read_rng(file) for file in parts]
     except Exception as error:  # of any type: the bytes are those of the manifest, whoever wrote it
         first = (str(error).strip().splitlines() or [""])[0]
         raise CheckpointError(
             f"{path} was not written by accum_trainer: {type(error).__name__}: {first}"
         ) from None
+    model: dict[str, torch.Tensor] = {}
+    states: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition("/")
+        if kind == MODEL:
+            model[rest] = tensor
+        elif kind == OPTIMIZER:
+            parameter, _, key = rest.rpartition("/")
+            states.setdefault(parameter, {})[key] = tensor
+    return Checkpoint(model, {"state": states, "groups": groups}, rng, state)
+
+
+def _read_parts(file: Path) -> Iterator[Part]:
+    with safe_open(file, "pt") as opened:
+        shapes = json.loads(opened.metadata()["shapes"])
+        for key in opened.keys():  # noqa: SIM118 - no mapping
+            if not key.startswith(f"{_RNG}/"):
+                name, _, begin = key.rpartition("@")
+                yield Part(name, tuple(shapes[name]), int(begin), opened.get_tensor(key))
+
+
+def _read_rng(file: Path) -> dict[str, Any]:
+    with safe_open(file, "pt") as opened:
+        numbers: dict[str, Any] = json.loads(opened.metadata()[_RNG])
+        generators = [key for key in opened.keys() if key.startswith(f"{_RNG}/")]  # noqa: SIM118
+        return numbers | {k.removeprefix(f"{_RNG}/"): opened.get_tensor(k) for k in generators}
+
+
+def _group(options: dict[str, Any]) -> dict[str, Any]:
+    """A group's options as the optimizer has them: JSON knows no tuples."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
 
 
 def _digest(path: Path) -> str:
@@ -368,5 +298,6 @@ def _digest(path: Path) -> str:
         return sha.hexdigest()
 
 
-def _digest_of(value: dict[str, Any]) -> str:
+def digest_of(value: dict[str, Any]) -> str:
+    """SHA-256 of JSON values."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -12,10 +12,9 @@ import torch
 
 from accum_trainer.config import TrainConfig
 from accum_trainer.engine.memory import memory_gb, peak_gb, reset_peak
-from accum_trainer.errors import AccumTrainerError, CheckpointError
+from accum_trainer.errors import AccumTrainerError
 from accum_trainer.losses.causal_lm import causal_lm_loss
-from accum_trainer.train import checkpoint as checkpoints
-from accum_trainer.train.checkpoint import Checkpoint
+from accum_trainer.train.checkpoint_writer import CheckpointWriter
 from accum_trainer.train.evaluation import Evaluation
 from accum_trainer.train.hang_watch import HangWatch
 from accum_trainer.train.leaving import LoopPlaces
@@ -65,6 +64,9 @@ class Run:
         self.folder, lock = agree_on_folder(self.engine, config)
         self._files = RunFolder(self.folder, lock)
         self._hangs = HangWatch(self.engine, config.timeout, self._files.close)
+        self._writer = CheckpointWriter(
+            self.engine, self.folder, config.keep_checkpoints, self._files.check_lock
+        )
         try:
             self._resumed_from = agree_on_checkpoint(self.engine, config)
             self.training = assemble(config, accumulator)
@@ -165,36 +167,16 @@ class Run:
         at_interval = update.step % self.config.checkpoint_every == 0
         return at_interval and not update.skipped and not self.training.is_done
 
-    def save(self) -> None:
-        """Write a checkpoint of the last finished window; all processes wait for it.
+    def save(self, is_last: bool = False) -> None:
+        """Begin to write a checkpoint of the last finished window. Collective; training waits for
+        the copy into host memory only, and for the checkpoint before.
 
         If it cannot be written, a warning says so, and training goes on to the next one.
         """
         started = time.perf_counter()
-        checkpoint = capture(self.training, self._files.tally)
-        self.engine.on_main(self._try_to_write, checkpoint)
-        self.stopping.note_save(time.perf_counter() - started)
-
-    def _try_to_write(self, checkpoint: Checkpoint) -> None:
-        try:
-            self._write(checkpoint)
-        except CheckpointError as error:
-            logger.warning(
-                "%s; training goes on, and the next checkpoint is due after %d more updates",
-                *(error, self.config.checkpoint_every),
-            )
-
-    def _write(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint, on the main process.
-
-        Raises:
-            CheckpointError: that failed.
-            AccumTrainerError: the directory is another process's by now.
-        """
-        self._files.check_lock()
-        step, keep = self.training.accumulator.num_updates, self.config.keep_checkpoints
-        written = checkpoints.save_checkpoint(self._files.checkpoints, step, checkpoint, keep)
-        checkpoints.note_last(self.folder, written)
+        step = self.training.accumulator.num_updates
+        self._writer.save(step, capture(self.training, self._files.tally), is_last)
+        self.stopping.note_save(max(self._writer.longest_sec, time.perf_counter() - started))
 
     @contextlib.contextmanager
     def _open_files(self, places: LoopPlaces) -> Iterator[None]:
@@ -223,22 +205,23 @@ class Run:
             raise
         finally:
             self._hangs.stop()
+            self._writer.give_up()
             self._files.close()
 
     def _finish(self) -> None:
-        checkpoint = capture(self.training, self._files.tally)
+        self.save(is_last=True)
         trained_only = needs_only_trained_weights(self.config)
         weights = self.engine.full_weights(self.training.model, trained_only=trained_only)
-        self.engine.on_main(self._write_results, checkpoint, weights)
+        failure = self._writer.wait()
+        self.engine.on_main(self._write_results, weights, [failure] if failure else [])
 
-    def _write_results(self, checkpoint: Checkpoint, weights: dict[str, torch.Tensor]) -> None:
-        """Write the last checkpoint, the model and result.json: each that can be written."""
+    def _write_results(self, weights: dict[str, torch.Tensor], failed: list[str]) -> None:
+        """Write the model and result.json, each that can be.
+
+        Args:
+            failed: what could not be written before.
+        """
         training, model = self.training, self.engine.unwrap(self.training.model)
-        failed = []
-        try:
-            self._write(checkpoint)
-        except CheckpointError as error:
-            failed.append(str(error))
         try:
             save_model(self.folder, self.config, model, training.tokenizer, weights)
             title = f"{self.folder.name}: {training.schedule.plan.describe()}"

@@ -20,7 +20,8 @@ from typing import Any
 
 from accum_trainer.config import TrainConfig
 from accum_trainer.errors import CheckpointError, ConfigError, EngineError
-from accum_trainer.train.checkpoint import MANIFEST, find_checkpoint
+from accum_trainer.train.checkpoint import MANIFEST
+from accum_trainer.train.checkpoint_folder import find_checkpoint
 from accum_trainer.train.run_folder import LOGS, check_places, holds_run, new_run_folder
 from accum_trainer.train.run_lock import RunLock
 

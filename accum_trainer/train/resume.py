@@ -8,15 +8,18 @@ calls each function.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from accum_trainer.errors import CheckpointError, ConfigError
 from accum_trainer.lm.model import checksum
 from accum_trainer.train import checkpoint as checkpoints
-from accum_trainer.train.checkpoint import Checkpoint
+from accum_trainer.train.checkpoint import Checkpoint, Snapshot
 from accum_trainer.train.rank_agreement import check_same_start
 from accum_trainer.train.records import Tally
 from accum_trainer.train.setup import Training
@@ -34,28 +37,34 @@ _NEW = (
 )
 
 
-def capture(training: Training, tally: Tally) -> Checkpoint:
-    """The whole state after a finished window, on every process. Collective.
+def capture(training: Training, tally: Tally) -> Snapshot:
+    """This process's part of the state after a finished window, copied into host memory.
 
     Args:
         tally: of the run's records so far.
     """
     engine = training.accumulator.engine
-    rng = engine.gather_objects(engine.rng_state())
-    return Checkpoint(
-        model=engine.full_weights(training.model, trained_only=True),
-        optimizer=engine.full_optimizer_state(training.model, training.optimizer.accelerated),
-        rng=rng,
-        state={
-            "identity": training.identity,
-            "options": _changeable_options(training),
-            "accumulator": training.accumulator.state_dict(),
-            "windows": training.windows.state_dict(),
-            "scheduler": training.scheduler.state_dict(),
-            "tally": dataclasses.asdict(tally),
-            "world_size": engine.world_size,
-        },
-    )
+    optimizer = training.optimizer.accelerated
+    parts = [part.on_host() for part in engine.own_parts(training.model, optimizer)]
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize()
+    state = {
+        "optimizer_groups": [_as_json(group) for group in engine.optimizer_groups(optimizer)],
+        "identity": training.identity,
+        "options": _changeable_options(training),
+        "accumulator": training.accumulator.state_dict(),
+        "windows": training.windows.state_dict(),
+        "scheduler": training.scheduler.state_dict(),
+        "tally": dataclasses.asdict(tally),
+        "world_size": engine.world_size,
+    }
+    # Written while training goes on and changes what the state was read from.
+    return Snapshot(parts, engine.rng_state(), copy.deepcopy(state))
+
+
+def _as_json(options: dict[str, Any]) -> dict[str, Any]:
+    """A group's options without tensors, such as a learning rate on the device."""
+    return {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
 
 
 def restore(training: Training, path: Path) -> tuple[Training, Tally]:

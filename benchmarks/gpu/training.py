@@ -47,7 +47,8 @@ def worst_difference(found: list[dict[str, Any]], exact: list[dict[str, Any]], k
 
 
 def precision(setting: Setting) -> Result:
-    from accum_trainer.train.checkpoint import load_checkpoint, newest_whole
+    from accum_trainer.train.checkpoint import load_checkpoint
+    from accum_trainer.train.checkpoint_folder import newest_whole
 
     header = [
         "precision",

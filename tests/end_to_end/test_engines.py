@@ -10,6 +10,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from accum_trainer.train.checkpoint import load_checkpoint
+from accum_trainer.train.checkpoint_folder import newest_whole
 from accum_trainer.train.records import read_records
 from tests.launching import python, torchrun
 
@@ -113,10 +115,9 @@ def test_r14_r18_r41_lora_under_zero2(tmp_path, rows, extra):
     # What is saved is the adapter alone, as peft loads it.
     adapter = load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")
     assert sum(t.numel() for t in adapter.values()) == plan["trained_parameters"] == 157_696
-    checkpoint = load_file(
-        sorted((tmp_path / "run" / "checkpoints").iterdir())[-1] / "model.safetensors"
-    )
-    assert sum(t.numel() for t in checkpoint.values()) == 157_696
+    newest = newest_whole(tmp_path / "run" / "checkpoints")
+    assert len(list(newest.glob("part-*-of-00002.safetensors"))) == 2  # each process wrote its own
+    assert sum(t.numel() for t in load_checkpoint(newest).model.values()) == 157_696
 
 
 def test_r18_merged_model_is_the_base_with_the_adapter(tmp_path, rows):

@@ -16,10 +16,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from accum_trainer.errors import CheckpointError
-from accum_trainer.train.checkpoint import Checkpoint, find_checkpoint, save_checkpoint
+from accum_trainer.train.checkpoint_folder import find_checkpoint
 from accum_trainer.train.records import read_records
 from tests.grids import thinned
 from tests.launching import ROOT, environment, python, torchrun
+from tests.test_checkpoint import PART, save
 
 # 22 rows at B_eff 8 are windows of 8, 8 and 6: 4, 4 and 3 micro-batches an epoch. Dropout makes
 # chance count.
@@ -107,15 +108,15 @@ def test_i34_killed_at_any_micro_step(train, argv, undisturbed, tmp_path, micro_
     assert_same_run(tmp_path / "run", undisturbed)
 
 
-# A save syncs four files, the manifest, the folder, and its parent: 7; the third save begins at the
-# 15th. One of each kind is enough: a file, the manifest, the folder, its parent.
-@pytest.mark.parametrize("sync", thinned(range(15, 22), (15, 19, 20, 21)))
+# A save syncs the part; the part, the state, the manifest and the folder; its parent: 6; the third
+# save begins at the 13th. One of each kind is enough: a file, the manifest, the folder, its parent.
+@pytest.mark.parametrize("sync", thinned(range(13, 19), (13, 16, 17, 18)))
 def test_i34_killed_while_a_checkpoint_is_written(train, argv, undisturbed, tmp_path, sync):
     killed = train(*argv, kill={"sync": sync})
     assert killed.status == -signal.SIGKILL
     whole = [path.name for path in sorted((tmp_path / "run" / "checkpoints").glob("step-*"))]
-    # The seventh sync comes after the rename: the new one is whole, the oldest not yet deleted.
-    assert whole == ["step-00000001", "step-00000002", "step-00000003"][: 3 if sync == 21 else 2]
+    # The sixth sync comes after the rename: the new one is whole, the oldest not yet deleted.
+    assert whole == ["step-00000001", "step-00000002", "step-00000003"][: 3 if sync == 18 else 2]
     assert train(*argv).status == 0
     assert_same_run(tmp_path / "run", undisturbed)
     assert not list((tmp_path / "run" / "checkpoints").glob(".partial*"))
@@ -126,12 +127,15 @@ def test_damaged_newest_checkpoint_is_passed_over_with_a_warning(
 ):
     shutil.copytree(undisturbed, tmp_path / "run")
     newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
-    with open(newest / "model.safetensors", "r+b") as file:
+    with open(newest / PART, "r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\x55")
     finished = train(*argv)
     assert finished.status == 0
-    assert "model.safetensors is not what its manifest lists; falling back" in finished.err
+    assert (
+        "part-00000-of-00001.safetensors is not what its manifest lists; falling back"
+        in finished.err
+    )
     assert "step-00000005 after 5 updates" in finished.err
     assert_same_run(tmp_path / "run", undisturbed)
 
@@ -143,7 +147,7 @@ def test_nothing_is_unpickled_that_the_manifest_does_not_vouch_for(
     unread."""
     shutil.copytree(undisturbed, tmp_path / "run")
     for step in (tmp_path / "run" / "checkpoints").iterdir():
-        (step / "optimizer.pt").write_bytes(b"cos\nsystem\n(S'touch broken'\ntR.")
+        (step / PART).write_bytes(b"cos\nsystem\n(S'touch broken'\ntR.")
     refused = train(*argv)
     assert refused.status == 2
     assert refused.err.count("falling back") == 2
@@ -186,8 +190,7 @@ def test_a_run_that_has_gone_past_its_end_is_refused_and_not_touched(
 @pytest.mark.parametrize("folder", ["model", "checkpoints", "."])
 def test_a_folder_of_a_run_that_is_no_checkpoint_is_refused_with_one_that_is(tmp_path, folder):
     """The run itself is taken."""
-    step = tmp_path / "run" / "checkpoints" / "step-00000002"
-    save_checkpoint(step.parent, 2, Checkpoint({}, {}, [], {}), keep=2)
+    step = save(tmp_path / "run" / "checkpoints", 2)
     (tmp_path / "run" / "model").mkdir()
     if folder == ".":
         assert find_checkpoint(str(tmp_path / "run"), None) == step

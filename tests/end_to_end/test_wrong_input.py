@@ -470,9 +470,10 @@ class TestResume:
 
     def test_damaged_checkpoint(self, train, folder):
         step = folder / "run" / "checkpoints" / "step-00000002"
-        (step / "optimizer.pt").write_bytes(b"x" * (step / "optimizer.pt").stat().st_size)
+        part = step / "part-00000-of-00001.safetensors"
+        part.write_bytes(b"x" * part.stat().st_size)
         argv = [*self.argv[:-1], "fresh", "--resume", step]
-        refused(train, folder, *argv, says="damaged: optimizer.pt is not what its manifest lists")
+        refused(train, folder, *argv, says=f"damaged: {part.name} is not what its manifest lists")
 
     def test_run_without_checkpoints(self, train, folder):
         for path in (folder / "run" / "checkpoints").iterdir():

@@ -84,6 +84,7 @@ OF_A_STAGE = {
     "i33_inf_is_dropped_everywhere",
     "i45_one_rank_leaves_out_what_another_uses",
     "state_survives_a_round_trip",
+    "parts_of_all_ranks_are_the_whole_state",
 }
 
 

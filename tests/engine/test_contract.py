@@ -357,6 +357,16 @@ def test_state_of_an_engine_survives_a_round_trip_to_the_bit(case):
         assert result["moved"] > 1e-2
 
 
+def test_the_parts_that_ranks_write_are_the_whole_state_and_about_as_many_on_each(case, engine):
+    for result in case("parts_of_all_ranks_are_the_whole_state"):
+        for when in ("first", "second"):
+            found = result[when]
+            assert found["differing"] == []
+            assert found["states"] > 10
+            least, most = min(found["elements"]), max(found["elements"])
+            assert most <= 1.35 * least
+
+
 def test_i31_r6_one_clip_of_the_averaged_gradient(case):
     """The limit is a third of the true norm; torch divides by norm + 1e-6, which is 1.7e-6 of this
     norm."""

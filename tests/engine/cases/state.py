@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from accum_trainer import causal_lm_loss
+from accum_trainer.engine.own_parts import whole_tensors
 from tests.engine.cases.probing import ENGINE, Probe, accumulator, case, compare, equal, planned
 from tests.reference import (
     big_batch,
@@ -62,6 +63,39 @@ def i22_i26_offload_by_policy() -> dict[str, Any]:
                 errors.append(relative_error(acc.engine.full_gradients(prepared), exact))
                 norms.append(acc.step(optimizer).grad_norm)
     return {"norms": norms, "errors": errors}
+
+
+@case
+def parts_of_all_ranks_are_the_whole_state() -> dict[str, Any]:
+    """What the ranks would write, put together, against what the engine gathers."""
+    acc = accumulator(2, global_batch_size=8)
+    model = make_model("llama")
+    prepared, optimizer = acc.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+    found = {}
+    for when, window in zip(("first", "second"), acc.windows(make_rows(16), collate_fn=pad)):  # noqa: B905
+        for batch in window:
+            with acc.accumulate(prepared):
+                acc.backward(causal_lm_loss(prepared, batch))
+        acc.step(optimizer)
+        parts = [part.on_host() for part in acc.engine.own_parts(prepared, optimizer.accelerated)]
+        gathered = acc.engine.gather_objects(parts)
+        whole = whole_tensors(part for own in gathered for part in own)
+        full = acc.engine.full_optimizer_state(prepared, optimizer.accelerated)["state"]
+        weights = acc.engine.full_weights(prepared, trained_only=True)
+        expected = {f"model/{name}": weight for name, weight in weights.items()}
+        for name, state in full.items():
+            expected |= {f"optimizer/{name}/{k}": torch.as_tensor(v) for k, v in state.items()}
+        found[when] = {
+            "differing": sorted(whole.keys() ^ expected.keys())
+            + [n for n in whole.keys() & expected.keys() if not _same(whole[n], expected[n])],
+            "states": len(full),
+            "elements": [sum(part.values.numel() for part in own) for own in gathered],
+        }
+    return found
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.float(), b.float())
 
 
 @case
