@@ -26,6 +26,7 @@ COMMANDS = {
     "config": "Write launch files for one GPU, many GPUs, clusters and independent runs.",
     "launch": "Start training under a launch file: free ports, a log per process, the failed "
     "process's own error.",
+    "requeue": "Say whether a stopped batch job goes back into the queue; batch scripts call it.",
     "merge": "Average the results of independent runs, weighted by samples trained.",
 }
 

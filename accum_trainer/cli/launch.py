@@ -10,8 +10,11 @@ import click
 import yaml
 
 from accum_trainer.cli.options import is_on_command_line
-from accum_trainer.cli.train import parse
-from accum_trainer.errors import ConfigError
+from accum_trainer.cli.train import options_in, parse
+from accum_trainer.errors import AccumTrainerError, ConfigError
+from accum_trainer.launch.node_ending import note_ending
+from accum_trainer.launch.signals import STOPPED_AND_SAVED
+from accum_trainer.train.run_folder import LOGS
 
 if TYPE_CHECKING:
     from accum_trainer.launch.launch_file import LaunchFile
@@ -44,12 +47,19 @@ if TYPE_CHECKING:
     metavar="PORT",
     help="The processes' rendezvous port.  [default: MASTER_PORT; on one node a free port]",
 )
+@click.option(
+    "--batch-start",
+    metavar="TEXT",
+    help="For batch scripts: names this start of the job. How this node ended is then noted in the "
+    "run directory for `requeue`, and status 75 becomes 0: no other node is killed while it saves.",
+)
 @click.argument("train", nargs=-1, type=click.UNPROCESSED, metavar="-- [TRAIN-ARGS]...")
 def command(
     config: str,
     machine_rank: int | None,
     main_process_ip: str | None,
     main_process_port: int | None,
+    batch_start: str | None,
     train: tuple[str, ...],
 ) -> None:
     """Start `train` under CONFIG, written by `accum-trainer config create`, or any accelerate
@@ -60,6 +70,34 @@ def command(
     failed. Ctrl-C lets the training save and stop; the same command with the same --output-dir
     continues it. If CONFIG has several nodes, run it on each.
     """
+    if batch_start is None:
+        sys.exit(_launch(config, machine_rank, main_process_ip, main_process_port, train))
+    # Not composed: what is wrong on this node alone must be noted, too.
+    folder = options_in(train).get("output_dir")
+    if folder is None:
+        raise ConfigError(
+            f"batch_start={batch_start} is noted in the run directory; give its --output-dir after "
+            "--"
+        )
+    status = 1
+    try:
+        status = _launch(config, machine_rank, main_process_ip, main_process_port, train)
+    except AccumTrainerError as error:
+        status = error.exit_status
+        raise
+    finally:
+        note_ending(Path(folder) / LOGS, batch_start, machine_rank or 0, status)
+    sys.exit(0 if status == STOPPED_AND_SAVED else status)
+
+
+def _launch(
+    config: str,
+    machine_rank: int | None,
+    main_process_ip: str | None,
+    main_process_port: int | None,
+    train: tuple[str, ...],
+) -> int:
+    """Launch this node's processes; returns the exit status."""
     path = Path(config)
     if _is_independent(path):
         from accum_trainer.cli import main
@@ -75,7 +113,7 @@ def command(
     # accelerate and torch take seconds to import: only now that the options are known to be right.
     from accum_trainer.launch.launch_file import read_launch_file
     from accum_trainer.launch.run import launch
-    from accum_trainer.train.run_folder import LOGS, check_output_dir, new_run_folder
+    from accum_trainer.train.run_folder import check_output_dir, new_run_folder
 
     file = read_launch_file(path, composed.cpu)
     if file.num_machines > 1 and composed.output_dir is None:
@@ -93,7 +131,7 @@ def command(
             f"processes, logs in {folder / LOGS}",
             err=True,
         )
-    sys.exit(launch(path, placement, arguments, folder / LOGS, file.deepspeed_file))
+    return launch(path, placement, arguments, folder / LOGS, file.deepspeed_file)
 
 
 def _placement(

@@ -9,11 +9,11 @@ Knows what accelerate and DeepSpeed read; starts nothing.
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
 from accum_trainer.errors import ConfigError
+from accum_trainer.launch.quoting import word, words, yaml_scalar
 from accum_trainer.launch.slurm import array_script, batch_script
 from accum_trainer.launch.spec import LaunchSpec, combinations
 
@@ -55,8 +55,8 @@ def run_command(spec: LaunchSpec, path: Path) -> str:
     if spec.nodes > 1:
         nodes = " --machine-rank N --main-process-ip NODE-0 --main-process-port 29500"
     arguments = [*(["--cpu"] if spec.cpu else []), *spec.train]
-    return f"accum-trainer launch {path}{nodes}" + (
-        f" -- {shlex.join(arguments)}" if arguments else ""
+    return f"accum-trainer launch {word(path)}{nodes}" + (
+        f" -- {words(arguments)}" if arguments else ""
     )
 
 
@@ -127,7 +127,7 @@ def _accelerate_yaml(spec: LaunchSpec, path: Path) -> str:
         nested: list[tuple[str, Any, str]] = [
             (
                 "  deepspeed_config_file",
-                path.with_suffix(".json"),
+                yaml_scalar(path.with_suffix(".json")),
                 "from the folder that you start from",
             ),
             (
@@ -206,7 +206,11 @@ def _independent_yaml(spec: LaunchSpec, path: Path) -> str:
     ]
     if spec.vary:
         entries.append(
-            ("vary", f'"{spec.vary}"', "each run sees all samples, with its own of these")
+            (
+                "vary",
+                json.dumps(spec.vary, ensure_ascii=not spec.vary.isprintable()),
+                "each run sees all samples, with its own of these",
+            )
         )
     entries += [
         ("max_restarts", 3, "how often a run that crashed is continued from its checkpoint"),
@@ -221,7 +225,7 @@ def _independent_yaml(spec: LaunchSpec, path: Path) -> str:
             ("gradient_accumulation_steps", spec.gradient_accumulation_steps, "K, of each run")
         )
     lines = [
-        *_head(spec, path, f"parallel-independent: {runs} runs, each {what}"),
+        *_head(spec, path, f"parallel-independent: {runs} runs, each {' '.join(what.split())}"),
         *_lines(entries),
     ]
     return (

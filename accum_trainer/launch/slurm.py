@@ -1,20 +1,21 @@
 """SLURM batch scripts that requeue and resume: a training over nodes, or an array of independent
 ones.
 
-Both end with status 75 if a signal stopped the training after it was saved. The script then
-requeues the job. Its next start finds the run directory, which is named after the job (a requeued
-job keeps its number), and continues. Text only: knows the commands, not what they run.
+At its end a script asks `accum-trainer requeue`, which looks into the run directory: the status of
+srun may be that of any node, or one that the scheduler made up. Status 75 means that the job goes
+back into the queue. Its next start finds the run directory, which is named after the job (a
+requeued job keeps its number), and continues. Text only: knows the commands, not what they run.
 """
 
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from accum_trainer.errors import ConfigError
+from accum_trainer.launch.quoting import word, words
 
 _TIME = re.compile(r"(?:(\d+)-)?(\d{1,2}):(\d\d)(?::(\d\d))?")
 _SIGNAL = re.compile(r"(?:SIG)?(USR1|TERM)@(\d+)")
@@ -68,6 +69,7 @@ def batch_script(
 ) -> str:
     """The script of one training: a launcher per node starts that node's processes."""
     rendezvous = _RENDEZVOUS if nodes > 1 else ""
+    batch_start = '"$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"'
     return "\n".join(
         [
             *_head(slurm, config, "arguments go to `accum-trainer train`"),
@@ -81,12 +83,19 @@ def batch_script(
             "",
             "# The job's number is kept when it is requeued, and with it the run.",
             'run="runs/$SLURM_JOB_NAME-$SLURM_JOB_ID"',
-            f"config={shlex.quote(str(config))}",
-            f"{rendezvous}{_CACHES}",
+            f"config={word(config)}",
+            f'train=(--output-dir "$run"{_quoted(train, cpu)} "$@")',
+            f"{rendezvous}{_caches(on_each_node=nodes > 1)}",
             "status=0",
-            'srun --kill-on-bad-exit=1 accum-trainer launch "$config" -- \\',
-            f'    --output-dir "$run"{_quoted(train, cpu)} "$@" || status=$?',
-            *_ending(slurm, "$SLURM_JOB_ID"),
+            "# A node that fails ends the others. One that is stopped must not: it ends with 0.",
+            f"srun {_TASK_CPUS} --kill-on-bad-exit=1 \\",
+            f"    accum-trainer launch --batch-start {batch_start} \\",
+            '    "$config" -- "${train[@]}" || status=$?',
+            *_ending(
+                f'accum-trainer requeue --batch-start {batch_start} \\\n    "$status"',
+                "$SLURM_JOB_ID",
+                slurm.requeue,
+            ),
         ]
     )
 
@@ -96,7 +105,7 @@ def array_script(
 ) -> str:
     """The script of an array of jobs, one independent training each. `overrides` has the arguments
     that differ, per job."""
-    runs = [f"    {shlex.quote(shlex.join(arguments))}" for arguments in overrides]
+    runs = [f"    {i}) mine=({words(arguments)}) ;;" for i, arguments in enumerate(overrides)]
     return "\n".join(
         [
             *_head(slurm, config, "arguments go to each `accum-trainer train`"),
@@ -106,19 +115,24 @@ def array_script(
             "",
             "set -uo pipefail",
             "",
-            "# The options that differ between the runs, by SLURM_ARRAY_TASK_ID.",
-            "runs=(",
+            "# The options that differ between the runs.",
+            "case $SLURM_ARRAY_TASK_ID in",
             *runs,
-            ")",
-            'read -r -a mine <<< "${runs[$SLURM_ARRAY_TASK_ID]}"',
+            '    *) echo "error: there is no run $SLURM_ARRAY_TASK_ID" >&2; exit 2 ;;',
+            "esac",
             '# When all are done:  accum-trainer merge "$run"/part-* -o "$run/merged"',
             'run="runs/$SLURM_JOB_NAME-$SLURM_ARRAY_JOB_ID"',
-            f"{_CACHES}",
+            f'train=(--output-dir "$run/part-$SLURM_ARRAY_TASK_ID"{_quoted(train, cpu)} '
+            '"${mine[@]}" "$@")',
+            f"{_caches(on_each_node=False)}",
             "status=0",
-            "srun accum-trainer train \\",
-            f'    --output-dir "$run/part-$SLURM_ARRAY_TASK_ID"{_quoted(train, cpu)} '
-            f'"${{mine[@]}}" "$@" || status=$?',
-            *_ending(slurm, "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"),
+            f"srun {_TASK_CPUS} \\",
+            '    accum-trainer train "${train[@]}" || status=$?',
+            *_ending(
+                'accum-trainer requeue "$status"',
+                "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID",
+                slurm.requeue,
+            ),
         ]
     )
 
@@ -128,8 +142,12 @@ def _head(slurm: Slurm, config: Path, arguments: str) -> list[str]:
     log = "%x-%A-%a.log" if "each" in arguments else "%x-%j.log"
     lines = [
         "#!/bin/bash",
-        f"# Start: sbatch {script} --dataset-file rows.jsonl --epochs 1      ({arguments})",
-        _directive(f"--job-name={config.stem}", "also names the run directory"),
+        f"# Start: sbatch {word(script)} --dataset-file rows.jsonl --epochs 1      ({arguments})",
+        # sbatch takes a blank for the end of an option, and `#` for a comment.
+        _directive(
+            f"--job-name={re.sub(r'[^A-Za-z0-9._+-]', '_', config.stem)}",
+            "also names the run directory",
+        ),
         _directive(f"--time={slurm.time}", "of one start; a requeued job gets it again"),
         _directive(f"--signal={slurm.signal}", "save this many seconds before the limit"),
         _directive(
@@ -160,7 +178,7 @@ def _devices(gpus: int, cpu: bool) -> list[str]:
 
 def _quoted(train: Sequence[str], cpu: bool) -> str:
     arguments = [*(["--cpu"] if cpu else []), *train]
-    return f" {shlex.join(arguments)}" if arguments else ""
+    return f" {words(arguments)}" if arguments else ""
 
 
 _RENDEZVOUS = """\
@@ -172,24 +190,42 @@ export MASTER_ADDR MASTER_PORT
 # If a node has several networks, name the one to use:
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 """
+# Since SLURM 22.05 srun does not take this from the job by itself, and would pin each launcher and
+# all its processes to one core.
+_TASK_CPUS = '${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"}'
+
+
+def _caches(on_each_node: bool) -> str:
+    return _CACHES.replace("ON_EACH_NODE ", "srun --ntasks-per-node=1 " if on_each_node else "")
+
+
 _CACHES = """\
-# Cache compiled kernels on each node's disk: on a shared one, nodes would wait for each other.
+# Cache compiled kernels on each node's disk: on a shared one, nodes would wait for each other. A
+# folder that another user made first could hold that user's code.
 cache="${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/accum_trainer-$(id -un)"
+# shellcheck disable=SC2016  # the node's own bash expands it
+own='mkdir -p -m 700 "$1"; [[ -d $1 && ! -L $1 && -O $1 ]] && chmod 700 "$1"'
+if ! ON_EACH_NODE bash -c "$own" own "$cache"; then
+    echo "error: $cache is no folder of your own; name another place for it in TMPDIR" >&2
+    exit 2
+fi
 export TRITON_CACHE_DIR="$cache/triton" TORCHINDUCTOR_CACHE_DIR="$cache/inductor"
 export TORCH_EXTENSIONS_DIR="$cache/extensions"
 """
 
 
-def _ending(slurm: Slurm, job: str) -> list[str]:
-    if not slurm.requeue:
-        return ['exit "$status"', ""]
+def _ending(verdict: str, job: str, requeue: bool) -> list[str]:
+    back = [
+        "if ((status == 75)); then",
+        f'    scontrol requeue "{job}" ||',
+        '        echo "error: the job was not requeued; submit it again to continue" >&2',
+        "fi",
+    ]
     return [
-        "case $status in",
-        "    75 | 138 | 143)  # stopped by a signal, after saving or before anything was to save",
-        '        echo "stopped by a signal; requeued, to continue in $run"',
-        f'        scontrol requeue "{job}"',
-        "        ;;",
-        "esac",
+        "# The run directory decides, not the status that srun gives; 75 means to continue.",
+        f'{verdict} -- "${{train[@]}}"',
+        "status=$?",
+        *(back if requeue else []),
         'exit "$status"',
         "",
     ]

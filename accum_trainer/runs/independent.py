@@ -73,8 +73,8 @@ class IndependentRunner:
     def run(self, show: Callable[[], None]) -> int:
         """Run all to their ends, calling `show` several times a second; returns the exit status.
 
-        0 if all are done, 75 if some were stopped and saved, 2 if all had wrong input, 1 if one
-        failed.
+        0 if all are done, 75 if some were stopped and saved, 128 + N if signal N stopped all before
+        they could save, 2 if all had wrong input, 1 if one failed.
         """
         made = make_folder(self.folder / files.LOGS)
         self._begin()
@@ -95,7 +95,10 @@ class IndependentRunner:
             return 2
         self._write_summary()
         states = {run.state for run in self.runs}
-        return 1 if FAILED in states else STOPPED_AND_SAVED if states != {DONE} else 0
+        if FAILED in states or states == {DONE}:
+            return int(FAILED in states)
+        is_saved = any(run.state == DONE or run.status == STOPPED_AND_SAVED for run in self.runs)
+        return STOPPED_AND_SAVED if is_saved or not signals else 128 + signals[0]
 
     @property
     def is_sweep(self) -> bool:

@@ -162,10 +162,20 @@ def test_an_error_that_rank_0_takes_for_wrong_input_is_shown_and_its_log_kept(tm
     2."""
     hooks = hooked(
         tmp_path,
-        "import os\nif os.environ.get('RANK'):\n    import accum_trainer.train.rank_agreement as "
-        "first\n    check = first._check_same_options\n    def failing(engine, config):\n        "
-        "if engine.rank == 1:\n            raise RuntimeError('the disk of process 1')\n        "
-        "return check(engine, config)\n    first._check_same_options = failing\n",
+        """
+import os
+if os.environ.get("RANK"):
+    import atexit, time
+    from accum_trainer.errors import EngineError
+    import accum_trainer.train.rank_agreement as first
+    def failing(engine, config):
+        if engine.rank == 1:
+            atexit.register(time.sleep, 20)  # the launcher sees rank 0 end first
+            raise RuntimeError("the disk of process 1")
+        time.sleep(3)
+        raise EngineError("the processes cannot reach each other")
+    first._check_same_options = failing
+""",
     )
     finished = launch(
         tmp_path, *train, "--steps", 4, "--output-dir", tmp_path / "run", PYTHONPATH=hooks

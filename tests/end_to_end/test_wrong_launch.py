@@ -213,6 +213,16 @@ def test_wrong_launch(command, tmp_path, name):
     )
 
 
+def test_a_batch_job_without_a_run_directory(command, tmp_path):
+    (tmp_path / "launch.yaml").write_text(yaml.safe_dump(TWO))
+    argv = ["launch", "launch.yaml", "--batch-start", "4711.0", "--", "--steps", "4"]
+    says = "batch_start=4711.0 is noted in the run directory; give its --output-dir after --"
+    refused(command, tmp_path, *argv, says=says)
+    argv = ["requeue", "0", "--", "--steps", "4"]
+    says = "requeue looks into the run directory; give its --output-dir after --"
+    refused(command, tmp_path, *argv, says=says)
+
+
 def test_port_in_use(command, tmp_path):
     (tmp_path / "launch.yaml").write_text(yaml.safe_dump(TWO))
     with socket.socket() as taken:
