@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,9 @@ def command(composed: Composed) -> None:
             click.echo("dry run: nothing was trained and nothing written", err=True)
         return
     last = _show_progress(run)
+    if run.stopped_by:  # it is saved: a signal that is sent again must not change the exit status
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
     if not run.engine.is_main:
         sys.exit(STOPPED_AND_SAVED if run.stopped_by else 0)
     done = run.training.accumulator.num_updates

@@ -97,7 +97,8 @@ class IndependentRunner:
         states = {run.state for run in self.runs}
         if FAILED in states or states == {DONE}:
             return int(FAILED in states)
-        is_saved = any(run.state == DONE or run.status == STOPPED_AND_SAVED for run in self.runs)
+        # Not by statuses: a process that has saved may be killed by a signal that was sent again.
+        is_saved = any(run.result() is not None for run in self.runs)
         return STOPPED_AND_SAVED if is_saved or not signals else 128 + signals[0]
 
     @property

@@ -180,6 +180,16 @@ def test_vary_stop_and_continue(tmp_path, rows):
     )
 
 
+def test_runs_that_are_stopped_before_they_save_do_not_say_that_they_saved(tmp_path, rows):
+    folder = tmp_path / "set"
+    arguments = [*SIDE_BY_SIDE, "--cuda-ids", "0,1", "--dataset-file", rows, "--steps", 500]
+    started = Started(accum_trainer("train", *arguments, "--output-dir", folder), tmp_path)
+    started.until(lambda: (folder / "logs" / "part-1.log").exists())
+    started.signal(signal.SIGTERM)
+    assert started.ended() == 128 + signal.SIGTERM, started.err
+    assert not list(folder.glob("part-*/result.json"))
+
+
 def test_a_run_that_keeps_crashing_is_given_up_and_the_other_ends(tmp_path, rows):
     folder, hooks = tmp_path / "set", tmp_path / "hooks"
     hooks.mkdir()
