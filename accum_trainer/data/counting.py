@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 
+from accum_trainer.data.checking import check_json, check_text, json_lines
 from accum_trainer.data.files import check_file
 from accum_trainer.data.literal import check_csv, csv_records
 from accum_trainer.errors import DataError
@@ -33,11 +33,13 @@ def _count(path: Path) -> int:
 
         return parquet.ParquetFile(path).metadata.num_rows
     if path.suffix == ".csv":
+        check_text(path)
         check_csv(path)
         return max(0, sum(1 for _ in csv_records(path)) - 1)
-    newline = "\n" if path.suffix == ".jsonl" else None
-    with open(path, encoding="utf-8-sig", newline=newline) as file:
-        if path.suffix == ".json":
-            rows = json.load(file)
-            return len(rows) if isinstance(rows, list) else 1
+    check_text(path)
+    if path.suffix == ".json":
+        return check_json(path)
+    if path.suffix == ".jsonl":
+        return sum(1 for _ in json_lines(path))
+    with open(path, encoding="utf-8-sig") as file:
         return sum(1 for line in file if line.strip())

@@ -5,16 +5,15 @@ Knows file formats, but not which columns can be trained on (`rows` does).
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import hashlib
-import json
 import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accum_trainer.data.checking import check_json, check_text
 from accum_trainer.data.literal import check_csv, csv_options, is_written_otherwise, read_json
 from accum_trainer.data.rows import TEXT_COLUMNS
 from accum_trainer.errors import DataError
@@ -62,7 +61,8 @@ def check_file(path: str | Path) -> Path:
     if not path.exists():
         raise DataError(f"data file {path} does not exist")
     if not path.is_file():
-        raise DataError(f"data file {path} is a folder; name one file, {_suffixes()}")
+        kind = "is a folder" if path.is_dir() else "is no ordinary file"
+        raise DataError(f"data file {path} {kind}; name one file, {_suffixes()}")
     if path.suffix not in BUILDERS:
         raise DataError(
             f"data file {path} ends in {path.suffix or 'nothing'!r}; give {_suffixes()}"
@@ -104,12 +104,15 @@ def read_file(
     """
     path = check_file(path)
     if path.suffix != ".parquet":
-        _check_utf8(path)
+        check_text(path)
     import datasets
 
+    folder = private_cache("rows") / (content or digest(path))[:32]
     is_json = path.suffix in (".json", ".jsonl")
     options: dict[str, Any] = {}
-    if path.suffix == ".csv":
+    if is_json and not folder.exists():  # else it was checked when it was read
+        check_json(path)
+    elif path.suffix == ".csv":
         check_csv(path)
         options = csv_options(path)
     elif path.suffix == ".txt":
@@ -119,13 +122,13 @@ def read_file(
             BUILDERS[path.suffix],
             data_files=str(path),
             split="train",
-            cache_dir=str(private_cache("rows") / (content or digest(path))[:32]),
+            cache_dir=str(folder),
             **options,
         )
     except Exception as error:  # datasets wraps errors of pyarrow, json and csv, without the line
-        wrong = _wrong_json(path) if is_json else ""
-        if not is_json or wrong:
-            raise DataError(wrong or _unreadable(path, error)) from None
+        if not is_json:
+            raise DataError(_unreadable(path, error)) from None
+        check_json(path)
         rows = read_json(path)  # valid JSON, such as a column of both numbers and text
     else:
         if is_json and is_written_otherwise(rows.features, {*TEXT_COLUMNS, *columns}):
@@ -135,42 +138,6 @@ def read_file(
     if len(rows) == 0:
         raise DataError(f"data file {path} has no rows")
     return rows
-
-
-def _check_utf8(path: Path) -> None:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                decoder.decode(line)
-            except UnicodeDecodeError as bad:
-                raise DataError(
-                    f"data file {path} line {number} is not UTF-8 text: {bad.reason}"
-                ) from None
-
-
-def _wrong_json(path: Path) -> str:
-    """The error in a JSON file, with the line; "" if there is none."""
-    text = path.read_text(encoding="utf-8-sig")
-    if path.suffix == ".jsonl":
-        for number, line in enumerate(text.split("\n"), start=1):
-            try:
-                if line.strip() and not isinstance(json.loads(line), dict):
-                    return f"data file {path} line {number} is not a JSON object: {line[:60]}"
-            except json.JSONDecodeError as bad:
-                return (
-                    f"data file {path} line {number} is not JSON: {bad.msg} at column {bad.colno}"
-                )
-        return ""
-    try:
-        whole = json.loads(text)
-    except json.JSONDecodeError as bad:
-        return f"data file {path} line {bad.lineno} is not JSON: {bad.msg} at column {bad.colno}"
-    rows = whole if isinstance(whole, list) else [whole]
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            return f"data file {path} row {number} is not a JSON object: {json.dumps(row)[:60]}"
-    return ""
 
 
 def _unreadable(path: Path, error: Exception) -> str:

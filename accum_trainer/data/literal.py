@@ -7,23 +7,34 @@ nobody wrote.
 from __future__ import annotations
 
 import csv
+import itertools
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accum_trainer.data.checking import json_rows
 from accum_trainer.errors import DataError
 
 if TYPE_CHECKING:
     import datasets
 
 
+_AFTER = "after"
+
+
 class _Number(str):
     """A JSON number as the file writes it."""
 
 
-def csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
+_AS_WRITTEN = {"parse_int": _Number, "parse_float": _Number, "parse_constant": _Number}
+
+
+def csv_records(path: Path, then: Iterable[str] = ()) -> Iterator[tuple[int, list[str]]]:
     """(line, fields) of each record of a CSV file, the header included; blank lines are none.
+
+    Args:
+        then: lines after the file's own.
 
     Raises:
         csv.Error, UnicodeDecodeError: the file is not CSV.
@@ -31,7 +42,7 @@ def csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
     limit = csv.field_size_limit(1 << 30)  # the default refuses long texts
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file)
+            reader = csv.reader(itertools.chain(file, then))
             begin = 1
             for fields in reader:
                 if fields:
@@ -45,10 +56,11 @@ def check_csv(path: Path) -> None:
     """Refuse a CSV file whose values would come under another column's name.
 
     Raises:
-        DataError: with the line, of two columns of one name, or of a row with more fields than the
-            header.
+        DataError: with the line, of two columns of one name, of a row with more fields than the
+            header, or of a quote that is never closed; or there are no rows.
     """
-    records = csv_records(path)
+    # If the file ends inside quotes, so does the line after it.
+    records = csv_records(path, ["\n", f"{_AFTER}\n"])
     try:
         line, names = next(records, (1, []))
         twice = sorted({name for name in names if name.strip() and names.count(name) > 1})
@@ -57,15 +69,24 @@ def check_csv(path: Path) -> None:
                 f"data file {path} line {line}: the header has column {twice[0]} "
                 f"{names.count(twice[0])} times; give each column a name of its own"
             )
+        count, fields = 0, names
         for line, fields in records:
+            count += 1
             if len(fields) > len(names):
                 raise DataError(
                     f"data file {path} line {line} has {len(fields)} fields, and the header has "
                     f"{len(names)} ({', '.join(names)}); put quotes around values that hold a comma"
                     f"{delimiter_remedy(names)}"
                 )
-    except csv.Error:
-        return  # reading it says why
+    except csv.Error as error:
+        raise DataError(f"data file {path} cannot be read as csv: {error}") from None
+    if fields != [_AFTER]:
+        raise DataError(
+            f"data file {path} line {line} opens a quote that is never closed; close it, or double "
+            "the quotes that are text"
+        )
+    if count == 1:
+        raise DataError(f"data file {path} has no rows")
 
 
 def delimiter_remedy(columns: Collection[str]) -> str:
@@ -92,18 +113,12 @@ def read_json(path: Path) -> datasets.Dataset:
     Nested values, such as messages, keep their types.
 
     Raises:
-        DataError: the nested values of a column have several types.
-        ValueError: the file is not JSON.
+        DataError: the file is not JSON, or the nested values of a column have several types.
     """
     import datasets
     import pyarrow
 
-    text = path.read_text(encoding="utf-8-sig")
-    if path.suffix == ".jsonl":
-        rows = [_parsed(line) for line in text.split("\n") if line.strip()]
-    else:
-        whole = _parsed(text)
-        rows = whole if isinstance(whole, list) else [whole]
+    rows = [row for _, row in json_rows(path, **_AS_WRITTEN)]
     columns: dict[str, list[Any]] = {name: [] for row in rows for name in row}
     for row in rows:
         for name, values in columns.items():
@@ -130,10 +145,6 @@ def is_written_otherwise(features: Mapping[str, Any], columns: Collection[str]) 
         for name, feature in features.items()
         if name in columns
     )
-
-
-def _parsed(text: str) -> Any:
-    return json.loads(text, parse_int=_Number, parse_float=_Number, parse_constant=_Number)
 
 
 def _literal(value: Any) -> Any:
