@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import stat
+import sys
 
 import pytest
 import torch
@@ -222,6 +224,43 @@ class TestCache:
         assert stat.S_IMODE(private_cache("rows").stat().st_mode) == 0o775
         assert stat.S_IMODE(private_cache("tokenized").stat().st_mode) == 0o755
         assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o755
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="PYTHONSAFEPATH came with Python 3.11")
+def test_modules_of_the_current_folder_are_not_imported(tmp_path):
+    """`accum-trainer` does not import them; the processes that it starts would, as `python -m`."""
+    started, ran = tmp_path / "bin" / "start.py", tmp_path / "ran"
+    started.parent.mkdir()
+    started.write_text("from accum_trainer.cli import main; main()")
+    here = tmp_path / "theirs"
+    here.mkdir()
+    (here / "yaml.py").write_text(f"open({str(ran)!r}, 'w')\nraise SystemExit(9)")
+    arguments = ("train", "--parallel-independent", "--cuda-ids", "0,1", "--cpu", "--steps", "1")
+    finished = run(
+        [sys.executable, started, *arguments, "--batch-size", "0.5"], cwd=here, PYTHONPATH=ROOT
+    )
+    assert finished.returncode == 2, finished.stderr  # the command itself reads options with yaml
+    finished = run(
+        [sys.executable, started, *arguments, "--max-seq-len", "4000"], cwd=here, PYTHONPATH=ROOT
+    )
+    assert "max_seq_len=4000 is more than the 2048 positions" in finished.stderr, finished.stderr
+    assert not ran.exists()
+
+
+def test_the_threat_table_names_tests_that_exist():
+    text = (ROOT / "docs" / "security.md").read_text()
+    files = {"U": "tests/end_to_end/test_untrusted.py", "S": "tests/test_security.py"}
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 20
+    for *_, shown in rows:
+        file = None
+        for kind, name in re.findall(r"\b([US]) (?=`)|`([\w/.]+)`", shown):
+            if kind or name.endswith(".py"):
+                file = files.get(kind, name)
+                continue
+            assert file is not None, shown
+            assert re.search(rf"(def|class) {name}\b", (ROOT / file).read_text()), (file, name)
+        assert file is not None, shown
 
 
 def test_make_clean_leaves_runs(tmp_path):

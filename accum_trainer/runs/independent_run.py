@@ -29,6 +29,12 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
+def _import_places() -> dict[str, str]:
+    """Environment in which `python -m` does not import from the current folder, which may be of
+    others, unless this process does (Python 3.11 and later)."""
+    return {} if {"", os.getcwd()} & set(sys.path) else {"PYTHONSAFEPATH": "1"}
+
+
 @dataclass
 class IndependentRun:
     """A run and its current state.
@@ -78,7 +84,7 @@ class IndependentRun:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=dict(environment),
+                env=dict(environment) | _import_places(),
                 start_new_session=True,
                 preexec_fn=follow_parent,
             )

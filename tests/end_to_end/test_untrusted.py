@@ -247,6 +247,16 @@ class TestCache:
         assert losses[0] == losses[1]
 
 
+def test_logs_of_independent_runs_are_private(train, tmp_path, rows_file):
+    rows = rows_file("rows.jsonl", ROWS)
+    given = ("--dataset-file", rows, *SHORT, "--parallel-independent", "--cuda-ids", "0,1")
+    done = train(*given)
+    assert done.status == 0, done.err
+    logs = list((tmp_path / "run" / "logs").glob("*.log"))
+    assert len(logs) == 2
+    assert {stat.S_IMODE(log.stat().st_mode) for log in logs} == {0o600}
+
+
 def test_secrets_of_the_environment_are_in_no_file(train, tmp_path, rows_file):
     secret = "hf_abcdefghijklmnopqrstuvwxyz"
     rows = rows_file("rows.jsonl", ROWS)
