@@ -7,11 +7,13 @@ import os
 
 import pytest
 
+from accum_trainer.config import TrainConfig
 from accum_trainer.data import embedded
 from accum_trainer.data.counting import count_rows
 from accum_trainer.data.files import digest, read_file
 from accum_trainer.data.tokenizing import tokenize
 from accum_trainer.errors import DataError
+from accum_trainer.train.rows import load_rows
 
 GOOD = b'{"text": "good"}\n'
 BOM = b"\xef\xbb\xbf"
@@ -131,3 +133,64 @@ def test_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "rows.jsonl")
     with pytest.raises(DataError, match="is no ordinary file"):
         read_file(tmp_path / "rows.jsonl")
+
+
+class TestSkip:
+    """on_bad_row=skip: what is left is trained on, and the rest is counted, once."""
+
+    def rows(self, path, tokenizer, **options):
+        config = TrainConfig(dataset_file=str(path), on_bad_row="skip", **options)
+        return load_rows(config, tokenizer)[0]
+
+    def test_lines_and_rows(self, tmp_path, tokenizer):
+        """Every kind of bad row; a first batch without a good one; again from the cache."""
+        path = tmp_path / "rows.jsonl"
+        bad = [b'{"text": "a', b'{"text": "\\ud800"}', b"5", b"\xff", b"{}", b'{"text": null}']
+        path.write_bytes(b"\n".join([*bad, GOOD.strip(), b'{"text": [1]}', b'{"text": "b"}']))
+        for _ in range(2):
+            rows = self.rows(path, tokenizer)
+            assert [tokenizer.decode(row["input_ids"][:-1]) for row in rows] == ["good", "b"]
+            assert rows.num_skipped == 7
+            assert rows.notes[-1] == (
+                f"rows of {path} that were skipped (on_bad_row=skip): 7, the first because line 1 "
+                "is not JSON: Unterminated string starting at column 10"
+            )
+        with pytest.raises(DataError, match="line 4 is not UTF-8"):
+            load_rows(TrainConfig(dataset_file=str(path)), tokenizer)
+
+    def test_a_batch_without_a_good_row(self, tmp_path, tokenizer):
+        path = tmp_path / "rows.jsonl"
+        path.write_bytes(b'{"text": null, "id": 1}\n' * 1001 + GOOD)
+        rows = self.rows(path, tokenizer)
+        assert (len(rows), rows.num_skipped) == (1, 1001)
+
+    def test_good_files_give_the_same_samples(self, tmp_path, tokenizer):
+        path = tmp_path / "rows.jsonl"
+        path.write_bytes(GOOD * 3)
+        strict = load_rows(TrainConfig(dataset_file=str(path)), tokenizer)[0]
+        rows = self.rows(path, tokenizer)
+        assert [*rows] == [*strict] and rows.notes == strict.notes and rows.num_skipped == 0
+
+    def test_a_skipped_table_is_not_taken_for_a_strict_one(self, tmp_path, tokenizer):
+        path = tmp_path / "rows.csv"
+        path.write_text("text,id\n" + "a,1\n" * 150 + ",2\n")
+        assert self.rows(path, tokenizer).num_skipped == 1
+        with pytest.raises(DataError, match="row 151: null value in column text"):
+            load_rows(TrainConfig(dataset_file=str(path)), tokenizer)
+
+    @pytest.mark.parametrize(
+        ("name", "content", "said"),
+        [
+            ("a.jsonl", "{\n5\n", "has no line that can be read: line 1 is not JSON"),
+            ("a.csv", "text,id\n,1\n,2\n", "has no row that can be trained on; 2 were skipped"),
+            ("b.csv", "q,a\n1,2\n", r"has the columns \['a', 'q'\], which make no row format"),
+            ("c.csv", "q,text\n1,2,3\n", "line 2 has 3 fields"),
+            ("a.json", "[5]", "row 1 is not a JSON object"),
+        ],
+    )
+    def test_nothing_left_or_no_rows_to_leave_out(self, tmp_path, tokenizer, name, content, said):
+        path = tmp_path / name
+        path.write_text(content)
+        for _ in range(2):
+            with pytest.raises(DataError, match=said):
+                self.rows(path, tokenizer)

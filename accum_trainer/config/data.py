@@ -27,6 +27,11 @@ class DataOptions(Section):
         "A Jinja file: the chat template for messages and conversations, instead of the "
         "tokenizer's.",
     )
+    on_bad_row: str = option(
+        "error",
+        "A row that cannot be read or trained on: end with an error, or skip it and count it.",
+        choices=("error", "skip"),
+    )
     eval_file: str | None = option(
         None, "Rows for evaluation, in the same formats; at the end, or with --eval-every."
     )

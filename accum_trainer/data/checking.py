@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from accum_trainer.data.skipped import Skipped
 from accum_trainer.errors import DataError
 
 # Arrow reads at most 64 levels of types.
 MAX_DEPTH = 60
+_TOO_DEEP = f"is nested more than {MAX_DEPTH} levels deep; leave the inner levels out"
 # A \uXXXX that is half of a character beyond the first 65,536, if its other half is missing.
 _HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -36,16 +38,9 @@ def check_text(path: Path) -> None:
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                has_text = bool(line.decode("utf-8-sig").strip()) or has_text
-            except UnicodeDecodeError as bad:
-                raise DataError(
-                    f"data file {path} line {number} is not UTF-8 text: {bad.reason}"
-                ) from None
-            if line.count(0) * 3 > len(line):
-                raise DataError(
-                    f"data file {path} line {number} is mostly NUL bytes; save it as UTF-8 if it "
-                    "is UTF-16, or write it again if it was not written to its end"
-                )
+                has_text = bool(_text_of(line).strip()) or has_text
+            except ValueError as bad:
+                raise DataError(f"data file {path} line {number} {bad}") from None
     if not has_text:
         raise DataError(f"data file {path} has no rows")
 
@@ -61,16 +56,49 @@ def check_json(path: Path) -> int:
     count = 0
     for where, row in json_rows(path, object_pairs_hook=_object):
         count += 1
-        problem = (
-            f"is not a JSON object: {json.dumps(row)[:60]}"
-            if not isinstance(row, dict)
-            else f"is nested more than {MAX_DEPTH} levels deep; leave the inner levels out"
-            if _is_deep(row)
-            else ""
-        )
-        if problem:
-            raise DataError(f"data file {path} {where} {problem}")
+        try:
+            _check_object(row)
+        except ValueError as bad:
+            raise DataError(f"data file {path} {where} {bad}") from None
     return count
+
+
+def good_lines(path: Path, skipped: Skipped) -> Iterator[bytes]:
+    """The lines of a .jsonl or .txt file that `check_text` and `check_json` would take, without
+    their ends; the others are counted in `skipped`."""
+    parse = {"parse_int": _integer, "object_pairs_hook": _object}
+    for number, line in json_lines(path):
+        try:
+            _text_of(line)
+            if path.suffix == ".jsonl":
+                _check_object(_parsed(line, parse))
+        except json.JSONDecodeError as bad:
+            skipped.add(f"line {number} is not JSON: {_said(bad)}")
+        except ValueError as bad:
+            skipped.add(f"line {number} {bad}")
+        else:
+            yield line
+
+
+def _text_of(line: bytes) -> str:
+    """A line as text. ValueError that says what it has instead."""
+    if line.count(0) * 3 > len(line):
+        raise ValueError(
+            "is mostly NUL bytes; save it as UTF-8 if it is UTF-16, or write it again if it was "
+            "not written to its end"
+        )
+    try:
+        return line.decode("utf-8-sig")
+    except UnicodeDecodeError as bad:
+        raise ValueError(f"is not UTF-8 text: {bad.reason}") from None
+
+
+def _check_object(row: Any) -> None:
+    """ValueError that says why this value of JSON is no row."""
+    if not isinstance(row, dict):
+        raise ValueError(f"is not a JSON object: {json.dumps(row)[:60]}")
+    if _is_deep(row):
+        raise ValueError(_TOO_DEEP)
 
 
 def json_rows(path: Path, **parse: Any) -> Iterator[tuple[str, Any]]:
@@ -136,9 +164,7 @@ def _parsed(content: bytes, parse: dict[str, Any]) -> Any:
     except _KeyTwice as twice:
         raise ValueError(f"has two values of {twice}; name each once") from None
     except RecursionError:
-        raise ValueError(
-            f"is nested more than {MAX_DEPTH} levels deep; leave the inner levels out"
-        ) from None
+        raise ValueError(_TOO_DEEP) from None
     if _HALF.search(content):
         try:
             json.dumps(value, ensure_ascii=False).encode("utf-8")

@@ -9,13 +9,15 @@ import contextlib
 import hashlib
 import os
 import stat
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accum_trainer.data.checking import check_json, check_text
+from accum_trainer.data.checking import check_json, check_text, good_lines
 from accum_trainer.data.literal import check_csv, csv_options, is_written_otherwise, read_json
 from accum_trainer.data.rows import TEXT_COLUMNS
+from accum_trainer.data.skipped import Skipped
 from accum_trainer.errors import DataError
 
 if TYPE_CHECKING:
@@ -84,6 +86,38 @@ def digest(path: str | Path) -> str:
         while block := file.read(1 << 20):
             sha.update(block)
     return sha.hexdigest()
+
+
+def without_bad_lines(path: str | Path, skipped: Skipped) -> Path:
+    """A data file without the lines that `read_file` would refuse: `path` itself if there are none,
+    else a copy in the cache.
+
+    Only .jsonl and .txt have lines that can be left out: a fault in another format may change what
+    the rest means.
+
+    Args:
+        skipped: counts them.
+
+    Raises:
+        DataError: no line can be read.
+    """
+    path = check_file(path)
+    if path.suffix not in (".jsonl", ".txt"):
+        return path
+    before, partial = skipped.count, private_cache("good") / f"{uuid.uuid4().hex}{path.suffix}"
+    try:
+        sha = hashlib.sha256()
+        with open(partial, "wb") as file:
+            for line in good_lines(path, skipped):
+                file.write(line + b"\n")
+                sha.update(line + b"\n")
+        if skipped.count == before:
+            return path
+        if partial.stat().st_size == 0:
+            raise DataError(f"data file {path} has no line that can be read: {skipped.first}")
+        return partial.replace(partial.with_name(sha.hexdigest()[:32] + path.suffix))
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_file(

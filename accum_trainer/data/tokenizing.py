@@ -19,7 +19,8 @@ import numpy as np
 
 from accum_trainer.batch import IGNORE
 from accum_trainer.data.files import private_cache
-from accum_trainer.data.rows import Span, spans_of
+from accum_trainer.data.rows import Span, format_of, spans_of
+from accum_trainer.data.skipped import Skipped
 from accum_trainer.errors import DataError
 from accum_trainer.sources.dataset import CountedRows
 
@@ -44,6 +45,7 @@ class TokenizedRows(CountedRows):
         identity: hexadecimal digest of the data, tokenizer and sequence length; equal for equal
             samples.
         notes: lines for the user, such as the number of truncated completions.
+        num_skipped: rows that were left out because they cannot be trained on.
     """
 
     table: datasets.Dataset
@@ -51,6 +53,7 @@ class TokenizedRows(CountedRows):
     num_targets: np.ndarray
     identity: str
     notes: tuple[str, ...]
+    num_skipped: int = 0
 
     def __len__(self) -> int:
         return len(self.table)
@@ -92,7 +95,12 @@ def take_columns(
 
 
 def tokenize(
-    rows: datasets.Dataset, source: str, data_digest: str, tokenizer: Any, max_seq_len: int
+    rows: datasets.Dataset,
+    source: str,
+    data_digest: str,
+    tokenizer: Any,
+    max_seq_len: int,
+    skipped: Skipped | None = None,
 ) -> TokenizedRows:
     """Tokenise all rows, or load them from the cache of an earlier run.
 
@@ -104,25 +112,40 @@ def tokenize(
         data_digest: digest of the data's content; part of the cache key, like the two below.
         tokenizer: a tokenizer of transformers.
         max_seq_len: most tokens in one sample.
+        skipped: rows that were left out already; those without a known format are left out too.
+            None: such a row is an error.
 
     Raises:
         DataError: a row has no known format, or no row has a target.
     """
+    if skipped is not None:
+        data_digest += " skip"  # the same rows may be other samples
     identity = _identity(data_digest, tokenizer, max_seq_len)
     path = private_cache("tokenized") / f"{identity}.arrow"
-    if path.exists() and not _is_whole(path):
+    noted = path.with_suffix(".skipped.json")
+    if path.exists() and not (_is_whole(path) and (skipped is None or Skipped.read(noted))):
         path.unlink()
-    encoder = _Encoder(tokenizer, max_seq_len, source)
+    encoder = _Encoder(tokenizer, max_seq_len, source, skips=skipped is not None)
     encoder.check(rows)
     table = rows.map(
         encoder,
         batched=True,
         with_indices=True,
         remove_columns=rows.column_names,
+        features=_features(),  # not those of the first batch, which may have no sample
         cache_file_name=str(path),
         new_fingerprint=identity[:32],
         desc=f"Tokenising {source}",
     )
+    if skipped is not None:
+        if encoder.was_used:
+            encoder.skipped.write(noted)
+        skipped = skipped.plus(Skipped.read(noted) or Skipped())
+        if len(table) == 0:
+            raise DataError(
+                f"{source} has no row that can be trained on; {skipped.count} were skipped "
+                f"(on_bad_row=skip), the first because {skipped.first}"
+            )
     lengths = np.asarray(table.data.column("length").to_numpy(), dtype=np.int64)
     num_targets = np.asarray(table.data.column("num_targets").to_numpy(), dtype=np.int64)
     if not num_targets.any():
@@ -131,9 +154,23 @@ def tokenize(
             "learn; are the completions empty, or the prompts longer than "
             f"max_seq_len={max_seq_len}?"
         )
-    return TokenizedRows(
-        table, lengths, num_targets, identity, tuple(_notes(table, num_targets, max_seq_len))
-    )
+    notes = list(_notes(table, num_targets, max_seq_len))
+    num_skipped = skipped.count if skipped is not None else 0
+    if skipped is not None and num_skipped:
+        notes.append(
+            f"rows of {source} that were skipped (on_bad_row=skip): {num_skipped}, the first "
+            f"because {skipped.first}"
+        )
+    return TokenizedRows(table, lengths, num_targets, identity, tuple(notes), num_skipped)
+
+
+def _features() -> datasets.Features:
+    import datasets
+
+    number, flag = datasets.Value("int64"), datasets.Value("bool")
+    ids = datasets.List(datasets.Value("int32"))  # as `datasets` chooses for this name
+    kinds = (ids, datasets.List(number), number, number, flag, flag)
+    return datasets.Features(dict(zip(_COLUMNS, kinds, strict=True)))
 
 
 def _is_whole(path: Path) -> bool:
@@ -146,7 +183,7 @@ def _is_whole(path: Path) -> bool:
         table.data.validate()
     except Exception:  # pyarrow and datasets raise many types
         return False
-    return set(table.column_names) == set(_COLUMNS) and len(table) > 0
+    return table.features == _features() and len(table) > 0
 
 
 def _notes(table: datasets.Dataset, num_targets: np.ndarray, max_seq_len: int) -> Iterator[str]:
@@ -185,8 +222,9 @@ def _identity(data_digest: str, tokenizer: Any, max_seq_len: int) -> str:
 class _Encoder:
     """Converts a batch of rows to columns of samples; called by `datasets.map`."""
 
-    def __init__(self, tokenizer: Any, max_seq_len: int, source: str) -> None:
+    def __init__(self, tokenizer: Any, max_seq_len: int, source: str, skips: bool = False) -> None:
         self.tokenizer = tokenizer
+        self.skips, self.skipped, self.was_used = skips, Skipped(), False
         self.max_seq_len = max_seq_len
         self.source = source
         self.template = (
@@ -197,20 +235,28 @@ class _Encoder:
         self.opening = opening if opening and opening[0] == tokenizer.bos_token_id else []
 
     def check(self, rows: datasets.Dataset) -> None:
-        """Raise a DataError if one of the first rows has no known format."""
+        """Raise a DataError if one of the first rows has no known format; if rows are skipped, only
+        if the columns make none."""
+        if self.skips and format_of(rows.column_names) is not None:
+            return
         for index in range(min(_FIRST_ROWS, len(rows))):
             spans_of(rows[index], f"{self.source} row {index + 1}", self.template)
 
     def __call__(
         self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]
     ) -> dict[str, list[Any]]:
-        rows = [
-            dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
-        ]
-        spans = [
-            spans_of(row, f"{self.source} row {index + 1}", self.template)
-            for row, index in zip(rows, indices, strict=True)
-        ]
+        self.was_used = True
+        rows, spans = [], []
+        for values, index in zip(zip(*batch.values(), strict=True), indices, strict=True):
+            row = dict(zip(batch, values, strict=True))
+            try:
+                spans.append(spans_of(row, f"{self.source} row {index + 1}", self.template))
+            except DataError as error:
+                if not self.skips:
+                    raise
+                self.skipped.add(str(error))
+            else:
+                rows.append(row)
         texts = [text for row_spans in spans for text, _ in row_spans]
         encoded = iter(self.tokenizer(texts, add_special_tokens=False).input_ids if texts else [])
         columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}

@@ -8,6 +8,7 @@ from typing import Any
 
 from accum_trainer.config import TrainConfig
 from accum_trainer.data import embedded, files
+from accum_trainer.data.skipped import Skipped
 from accum_trainer.data.tokenizing import TokenizedRows, take_columns, tokenize
 from accum_trainer.errors import DataError
 from accum_trainer.lm.model import load_tokenizer
@@ -53,18 +54,26 @@ def load_data(config: TrainConfig, engine: Any) -> Data:
 def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[TokenizedRows, TokenizedRows | None]:
     """The rows to train on, and those to evaluate on if `config` asks for any. Not collective."""
     columns = (config.prompt_column, config.completion_column, config.text_column)
+    skips = config.on_bad_row == "skip"
 
     def from_table(
-        table: Any, name: str, digest: str, columns: tuple[str | None, ...] = columns
+        table: Any,
+        name: str,
+        digest: str,
+        columns: tuple[str | None, ...] = columns,
+        skipped: Skipped | None = None,
     ) -> TokenizedRows:
         if any(columns):  # the chosen columns are part of the data's identity
             table, digest = take_columns(table, name, *columns), f"{digest} {columns}"
-        return tokenize(table, name, digest, tokenizer, config.max_seq_len)
+        return tokenize(table, name, digest, tokenizer, config.max_seq_len, skipped)
 
     def from_file(path: Any, name: str) -> TokenizedRows:
+        skipped = Skipped() if skips else None
+        if skipped is not None:
+            path = files.without_bad_lines(path, skipped)
         digest = files.digest(path)
         table = files.read_file(path, [c for c in columns if c], digest)
-        return from_table(table, name, digest)
+        return from_table(table, name, digest, skipped=skipped)
 
     def embedded_rows(path: Any, name: str) -> TokenizedRows:
         digest = files.digest(path)
@@ -75,7 +84,8 @@ def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[TokenizedRows, Token
     elif config.dataset is not None:
         table = files.read_hub(config.dataset)
         # `datasets` names a table's content by this fingerprint and offers no public name for it.
-        rows = from_table(table, config.dataset, table._fingerprint)  # noqa: SLF001
+        digest = table._fingerprint  # noqa: SLF001
+        rows = from_table(table, config.dataset, digest, skipped=Skipped() if skips else None)
     else:
         rows = embedded_rows(embedded.corpus_files()[0], "embedded corpus")
     if config.eval_file is not None:

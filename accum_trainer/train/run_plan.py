@@ -67,6 +67,8 @@ def run_plan(training: Training, resumed_from: Path | None) -> dict[str, Any]:
         "initial_weights": prepared.initial_weights,
         "seed": config.seed,
         "data": training.identity["data"],
+        "skipped_rows": training.data.train.num_skipped,
+        "skipped_eval_rows": getattr(training.data.evaluation, "num_skipped", None),
         "shard": config.shard,
         "resumed_from": str(resumed_from) if resumed_from else None,
         "versions": {

@@ -247,6 +247,21 @@ class TestCache:
         assert losses[0] == losses[1]
 
 
+def test_bad_rows_are_skipped_and_counted_if_asked_for(train, tmp_path, rows_file):
+    lines = [json.dumps(row) for row in ROWS]
+    rows = rows_file("rows.jsonl", "\n".join([*lines[:3], '{"prompt": "a', *lines[3:], "{}", ""]))
+    given = ("--dataset-file", rows, "--eval-file", rows, *SHORT)
+    refused = train(*given)
+    assert refused.status == 2 and "line 4 is not JSON" in refused.error
+    assert not (tmp_path / "run").exists()
+    done = train(*given, "--on-bad-row", "skip")
+    assert done.status == 0, done.err
+    assert "were skipped (on_bad_row=skip): 2, the first because line 4 is not JSON" in done.err
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan["num_samples"] == 8
+    assert plan["skipped_rows"] == plan["skipped_eval_rows"] == 2
+
+
 def test_logs_of_independent_runs_are_private(train, tmp_path, rows_file):
     rows = rows_file("rows.jsonl", ROWS)
     given = ("--dataset-file", rows, *SHORT, "--parallel-independent", "--cuda-ids", "0,1")
