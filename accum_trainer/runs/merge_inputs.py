@@ -194,8 +194,8 @@ def _read_run(name: str, folder: Path) -> MergeInput:
         updates, stopped = len(made), f"is running, or was killed ({files.RESULT} is missing)"
     if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 0:
         raise CheckpointError(
-            f"{folder / files.RESULT} has num_samples={num_samples}, which is no number of samples "
-            "trained on"
+            f"{folder / files.RESULT} has no num_samples, the number of samples trained on, but "
+            f"{num_samples}"
         )
     done = result is not None and result.get("done") is True
     progress = "" if done else f"{stopped} after {updates} of {plan.get('total_updates')} updates"
