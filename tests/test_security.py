@@ -156,6 +156,43 @@ class TestMerge:
         assert (tmp_path / "disk" / "merge.json").is_file()
         assert sorted(entry.name for entry in tmp_path.iterdir()) == ["disk", "out", "runs"]
 
+    @pytest.mark.parametrize(
+        ("file", "key"),
+        [
+            ("independent.json", "runs"),
+            ("part-0/plan.json", "initial_weights"),
+            ("part-1/plan.json", "shard"),
+            ("part-1/result.json", "num_samples"),
+            ("part-0/model/adapter_config.json", "r"),
+            ("part-0/model/adapter_config.json", "lora_alpha"),
+        ],
+    )
+    def test_values_of_another_type_or_size(self, tmp_path, file, key):
+        """Each is refused, or harmless; none is a traceback."""
+        folder = list_runs(tmp_path / "four", "part-0", "part-1")
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "init_lora_weights": True}
+        halves = {
+            "base_model.model.q.lora_A.weight": torch.ones(2, 4),
+            "base_model.model.q.lora_B.weight": torch.ones(4, 2),
+        }
+        for part in ("part-0", "part-1"):
+            model = make_run(folder / part) / "model"
+            model.mkdir()
+            save_file(halves, model / "adapter_model.safetensors")
+            (model / "adapter_config.json").write_text(json.dumps(config))
+        right = json.loads((folder / file).read_text())
+        refused = 0
+        values = [None, True, -1, 0, 1, 1.5, "x", "", [], {}, [1], {"a": 1}, 10**400, float("nan")]
+        for value in values:
+            (folder / file).write_text(json.dumps(right | {key: value}))
+            try:
+                merge([folder], force=True)
+            except AccumTrainerError:
+                refused += 1
+        assert refused >= len(values) // 2 or key == "shard"
+        (folder / file).write_text(json.dumps(right))
+        merge([folder], force=True)
+
 
 class TestLogFile:
     """The file of --log-file is the user's: it may be a link, a pipe or private."""

@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from accum_trainer.errors import ConfigError
+from accum_trainer.errors import CheckpointError, ConfigError
 from accum_trainer.runs.saved_model import ADAPTER, ADAPTER_CONFIG, SavedModel
 
 _LORA = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
@@ -156,6 +156,7 @@ def adapter_scale(adapter: SavedModel) -> float:
 
     Raises:
         ConfigError: an option makes it act otherwise (DoRA, rank patterns, biases, PiSSA, ...).
+        CheckpointError: its configuration is damaged.
     """
     from peft import LoraConfig
 
@@ -178,9 +179,27 @@ def adapter_scale(adapter: SavedModel) -> float:
             f"the adapter of {adapter.name} has {found}, so it is not W + s B A with one s, and "
             "its mean is no adapter; only plain LoRA can be merged"
         )
+    _check_numbers(adapter)
     return config["lora_alpha"] / (
         math.sqrt(config["r"]) if config.get("use_rslora") else config["r"]
     )
+
+
+def _check_numbers(adapter: SavedModel) -> None:
+    """CheckpointError unless rank and alpha are numbers, and the rank is that of the tensors."""
+    where, config = adapter.folder / ADAPTER_CONFIG, adapter.config
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise CheckpointError(f"{where} is damaged: r={rank} is no rank of an adapter")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < 1e30:
+        raise CheckpointError(f"{where} is damaged: lora_alpha={alpha} is no scale of an adapter")
+    for name in adapter.names:
+        lora = _LORA.fullmatch(name)
+        if lora and lora[2] == "A" and adapter.shape_of(name)[0] != rank:
+            raise CheckpointError(
+                f"{where} is damaged: it has r={rank}, and {name} has rank "
+                f"{adapter.shape_of(name)[0]}"
+            )
 
 
 def _mean(

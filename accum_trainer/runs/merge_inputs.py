@@ -192,7 +192,11 @@ def _read_run(name: str, folder: Path) -> MergeInput:
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{folder / files.METRICS} is damaged: {error!r}") from None
         updates, stopped = len(made), f"is running, or was killed ({files.RESULT} is missing)"
-    if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 0:
+    if (
+        not isinstance(num_samples, int)
+        or isinstance(num_samples, bool)
+        or not 0 <= num_samples < 2**53
+    ):
         raise CheckpointError(
             f"{folder / files.RESULT} has no num_samples, the number of samples trained on, but "
             f"{num_samples}"

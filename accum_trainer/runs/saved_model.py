@@ -67,6 +67,10 @@ class SavedModel:
         header = self._files[self._file_of[tensor]].get_slice(tensor)
         return f"{header.get_dtype()} {tuple(header.get_shape())}"
 
+    def shape_of(self, tensor: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the file's header; (1,) for a single number."""
+        return tuple(self._files[self._file_of[tensor]].get_slice(tensor).get_shape()) or (1,)
+
     def read(self, tensor: str) -> torch.Tensor:
         return self._files[self._file_of[tensor]].get_tensor(tensor)
 
