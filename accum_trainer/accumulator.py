@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,12 @@ from accum_trainer.batch_plan import BatchPlan
 from accum_trainer.engine.build import build_engine, check_arguments
 from accum_trainer.engine.settings import Settings
 from accum_trainer.errors import AccumTrainerError, EngineError
-from accum_trainer.guards import LoopGuard, discard_unowned_grads, refuse_unprepared
+from accum_trainer.guards import LoopGuard, refuse_unprepared
 from accum_trainer.losses.contract import LossContract, Passed
 from accum_trainer.losses.objective import MEAN, SUM
 from accum_trainer.losses.targets import CountTargets
 from accum_trainer.oom import OomRecovery, releasing_graph_on_failure
-from accum_trainer.prepared import PreparedOptimizer, prepare_all
+from accum_trainer.prepared import PreparedOptimizer, Waiting, prepare_all
 from accum_trainer.sources.build import as_source
 from accum_trainer.sources.options import Collate, SourceOptions
 from accum_trainer.sources.progress import Progress, Remembered
@@ -67,6 +67,7 @@ class Accumulator:
         num_micro_batches: micro-batches that this process has run.
         last_update: the record of the last finished window.
         last_optimizer: the one that finished it.
+        waiting: calls of the loop that wait for the end of a micro-batch or window.
 
     Raises:
         ConfigError: an unknown argument; sizes that contradict each other or another source of K.
@@ -111,7 +112,7 @@ class Accumulator:
         self._oom = OomRecovery(self.engine, recover_from_oom)
         self._optimizers: list[PreparedOptimizer] = []
         self._models: set[torch.nn.Module] = set()
-        self._deferred: list[Callable[[], None]] = []  # until the micro-batch in hand has ended
+        self.waiting = Waiting()
         self._sources = Remembered()
         self._guard = LoopGuard(self.engine)
         self._stop = False
@@ -139,6 +140,7 @@ class Accumulator:
         ready, optimizers, models = prepare_all(self, objects)
         self.losses.watch(models)
         self._guard.watch(models, optimizers)
+        self._models.update(models)
         self._optimizers += optimizers
         return ready[0] if len(ready) == 1 else ready
 
@@ -239,10 +241,12 @@ class Accumulator:
             raise AccumTrainerError(
                 "accumulate() ran before for this micro-batch, whose gradient would count twice"
             )
-        self._guard.before_micro_batch(window)
+        self._guard.before_micro_batch(window, models)
         has_targets = micro_batch.planned.num_targets > 0
         self.losses.begin_micro_batch(micro_batch.is_first, has_targets)
         self._models.update(models)
+        if micro_batch.is_first:
+            self.engine.begin_window(self._models)
         try:
             with self.engine.microbatch(models, micro_batch.is_first, micro_batch.is_last):
                 window.is_running = True
@@ -256,26 +260,17 @@ class Accumulator:
         finally:
             window.is_running = False
             self.losses.forget_outputs()
-            deferred, self._deferred = self._deferred, []
+            waiting = self.waiting.end_micro_batch()
         if not window.has_run_backward:
             raise AccumTrainerError(
                 "no backward() of the Accumulator ran inside accumulate(); call acc.backward(loss) "
                 "there, not loss.backward() or accelerator.backward(loss), or this micro-batch has "
                 "the wrong weight"
             )
-        self._guard.after_micro_batch(window, self._models)
+        self._guard.after_micro_batch(window, models)
         if micro_batch.is_last and not self._optimizers:
             self._finish_for_accelerate(window)
-        for action in deferred:
-            action()
-
-    def defer(self, action: Callable[[], None]) -> bool:
-        """Run `action` after the micro-batch in hand, whose gradient may not be reduced yet; False
-        if none is running."""
-        is_running = self.window is not None and self.window.is_running
-        if is_running:
-            self._deferred.append(action)
-        return is_running
+        self.waiting.run(waiting)
 
     def backward(
         self,
@@ -359,7 +354,6 @@ class Accumulator:
             self.engine.discard_window_grads(optimizer.accelerated)
             table = self.engine.all_gather_floats(end_row(window, self._stop))
             grad_norm, stepped, reason = math.nan, False, "empty"
-        discard_unowned_grads(optimizer, self._models)
         update = self._conclude(window, table, grad_norm, stepped, reason)
         self.last_optimizer = optimizer
         if scheduler is not None and stepped:
@@ -380,6 +374,7 @@ class Accumulator:
         if self.window is not None:  # the loop broke out of it
             self._discard()
         self._guard.before_window()
+        self.waiting.end_window()
         self.window = Window(counted, reader, progress, self.engine, self._oom, self.num_updates)
         return self.window
 
@@ -404,6 +399,7 @@ class Accumulator:
         self.num_micro_batches += len(window)
         window.finish()
         self.window, self.last_update = None, update
+        self.waiting.run(self.waiting.end_window(stepped))
         return update
 
     # --- state ---

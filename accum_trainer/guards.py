@@ -74,7 +74,10 @@ class ScheduleWatch:
         """Each scheduler's steps, and each group's learning rate."""
         schedulers = [found() for found in self._schedulers]
         steps = {
-            id(scheduler): scheduler.last_epoch for scheduler in schedulers if scheduler is not None
+            # A ChainedScheduler has none; those that it chains are watched, too.
+            id(scheduler): getattr(scheduler, "last_epoch", None)
+            for scheduler in schedulers
+            if scheduler is not None
         }
         rates = [group.get("lr") for group in self._optimizer.param_groups]
         # A tensor's value waits for the device; its version tells that it was written to.
@@ -96,24 +99,31 @@ def _schedulers_of(*optimizers: torch.optim.Optimizer) -> list[Any]:
 
 
 class GradientWatch:
-    """Finds a loop that changes gradients between two micro-batches, as by clipping them there.
+    """Finds a loop that changes or drops gradients between two micro-batches of a window.
 
-    A gradient changed in place has another version, which costs nothing to read. Sharded gradients
-    have no such version and are not watched.
+    A gradient changed in place has another version, which costs nothing to read. torch does not
+    count changes of sharded ones by its multi-tensor operations, which clipping uses.
     """
 
     def __init__(self) -> None:
-        self._seen: list[tuple[torch.Tensor, int]] = []
+        self._seen: list[tuple[torch.nn.Parameter, torch.Tensor, int]] = []
 
     def note(self, models: Iterable[torch.nn.Module]) -> None:
         """Remember a few gradients, after a backward."""
-        gradients = (p.grad for model in models for p in model.parameters() if p.grad is not None)
-        plain = (g for g in gradients if type(g) is torch.Tensor)
-        self._seen = [(g, version_of(g)) for g in islice(plain, _NUM_WATCHED)]
+        parameters = (p for model in models for p in model.parameters())
+        held = ((p, p.grad) for p in parameters if p.grad is not None)
+        self._seen = [(p, g, version_of(g)) for p, g in islice(held, _NUM_WATCHED)]
 
     def check(self) -> None:
-        """Raise an AccumTrainerError if one was changed since, before the next micro-batch."""
-        if any(version_of(gradient) != version for gradient, version in self._seen):
+        """Raise an AccumTrainerError if one is not as it was, before the next micro-batch."""
+        if any(parameter.grad is None for parameter, *_ in self._seen):
+            raise AccumTrainerError(
+                "the gradient was dropped between two micro-batches of one window, so only a part "
+                "of the sum would be left. Call zero_grad() of the optimizer that acc.prepare() "
+                "returned, which waits for the window's end, or call no zero_grad(): each window "
+                "starts from no gradient"
+            )
+        if any(p.grad is not g or version_of(g) != version for p, g, version in self._seen):
             raise AccumTrainerError(
                 "the gradient was changed between two micro-batches of one window, so clipping or "
                 "scaling acts on a part of the sum. Pass Accumulator(max_grad_norm=...), or change "
@@ -129,19 +139,33 @@ class TrainedWatch:
     """Finds parameters that were frozen or unfrozen after `prepare`."""
 
     def __init__(self) -> None:
-        self._trained: list[tuple[str, torch.nn.Parameter, bool]] = []
+        self._trained: list[tuple[torch.nn.Module, str, torch.nn.Parameter, bool]] = []
 
     def note(self, models: Sequence[torch.nn.Module]) -> None:
         """Remember which parameters of prepared models are trained."""
         self._trained += [
-            (name, p, p.requires_grad) for model in models for name, p in model.named_parameters()
+            (model, name, p, p.requires_grad)
+            for model in models
+            for name, p in model.named_parameters()
         ]
 
-    def check(self, engine: Any) -> None:
-        """Raise an EngineError if that has changed and the engine cannot follow."""
+    def check(self, engine: Any, models: Sequence[torch.nn.Module] | None = None) -> None:
+        """Raise an EngineError if that has changed in `models` and the engine cannot follow.
+
+        Args:
+            engine: in force.
+            models: that a window trains; others may be frozen meanwhile, as a discriminator while
+                its generator is trained. None if it is not known yet, which matters if there are
+                several.
+        """
         if engine.can_change_trained:
             return
-        for name, parameter, was_trained in self._trained:
+        used = {model for model, *_ in self._trained} if models is None else set(models)
+        if models is None and len(used) > 1:
+            return
+        for model, name, parameter, was_trained in self._trained:
+            if model not in used:
+                continue
             if parameter.requires_grad != was_trained:
                 now, before = ("frozen", "trained") if was_trained else ("trained", "frozen")
                 raise EngineError(
@@ -178,14 +202,22 @@ class LoopGuard:
                 "acc.prepare(), or set recover_from_oom='never'"
             )
 
-    def before_micro_batch(self, window: Any) -> None:
-        """Raise an AccumTrainerError for what happened since the micro-batch before."""
+    def before_micro_batch(self, window: Any, models: Sequence[torch.nn.Module]) -> None:
+        """Raise an AccumTrainerError for what happened since the micro-batch before.
+
+        Raises:
+            EngineError: at a window's first one, as `TrainedWatch.check`.
+        """
         is_new_epoch, self._reader = window.reader is not self._reader, window.reader
-        for schedule in self._schedules:
-            if window.micro_batch.is_first:
+        if window.micro_batch.is_first:
+            self._trained.check(self._engine, models)
+            for schedule in self._schedules:
                 schedule.note(is_new_epoch)
-            else:
-                schedule.check()
+            return
+        if not self._schedules:
+            refuse_unprepared(self._engine, None)
+        for schedule in self._schedules:
+            schedule.check()
         self._gradients.check()
 
     def after_failure(self) -> None:
@@ -198,20 +230,6 @@ class LoopGuard:
             self._gradients.forget()
         else:
             self._gradients.note(models)
-
-
-def discard_unowned_grads(
-    optimizer: torch.optim.Optimizer, models: Iterable[torch.nn.Module]
-) -> None:
-    """Drop the gradients of parameters that the optimizer does not hold.
-
-    They would be part of a later window, if the parameters join an optimizer by then.
-    """
-    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for model in models:
-        for parameter in model.parameters():
-            if parameter.grad is not None and id(parameter) not in owned:
-                parameter.grad = None
 
 
 def refuse_unprepared(engine: Any, max_grad_norm: float | None) -> None:

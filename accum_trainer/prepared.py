@@ -2,13 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
 from accum_trainer.errors import AccumTrainerError, EngineError
+
+logger = logging.getLogger(__name__)
+
+_NO_CLOSURE = (
+    "a closure would run the micro-batches again inside step(); optimizers that need one cannot "
+    "accumulate"
+)
+
+
+class Waiting:
+    """Calls of a loop that wait, and the count of what they wait for.
+
+    Attributes:
+        for_micro_batch: until the one in hand has ended; its gradient may not be reduced before.
+        for_window: until the optimizer has stepped or skipped.
+        num_updates: made here, without those of a state that was loaded.
+    """
+
+    def __init__(self) -> None:
+        self.for_micro_batch: list[Callable[[], None]] = []
+        self.for_window: list[Callable[[], None]] = []
+        self.num_updates = 0
+
+    def end_micro_batch(self) -> list[Callable[[], None]]:
+        """Take the calls that wait for it."""
+        ended, self.for_micro_batch = self.for_micro_batch, []
+        return ended
+
+    def run(self, calls: list[Callable[[], None]]) -> None:
+        for call in calls:
+            call()
+
+    def end_window(self, stepped: bool = False) -> list[Callable[[], None]]:
+        """Take the calls that wait for it."""
+        self.num_updates += stepped
+        ended, self.for_window = self.for_window, []
+        return ended
 
 
 class PreparedOptimizer(torch.optim.Optimizer):
@@ -23,6 +62,12 @@ class PreparedOptimizer(torch.optim.Optimizer):
         # The base class must not run: this object owns no parameters.
         self._accumulator = accumulator
         self.accelerated = accelerated
+
+    def __getattr__(self, name: str) -> Any:
+        # Step hooks, and methods that some optimizers have, such as train() and eval().
+        if name in ("accelerated", "optimizer"):  # of a copy in the making
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -45,13 +90,11 @@ class PreparedOptimizer(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Finish the window if its last micro-batch is done; else nothing."""
         if closure is not None:
-            raise EngineError(
-                "a closure would run the micro-batches again inside step(); optimizers that need "
-                "one cannot accumulate"
-            )
-        if self._accumulator.defer(self.step):
-            return
+            raise EngineError(_NO_CLOSURE)
         window = self._accumulator.window
+        if window is not None and window.is_running:
+            self._accumulator.waiting.for_micro_batch.append(self.step)
+            return
         if window is not None and window.is_complete:
             self._accumulator.step(self)
         elif window is None and self._accumulator.last_optimizer not in (None, self):
@@ -85,22 +128,41 @@ class PreparedScheduler:
     def __init__(self, accumulator: Any, scheduler: Any) -> None:
         self._accumulator = accumulator
         self.scheduler = scheduler
-        self._stepped_for = accumulator.num_updates
+        self._stepped_for = accumulator.waiting.num_updates
+        self._has_warned = False
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Step the user's scheduler if there was an update since the last step; else nothing."""
-        if self._accumulator.defer(lambda: self.step(*args, **kwargs)):
+        window, waiting = self._accumulator.window, self._accumulator.waiting
+        if window is not None and (window.is_running or window.is_complete):
+            # If it is complete, optimizer.step() has yet to be called.
+            waits_for = waiting.for_micro_batch if window.is_running else waiting.for_window
+            waits_for.append(lambda: self.step(*args, **kwargs))
             return
-        if self._accumulator.num_updates != self._stepped_for:
-            self._stepped_for = self._accumulator.num_updates
+        if self._accumulator.waiting.num_updates != self._stepped_for:
+            self._stepped_for = self._accumulator.waiting.num_updates
             self.scheduler.step(*args, **kwargs)
+        elif window is None and self._accumulator.last_update is None and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "scheduler.step() does nothing before the first update: the scheduler that "
+                "acc.prepare() returned steps once per update. To continue a schedule, load its "
+                "state, or call scheduler.scheduler.step() for each update that was made"
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.scheduler.load_state_dict(state_dict)
-        self._stepped_for = self._accumulator.num_updates
+        self._stepped_for = self._accumulator.waiting.num_updates
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.scheduler, name)
+
+
+def _refuse_closure(optimizer: torch.optim.Optimizer) -> None:
+    """Raise an EngineError for an optimizer whose step() needs a closure, such as LBFGS."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise EngineError(f"{type(optimizer).__name__} needs a closure, and {_NO_CLOSURE}")
 
 
 def prepare_all(
@@ -120,6 +182,8 @@ def prepare_all(
         for thing in objects
         if isinstance(thing, torch.optim.Optimizer) and not isinstance(thing, PreparedOptimizer)
     ]
+    for optimizer in optimizers:
+        _refuse_closure(optimizer)
     ready_models, accelerated = accumulator.engine.prepare(models, optimizers)
     ready_optimizers = [PreparedOptimizer(accumulator, optimizer) for optimizer in accelerated]
     both = zip([*models, *optimizers], [*ready_models, *ready_optimizers], strict=True)

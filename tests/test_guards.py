@@ -11,10 +11,18 @@ import weakref
 
 import pytest
 import torch
-from torch.optim.lr_scheduler import ConstantLR, MultiStepLR, StepLR
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    ConstantLR,
+    ExponentialLR,
+    LinearLR,
+    MultiStepLR,
+    SequentialLR,
+    StepLR,
+)
 from torch.utils.data import DataLoader, TensorDataset
 
-from accum_trainer import AccumTrainerError, Accumulator, DataError
+from accum_trainer import AccumTrainerError, Accumulator, DataError, EngineError
 from tests.reference import make_model
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -162,6 +170,176 @@ def test_an_optimizer_that_was_not_prepared_is_refused():
             accumulate(acc, model, batch)
             optimizer.step()
             optimizer.zero_grad()
+
+
+SCHEDULES = {
+    "StepLR": lambda optimizer: StepLR(optimizer, 1, 0.5),
+    "SequentialLR": lambda optimizer: SequentialLR(
+        optimizer, [LinearLR(optimizer, total_iters=2), ExponentialLR(optimizer, 0.5)], [2]
+    ),
+    "ChainedScheduler": lambda optimizer: ChainedScheduler(
+        [ConstantLR(optimizer, total_iters=3), ExponentialLR(optimizer, 0.5)]
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of", "ignore:The epoch parameter")
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("order", ["optimizer first", "scheduler first"])
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_a_prepared_scheduler_gives_each_update_its_rate_in_any_order(kind, order, inside):
+    acc, model, (optimizer,) = start()
+    scheduler = acc.prepare(SCHEDULES[kind](optimizer.optimizer))
+    exact = network().double()
+    by_hand = torch.optim.SGD(exact.parameters(), lr=0.1)
+    schedule = SCHEDULES[kind](by_hand)
+    steps = [optimizer.step, scheduler.step, optimizer.zero_grad]
+    if order == "scheduler first":
+        steps[:2] = reversed(steps[:2])
+    for batch in batches(acc):
+        with acc.accumulate(model):
+            acc.backward(squares(model, batch), reduction="sum")
+            for step in steps if inside else []:
+                step()
+        for step in [] if inside else steps:
+            step()
+    for window in windows_by_hand():
+        update_by_hand(exact, by_hand, window)
+        schedule.step()
+    assert scheduler.get_last_lr() == schedule.get_last_lr()
+    assert_same(model, exact)
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of")
+def test_a_scheduler_whose_state_is_loaded_before_the_accumulators_does_not_step_for_it():
+    def made():
+        acc, model, (optimizer,) = start()
+        scheduler = acc.prepare(StepLR(optimizer.optimizer, 1, 0.5))
+        return [model, optimizer, scheduler, acc, batches(acc)]
+
+    def train(model, optimizer, scheduler, acc, source, until=None):
+        for batch in source:
+            accumulate(acc, model, batch)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            if acc.num_updates == until:
+                break
+
+    first, resumed, whole = made(), made(), made()
+    train(*first, until=2)
+    for part, state in zip(resumed, [part.state_dict() for part in first], strict=True):
+        part.load_state_dict(copy.deepcopy(state))
+    train(*resumed)
+    train(*whole)
+    assert_same(resumed[0], whole[0].double())
+
+
+def test_steps_of_a_prepared_scheduler_that_go_nowhere_are_told(caplog):
+    acc, _, (optimizer,) = start()
+    scheduler = acc.prepare(StepLR(optimizer.optimizer, 1, 0.5))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):  # to the position of a run that is continued
+            scheduler.step()
+    assert scheduler.get_last_lr() == [0.1]
+    assert [r.getMessage()[:55] for r in caplog.records] == [
+        "scheduler.step() does nothing before the first update: "
+    ]
+
+
+class ScheduleFree(torch.optim.SGD):
+    """An optimizer with modes, as those of schedulefree have."""
+
+    mode = "train"
+
+    def eval(self):
+        self.mode = "eval"
+
+
+def test_what_the_users_optimizer_has_the_prepared_one_has_too():
+    acc = Accumulator(micro_batch_size=B, gradient_accumulation_steps=K)
+    model = network()
+    model, optimizer = acc.prepare(model, ScheduleFree(model.parameters(), lr=0.1))
+    steps = []
+    optimizer.register_step_post_hook(lambda *_: steps.append(acc.num_updates))
+    for batch in batches(acc):
+        accumulate(acc, model, batch)
+        optimizer.step()
+    optimizer.eval()
+    assert steps == [0, 1, 2, 3]
+    assert optimizer.optimizer.mode == "eval"
+    with pytest.raises(AttributeError):
+        optimizer.no_such_thing  # noqa: B018
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused_before_training():
+    acc = Accumulator(micro_batch_size=B, gradient_accumulation_steps=K)
+    model = network()
+    with pytest.raises(EngineError, match="LBFGS needs a closure, and a closure would run"):
+        acc.prepare(model, torch.optim.LBFGS(model.parameters()))
+
+
+@pytest.mark.parametrize("how", ["the model's", "the raw optimizer's", "by hand"])
+def test_dropping_the_gradient_between_micro_batches_is_refused(how):
+    acc, model, (optimizer,) = start()
+
+    def drop():
+        if how == "by hand":
+            for parameter in model.parameters():
+                parameter.grad = None
+        else:
+            (model if how == "the model's" else optimizer.optimizer).zero_grad()
+
+    with pytest.raises(AccumTrainerError, match="the gradient was dropped between two micro-"):
+        for batch in batches(acc):
+            accumulate(acc, model, batch)
+            optimizer.step()
+            drop()
+
+
+def test_replacing_a_gradient_between_micro_batches_is_refused():
+    acc, model, (optimizer,) = start()
+    with pytest.raises(AccumTrainerError, match="the gradient was changed between two micro-"):
+        for batch in batches(acc):
+            accumulate(acc, model, batch)
+            model[0].weight.grad = model[0].weight.grad / 2
+            optimizer.step()
+
+
+def test_a_backward_between_two_windows_adds_nothing_to_the_next():
+    acc, model, (optimizer,) = start()
+    exact = network().double()
+    by_hand = torch.optim.SGD(exact.parameters(), lr=0.1)
+    for window in acc.windows(DataLoader(data(), batch_size=B), count_targets=count):
+        for batch in window:
+            accumulate(acc, model, batch)
+        acc.step(optimizer)
+        model(torch.ones(1, 3, requires_grad=True)).sum().backward()  # to look at the inputs'
+    for window in windows_by_hand():
+        update_by_hand(exact, by_hand, window)
+    assert_same(model, exact)
+
+
+def test_a_parameter_that_is_unfrozen_accumulates_in_float32_too():
+    """256 + 1 - 256 is 0 in bf16."""
+    acc = Accumulator(micro_batch_size=1, gradient_accumulation_steps=3)
+    model = torch.nn.Linear(1, 1, bias=False).bfloat16().requires_grad_(False)
+    stepped = []
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    sgd.register_step_pre_hook(lambda *_: stepped.append(model.weight.grad.item()))
+    model, optimizer = acc.prepare(model, sgd)
+    model.requires_grad_(True)
+    values = torch.tensor([256.0, 1.0, -256.0]).bfloat16().view(3, 1, 1)
+    for batch in acc.batches(iter(values), count_targets=len):
+        with acc.accumulate(model):
+            acc.backward(3 * model(batch).sum(), reduction="sum")
+        optimizer.step()
+    assert stepped == [1.0]
+
+
+def assert_same(model, exact):
+    for found, truth in zip(model.parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(found.double(), truth, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("by", ["torch", "accelerate"])

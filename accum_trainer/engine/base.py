@@ -1,6 +1,7 @@
 """The contract between the accumulator and an engine: the life of one window.
 
     prepare(models, optimizers)                                   once
+    begin_window(models)
     microbatch(models, is_first, is_last): backward(loss)         K times on each rank
     finish(optimizer, numbers)  or  discard_window_grads(optimizer)
 
@@ -145,6 +146,10 @@ class Engine(FullState, abc.ABC):
         """
 
     # --- one window ---
+
+    def begin_window(self, models: Iterable[torch.nn.Module]) -> None:
+        """Drop gradients that belong to no window, as of a backward between two; not collective."""
+        self.discard_local_grads(models)
 
     @abc.abstractmethod
     def microbatch(

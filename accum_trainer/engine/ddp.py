@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,7 @@ class DDPEngine(TorchEngine):
         self.equal_micro_batches = self.grad_sync == EVERY
         self._backward_exchanges = False
         self._trained: list[torch.nn.Parameter] = []
+        self._models: list[DistributedDataParallel] = []
         # Parameters that this rank has not used in the window in hand.
         self._only_zeros: set[torch.nn.Parameter] = set()
 
@@ -69,6 +70,7 @@ class DDPEngine(TorchEngine):
             )
         prepared = super().prepare(models, optimizers)
         self._trained += [p for model in models for p in model.parameters() if p.requires_grad]
+        self._models += [m for m in prepared if isinstance(m, DistributedDataParallel)]
         return prepared
 
     def unwrap(self, model: torch.nn.Module) -> Any:
@@ -80,6 +82,11 @@ class DDPEngine(TorchEngine):
     def _sync(self, models: Sequence[torch.nn.Module], exchange: bool) -> Iterator[None]:
         here = []  # models whose gradients are exchanged after the backward, not by DDP
         with contextlib.ExitStack() as stack:
+            # A loss may go through a model that this window does not train, as a generator's goes
+            # through the discriminator; DDP would wait for its gradients.
+            for other in self._models:
+                if other not in models:
+                    stack.enter_context(other.no_sync())
             for model in models:
                 if not isinstance(model, DistributedDataParallel):
                     raise EngineError(
@@ -156,6 +163,10 @@ class DDPEngine(TorchEngine):
                     # Used by no rank: the optimizer leaves it alone, as in one process.
                     parameter.grad = None
         return table[:, 1:]
+
+    def begin_window(self, models: Iterable[torch.nn.Module]) -> None:
+        super().begin_window(models)
+        self._only_zeros.clear()
 
     def discard_window_grads(self, optimizer: AcceleratedOptimizer) -> None:
         super().discard_window_grads(optimizer)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -167,9 +167,22 @@ class FSDPEngine(TorchEngine):
                 self._sharded[name].grad = None
         return table[:, 1:]
 
+    def begin_window(self, models: Iterable[torch.nn.Module]) -> None:
+        super().begin_window(models)
+        self._usage.used.clear()
+
     def discard_window_grads(self, optimizer: AcceleratedOptimizer) -> None:
         super().discard_window_grads(optimizer)
         self._usage.used.clear()
+
+    def discard_local_grads(self, models: Iterable[torch.nn.Module]) -> None:
+        for model in models:
+            for parameter in _fsdp_parameters(model):
+                parameter.sharded_param.grad = None
+                # Gradients that are not reduced yet lie in no parameter of the model.
+                parameter.unsharded_accumulated_grad = None
+                if hasattr(parameter, "_unsharded_param"):
+                    parameter.unsharded_param.grad = None
 
     def square_sum(self, parameters: list[torch.nn.Parameter]) -> float:
         return sum(square_sums([_local(p.grad) for p in parameters if p.grad is not None]))
@@ -265,6 +278,16 @@ def _unsharded(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
             found |= {name: p for name, p in model.named_parameters() if not isinstance(p, DTensor)}
             module.reshard()
     return found
+
+
+def _fsdp_parameters(model: torch.nn.Module) -> Iterator[Any]:
+    """FSDP2's own record of each parameter, which has no public name."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            state = module._get_fsdp_state()  # noqa: SLF001
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # noqa: SLF001
+            for group in groups:
+                yield from group.fsdp_params if group is not None else ()
 
 
 def _reshard(model: torch.nn.Module) -> None:

@@ -37,8 +37,9 @@ class TorchEngine(Engine):
     ) -> tuple[list[torch.nn.Module], list[AcceleratedOptimizer]]:
         refuse_data_parallel(models)
         prepared = [self.accelerator.prepare_model(model) for model in models]
-        trained = [p for model in prepared for p in model.parameters() if p.requires_grad]
-        set_gradient_dtype(trained, self.settings.gradient_dtype)
+        # Also of frozen parameters, which may be unfrozen later.
+        parameters = [p for model in prepared for p in model.parameters()]
+        set_gradient_dtype(parameters, self.settings.gradient_dtype)
         return prepared, [self.accelerator.prepare_optimizer(optimizer) for optimizer in optimizers]
 
     @contextlib.contextmanager

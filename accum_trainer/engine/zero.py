@@ -179,6 +179,11 @@ class ZeroEngine(Engine):
 
     # --- one window ---
 
+    def begin_window(self, models: Iterable[torch.nn.Module]) -> None:
+        self._usage.used.clear()
+        self._deepspeed.optimizer.zero_grad(set_to_none=True)
+        self._forget_reduced(self._deepspeed.optimizer)
+
     @contextlib.contextmanager
     def microbatch(
         self, models: Sequence[torch.nn.Module], is_first: bool, is_last: bool
@@ -360,8 +365,9 @@ class ZeroStage1(FlatState, ZeroEngine):
 
     def _forget_reduced(self, sharded: Any) -> None:
         if hasattr(sharded, "averaged_gradients"):  # not with bf16 at stage 1
-            for key in sharded.averaged_gradients:
-                sharded.averaged_gradients[key] = sharded.all_grad_tensors[key] = None
+            # Before a first step one of them may lack a group that the other has.
+            for group in {*sharded.averaged_gradients, *sharded.all_grad_tensors}:
+                sharded.averaged_gradients[group] = sharded.all_grad_tensors[group] = None
             sharded.micro_step_id = -1
 
 

@@ -36,6 +36,7 @@ OF_ACCELERATE = (
     "test_i46_",
     "under_a_scaler",
     "test_loop_of_accelerate",
+    "test_two_players",
 )
 # Cases in which a sharded engine does nothing that it does not do in the others too: they vary the
 # model's loss, the data source or the plan. Single and DDP run them; the others in the long grid.

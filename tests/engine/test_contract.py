@@ -108,6 +108,19 @@ def test_a_step_inside_accumulate_is_that_after_it(case):
         assert len(result["errors"]) == 2 and max(result["errors"]) <= 1e-7
 
 
+def test_i14_a_window_starts_from_no_gradient(case):
+    for result in case("a_window_starts_from_no_gradient"):
+        assert len(result["errors"]) == 6
+        for name, errors in result["errors"].items():
+            assert len(errors) == 2 and max(errors) <= EXACT, name
+
+
+def test_two_players_take_turns_and_see_their_own_windows_only(case):
+    for result in case("two_players_take_turns"):
+        assert len(result["errors"]) == 4
+        assert max(result["errors"].values()) <= EXACT, result["errors"]
+
+
 def test_parameters_frozen_or_unfrozen_after_prepare_are_exact_or_refused(case, engine):
     can_follow = engine.startswith(("single", "fsdp"))
     for result in case("trained_parameters_change_after_prepare"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import itertools
 from typing import Any
 
 import torch
@@ -59,6 +62,84 @@ def optimizer_steps_inside_accumulate() -> dict[str, Any]:
         assert acc.num_updates == 3
     after, *inside_weights = weights
     return {"errors": [relative_error(found, after) for found in inside_weights]}
+
+
+@case
+def a_window_starts_from_no_gradient() -> dict[str, Any]:
+    """After one that a loop left, by a break or an error, and after a backward between two."""
+    rows, errors = make_rows(16), {}
+    for policy in ("once-per-window", "every-microbatch"):
+        for left_by in ("break", "error", "nothing"):
+            acc = accumulator(2, global_batch_size=8, grad_sync=policy)
+            probe = Probe(acc, make_model("llama"))
+            windows = acc.windows(rows, collate_fn=pad)
+            with contextlib.suppress(KeyError):
+                for batch in itertools.chain.from_iterable(windows):
+                    if left_by == "nothing":
+                        break
+                    with acc.accumulate(probe.model):
+                        acc.backward(causal_lm_loss(probe.model, batch))
+                        if left_by == "error":
+                            raise KeyError
+                    break
+            if left_by == "nothing":
+                ids = torch.arange(6)[None].to(acc.device)
+                with contextlib.suppress(RuntimeError):  # ZeRO-0 takes no backward but its own
+                    probe.model(input_ids=ids).logits.sum().backward()
+            found = []
+            for window, whole in zip(windows, planned(rows, 8, epoch=1), strict=True):
+                exact = probe.exact(whole)[1]
+                for batch in window:
+                    with acc.accumulate(probe.model):
+                        acc.backward(causal_lm_loss(probe.model, batch))
+                probe.step()
+                found.append(relative_error(probe.stepped[-1], exact))
+            errors[f"{policy}, {left_by}"] = found
+    return {"errors": errors}
+
+
+@case_of_accelerate
+def two_players_take_turns() -> dict[str, Any]:
+    """A GAN: the generator's loss goes through the discriminator, which may be frozen meanwhile."""
+    x = torch.randn(32, 3, generator=torch.Generator().manual_seed(0))
+    errors = {}
+    for first in (0, 1):
+        for freezes in (True, False):
+            torch.manual_seed(0)
+            players = [torch.nn.Linear(3, 3), torch.nn.Linear(3, 1)]
+            exact = [copy.deepcopy(player).double() for player in players]
+            sgds = [torch.optim.SGD(player.parameters(), lr=0.1) for player in players]
+            by_hand = [torch.optim.SGD(player.parameters(), lr=0.1) for player in exact]
+            acc = accumulator(2, global_batch_size=8)
+            *ready, generator, critic = acc.prepare(*sgds, *players)
+            windows = acc.windows(DataLoader(x, batch_size=2), count_targets=len)
+            for number, window in enumerate(windows, start=first):
+                turn = number % 2
+                critic.requires_grad_(turn == 1 or not freezes)
+                for batch in window:
+                    with acc.accumulate((generator, critic)[turn]):
+                        loss = _players_loss(turn, generator, critic, batch)
+                        acc.backward(loss, reduction="sum")
+                acc.step(ready[turn])
+            for number, batch in enumerate(x.double().split(8), start=first):
+                for player in exact:
+                    player.zero_grad()
+                (_players_loss(number % 2, *exact, batch) / 8).backward()
+                by_hand[number % 2].step()
+            weights = {str(i): p.weight for i, p in enumerate(players)}
+            truth = {str(i): p.weight for i, p in enumerate(exact)}
+            errors[f"{first} first, freezes {freezes}"] = relative_error(weights, truth)
+    return {"errors": errors}
+
+
+def _players_loss(
+    turn: int, generator: torch.nn.Module, critic: torch.nn.Module, batch: torch.Tensor
+) -> torch.Tensor:
+    if turn == 0:
+        return -critic(generator(batch)).tanh().sum()
+    made = generator(batch).detach()
+    judged = critic(torch.cat([made, batch])).tanh()  # one forward, as DDP wants
+    return judged[: len(made)].sum() - judged[len(made) :].sum()
 
 
 @case_of_accelerate
