@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.traffic import ONCE, Case, launch
+from tests.launching import python
 
 # A Llama with untied embeddings and biases in its MLP, by hand; an adapter of rank 8 beside each of
 # its seven matrices.
@@ -63,3 +64,12 @@ def test_traffic_beside_the_gradient_is_a_few_numbers_at_any_k(traffic):
 def test_traffic_of_the_peers(traffic):
     assert traffic[Case("accelerate", k=8)]["gradients"] == {"bytes": ALL, "collectives": 1}
     assert traffic[Case("deepspeed2", k=8)]["gradients"] == {"bytes": 8 * ALL, "collectives": 8}
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_a_checkpoint_in_parts_takes_no_more_memory_than_the_part_twice(engine):
+    run = python("-m", "benchmarks.saving", "--engine", engine, "--millions", 20, "--pairs", 1)
+    assert run.returncode == 0, run.stderr[-3000:]
+    *_, whole, parts = run.stdout.strip().splitlines()
+    assert whole.startswith("| whole, by one process | 1 | 1 |")
+    assert float(parts.split("|")[-2]) <= 2.0

@@ -92,13 +92,14 @@ def note_last(run: Path, checkpoint: Path) -> None:
     write_json(run / LAST, {"checkpoint": f"{CHECKPOINTS}/{checkpoint.name}"})
 
 
-def find_checkpoint(resume: str, run: Path | None) -> Path | None:
+def find_checkpoint(resume: str, run: Path | None, option: str = "resume") -> Path | None:
     """The checkpoint to continue from, or None to start anew.
 
     Args:
         resume: `auto`, the newest whole one of `run`; `never` or `anew`; or the path of a
             checkpoint, or of a run directory.
         run: the run directory; None if it is a new one.
+        option: what gave `resume`, for messages.
 
     Raises:
         CheckpointError: the path is not a folder, or holds no whole checkpoint; `auto`, and the
@@ -111,15 +112,15 @@ def find_checkpoint(resume: str, run: Path | None) -> Path | None:
     named = Path(resume)
     if not named.is_dir():
         raise CheckpointError(
-            f"resume={named} is no folder; give a run directory, a checkpoint in it, `auto`, "
-            "`never` or `anew`"
+            f"{option}={named} is no folder; give a run directory, or a checkpoint in it"
+            + (", `auto`, `never` or `anew`" if option == "resume" else "")
         )
     if (named / CHECKPOINTS).is_dir():
         newest = newest_whole(named / CHECKPOINTS)
         if newest is None:
             raise CheckpointError(
-                f"resume={named} is a run without a whole checkpoint; start anew in another "
-                "output_dir"
+                f"{option}={named} is a run without a whole checkpoint"
+                + ("; start anew in another output_dir" if option == "resume" else "")
             )
         return newest
     try:

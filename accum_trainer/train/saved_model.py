@@ -37,15 +37,29 @@ def save_model(
     Args:
         model: the unwrapped model, or its adapter's model.
         weights: whole weights by name; only trained ones if `needs_only_trained_weights`.
+
+    Raises:
+        OSError: writing failed; what was there before is as it was.
     """
-    dtype = _saved_dtype(config)
-    _write(folder / MODEL, model, tokenizer, weights, None if config.use_peft else dtype)
+    write_model(folder / MODEL, config, model, tokenizer, weights)
     if config.merge_adapter:
         # A fresh model is whole even if the trained one is sharded.
         fresh = load_model(config, tokenizer)
         fresh.load_state_dict(weights, strict=False)
-        merged = fresh.merge_and_unload()
+        merged, dtype = fresh.merge_and_unload(), _saved_dtype(config)
         _write(folder / MERGED, merged, tokenizer, merged.state_dict(), dtype)
+
+
+def write_model(
+    target: Path,
+    config: TrainConfig,
+    model: Any,
+    tokenizer: Any,
+    weights: dict[str, torch.Tensor],
+) -> None:
+    """Write the folder that `from_pretrained` loads: a model, or with `use_peft` an adapter."""
+    dtype = None if config.use_peft else _saved_dtype(config)
+    _write(target, model, tokenizer, weights, dtype)
 
 
 def _write(

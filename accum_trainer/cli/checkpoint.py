@@ -1,0 +1,33 @@
+"""`accum-trainer checkpoint`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.group("checkpoint")
+def command() -> None:
+    """Look into a run's checkpoints."""
+
+
+@command.command(
+    "export", epilog="Example: accum-trainer checkpoint export runs/first -o runs/first-so-far"
+)
+@click.argument("source", metavar="RUN|CHECKPOINT")
+@click.option("-o", "--output", required=True, metavar="DIR", help="A new folder for the model.")
+@click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Let the run's model run Python code that comes with it, also if it was trained so.",
+)
+def export(source: str, output: str, trust_remote_code: bool) -> None:
+    """Write a checkpoint's model as `from_pretrained` loads it; with LoRA, the adapter.
+
+    RUN is a run directory, whose newest whole checkpoint is taken. The run may still be training.
+    """
+    from accum_trainer.runs.export import export as write
+
+    checkpoint = write(Path(source), Path(output), trust_remote_code)
+    click.echo(f"{output}: the model of {checkpoint}")

@@ -1,0 +1,55 @@
+"""A checkpoint as `from_pretrained` loads it: the model that a stopped run had by then.
+
+Knows a run directory and its checkpoints; trains nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from accum_trainer.config import TrainConfig
+from accum_trainer.engine.full_state import persistent_buffers
+from accum_trainer.errors import CheckpointError, ConfigError
+from accum_trainer.lm.model import load_model, load_tokenizer
+from accum_trainer.train.checkpoint import check_same_weights, load_checkpoint
+from accum_trainer.train.checkpoint_folder import find_checkpoint
+from accum_trainer.train.run_folder import CONFIG, holds_run
+from accum_trainer.train.saved_model import write_model
+
+
+def export(source: Path, target: Path, trust_remote_code: bool = False) -> Path:
+    """Write the model of a checkpoint to the folder `target`, which is new or empty; return the
+    checkpoint.
+
+    Args:
+        source: a run directory, whose newest whole checkpoint is taken, or a checkpoint in one.
+        trust_remote_code: let the model run Python code that comes with it.
+
+    Raises:
+        CheckpointError: there is no whole checkpoint, or it lies outside its run.
+        ConfigError: `target` has something in it; the model cannot be loaded.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"output={target} exists already; name a new or empty folder")
+    checkpoint = find_checkpoint(str(source), None, option="source")
+    assert checkpoint is not None  # of a path that is named
+    run = checkpoint.absolute().parent.parent
+    if not holds_run(run):
+        raise CheckpointError(
+            f"{checkpoint} lies in no run directory ({run / CONFIG} is missing), so the model that "
+            "it belongs to is not known; put it back into its run"
+        )
+    config = TrainConfig.from_yaml(run / CONFIG, trust_remote_code=trust_remote_code)
+    saved = load_checkpoint(checkpoint).model
+    tokenizer = load_tokenizer(config)
+    model = load_model(config, tokenizer)
+    named = dict(model.named_parameters()) | dict(model.named_buffers())
+    check_same_weights(saved, {name: t for name, t in named.items() if name in saved})
+    model.load_state_dict(saved, strict=False)
+    # Without the second names of tied weights, which a cast would untie.
+    weights = {n: p.detach() for n, p in model.named_parameters()} | persistent_buffers(model)
+    if target.exists():
+        target.rmdir()  # it is empty
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_model(target, config, model, tokenizer, saved if config.use_peft else weights)
+    return checkpoint

@@ -1,0 +1,62 @@
+"""`accum-trainer checkpoint export`: what a stopped run had learnt, for from_pretrained."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SHORT = (
+    *("--batch-size", "2", "--max-seq-len", "64", "--steps", "2", "--lr", "1e-2"),
+    *("--checkpoint-every", "1", "--output-dir", "run"),
+)
+
+
+def weights(folder):
+    return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
+
+
+@pytest.mark.parametrize("options", [(), ("--use-peft",), ("--save-dtype", "bfloat16")])
+def test_the_last_checkpoint_gives_the_saved_model(train, command, tmp_path, options):
+    assert train(*SHORT, *options).status == 0
+    done = command("checkpoint", "export", "run", "-o", "so-far", cwd=tmp_path)
+    assert done.status == 0, done.err
+    assert done.out == "so-far: the model of run/checkpoints/step-00000002\n"
+    found, expected = weights(tmp_path / "so-far"), weights(tmp_path / "run" / "model")
+    assert found.keys() == expected.keys() and expected
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    names = {path.name for path in (tmp_path / "run" / "model").iterdir()}
+    assert {path.name for path in (tmp_path / "so-far").iterdir()} == names
+
+
+def test_an_earlier_one_is_the_model_of_then(train, command, tmp_path):
+    assert train(*SHORT).status == 0
+    first = "run/checkpoints/step-00000001"
+    assert command("checkpoint", "export", first, "-o", "a/b", cwd=tmp_path).status == 0
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "b")
+    assert AutoTokenizer.from_pretrained(tmp_path / "a" / "b").pad_token_id is not None
+    name = "model.embed_tokens.weight"
+    last = weights(tmp_path / "run" / "model")[name]
+    assert not torch.equal(dict(model.named_parameters())[name], last)
+
+
+def test_wrong_input(train, command, tmp_path):
+    assert train(*SHORT).status == 0
+    shutil.copytree(
+        tmp_path / "run" / "checkpoints" / "step-00000002", tmp_path / "alone" / "c" / "s"
+    )
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+    for source, target, says in (
+        ("run", "full", "output=full exists already"),
+        ("nowhere", "new", "source=nowhere is no folder"),
+        ("run/model", "new", "is not a whole checkpoint: its manifest.json is missing"),
+        ("alone/c/s", "new", "lies in no run directory"),
+    ):
+        refused = command("checkpoint", "export", source, "-o", target, cwd=tmp_path)
+        assert refused.status == 2 and says in refused.error, refused.err
+        assert not (tmp_path / "new").exists()
