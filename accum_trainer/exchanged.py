@@ -99,7 +99,9 @@ def check_same_sample(samples: list[float]) -> None:
                 f"processes {said[0][0]} and {rank} read different samples at the same index of "
                 "the data set, as if it was already split by rank: each sample is dealt to one "
                 "process, so the others' would be skipped. Pass the whole data set, or "
-                "iter(batches) for batches that are each process's own"
+                "iter(batches) for batches that are each process's own. If only augmentation "
+                "differs, draw it from the global generators, which are seeded, or by the index "
+                "alone"
             )
 
 

@@ -58,6 +58,16 @@ class OwnNoise(Dataset):
         return ALL[index] + float(self.rng.normal())
 
 
+class WithPaths(OwnNoise):
+    """All samples, with the path of a file on this machine's own disk."""
+
+    def __getitem__(self, index):
+        path = Path(sys.argv[1], f"machine-{RANK}", "sample")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        return {"x": ALL[index], "path": str(path)}
+
+
 def mine() -> Dataset:
     return Subset(ALL, range(RANK, len(ALL), W))
 
@@ -85,6 +95,7 @@ STREAMS: dict[str, tuple[Callable[[], Any], int]] = {
     "a whole data set": (lambda: ALL, 2),
     "workers over a whole data set": (lambda: DataLoader(ALL, batch_size=2, num_workers=1), 2),
     "a whole data set with noise": (OwnNoise, 2),
+    "a whole data set with paths": (WithPaths, 2),
     "equal at first": (lambda: [*islice(rows(), 1), *rows(begin=1 + 5 * RANK)].__iter__(), 2),
 }
 

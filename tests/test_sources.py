@@ -46,6 +46,7 @@ def test_i43_the_same_stream_on_every_rank_is_refused_and_equal_batches_are_not(
         "a whole data set": 3,
         "workers over a whole data set": 3,
         "a whole data set with noise": 3,
+        "a whole data set with paths": 3,
     }
     split = dict.fromkeys((name for name in ranks[0] if "split by rank" in name), 0)
     assert len(split) == 4

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import os
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -59,7 +60,7 @@ def digest_of(value: Any) -> int:
     """48 bits, exact in a float64, of plain values, arrays, tensors and containers of them.
 
     Floats that are not whole enter to four digits: processors and libraries differ in the last
-    ones.
+    ones. Of the path of a file that is here, only the name enters.
 
     Raises:
         TypeError: a value of another type, which may differ between processes in ways that mean
@@ -71,6 +72,8 @@ def digest_of(value: Any) -> int:
 
 
 def _add(update: Callable[[bytes], None], value: Any) -> None:
+    if isinstance(value, str) and os.path.isabs(value) and os.path.exists(value):
+        value = os.path.basename(value)  # its folder may be this machine's own
     if value is None or isinstance(value, (bool, int, str, bytes)):
         update(repr(value).encode(errors="surrogatepass"))
     elif isinstance(value, torch.Tensor):
