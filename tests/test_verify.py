@@ -13,6 +13,7 @@ from accum_trainer import Accumulator, BatchPlan, DataError
 from accum_trainer.cli import main
 from accum_trainer.verify.big_batch import dropout_off
 from accum_trainer.verify.loop import verify_loop
+from accum_trainer.verify.loop_update import Update, measure_movement, update_check
 from accum_trainer.verify.loop_windows import windows_for
 from accum_trainer.verify.training import Subject, verify
 from tests.launching import ROOT, cli, python, torchrun
@@ -405,6 +406,16 @@ def test_update_is_shown_beside_the_right_one(reports):
         "  ragged window: weights = 0.5 * start - 0.05 * g, right start - 0.1 * g",
         "  tail window: weights = 0.5 * start - 0.045 * g, right start - 0.09 * g",
     ]
+
+
+def test_a_small_weight_decay_is_shown_with_its_size():
+    generator = torch.Generator().manual_seed(0)
+    start, gradient = torch.randn(2, 50, generator=generator)
+    after = start - 0.1 * (gradient + 1e-4 * start)
+    movement = measure_movement({"w": start}, {"w": after}, {"w": gradient})
+    check = update_check([Update("ragged window", movement, 0, 0, 1, 0.1)], lambda _: 0.1)
+    assert "the weights are also multiplied by (1 - 1e-05)" in check.meaning
+    assert "weights = (1 - 1e-05) * start - 0.1 * g" in check.details[1]
 
 
 def test_rate_that_the_loop_sets_is_said_and_not_judged(reports):

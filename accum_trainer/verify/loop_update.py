@@ -61,13 +61,16 @@ class Movement:
         moved = math.sqrt(total[_MOVED, _MOVED])
         limit = _MATCH * moved + self.rounding
         rate = -float(total[_MOVED, _GRADIENT] / total[_GRADIENT, _GRADIENT])
-        if self._left(total, rate) <= limit:
-            return 1.0, rate if moved > self.rounding else 0.0
+        alone = self._left(total, rate)
         pair = [_START, _GRADIENT]
         a, b = np.linalg.lstsq(total[np.ix_(pair, pair)], total[_MOVED, pair], rcond=None)[0]
-        if self._left(total, -float(b), float(a)) > limit:
-            return None
-        return 1 + float(a), -float(b)
+        together = self._left(total, -float(b), float(a))
+        is_small_part = (
+            together <= 0.1 * alone and alone > FLOAT32_TOLERANCE * moved + self.rounding
+        )
+        if alone <= limit and not is_small_part:
+            return 1.0, rate if moved > self.rounding else 0.0
+        return (1 + float(a), -float(b)) if together <= limit else None
 
     def _size(self, rate: float) -> float:
         """|rate * gradient|; of the gradient alone at rate 0, as in a warm-up's first update."""
@@ -182,8 +185,13 @@ def _found(update: Update, due: float) -> str:
     if fitted is None:
         return "no multiple of the gradient, nor of the weights and the gradient"
     shrink, rate = fitted
-    scaled = "" if shrink == 1 else f"{shrink:.4g} * "
+    scaled = "" if shrink == 1 else f"{_factor(shrink)} * "
     return f"weights = {scaled}start - {rate:.4g} * g, right start - {due:.4g} * g"
+
+
+def _factor(shrink: float) -> str:
+    """A factor that may be very near to 1."""
+    return f"{shrink:.4g}" if abs(1 - shrink) > 1e-3 else f"(1 - {1 - shrink:.3g})"
 
 
 def _cause(update: Update, due: float, schedule: Schedule) -> str:
@@ -197,8 +205,8 @@ def _cause(update: Update, due: float, schedule: Schedule) -> str:
     shrink, rate = fitted
     if shrink != 1:
         return (
-            f"the weights are also multiplied by {shrink:.4g}; if this is a weight decay by hand, "
-            "leave it to the optimizer"
+            f"the weights are also multiplied by {_factor(shrink)}; leave a weight decay out for "
+            "this check, by hand or in the optimizer's options"
         )
     factor = rate / due if due else math.inf
     times = f"all weights moved {factor:.4g} times as far"
