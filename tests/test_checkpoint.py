@@ -348,3 +348,16 @@ def test_a_newest_checkpoint_that_is_gone_is_told(tmp_path, caplog):
     (tmp_path / "last-checkpoint.json").write_text('{"checkpoint": "checkpoints/step-00000003"}')
     assert find_checkpoint("auto", tmp_path).name == "step-00000002"
     assert "step-00000003 is gone; continuing from" in caplog.text
+
+
+def test_a_link_in_place_of_a_folder_is_replaced_and_what_it_names_stays(tmp_path):
+    elsewhere, target, partial = (tmp_path / name for name in ("elsewhere", "model", "partial"))
+    elsewhere.mkdir()
+    (elsewhere / "mine").write_text("")
+    target.symlink_to(elsewhere)
+    partial.mkdir()
+    (partial / "new").write_text("")
+    durable.put_in_place(partial, target)
+    assert (target / "new").exists() and not target.is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "model"]
+    assert (elsewhere / "mine").exists()

@@ -92,7 +92,7 @@ def main(logs: Path, statuses: Path, train: Callable[[], None]) -> None:
     """Run `train`, which raises SystemExit at its end, as one process of a launcher."""
     follow_parent()
     rank = int(os.environ.get("RANK", "0"))
-    log = os.open(log_of(logs, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    log = os.open(log_of(logs, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     sys.stdout.flush()
     for descriptor in (1, 2):
         os.dup2(log, descriptor)

@@ -46,7 +46,7 @@ def put_in_place(partial: Path, target: Path) -> None:
         target.rename(before)
     partial.rename(target)
     sync(target.parent)
-    shutil.rmtree(before, ignore_errors=True)
+    remove(before)
 
 
 def finish_replacing(target: Path) -> None:
@@ -55,7 +55,15 @@ def finish_replacing(target: Path) -> None:
     before = _aside(target)
     if before.exists() and not target.exists():
         before.rename(target)
-    shutil.rmtree(before, ignore_errors=True)
+    remove(before)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder, as far as that is possible; of a link to one, the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def finish_replacing_in(folder: Path) -> None:

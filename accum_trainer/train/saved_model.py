@@ -6,7 +6,6 @@ Runs on the main process; `weights` are gathered before. Knows no engine.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +74,7 @@ def _write(
         OSError: writing failed; `target` is as it was.
     """
     partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    durable.remove(partial)
     try:
         model.save_pretrained(partial, state_dict=_cast(weights, dtype or torch.float32))
         if dtype is not None:
@@ -83,7 +82,7 @@ def _write(
         tokenizer.save_pretrained(partial)
         durable.put_in_place(partial, target)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        durable.remove(partial)
         raise OSError(f"{target} could not be written: {error}") from error
 
 
