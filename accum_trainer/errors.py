@@ -1,6 +1,7 @@
 """The errors a user can meet: one tree, each with the exit status of the command line.
 
-    AccumTrainerError        1   training cannot go on (every window non-finite, say)
+    AccumTrainerError        1   training cannot go on
+      DivergedError          1   too many windows in a row gave no update
       ConfigError            2   an option, or several options together, cannot be obeyed
       DataError              2   the data cannot be read, or cannot be trained on
       EngineError            2   the engine asked for is not the engine in force, or cannot do this
@@ -18,6 +19,10 @@ class AccumTrainerError(Exception):
     """Base of every error this package raises on purpose."""
 
     exit_status = 1
+
+
+class DivergedError(AccumTrainerError):
+    """Too many windows in a row gave no update."""
 
 
 class ConfigError(AccumTrainerError):

@@ -18,6 +18,12 @@ class LengthOptions(Section):
     max_hours: float | None = option(
         None, "Save and stop cleanly before this many hours have passed.", above=0
     )
+    max_skips: int = option(
+        50,
+        "End the run after this many windows in a row without an update: it has diverged. fp16 "
+        "needs about 16 to find its scale.",
+        minimum=1,
+    )
     timeout: float = option(
         1800.0,
         "End a run on several processes if no window ends for this many seconds, and say which "

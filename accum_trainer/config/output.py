@@ -15,6 +15,9 @@ class OutputOptions(Section):
     checkpoint_every: int = option(
         500, "Updates between checkpoints (one is always written at the end).", minimum=1
     )
+    checkpoint_minutes: float = option(
+        30.0, "Minutes after which a checkpoint is written before that many updates.", above=0
+    )
     keep_checkpoints: int = option(2, "Newest checkpoints to keep.", minimum=1)
     resume: str = option(
         "auto",

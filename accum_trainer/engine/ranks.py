@@ -112,9 +112,11 @@ class Ranks:
         if self.world_size > 1:
             _get_default_store().compare_set(key, "", note)
 
-    def is_posted(self, key: str) -> bool:
-        """Whether any rank has called `post_once` with `key`. Not collective."""
-        return self.world_size > 1 and bool(_get_default_store().check([key]))
+    def posted_once(self, key: str) -> str | None:
+        """The note of `post_once` under `key`, if there is one by now. Not collective."""
+        if self.world_size == 1 or not _get_default_store().check([key]):
+            return None
+        return _get_default_store().get(key).decode()
 
     def posted_so_far(self, key: str) -> list[str | None]:
         """As `posted`, with None for a rank that has posted none; does not wait."""

@@ -83,7 +83,7 @@ class HangWatch:
             is_late = not self._pauses and time.monotonic() - self._progress_at > self._timeout
             if is_late:
                 self._ranks.post_once(f"{self._key}/asked", str(self._ranks.rank))
-            if self._ranks.is_posted(f"{self._key}/asked"):
+            if self._ranks.posted_once(f"{self._key}/asked") is not None:
                 self._answer()
             if is_late and not self._ended.is_set():
                 self._end()

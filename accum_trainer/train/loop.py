@@ -12,7 +12,7 @@ import torch
 
 from accum_trainer.config import TrainConfig
 from accum_trainer.engine.memory import memory_gb, peak_gb, reset_peak
-from accum_trainer.errors import AccumTrainerError
+from accum_trainer.errors import AccumTrainerError, DivergedError
 from accum_trainer.losses.causal_lm import causal_lm_loss
 from accum_trainer.train.checkpoint_writer import CheckpointWriter
 from accum_trainer.train.evaluation import Evaluation
@@ -23,6 +23,7 @@ from accum_trainer.train.records import Record
 from accum_trainer.train.resume import capture, restore
 from accum_trainer.train.run_folder import RunFolder
 from accum_trainer.train.run_plan import describe_plan, run_plan
+from accum_trainer.train.save_times import SaveTimes
 from accum_trainer.train.saved_model import needs_only_trained_weights, save_model
 from accum_trainer.train.setup import assemble, make_accumulator
 from accum_trainer.train.stopping import StoppingPolicy
@@ -60,7 +61,7 @@ class Run:
         started = time.monotonic()
         accumulator = make_accumulator(config)
         self.engine = accumulator.engine
-        self.stopping = StoppingPolicy(accumulator, config.max_hours, started)
+        self.stopping = StoppingPolicy(accumulator, config.max_hours, config.max_skips, started)
         self.folder, lock = agree_on_folder(self.engine, config)
         self._files = RunFolder(self.folder, lock)
         self._hangs = HangWatch(self.engine, config.timeout, self._files.close)
@@ -81,6 +82,9 @@ class Run:
             output_dir=str(self.folder),
             amp=False,
             mixed_precision=self.engine.mixed_precision,
+        )
+        self._save_times = SaveTimes(
+            self.engine, config.checkpoint_every, config.checkpoint_minutes
         )
         self._plan = run_plan(self.training, self._resumed_from)
 
@@ -110,11 +114,11 @@ class Run:
                 lr = training.scheduler.get_last_lr()[0]
                 update = acc.step(training.optimizer, training.scheduler)
                 seconds = time.perf_counter() - last_ended
-                self.stopping.check(update, seconds)
                 record = self._record(update, lr, seconds, waited)
                 if not update.skipped and evaluation.is_due(update.step):
                     record["eval_loss"] = evaluation.mean_loss(self._hangs.progress)
                 self._files.write(record)
+                self.stopping.check(update, seconds)
                 with self._hangs.paused():
                     if self._is_save_due(update):
                         self.save()
@@ -164,8 +168,8 @@ class Run:
         }
 
     def _is_save_due(self, update: Update) -> bool:
-        at_interval = update.step % self.config.checkpoint_every == 0
-        return at_interval and not update.skipped and not self.training.is_done
+        is_due = self._save_times.is_due(update.step, self._files.tally.records)
+        return is_due and not update.skipped and not self.training.is_done
 
     def save(self, is_last: bool = False) -> None:
         """Begin to write a checkpoint of the last finished window. Collective; training waits for
@@ -176,6 +180,7 @@ class Run:
         started = time.perf_counter()
         step = self.training.accumulator.num_updates
         self._writer.save(step, capture(self.training, self._files.tally), is_last)
+        self._save_times.saved()
         self.stopping.note_save(max(self._writer.longest_sec, time.perf_counter() - started))
 
     @contextlib.contextmanager
@@ -189,6 +194,11 @@ class Run:
             yield
             self._hangs.stop()
             self._finish()
+        except DivergedError:
+            # The last update may have ruined the weights: they must not take a checkpoint's place.
+            self._hangs.stop()
+            self.engine.on_main(self._write_ending)
+            raise
         except GeneratorExit:  # the caller broke out of its loop, or raised in it
             self._hangs.stop()
             step = self.training.accumulator.num_updates
@@ -224,14 +234,8 @@ class Run:
         training, model = self.training, self.engine.unwrap(self.training.model)
         try:
             save_model(self.folder, self.config, model, training.tokenizer, weights)
-            title = f"{self.folder.name}: {training.schedule.plan.describe()}"
-            ending = {
-                "done": training.is_done,
-                "stopped_by": self.stopped_by,
-                "updates": training.accumulator.num_updates,
-            }
             if not failed:
-                self._files.finish(title, ending)
+                self._write_ending()
         except OSError as error:
             failed.append(str(error))
         if failed:
@@ -240,3 +244,14 @@ class Run:
                 f"it could be saved: {'; '.join(failed)}. Make room and give the same command with "
                 f"--output-dir {self.folder}: it continues from the last whole checkpoint"
             )
+
+    def _write_ending(self) -> None:
+        """Write result.json and the picture."""
+        training = self.training
+        title = f"{self.folder.name}: {training.schedule.plan.describe()}"
+        ending = {
+            "done": training.is_done,
+            "stopped_by": self.stopped_by,
+            "updates": training.accumulator.num_updates,
+        }
+        self._files.finish(title, ending)

@@ -10,12 +10,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 from accum_trainer.accumulator import Accumulator
-from accum_trainer.errors import AccumTrainerError
+from accum_trainer.errors import DivergedError
 from accum_trainer.update import Update
-
-# This many windows in a row without an update mean divergence; fp16 needs about 16 to find its
-# scale.
-MAX_SKIPPED_IN_A_ROW = 50
 
 
 class StoppingPolicy:
@@ -24,14 +20,18 @@ class StoppingPolicy:
     Args:
         accumulator: carries the request to all processes at the window's end.
         max_hours: the time limit, or None.
+        max_skips: windows in a row without an update that mean divergence.
         started: `time.monotonic()` when the run began.
 
     Attributes:
         reason: why the run stops early ("SIGTERM", "time limit", ...), else "".
     """
 
-    def __init__(self, accumulator: Accumulator, max_hours: float | None, started: float) -> None:
+    def __init__(
+        self, accumulator: Accumulator, max_hours: float | None, max_skips: int, started: float
+    ) -> None:
         self.reason = ""
+        self._max_skips = max_skips
         self._accumulator = accumulator
         self._ends = None if max_hours is None else started + max_hours * 3600
         self._longest_window = self._longest_save = 0.0
@@ -50,13 +50,15 @@ class StoppingPolicy:
         """Take note of a finished window.
 
         Raises:
-            AccumTrainerError: training has diverged.
+            DivergedError: training has diverged.
         """
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if update.skipped else 0
-        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise AccumTrainerError(
-                f"{self._skipped_in_a_row} windows in a row gave no update (last reason: "
-                f"{update.reason}); lower lr, set max_grad_norm, or look at the data"
+        if self._skipped_in_a_row >= self._max_skips:
+            self.reason = "divergence"
+            raise DivergedError(
+                f"{self._skipped_in_a_row} windows in a row gave no update (--max-skips; last "
+                f"reason: {update.reason}) after update {update.step}; lower lr, set "
+                "max_grad_norm, or look at the data"
             )
         self._longest_window = max(self._longest_window, window_seconds)
         if self._ends is not None and time.monotonic() + self._reserve() > self._ends:
