@@ -20,8 +20,12 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 from accum_trainer.launch.process import send_signal, start_of
+
+# In a launched process: its pid, and where its status belongs.
+_STATUSES = "_ACCUM_TRAINER_STATUSES"
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,20 @@ def follow_parent() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
+def end_at_once(status: int) -> NoReturn:
+    """End this process from any thread, whatever its others are inside of; a launcher that started
+    it finds the status."""
+    pid, _, statuses = os.environ.get(_STATUSES, "").partition(" ")
+    if pid == str(os.getpid()):
+        rank = int(os.environ.get("RANK", "0"))
+        ended = RankStatus(rank, os.getpid(), start_of(os.getpid()), status, time.time())
+        with contextlib.suppress(OSError):
+            ended.write(Path(statuses))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def main(logs: Path, statuses: Path, train: Callable[[], None]) -> None:
     """Run `train`, which raises SystemExit at its end, as one process of a launcher."""
     follow_parent()
@@ -98,6 +116,7 @@ def main(logs: Path, statuses: Path, train: Callable[[], None]) -> None:
         os.dup2(log, descriptor)
     running = RankStatus(rank, os.getpid(), start_of(os.getpid()))
     running.write(statuses)
+    os.environ[_STATUSES] = f"{running.pid} {statuses}"
     status = 1
     try:
         train()

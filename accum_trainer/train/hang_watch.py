@@ -37,13 +37,12 @@ class HangWatch:
     Args:
         ranks: this process among the others; one alone is not watched.
         timeout: seconds without progress until the run is ended.
-        before_end: called before this process ends, from another thread.
+        end: ends this process with an exit status, from another thread: the main one is inside a
+            library and cannot be interrupted.
     """
 
-    def __init__(
-        self, ranks: Ranks, timeout: float, before_end: Callable[[], None] = lambda: None
-    ) -> None:
-        self._ranks, self._timeout, self._before_end = ranks, timeout, before_end
+    def __init__(self, ranks: Ranks, timeout: float, end: Callable[[int], None] = os._exit) -> None:
+        self._ranks, self._timeout, self._end_process = ranks, timeout, end
         self._key = f"accum_trainer/hang-{next(_WATCHES)}"
         self._main = threading.get_ident()
         self._window, self._progress_at = 0, time.monotonic()
@@ -108,8 +107,7 @@ class HangWatch:
         if self._ended.is_set():
             return
         print(f"error: {self._words(places, hosts)}", file=sys.stderr, flush=True)
-        self._before_end()
-        os._exit(1)  # the main thread is inside a library and cannot be interrupted
+        self._end_process(1)
 
     def _words(self, places: list[str | None], hosts: list[str | None]) -> str:
         named = [f"process {i} on {host or 'an unknown host'}" for i, host in enumerate(hosts)]

@@ -13,6 +13,7 @@ import torch
 from accum_trainer.config import TrainConfig
 from accum_trainer.engine.memory import memory_gb, peak_gb, reset_peak
 from accum_trainer.errors import AccumTrainerError, DivergedError
+from accum_trainer.launch.rank import end_at_once
 from accum_trainer.losses.causal_lm import causal_lm_loss
 from accum_trainer.train.checkpoint_writer import CheckpointWriter
 from accum_trainer.train.evaluation import Evaluation
@@ -64,7 +65,7 @@ class Run:
         self.stopping = StoppingPolicy(accumulator, config.max_hours, config.max_skips, started)
         self.folder, lock = agree_on_folder(self.engine, config)
         self._files = RunFolder(self.folder, lock)
-        self._hangs = HangWatch(self.engine, config.timeout, self._files.close)
+        self._hangs = HangWatch(self.engine, config.timeout, self._end_at_once)
         self._writer = CheckpointWriter(
             self.engine, self.folder, config.keep_checkpoints, self._files.check_lock
         )
@@ -92,6 +93,10 @@ class Run:
     def stopped_by(self) -> str:
         """Why the run ended early ("SIGTERM", "time limit", ...), else ""."""
         return self.stopping.reason
+
+    def _end_at_once(self, status: int) -> None:
+        self._files.close()
+        end_at_once(status)
 
     def describe(self) -> str:
         """The lines that are shown before training."""

@@ -11,7 +11,7 @@ import textwrap
 import psutil
 import pytest
 
-from tests.end_to_end.started import Started
+from tests.end_to_end.started import Started, accum_trainer
 
 OPTIONS = (
     *("--cpu", "--batch-size", "2", "--max-seq-len", "64", "--global-batch-size", "8"),
@@ -31,7 +31,11 @@ def worker(started, rank):
     raise LookupError(rank)
 
 
-@pytest.mark.parametrize("frozen", [0, 1])
+# Rank 0 is the one whose output a launcher shows, and the one that holds the run's lock.
+EITHER = [0, pytest.param(1, marks=pytest.mark.long)]
+
+
+@pytest.mark.parametrize("frozen", EITHER)
 def test_a_frozen_process_is_named(tmp_path, frozen):
     """The store that the processes meet at is torchrun's here, so that rank 0 may freeze, too."""
     started = Started(launched("-m", "accum_trainer.train", *OPTIONS), tmp_path, cwd=tmp_path)
@@ -51,6 +55,27 @@ def test_a_frozen_process_is_named(tmp_path, frozen):
     assert f"process {frozen} on {host} did not answer (frozen, or the machine is gone)" in said
     assert f"process {other} on {host} is at " in said
     assert "continues from the last checkpoint" in said
+
+
+@pytest.mark.parametrize("frozen", EITHER)
+def test_the_launcher_shows_which_process_is_frozen(tmp_path, command, frozen):
+    """Also if that is the one whose output it shows."""
+    made = command(
+        *("config", "create", "multi-gpu", "--gpus-per-node", "2", "--cpu", "-o", "two.yaml"),
+        cwd=tmp_path,
+    )
+    assert made.status == 0, made.err
+    started = Started(accum_trainer("launch", "two.yaml", "--", *OPTIONS), tmp_path, cwd=tmp_path)
+    try:
+        started.until_update(tmp_path / "run", 3)
+        worker(started, frozen).suspend()
+        assert started.ended() == 1
+    finally:
+        if started.process.poll() is None:
+            os.killpg(started.process.pid, signal.SIGKILL)
+    host = socket.gethostname()
+    assert f"process {frozen} on {host} did not answer" in started.err
+    assert not (tmp_path / "run" / "run.lock").exists() or frozen == 0
 
 
 LOOP = """
@@ -77,6 +102,7 @@ def test_code_between_windows_that_keeps_one_process_is_named(tmp_path):
     assert f"process 0 on {host} is at " in started.err
 
 
+@pytest.mark.long
 def test_time_in_the_callers_own_code_on_all_processes_is_not_a_hang(tmp_path):
     everywhere = LOOP.replace(' and os.environ["RANK"] == "1"', "").replace("100", "8")
     (tmp_path / "loop.py").write_text(textwrap.dedent(everywhere))
