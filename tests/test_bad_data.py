@@ -67,7 +67,7 @@ REFUSED = {
     "cut.txt": ("a\né".encode()[:-1], "line 2 is not UTF-8 text: unexpected end of data"),
     "cut.jsonl": (GOOD + '{"text": "é'.encode()[:-1], "line 2 is not UTF-8 text"),
     "latin.csv": ("text\né\n".encode("latin1"), "line 2 is not UTF-8 text"),
-    "utf16.jsonl": (GOOD.decode().encode("utf-16"), "line 1 is not UTF-8 text"),
+    "utf16.jsonl": (GOOD.decode().encode("utf-16"), "line 1 is mostly NUL bytes; save it as UTF-8"),
     "utf16.txt": ("abc\nd".encode("utf-16-le"), "line 1 is mostly NUL bytes; save it as UTF-8"),
     "zeros.csv": (b"text\na\n" + bytes(4096), "line 3 is mostly NUL bytes"),
     "zeros.jsonl": (GOOD + bytes(4096), "line 2 is mostly NUL bytes"),

@@ -15,6 +15,7 @@ from accum_trainer.lm.model import load_model, load_tokenizer
 from accum_trainer.losses.packing import find_packing
 from accum_trainer.sources.collating import PackingCollator, PaddingCollator
 from accum_trainer.train import updates
+from accum_trainer.train.checkpoint import load_checkpoint
 from accum_trainer.train.loop import Run
 from accum_trainer.train.model import _check_attention
 from tests.reference import make_model
@@ -150,7 +151,7 @@ def test_model_is_written_in_the_dtype_of_its_checkpoint(bf16_checkpoint, tmp_pa
     dtype = torch.bfloat16 if asked == "auto" else torch.float32
     written = load_file(tmp_path / "model" / "model.safetensors")
     (newest,) = (tmp_path / "checkpoints").glob("step-00000002")
-    exact = load_file(newest / "model.safetensors")
+    exact = load_checkpoint(newest).model
     assert {w.dtype for w in exact.values()} == {torch.float32}
     for name, weight in written.items():
         assert weight.dtype == dtype and torch.equal(weight, exact[name].to(dtype)), name

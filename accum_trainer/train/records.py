@@ -157,8 +157,8 @@ def _copy_records(source: Path, targets: list[Path], kept: Tally) -> int:
         target.unlink(missing_ok=True)  # a link would take the content elsewhere
     count, files = 0, [open(target, "w", encoding="utf-8") for target in targets]  # noqa: SIM115
     try:
-        for record in _records_in(source) if kept.records else ():
-            if record["batch_idx"] > kept.num_micro_batches:
+        for record in _records_in(source, needed=["batch_idx"]) if kept.records else ():
+            if (record["batch_idx"] or 0) > kept.num_micro_batches:
                 break
             count += 1
             for file in files:
@@ -191,16 +191,18 @@ def read_records(path: Path, keys: Collection[str] | None = None) -> list[Record
     """The records of a metrics.jsonl, without a last line that a killed process left unfinished.
 
     Args:
-        keys: those to keep of each record; None keeps all.
+        keys: numbers to keep of each record, of which `eval_loss` may be missing; None keeps all.
     """
+    needed = [key for key in keys or () if key != "eval_loss"]
     return [
         record if keys is None else {key: record[key] for key in keys if key in record}
-        for record in _records_in(path)
+        for record in _records_in(path, needed)
     ]
 
 
-def _records_in(path: Path) -> Iterator[Record]:
-    """Record by record; damaged lines are left out with a warning."""
+def _records_in(path: Path, needed: Collection[str] = ()) -> Iterator[Record]:
+    """Record by record; damaged lines, and records without the needed numbers, are left out with a
+    warning."""
     if not path.exists():
         return
     with open(path, "rb") as file:
@@ -209,9 +211,14 @@ def _records_in(path: Path) -> Iterator[Record]:
                 return
             try:
                 record = json.loads(line)
-                if not isinstance(record["batch_idx"], int):
+                if not isinstance(record, dict) or not all(_is_number(record, k) for k in needed):
                     raise ValueError
-            except (ValueError, KeyError, TypeError, RecursionError):
+            except (ValueError, RecursionError):
                 logger.warning("line %d of %s is damaged and left out", number, path)
                 continue
             yield record
+
+
+def _is_number(record: Record, key: str) -> bool:
+    """Whether a record has a number, or null for one that does not exist, under `key`."""
+    return key in record and isinstance(record[key], int | float | None)
