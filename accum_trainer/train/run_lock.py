@@ -3,14 +3,15 @@
 The lock is a file that its owner touches every few seconds. On the owner's own host, the process
 that it names tells whether it is alive; from another host, the time of the last touch does, by the
 clock of the file server. A lock whose owner is gone is taken over, so a run that was killed
-continues without anybody's help. Locks of the operating system are not used: some shared file
-systems do not have them, and they pass to the loader's worker processes. Knows no run.
+continues without anybody's help. The operating system's locks are not used for the run itself:
+some shared file systems do not have them, and they pass to the loader's worker processes.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +52,19 @@ class RunLock:
             ConfigError: another process, which is alive, has locked it.
         """
         path, owner = folder / LOCK, _this_process()
-        while not _create(path, owner):
-            found = _read(path)
-            if found is None:  # released meanwhile
-                continue
-            _wait_for_its_end(path, found)
-            _remove(path, found)
-            logger.info("the lock of %s was left by a process that is gone: %s", folder, found)
-        return cls(path, owner)
+        gone: dict[str, Any] | None = None  # an owner that is known to be dead
+        while True:
+            with _one_at_a_time(folder):
+                if _create(path, owner):
+                    return cls(path, owner)
+                found = _read(path)
+                if found is not None and found == gone:
+                    path.unlink(missing_ok=True)
+                    logger.info("the lock of %s was left by %s that is gone", folder, _named(found))
+                    continue
+            if found is not None:  # else it was released meanwhile
+                _wait_for_its_end(path, found)
+                gone = found
 
     def check(self) -> None:
         """Raise an AccumTrainerError if another process has taken the lock, because this one gave
@@ -163,14 +170,18 @@ def _runs_here(owner: dict[str, Any]) -> bool:
         return False
 
 
-def _remove(path: Path, owner: dict[str, Any]) -> None:
-    """Remove the lock of an owner that is gone, and no other that was made meanwhile."""
-    aside = path.with_name(f".{LOCK}-{uuid.uuid4().hex}")
-    with contextlib.suppress(FileNotFoundError):
-        path.rename(aside)
-        if _read(aside) != owner:
-            _link(aside, path)
-        aside.unlink()
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Keep others from taking a lock over at the same moment: two that remove a dead owner's lock
+    could remove each other's. The system frees this at once if the process dies; where a file
+    system cannot do it, the moment is a few milliseconds."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _touched(path: Path) -> float:

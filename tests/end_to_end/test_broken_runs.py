@@ -272,7 +272,8 @@ def test_whoever_was_taken_for_dead_writes_no_more(tmp_path):
     assert path.exists()
 
 
-def test_of_many_that_start_at_once_one_gets_the_lock(tmp_path):
+@pytest.mark.parametrize("round_", range(5))
+def test_of_many_that_start_at_once_one_gets_the_lock(tmp_path, round_):
     locked_by(tmp_path, host=socket.gethostname(), process=2**22 + 1, started=0.0)
     got, refused, start = [], [], threading.Barrier(16)
 
