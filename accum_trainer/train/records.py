@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import stat
+import zlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ class Tally:
         num_targets: targets of all updates.
         loss: of the last update.
         eval_loss: of the last evaluation.
+        checksum: CRC-32 of the records' lines.
     """
 
     records: int = 0
@@ -41,11 +43,13 @@ class Tally:
     num_targets: int = 0
     loss: float | None = None
     eval_loss: float | None = None
+    checksum: int = 0
 
     def add(self, record: Record) -> None:
         """Count one more record."""
         self.records += 1
         self.num_micro_batches = record["batch_idx"]
+        self.checksum = zlib.crc32(_line(record).encode(), self.checksum)
         if record["skipped"]:
             self.skipped += 1
             return
@@ -57,8 +61,8 @@ class Tally:
 
     def totals(self) -> dict[str, Any]:
         """The part of it that result.json has."""
-        counted = dataclasses.asdict(self)
-        return {k: v for k, v in counted.items() if k not in ("records", "num_micro_batches")}
+        inner = ("records", "num_micro_batches", "checksum")
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in inner}
 
 
 class RecordWriter:
@@ -86,7 +90,14 @@ class RecordWriter:
         # A pipe or a terminal gets only the records to come.
         files = [target for target in targets if not _is_stream(target)]
         partials = [target.with_name(f"{target.name}.partial") for target in files]
-        found = _copy_records(source, partials, kept)
+        found, checksum = _copy_records(source, partials, kept)
+        if found == kept.records and checksum != kept.checksum:
+            logger.warning(
+                "the records in %s are not those that were written before the checkpoint: some "
+                "line was changed; nothing but the records depends on it",
+                source,
+            )
+        kept.checksum = checksum  # of what is there: said once
         if found < kept.records:
             logger.warning(
                 "%s has %d of the %d records that were written before the checkpoint; the others "
@@ -151,22 +162,24 @@ class _LineFile:
         self._file.close()
 
 
-def _copy_records(source: Path, targets: list[Path], kept: Tally) -> int:
-    """Write those records of `source` that `kept` counts to each target; return how many."""
+def _copy_records(source: Path, targets: list[Path], kept: Tally) -> tuple[int, int]:
+    """Write those records of `source` that `kept` counts to each target; return how many, and
+    their checksum."""
     for target in targets:
         target.unlink(missing_ok=True)  # a link would take the content elsewhere
-    count, files = 0, [open(target, "w", encoding="utf-8") for target in targets]  # noqa: SIM115
+    count, checksum, files = 0, 0, [open(target, "w", encoding="utf-8") for target in targets]  # noqa: SIM115
     try:
         for record in _records_in(source, needed=["batch_idx"]) if kept.records else ():
             if (record["batch_idx"] or 0) > kept.num_micro_batches:
                 break
             count += 1
+            checksum = zlib.crc32(_line(record).encode(), checksum)
             for file in files:
                 file.write(_line(record))
     finally:
         for file in files:
             file.close()
-    return count
+    return count, checksum
 
 
 def _followed(path: Path) -> Path:

@@ -105,6 +105,20 @@ def test_records_that_are_lost_or_damaged_cost_nothing_else(train, four, run):
     assert result["num_samples"] == 5 * 2 and result["updates"] == 5
 
 
+def test_a_record_that_was_changed_is_told(train, run):
+    """One digit of a loss, which is still a record."""
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    longer = ["5" if value == "4" else value for value in SHORT]
+    changed = lines[1].replace('"loss": 8.', '"loss": 9.')
+    assert changed != lines[1]
+    (run / "metrics.jsonl").write_text("".join([lines[0], changed, *lines[2:]]))
+    finished = train(*longer)
+    assert finished.status == 0
+    assert "are not those that were written before the checkpoint" in finished.err
+    again = train(*("6" if value == "4" else value for value in SHORT))
+    assert again.status == 0 and "are not those" not in again.err
+
+
 def test_a_checkpoint_copied_alone_is_enough(train, run, tmp_path):
     shutil.copytree(run / "checkpoints" / "step-00000004", tmp_path / "copied")
     longer = ["5" if value == "4" else value for value in SHORT]
