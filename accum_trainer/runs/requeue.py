@@ -17,7 +17,7 @@ from typing import Any
 from accum_trainer.errors import AccumTrainerError
 from accum_trainer.launch.node_ending import take_endings
 from accum_trainer.launch.signals import STOPPED_AND_SAVED
-from accum_trainer.train.run_folder import CHECKPOINTS, LOGS, RESULT
+from accum_trainer.train.run_folder import CHECKPOINTS, DIVERGENCE, LOGS, RESULT
 
 REQUEUES = "requeues.json"
 
@@ -50,6 +50,8 @@ def decide(run: Path, status: int, batch_start: str | None, max_without_progress
     if result.get("done") is True:
         (run / LOGS / REQUEUES).unlink(missing_ok=True)
         return Verdict(0, "the run is done")
+    if result.get("stopped_by") == DIVERGENCE:
+        return Verdict(failed[0] if failed else 1, "diverged, and not requeued")
     updates, before = _updates(run, result), _read(run / LOGS / REQUEUES)
     noted, idle = _number(before.get("updates")), _number(before.get("without_progress"))
     if updates > noted and (result or not failed) and (result or any(statuses)):

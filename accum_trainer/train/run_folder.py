@@ -43,6 +43,8 @@ CONFIG, PLAN, METRICS, PICTURE, RESULT, LOGS, CHECKPOINTS, LAST, MODEL, MERGED =
     "model",
     "model-merged",
 )
+# `stopped_by` in result.json of a run that diverged.
+DIVERGENCE = "divergence"
 
 
 def new_run_folder(model: str) -> Path:

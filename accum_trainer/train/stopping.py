@@ -11,6 +11,7 @@ from types import FrameType
 
 from accum_trainer.accumulator import Accumulator
 from accum_trainer.errors import DivergedError
+from accum_trainer.train.run_folder import DIVERGENCE
 from accum_trainer.update import Update
 
 
@@ -54,7 +55,7 @@ class StoppingPolicy:
         """
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if update.skipped else 0
         if self._skipped_in_a_row >= self._max_skips:
-            self.reason = "divergence"
+            self.reason = DIVERGENCE
             raise DivergedError(
                 f"{self._skipped_in_a_row} windows in a row gave no update (--max-skips; last "
                 f"reason: {update.reason}) after update {update.step}; lower lr, set "
