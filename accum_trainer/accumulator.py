@@ -51,8 +51,8 @@ class Accumulator:
             nothing fails: under DDP and ZeRO-1 not in a window's last micro-batch, whose backward
             reduces gradients, until one has failed. `always` reduces after that backward. `never`
             lets the error through.
-        allow_batch_norm: BatchNorm in train mode takes statistics over each micro-batch, so its
-            update depends on the cut. Such a model is refused unless this is True.
+        allow_batch_norm: in train mode BatchNorm takes statistics over each micro-batch, and
+            spectral norm moves with each, so the cut changes the update: refused unless True.
         accelerator: the Accelerator to use; otherwise one is made from `accelerator_kwargs`, which
             may also name `zero_stage` (0 to 3) and `cpu_offload` for DeepSpeed, or `fsdp=True` for
             FSDP2.

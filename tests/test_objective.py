@@ -296,6 +296,28 @@ def test_batch_norm_is_refused_unless_frozen_or_accepted():
     attempt(frozen)
 
 
+@pytest.mark.parametrize(
+    "spectral", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm]
+)
+def test_spectral_norm_is_refused_unless_frozen_or_accepted(spectral):
+    def attempt(freeze=False, **options):
+        acc = Accumulator(micro_batch_size=2, gradient_accumulation_steps=2, cpu=True, **options)
+        model = nn.Sequential(spectral(nn.Linear(3, 4)), nn.Linear(4, 1))
+        if freeze:
+            model[0].eval()
+        model, optimizer = acc.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        for window in acc.windows(iter([torch.randn(2, 3)] * 2), count_targets=len):
+            for x in window:
+                with acc.accumulate(model):
+                    acc.backward(model(x).sum(), reduction="sum")
+            acc.step(optimizer)
+
+    with pytest.raises(EngineError, match="1 modules with spectral norm in train mode"):
+        attempt()
+    attempt(allow_batch_norm=True)
+    attempt(freeze=True)
+
+
 def test_labels_that_nobody_can_count_are_refused():
     class Logits(nn.Module):
         def __init__(self):

@@ -25,6 +25,7 @@ from accum_trainer.losses.objective import (
     Objective,
     batch_statistics,
     find_objective,
+    moving_estimates,
     unproven,
 )
 from accum_trainer.losses.outputs import Call, OutputWatch
@@ -169,7 +170,8 @@ class LossContract:
         return unproven(batch, given, reason)
 
     def check_batch_norm(self) -> None:
-        """Check that no BatchNorm would normalise over parts of a split batch.
+        """Check that no BatchNorm would normalise over parts of a split batch, and that no
+        spectral norm would move with each part.
 
         Raises:
             EngineError: one is in training mode, that is not accepted, and batches are split.
@@ -184,6 +186,14 @@ class LossContract:
                 "statistics, so the update depends on how the batch is split. Freeze them "
                 "(module.eval() after model.train()), use GroupNorm, or accept it with "
                 "Accumulator(allow_batch_norm=True)"
+            )
+        moving = [name for model in self._models for name in moving_estimates(model)]
+        if moving:
+            raise EngineError(
+                f"the model has {len(moving)} modules with spectral norm in train mode "
+                f"({', '.join(moving[:3])}): each micro-batch moves their estimate, so the update "
+                "depends on how the batch is split. Freeze the estimate (module.eval() after "
+                "model.train()), or accept it with Accumulator(allow_batch_norm=True)"
             )
 
     # --- a loss, as it is passed to backward ---

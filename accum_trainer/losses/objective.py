@@ -22,6 +22,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from accum_trainer.batch import IGNORE, Batch, num_samples
 from accum_trainer.errors import DataError
@@ -117,6 +119,18 @@ def batch_statistics(model: torch.nn.Module) -> list[str]:
     """Names of the modules that normalise over each micro-batch: BatchNorm in training mode."""
     modules = model.named_modules()
     return [name for name, m in modules if isinstance(m, _BatchNorm) and m.training]
+
+
+def moving_estimates(model: torch.nn.Module) -> list[str]:
+    """Names of the modules whose weight depends on how many forwards there were: spectral norm in
+    training mode, which takes a step of its power iteration in each."""
+    modules = dict(model.named_modules())
+    found = [name for name, m in modules.items() if isinstance(m, _SpectralNorm) and m.training]
+    for name, m in modules.items():
+        hooks = m._forward_pre_hooks.values()  # noqa: SLF001 - torch has no public name
+        if m.training and any(isinstance(hook, SpectralNorm) for hook in hooks):
+            found.append(name)
+    return found
 
 
 def unproven(
