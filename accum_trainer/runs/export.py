@@ -13,7 +13,7 @@ from accum_trainer.errors import CheckpointError, ConfigError
 from accum_trainer.lm.model import load_model, load_tokenizer
 from accum_trainer.train.checkpoint import check_same_weights, load_checkpoint
 from accum_trainer.train.checkpoint_folder import find_checkpoint
-from accum_trainer.train.run_folder import CONFIG, holds_run
+from accum_trainer.train.run_folder import CONFIG
 from accum_trainer.train.saved_model import write_model
 
 
@@ -34,7 +34,7 @@ def export(source: Path, target: Path, trust_remote_code: bool = False) -> Path:
     checkpoint = find_checkpoint(str(source), None, option="source")
     assert checkpoint is not None  # of a path that is named
     run = checkpoint.absolute().parent.parent
-    if not holds_run(run):
+    if not (run / CONFIG).is_file():
         raise CheckpointError(
             f"{checkpoint} lies in no run directory ({run / CONFIG} is missing), so the model that "
             "it belongs to is not known; put it back into its run"

@@ -115,8 +115,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def holds_run(path: Path) -> bool:
-    """Whether a run was started in this directory."""
-    return (path / CONFIG).is_file()
+    """Whether a run was started in this directory: one of its files may have been lost."""
+    found = {name for name in (CONFIG, PLAN, METRICS, LAST) if (path / name).is_file()}
+    return bool(found & {CONFIG, LAST}) or found == {PLAN, METRICS}
 
 
 class RunFolder:

@@ -66,6 +66,18 @@ def test_a_saved_run_without_checkpoints_is_refused_and_not_touched(train, run, 
     assert content(run) == before
 
 
+@pytest.mark.parametrize(
+    "lost", ["config.yaml", "plan.json", "metrics.jsonl", "result.json", "last-checkpoint.json"]
+)
+def test_any_file_beside_the_checkpoints_may_be_lost(train, four, run, lost):
+    (run / lost).unlink()
+    longer = ["5" if value == "4" else value for value in SHORT]
+    finished = train(*longer)
+    assert finished.status == 0, finished.err
+    assert "continued from run/checkpoints/step-00000004 after 4 updates" in finished.err
+    assert (run / lost).is_file()
+
+
 def test_anew_replaces_the_run(train, four, run):
     shutil.rmtree(run / "checkpoints")
     assert train(*SHORT, "--resume", "anew").status == 0
