@@ -24,6 +24,7 @@ from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeo
 from accum_trainer.errors import AccumTrainerError, EngineError
 
 PATIENCE = timedelta(hours=24)
+_LONGEST_SEC = 1e9  # that backends can count in milliseconds
 T = TypeVar("T")
 
 
@@ -92,7 +93,7 @@ class Ranks:
         """Let an exchange in training wait for other ranks for so long, whatever the backend's own
         limit."""
         if self.world_size > 1:
-            _set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
+            _set_pg_timeout(timedelta(seconds=min(seconds, _LONGEST_SEC)), dist.group.WORLD)
 
     def post(self, key: str, note: str) -> None:
         """Replace this rank's note under `key`. Not collective, and does not wait."""

@@ -178,23 +178,18 @@ class LossContract:
         """
         if self.allow_batch_norm or not self._is_split:
             return
-        names = [name for model in self._models for name in batch_statistics(model)]
-        if names:
-            raise EngineError(
-                f"the model has {len(names)} BatchNorm modules in train mode "
-                f"({', '.join(names[:3])}): each micro-batch would be normalised by its own "
-                "statistics, so the update depends on how the batch is split. Freeze them "
-                "(module.eval() after model.train()), use GroupNorm, or accept it with "
-                "Accumulator(allow_batch_norm=True)"
-            )
-        moving = [name for model in self._models for name in moving_estimates(model)]
-        if moving:
-            raise EngineError(
-                f"the model has {len(moving)} modules with spectral norm in train mode "
-                f"({', '.join(moving[:3])}): each micro-batch moves their estimate, so the update "
-                "depends on how the batch is split. Freeze the estimate (module.eval() after "
-                "model.train()), or accept it with Accumulator(allow_batch_norm=True)"
-            )
+        for find, what, why in (
+            (batch_statistics, "BatchNorm modules", "takes its own statistics"),
+            (moving_estimates, "modules with spectral norm", "moves their estimate"),
+        ):
+            names = [name for model in self._models for name in find(model)]
+            if names:
+                raise EngineError(
+                    f"the model has {len(names)} {what} in train mode ({', '.join(names[:3])}): "
+                    f"each micro-batch {why}, so the update depends on how the batch is split. "
+                    "Freeze them (module.eval() after model.train()), use another normalisation, "
+                    "such as GroupNorm, or accept it with Accumulator(allow_batch_norm=True)"
+                )
 
     # --- a loss, as it is passed to backward ---
 
