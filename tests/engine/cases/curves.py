@@ -12,11 +12,7 @@ from accum_trainer import causal_lm_loss
 from accum_trainer.sources.collating import PackingCollator
 from accum_trainer.window_plan import Cut
 from tests.engine.cases.probing import accumulator, case, lengths, planned, world_size
-from tests.reference import (
-    make_model,
-    make_rows,
-    pad,
-)
+from tests.reference import make_model, make_rows, pad
 
 
 def curve_of_one_big_batch(rows: list[dict], updates: int) -> list[float]:

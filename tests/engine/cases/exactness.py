@@ -21,11 +21,7 @@ from tests.engine.cases.probing import (
     summed,
     world_size,
 )
-from tests.reference import (
-    make_model,
-    make_rows,
-    pad,
-)
+from tests.reference import make_model, make_rows, pad
 
 
 def _planned_case(kind: str, **options: Any) -> dict[str, Any]:

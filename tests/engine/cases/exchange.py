@@ -22,12 +22,7 @@ from tests.engine.cases.probing import (
     rank,
     world_size,
 )
-from tests.reference import (
-    make_model,
-    make_rows,
-    pad,
-    relative_error,
-)
+from tests.reference import make_model, make_rows, pad, relative_error
 
 
 @case

@@ -20,12 +20,7 @@ from tests.engine.cases.probing import (
     planned,
     world_size,
 )
-from tests.reference import (
-    make_model,
-    make_rows,
-    pad,
-    relative_error,
-)
+from tests.reference import make_model, make_rows, pad, relative_error
 
 
 @case_of_accelerate

@@ -18,13 +18,7 @@ from tests.engine.cases.probing import (
     world_size,
 )
 from tests.engine.cases.usage import refusal
-from tests.reference import (
-    big_batch,
-    make_model,
-    make_rows,
-    pad,
-    relative_error,
-)
+from tests.reference import big_batch, make_model, make_rows, pad, relative_error
 
 
 @case

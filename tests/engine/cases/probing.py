@@ -13,11 +13,7 @@ from torch.utils.data import DataLoader
 
 from accum_trainer import Accumulator, causal_lm_loss
 from accum_trainer.window_plan import global_order, windows_of
-from tests.reference import (
-    big_batch,
-    num_targets,
-    relative_error,
-)
+from tests.reference import big_batch, num_targets, relative_error
 
 CASES: dict[str, Callable[[], dict[str, Any]]] = {}
 

@@ -11,12 +11,7 @@ from torch.utils.data import DataLoader
 
 from accum_trainer import EngineError, causal_lm_loss
 from tests.engine.cases.probing import ENGINE, Probe, accumulator, case, planned
-from tests.reference import (
-    make_model,
-    make_rows,
-    pad,
-    relative_error,
-)
+from tests.reference import make_model, make_rows, pad, relative_error
 
 
 @case

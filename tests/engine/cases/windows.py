@@ -19,12 +19,7 @@ from tests.engine.cases.probing import (
     case_of_accelerate,
     planned,
 )
-from tests.reference import (
-    make_model,
-    make_rows,
-    pad,
-    relative_error,
-)
+from tests.reference import make_model, make_rows, pad, relative_error
 
 
 @case
