@@ -12,6 +12,7 @@ import yaml
 
 from accum_trainer.train.records import read_records
 from tests.launching import python, run, torchrun
+from tests.made_runs import write_sums
 
 RUN_37 = [
     "--batch-size",
@@ -26,10 +27,8 @@ RUN_37 = [
 
 
 @pytest.fixture
-def tiny_rows(rows_file):
-    return rows_file(
-        "rows.jsonl", [{"prompt": f"{n} plus {n} is ", "completion": f"{2 * n}"} for n in range(70)]
-    )
+def tiny_rows(tmp_path_factory):
+    return write_sums(tmp_path_factory.mktemp("data") / "rows.jsonl", 70)
 
 
 def records_of(folder):
@@ -385,46 +384,6 @@ def test_breaking_out_saves_the_run(tmp_path):
     assert len(records_of(tmp_path / "run")) == 3
     assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()
     assert (tmp_path / "run" / "model" / "config.json").is_file()
-
-
-def test_diverged_training_ends_with_status_1(train, tmp_path, tiny_rows):
-    finished = train(
-        "--dataset-file",
-        tiny_rows,
-        "--batch-size",
-        "1",
-        "--epochs",
-        "2",
-        "--lr",
-        "1e30",
-        "--max-grad-norm",
-        "none",
-        "--output-dir",
-        "run",
-    )
-    assert finished.status == 1
-    assert "50 windows in a row gave no update (--max-skips; last reason: non-finite)" in (
-        finished.error
-    )
-    # Its weights are ruined: they replace no checkpoint and become no model.
-    assert not (tmp_path / "run" / "checkpoints").exists()
-    assert not (tmp_path / "run" / "model").exists()
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert (result["done"], result["stopped_by"]) == (False, "divergence")
-    assert result["skipped"] == 50
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_checkpoints_by_time(tmp_path, tiny_rows, processes):
-    """Long before as many updates are made: on two processes, at the same ones."""
-    argv = [
-        *("--cpu", "--dataset-file", tiny_rows, "--batch-size", "1", "--steps", "12"),
-        *("--checkpoint-minutes", "0.0001", "--keep-checkpoints", "100", "--output-dir", "run"),
-    ]
-    done = torchrun(processes, "accum_trainer.train", *argv, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    steps = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert len(steps) >= 4 and steps[-1] == "step-00000012"
 
 
 def test_columns_and_chat_template_are_part_of_the_run(train, tmp_path):
