@@ -67,9 +67,7 @@ class ShardedState(FullState):
         return weight
 
     def _set_weight(self, parameter: torch.Tensor, value: torch.Tensor) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        safe_set_full_fp32_param(parameter, value.to(self.device))
+        self._set_fragment(parameter, None, value)
         # DeepSpeed makes the copy that the forward uses at a step only.
         self._set_forward_weight(parameter, value)
 
@@ -93,8 +91,6 @@ class ShardedState(FullState):
         parameter: torch.Tensor,
         state: dict[str, torch.Tensor],
     ) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
-
         if not self._inner_states():
             self._make_inner_states(state)
         for key, value in state.items():
@@ -102,7 +98,7 @@ class ShardedState(FullState):
                 for inner in self._inner_states():
                     inner[key] = value.clone()
             else:
-                safe_set_full_optimizer_state(parameter, value.to(self.device), key)
+                self._set_fragment(parameter, key, value)
 
     def _without_state(self, optimizer: AcceleratedOptimizer) -> list[torch.Tensor]:
         return [] if self._inner_states() else self._shards()
@@ -134,6 +130,10 @@ class ShardedState(FullState):
         """(begin, values) of this rank's float32 part of a weight, or of its optimizer state."""
         raise NotImplementedError
 
+    def _set_fragment(self, parameter: torch.Tensor, key: str | None, value: torch.Tensor) -> None:
+        """Set what `_fragment` gives, out of the whole `value`."""
+        raise NotImplementedError
+
     def _whole_frozen(self, parameter: torch.Tensor) -> torch.Tensor:
         return parameter
 
@@ -154,6 +154,14 @@ class FlatState(ShardedState):
             return 0, torch.empty(0)
         return part.lp_fragment_address.start, part.get_hp_fragment(key).detach().reshape(-1)
 
+    def _set_fragment(self, parameter: torch.Tensor, key: str | None, value: torch.Tensor) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if key is None:
+            safe_set_full_fp32_param(parameter, value.to(self.device))
+        else:
+            safe_set_full_optimizer_state(parameter, value.to(self.device), key)
+
     def _link_states(self) -> None:
         # DeepSpeed links them once, when the first of several parameter groups has stepped and the
         # others have no state.
@@ -170,16 +178,22 @@ class PartitionedState(ShardedState):
         return tuple(cast(Any, parameter).ds_shape)
 
     def _fragment(self, parameter: torch.Tensor, key: str | None) -> tuple[int, torch.Tensor]:
-        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
-
-        local: torch.Tensor = (
-            safe_get_local_fp32_param(parameter)
-            if key is None
-            else safe_get_local_optimizer_state(parameter, key)
-        )
+        local = _local(parameter, key)
         begin = self.rank * local.numel()
         rest = cast(Any, parameter).ds_numel - begin
         return begin, local.detach().reshape(-1)[: max(0, rest)]  # the last one is padded
+
+    def _set_fragment(self, parameter: torch.Tensor, key: str | None, value: torch.Tensor) -> None:
+        # DeepSpeed's setters of whole tensors read beyond the end of one that is padded.
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        local, flat = torch.zeros_like(_local(parameter, key)), value.reshape(-1)
+        own = flat[self.rank * local.numel() :][: local.numel()]
+        local[: own.numel()] = own.to(local.device)
+        if key is None:
+            safe_set_local_fp32_param(parameter, local)
+        else:
+            safe_set_local_optimizer_state(parameter, local, key)
 
     def _shards(self) -> list[torch.Tensor]:
         return list(self._deepspeed.optimizer.fp32_partitioned_groups_flat)
@@ -195,6 +209,18 @@ class PartitionedState(ShardedState):
 
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             super()._set_forward_weight(parameter, value)
+
+
+def _local(parameter: torch.Tensor, key: str | None) -> torch.Tensor:
+    """This rank's part of a weight under stage 3, or of its optimizer state, with its padding."""
+    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+    local: torch.Tensor = (
+        safe_get_local_fp32_param(parameter)
+        if key is None
+        else safe_get_local_optimizer_state(parameter, key)
+    )
+    return local
 
 
 def _is_number(value: Any) -> bool:
