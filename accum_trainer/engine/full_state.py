@@ -109,7 +109,8 @@ class FullState(Ranks):
         if self.is_main:  # buffers may differ between ranks; those of rank 0 hold
             for name, b in persistent_buffers(plain).items():
                 found.append(Part(weight_name(name), tuple(b.shape), 0, b.detach().reshape(-1)))
-        return [part for part in found if part.values.numel()]
+        # Of a tensor without elements rank 0 has all: its name and shape.
+        return [p for p in found if p.values.numel() or (self.is_main and 0 in p.shape)]
 
     def optimizer_groups(self, optimizer: AcceleratedOptimizer) -> list[dict[str, Any]]:
         """The options of each group, such as lr and betas."""

@@ -47,6 +47,12 @@ _DTYPES = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.complex64: "C64",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
 }
 
 
@@ -125,6 +131,11 @@ def write_part(path: Path, snapshot: Snapshot) -> dict[str, Any]:
     }
     end = 0
     for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{name.partition('@')[0]} is {tensor.dtype}, which safetensors files cannot hold; "
+                "use another dtype, or for a buffer persistent=False"
+            )
         begin, end = end, end + tensor.nbytes
         entry = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape)}
         header[name] = entry | {"data_offsets": [begin, end]}

@@ -64,6 +64,7 @@ def parts_of_all_ranks_are_the_whole_state() -> dict[str, Any]:
     """What the ranks would write, put together, against what the engine gathers."""
     acc = accumulator(2, global_batch_size=8)
     model = make_model("llama")
+    model.register_buffer("empty", torch.empty(0, 3))
     prepared, optimizer = acc.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
     found = {}
     for when, window in zip(("first", "second"), acc.windows(make_rows(16), collate_fn=pad)):  # noqa: B905
