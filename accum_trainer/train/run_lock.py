@@ -1,9 +1,10 @@
 """One process at a time trains in a run directory: run.lock names it.
 
-The lock is a file that its owner touches every few seconds. On the owner's own host, the process
-that it names tells whether it is alive; from another host, the time of the last touch does, by the
-clock of the file server. A lock whose owner is gone is taken over, so a run that was killed
-continues without anybody's help. The operating system's locks are not used for the run itself:
+The lock is a file that its owner touches every few seconds. On the owner's host, and in its
+container, the process that it names tells whether it is alive; elsewhere the touches do, by the
+clock of the file server. They also tell a lock that was copied with its directory, whose owner
+trains in the original. A lock whose owner is gone is taken over, so a run that was killed continues
+without anybody's help. The operating system's locks are not used for the run itself:
 some shared file systems do not have them, and they pass to the loader's worker processes.
 """
 
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 LOCK = "run.lock"
 BEAT_SEC = 10.0
-# Without a touch for so long, an owner on another host is taken for dead.
+# Without a touch for so long, an owner on another host or container is taken for dead.
 SILENT_SEC = 60.0
 
 
@@ -90,27 +91,50 @@ class RunLock:
 
 
 def _this_process() -> dict[str, Any]:
-    own = psutil.Process()
     return {
         "host": socket.gethostname(),
-        "process": own.pid,
-        "started": own.create_time(),
+        "machine": this_machine(),
+        "process": os.getpid(),
+        "started": start_of(os.getpid()),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         "id": uuid.uuid4().hex,  # of this lock
     }
 
 
+def this_machine() -> str | None:
+    """Names the processes that this one can see: containers may share a host name, and one number
+    is another process in each. None where the system has no such name."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
+def start_of(process: int) -> float:
+    """When a process started, in seconds since the system did: the clock may be set meanwhile.
+
+    Raises:
+        psutil.NoSuchProcess: there is none with this number.
+    """
+    try:
+        stat = Path(f"/proc/{process}/stat").read_bytes()
+        return int(stat.rpartition(b")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, IndexError):  # gone, or not Linux
+        return float(psutil.Process(process).create_time())
+
+
 def _create(path: Path, owner: dict[str, Any]) -> bool:
     """Create the lock, whole, unless there is one."""
     partial = path.with_name(f".{LOCK}-{owner['id']}")
-    partial.write_text(json.dumps(owner) + "\n", encoding="utf-8")
     try:
-        return _link(partial, path)
+        _write(partial, owner)
+        return _link(partial, path, owner)
     finally:
-        partial.unlink()
+        partial.unlink(missing_ok=True)
 
 
-def _link(source: Path, path: Path) -> bool:
+def _link(source: Path, path: Path, owner: dict[str, Any]) -> bool:
     """Give the file `source` the name `path`, too, unless it is taken."""
     try:
         os.link(source, path)
@@ -118,11 +142,17 @@ def _link(source: Path, path: Path) -> bool:
         return False
     except OSError:  # a file system without links
         try:
-            with open(path, "x", encoding="utf-8") as file:
-                file.write(source.read_text(encoding="utf-8"))
+            _write(path, owner)
         except FileExistsError:
             return False
     return True
+
+
+def _write(path: Path, owner: dict[str, Any]) -> None:
+    """Write `owner`, with the number of its file, into a new file: a copy has another number."""
+    with open(path, "x", encoding="utf-8") as file:
+        owner["file"] = os.fstat(file.fileno()).st_ino
+        file.write(json.dumps(owner) + "\n")
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -142,12 +172,14 @@ def _wait_for_its_end(path: Path, owner: dict[str, Any]) -> None:
     Raises:
         ConfigError: it is alive.
     """
-    if owner.get("host") == socket.gethostname():
-        if _runs_here(owner):
-            raise _in_use(path, owner)
+    here = owner.get("host") == socket.gethostname() and owner.get("machine") == this_machine()
+    if here and not _runs_here(owner):
         return
-    first = _touched(path)
-    while (silent := _now(path.parent) - first) < SILENT_SEC:
+    first, began = _touched(path), time.monotonic()
+    if here and _is_its_own(path, owner):
+        raise _in_use(path, owner)
+    # The last touch may be in the future, of a clock that was set back or of a copied file.
+    while (silent := max(_now(path.parent) - first, time.monotonic() - began)) < SILENT_SEC:
         logger.warning(
             "%s was locked by %s; waiting up to %.0f s for a sign of life",
             *(path.parent, _named(owner), SILENT_SEC - silent),
@@ -163,11 +195,17 @@ def _wait_for_its_end(path: Path, owner: dict[str, Any]) -> None:
 def _runs_here(owner: dict[str, Any]) -> bool:
     """Whether the owner, a process of this host, is alive: not another one with its number."""
     try:
-        process = psutil.Process(owner["process"])
-        is_dead = process.status() == psutil.STATUS_ZOMBIE
-        return not is_dead and abs(process.create_time() - owner["started"]) < 1.0
+        is_dead = psutil.Process(owner["process"]).status() == psutil.STATUS_ZOMBIE
+        return not is_dead and abs(start_of(owner["process"]) - owner["started"]) < 1.0
     except (psutil.NoSuchProcess, KeyError, TypeError, ValueError):
         return False
+
+
+def _is_its_own(path: Path, owner: dict[str, Any]) -> bool:
+    """Whether the file at `path` is the one that the owner wrote, not a copy of it."""
+    with contextlib.suppress(FileNotFoundError):
+        return owner.get("file") in (None, path.stat().st_ino)
+    return False
 
 
 @contextlib.contextmanager

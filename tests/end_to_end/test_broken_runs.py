@@ -3,12 +3,15 @@ or one sentence says why not."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -20,6 +23,7 @@ from accum_trainer.train import run_lock
 from accum_trainer.train.records import read_records
 from accum_trainer.train.run_lock import LOCK, RunLock
 from tests.end_to_end.started import Started, accum_trainer
+from tests.launching import ROOT, environment
 
 STEPS = ("--batch-size", "2", "--max-seq-len", "64", "--lr", "1e-2", "--output-dir", "run")
 SHORT = (*STEPS, "--steps", "4", "--checkpoint-every", "1")
@@ -234,16 +238,96 @@ def test_a_second_command_in_the_same_directory_is_refused(train, tmp_path):
 
 def locked_by(folder, **owner):
     path = folder / LOCK
+    here = {"host": socket.gethostname(), "machine": run_lock.this_machine()}
+    owner = (here if owner.get("host") == here["host"] else {}) | owner
     path.write_text(json.dumps({"since": "2026-01-01 00:00:00", "id": "1"} | owner))
     return path
 
 
+# Take the lock of a folder and hold it until standard input ends.
+HOLD = """
+import sys
+from pathlib import Path
+from accum_trainer.train.run_lock import RunLock
+lock = RunLock.take(Path(sys.argv[1]))
+print("locked", flush=True)
+sys.stdin.read()
+lock.release()
+"""
+
+
+@contextlib.contextmanager
+def held(folder, *before):
+    """Another process, which `before` may start in another place, holds the lock of `folder`."""
+    command = [*before, sys.executable, "-c", HOLD, str(folder)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), **pipes) as process:
+        if process.stdout.readline() != "locked\n":
+            pytest.skip(f"{before[0]} cannot be used here")
+        yield process
+        process.stdin.close()
+
+
+def test_a_lock_of_a_container_with_the_same_host_name_holds(tmp_path, monkeypatch):
+    """Its processes have other numbers there."""
+    monkeypatch.setattr(run_lock, "BEAT_SEC", 3.0)
+    if shutil.which("unshare") is None:
+        pytest.skip("unshare is not installed")
+    with held(tmp_path, "unshare", "--pid", "--fork", "--mount-proc"):
+        ended = threading.Event()
+
+        def touch():
+            while not ended.wait(0.2):
+                os.utime(tmp_path / LOCK)
+
+        toucher = threading.Thread(target=touch)
+        toucher.start()
+        try:
+            with pytest.raises(ConfigError, match=r"in use: process \d+ on"):
+                RunLock.take(tmp_path)
+        finally:
+            ended.set()
+            toucher.join()
+
+
+def test_a_lock_holds_when_the_clock_was_set_anew(tmp_path, monkeypatch):
+    """psutil's time of a process's start is the clock's."""
+    with held(tmp_path):
+        real = psutil.Process.create_time
+        monkeypatch.setattr(psutil.Process, "create_time", lambda self: real(self) + 3600)
+        with pytest.raises(ConfigError, match="in use"):
+            RunLock.take(tmp_path)
+
+
+def test_a_copied_directory_is_not_in_use_and_the_original_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "BEAT_SEC", 1.0)
+    monkeypatch.setattr(run_lock, "SILENT_SEC", 3.0)
+    original, copy = tmp_path / "original", tmp_path / "copy"
+    original.mkdir()
+    with held(original):
+        shutil.copytree(original, copy)
+        RunLock.take(copy).release()
+        with pytest.raises(ConfigError, match="in use"):
+            RunLock.take(original)
+
+
+def test_a_lock_that_was_touched_in_the_future_is_taken_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "BEAT_SEC", 1.0)
+    monkeypatch.setattr(run_lock, "SILENT_SEC", 3.0)
+    path = locked_by(tmp_path, host="another", process=1, started=0.0)
+    later = time.time() + 60
+    os.utime(path, (later, later))
+    began = time.monotonic()
+    RunLock.take(tmp_path).release()
+    assert time.monotonic() - began < 20
+
+
 def test_a_lock_of_a_process_that_is_gone_is_taken_over(tmp_path):
     here = socket.gethostname()
-    own = psutil.Process()
+    own = os.getpid()
     for owner in (
         {"host": here, "process": 2**22 + 1, "started": 0.0},  # no such process
-        {"host": here, "process": own.pid, "started": own.create_time() - 100},  # another one
+        {"host": here, "process": own, "started": run_lock.start_of(own) - 100},  # another one
         {"host": here},
         {"host": here, "process": "x", "started": None},
     ):
