@@ -78,7 +78,12 @@ class HangWatch:
             self._pauses -= 1
 
     def _watch(self) -> None:
+        looked = time.monotonic()
         while not self._ended.wait(self._look_sec):
+            # Whoever suspends a job and resumes it stops this thread, too, but not the clock.
+            stopped = time.monotonic() - looked - self._look_sec
+            looked = time.monotonic()
+            self._progress_at += stopped if stopped > self._look_sec else 0.0
             is_late = not self._pauses and time.monotonic() - self._progress_at > self._timeout
             if is_late:
                 self._ranks.post_once(f"{self._key}/asked", str(self._ranks.rank))

@@ -7,10 +7,12 @@ import signal
 import socket
 import sys
 import textwrap
+import time
 
 import psutil
 import pytest
 
+from accum_trainer.train.records import read_records
 from tests.end_to_end.started import Started, accum_trainer
 
 OPTIONS = (
@@ -109,3 +111,23 @@ def test_time_in_the_callers_own_code_on_all_processes_is_not_a_hang(tmp_path):
     started = Started(launched("loop.py"), tmp_path, cwd=tmp_path)
     assert started.ended() == 0, started.err
     assert started.out.count("done") == 2
+
+
+def test_a_job_that_was_stopped_as_a_whole_goes_on(tmp_path):
+    """A batch system suspends and resumes a job with SIGSTOP and SIGCONT: the clocks go on, and no
+    process hangs."""
+    started = Started(launched("-m", "accum_trainer.train", *OPTIONS), tmp_path, cwd=tmp_path)
+    try:
+        started.until_update(tmp_path / "run", 3)
+        both = [worker(started, rank) for rank in (0, 1)]
+        for process in both:
+            process.suspend()
+        time.sleep(10)
+        before = len(read_records(tmp_path / "run" / "metrics.jsonl"))
+        for process in both:
+            process.resume()
+        time.sleep(12)
+        started.until_update(tmp_path / "run", before + 3)
+        assert "--timeout" not in started.err
+    finally:
+        os.killpg(started.process.pid, signal.SIGKILL)
