@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 import threading
 from types import SimpleNamespace
 
@@ -26,6 +27,7 @@ from accum_trainer.train.checkpoint import (
 )
 from accum_trainer.train.checkpoint_folder import find_checkpoint, list_checkpoints, newest_whole
 from accum_trainer.train.checkpoint_writer import CheckpointWriter
+from tests.launching import forked
 
 PART = "part-00000-of-00001.safetensors"
 
@@ -366,3 +368,43 @@ def test_a_link_in_place_of_a_folder_is_replaced_and_what_it_names_stays(tmp_pat
     assert (target / "new").exists() and not target.is_symlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "model"]
     assert (elsewhere / "mine").exists()
+
+
+QUOTA = """
+import sys
+from pathlib import Path
+import torch
+from accelerate import Accelerator
+from accum_trainer.engine.own_parts import Part
+from accum_trainer.engine.ranks import Ranks
+from accum_trainer.train import checkpoint_writer
+from accum_trainer.train.checkpoint import Snapshot
+
+ranks = Ranks()
+ranks.accelerator = Accelerator(cpu=True)
+checkpoint_writer._check_space = lambda *_: None  # free space does not show a quota
+saving = checkpoint_writer.CheckpointWriter(ranks, Path(sys.argv[1]), 2)
+for step, size in enumerate((1 << 20, 1), start=1):
+    count = size if ranks.rank else 1
+    saving.save(step, Snapshot([Part(f"model/{ranks.rank}", (count,), 0, torch.ones(count))], {},
+                               {"optimizer_groups": []}), is_last=True)
+    failure = saving.wait()
+    ranks.barrier()
+    if ranks.is_main:
+        print(failure or "written", flush=True)
+"""
+
+
+def test_a_process_that_has_no_room_for_its_part_is_not_waited_for(tmp_path):
+    """Its part filled the disk, so there was no room to say so, either."""
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(tmp_path)])
+    if mounted.returncode:
+        pytest.skip("this user cannot mount a small disk")
+    try:
+        done = forked(2, "-c", QUOTA, tmp_path, launcher=True, timeout=60)
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert "could not be written: process 1: " in first and "No space left" in first
+    assert second == "written"

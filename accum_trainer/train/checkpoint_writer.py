@@ -132,11 +132,15 @@ class CheckpointWriter:
                 self._note_failure(step, error)
             else:
                 with contextlib.suppress(OSError):
-                    _note(partial, self._ranks.rank).write_text(json.dumps({"error": str(error)}))
+                    # On a full disk there is room for the note only without the part.
+                    self._own_part(partial).unlink(missing_ok=True)
+                    durable.write_text(
+                        _note(partial, self._ranks.rank), json.dumps({"error": str(error)})
+                    )
         self.longest_sec = max(self.longest_sec, time.monotonic() - began)
 
     def _write_own(self, partial: Path, snapshot: Snapshot) -> None:
-        part = partial / part_name(self._ranks.rank, self._ranks.world_size)
+        part = self._own_part(partial)
         _wait_until_seen(partial)
         entry = write_part(part, snapshot)
         durable.sync(part)
@@ -144,6 +148,9 @@ class CheckpointWriter:
             durable.write_text(_note(partial, self._ranks.rank), json.dumps(entry))
             return
         self._own_entry = entry
+
+    def _own_part(self, partial: Path) -> Path:
+        return partial / part_name(self._ranks.rank, self._ranks.world_size)
 
     def _complete(self, partial: Path, step: int, sequence: int, state: dict[str, Any]) -> None:
         parts = {part_name(0, self._ranks.world_size): self._own_entry}

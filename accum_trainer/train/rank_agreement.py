@@ -20,9 +20,16 @@ from typing import Any
 
 from accum_trainer.config import TrainConfig
 from accum_trainer.errors import CheckpointError, ConfigError, EngineError
+from accum_trainer.train import durable
 from accum_trainer.train.checkpoint import MANIFEST
 from accum_trainer.train.checkpoint_folder import find_checkpoint
-from accum_trainer.train.run_folder import LOGS, check_places, holds_run, new_run_folder
+from accum_trainer.train.run_folder import (
+    CHECKPOINTS,
+    LOGS,
+    check_places,
+    holds_run,
+    new_run_folder,
+)
 from accum_trainer.train.run_lock import RunLock
 
 # Seconds until another machine must see a file; its NFS client caches for a while that it was
@@ -52,7 +59,11 @@ def agree_on_folder(engine: Any, config: TrainConfig) -> tuple[Path, RunLock | N
 
 
 def _lock(folder: Path) -> RunLock | None:
-    return RunLock.take(folder) if holds_run(folder) else None
+    if not holds_run(folder):
+        return None
+    lock = RunLock.take(folder)
+    durable.finish_replacing_in(folder / CHECKPOINTS)  # what a process that was killed has left
+    return lock
 
 
 def _check_same_options(engine: Any, config: TrainConfig) -> None:

@@ -177,7 +177,9 @@ class RunFolder:
     def _remove_run(self) -> None:
         """Remove what an earlier run here has written, but for its logs."""
         for name in (CHECKPOINTS, MODEL, MERGED):
-            if (self.path / name).is_dir():
+            if (self.path / name).is_symlink():
+                (self.path / name).unlink()
+            elif (self.path / name).is_dir():
                 shutil.rmtree(self.path / name)
         for name in (METRICS, PICTURE, LAST):
             (self.path / name).unlink(missing_ok=True)

@@ -236,6 +236,28 @@ def test_a_second_command_in_the_same_directory_is_refused(train, tmp_path):
     assert not (tmp_path / "run" / LOCK).exists()
 
 
+def test_a_run_that_was_killed_between_two_renames_keeps_its_checkpoint(train, run):
+    """The checkpoint lies aside, and the one that was to replace it is not there yet."""
+    checkpoints = run / "checkpoints"
+    shutil.rmtree(checkpoints / "step-00000003")
+    (checkpoints / "step-00000004").rename(checkpoints / ".replaced-step-00000004")
+    went_on = train(*STEPS, "--steps", "5")
+    assert went_on.status == 0, went_on.err
+    assert "gone" not in went_on.err
+    assert steps_of(run) == [1, 2, 3, 4, 5]
+
+
+def test_a_run_whose_checkpoints_are_a_link_can_be_replaced(train, run, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    (run / "checkpoints").rename(elsewhere)
+    (run / "checkpoints").symlink_to(elsewhere)
+    replaced = train(*STEPS, "--steps", "2", "--resume", "anew")
+    assert replaced.status == 0, replaced.err
+    assert steps_of(run) == [1, 2]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]
+    assert sorted(path.name for path in elsewhere.iterdir()) == ["step-00000003", "step-00000004"]
+
+
 def locked_by(folder, **owner):
     path = folder / LOCK
     here = {"host": socket.gethostname(), "machine": run_lock.this_machine()}
