@@ -149,7 +149,10 @@ def assemble(config: TrainConfig, accumulator: Accumulator | None = None) -> Tra
             prefetch=True,
         ),
         identity=_identity(config, schedule, data.train, prepared),
-        notes=_notes(config, accumulator, data.train, schedule, prepared),
+        notes=[
+            *_notes(config, accumulator, data.train, schedule, prepared),
+            *_evaluation_notes(config, data),
+        ],
     )
 
 
@@ -210,3 +213,9 @@ def _notes(
             "samples: every update sees all of them"
         )
     return notes
+
+
+def _evaluation_notes(config: TrainConfig, data: Data) -> list[str]:
+    if config.eval_file is None or data.evaluation is None:
+        return []
+    return [f"evaluation: {note}" for note in data.evaluation.notes]

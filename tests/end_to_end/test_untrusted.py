@@ -256,7 +256,9 @@ def test_bad_rows_are_skipped_and_counted_if_asked_for(train, tmp_path, rows_fil
     assert not (tmp_path / "run").exists()
     done = train(*given, "--on-bad-row", "skip")
     assert done.status == 0, done.err
-    assert "were skipped (on_bad_row=skip): 2, the first because line 4 is not JSON" in done.err
+    words = f"rows of {rows} that were skipped (on_bad_row=skip): 2, the first because line 4 is"
+    assert f"note: {words} not JSON" in done.err
+    assert f"note: evaluation: {words} not JSON" in done.err
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert plan["num_samples"] == 8
     assert plan["skipped_rows"] == plan["skipped_eval_rows"] == 2
