@@ -73,13 +73,15 @@ def test_a_saved_run_without_checkpoints_is_refused_and_not_touched(train, run, 
 @pytest.mark.parametrize(
     "lost", ["config.yaml", "plan.json", "metrics.jsonl", "result.json", "last-checkpoint.json"]
 )
-def test_any_file_beside_the_checkpoints_may_be_lost(train, four, run, lost):
+def test_any_file_beside_the_checkpoints_may_be_lost(train, run, lost):
     (run / lost).unlink()
     longer = ["5" if value == "4" else value for value in SHORT]
     finished = train(*longer)
     assert finished.status == 0, finished.err
     assert "continued from run/checkpoints/step-00000004 after 4 updates" in finished.err
     assert (run / lost).is_file()
+    assert steps_of(run) == ([5] if lost == "metrics.jsonl" else [1, 2, 3, 4, 5])
+    assert json.loads((run / "result.json").read_text())["num_samples"] == 5 * 2
 
 
 def test_anew_replaces_the_run(train, four, run):
@@ -95,7 +97,7 @@ def test_never_names_the_ways_to_go_on(train, run):
     assert refused.status == 2 and "resume=anew to replace it" in refused.error
 
 
-def test_a_run_that_goes_back_keeps_what_it_writes_then(train, four, run):
+def test_a_run_that_goes_back_keeps_what_it_writes_then(train, run):
     """From step 3 it writes step 4 again, and 5; a user's own copy stays."""
     shutil.copytree(run / "checkpoints" / "step-00000003", run / "checkpoints" / "step-00000003-ok")
     longer = ("5" if value == "4" else value for value in SHORT)
@@ -107,7 +109,7 @@ def test_a_run_that_goes_back_keeps_what_it_writes_then(train, four, run):
     assert found == ["step-00000003-ok", "step-00000004", "step-00000005"]
 
 
-def test_records_that_are_lost_or_damaged_cost_nothing_else(train, four, run):
+def test_records_that_are_lost_or_damaged_cost_nothing_else(train, run):
     """Lines 2 and 3 of metrics.jsonl cannot be read; the totals are those of all."""
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join([lines[0], lines[1][:20] + "\n", "[]\n", lines[3]]))

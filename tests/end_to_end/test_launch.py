@@ -207,9 +207,11 @@ def test_a_process_that_a_foreign_file_names_is_not_killed(tmp_path, train):
     try:
         started = launch(tmp_path, *train, "--steps", 3, "--output-dir", run)
         started.until_update(run, 1)
-        foreign = {"rank": 0, "pid": bystander.pid, "status": None, "ended": None}
-        for place in (run / "logs", *(run / "logs").glob(".processes-*")):
-            (place / "node-0-rank-7.json").write_text(json.dumps(foreign))
+        foreign = {"rank": 7, "pid": bystander.pid, "start": None, "status": None, "ended": None}
+        other = run / "logs" / f".processes-other+{bystander.pid}+1+x"
+        other.mkdir()
+        for place in (run / "logs", other):
+            (place / "rank-7.json").write_text(json.dumps(foreign))
         assert started.ended() == 0, started.err
         assert bystander.poll() is None
         # And of its own start: the PID was given to another process after the first had ended.

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from accum_trainer.config import TrainConfig
 from accum_trainer.data.embedded import corpus_tokenizer
 from accum_trainer.errors import ConfigError
+from accum_trainer.lm.model import load_model, load_tokenizer, shape_of_model, stored_dtype
 from accum_trainer.train.checkpoint import digest_of
 from tests.made_runs import make_run
 
@@ -130,6 +131,22 @@ class TestModel:
         refused = train(*(part.format(model=model) for part in argv), *SHORT)
         assert refused.status == 2 and says in refused.error
 
+    def test_a_revision_is_asked_for_in_every_load(self, monkeypatch):
+        asked = []
+
+        def load(self, name, **options):
+            asked.append((name, options["revision"]))
+            raise OSError("no network")
+
+        for kind in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"):
+            monkeypatch.setattr(f"transformers.{kind}.from_pretrained", classmethod(load))
+        config = TrainConfig(model="org/model", revision="c0ffee")
+        for function in (load_tokenizer, shape_of_model, lambda c: load_model(c, None)):
+            with pytest.raises(ConfigError, match="no network"):
+                function(config)
+        stored_dtype(config)  # `load_model` reports what went wrong
+        assert asked == [("org/model", "c0ffee")] * 4
+
 
 class TestFilesOfOptions:
     """A configuration, a launch file, a run's config.yaml."""
@@ -150,12 +167,14 @@ class TestFilesOfOptions:
             assert "--trust-remote-code" in refused.error
         with pytest.raises(ConfigError, match="a file cannot allow this"):
             TrainConfig.from_yaml(tmp_path / "run.yaml")
-        assert TrainConfig.from_yaml(tmp_path / "run.yaml", trust_remote_code=True)
+        allowing = TrainConfig.from_yaml(tmp_path / "run.yaml", trust_remote_code=True)
+        assert allowing.trust_remote_code
         assert not marker.exists() and not (tmp_path / "run").exists()
         allowed = command(
             *("launch", "launch.yaml", "--", *SHORT, "--trust-remote-code"), cwd=tmp_path
         )
-        assert allowed.status == 0, allowed.err  # its runs are told so too
+        assert allowed.status == 0, allowed.err
+        assert marker.exists()  # each run is a process, whose command line allows it too
 
     @pytest.mark.parametrize("words", [["train", "--config", "x.yaml"], ["launch", "x.yaml"]])
     def test_yaml_makes_no_objects(self, command, tmp_path, marker, words):
