@@ -23,7 +23,7 @@ from accum_trainer.losses.contract import LossContract, Passed
 from accum_trainer.losses.objective import MEAN, SUM
 from accum_trainer.losses.targets import CountTargets
 from accum_trainer.oom import OomRecovery, releasing_graph_on_failure
-from accum_trainer.prepared import PreparedOptimizer, Waiting, prepare_all
+from accum_trainer.prepared import PreparedOptimizer, Waiting, prepare_all, run_all
 from accum_trainer.sources.build import as_source
 from accum_trainer.sources.options import Collate, SourceOptions
 from accum_trainer.sources.progress import Progress, Remembered
@@ -260,7 +260,7 @@ class Accumulator:
         finally:
             window.is_running = False
             self.losses.forget_outputs()
-            waiting = self.waiting.end_micro_batch()
+            calls = self.waiting.end_micro_batch()
         if not window.has_run_backward:
             raise AccumTrainerError(
                 "no backward() of the Accumulator ran inside accumulate(); call acc.backward(loss) "
@@ -270,7 +270,7 @@ class Accumulator:
         self._guard.after_micro_batch(window, models)
         if micro_batch.is_last and not self._optimizers:
             self._finish_for_accelerate(window)
-        self.waiting.run(waiting)
+        run_all(calls)
 
     def backward(
         self,
@@ -399,7 +399,7 @@ class Accumulator:
         self.num_micro_batches += len(window)
         window.finish()
         self.window, self.last_update = None, update
-        self.waiting.run(self.waiting.end_window(stepped))
+        run_all(self.waiting.end_window(stepped))
         return update
 
     # --- state ---

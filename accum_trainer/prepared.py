@@ -21,12 +21,13 @@ _NO_CLOSURE = (
 
 
 class Waiting:
-    """Calls of a loop that wait, and the count of what they wait for.
+    """Calls that a loop made too early, kept until they may run; and the updates made.
 
     Attributes:
-        for_micro_batch: until the one in hand has ended; its gradient may not be reduced before.
-        for_window: until the optimizer has stepped or skipped.
-        num_updates: made here, without those of a state that was loaded.
+        for_micro_batch: run when the micro-batch in hand has ended: its gradient may not be reduced
+            yet.
+        for_window: run when the optimizer has stepped or skipped.
+        num_updates: made by this object, without those of a state that was loaded.
     """
 
     def __init__(self) -> None:
@@ -39,15 +40,16 @@ class Waiting:
         ended, self.for_micro_batch = self.for_micro_batch, []
         return ended
 
-    def run(self, calls: list[Callable[[], None]]) -> None:
-        for call in calls:
-            call()
-
     def end_window(self, stepped: bool = False) -> list[Callable[[], None]]:
         """Take the calls that wait for it."""
         self.num_updates += stepped
         ended, self.for_window = self.for_window, []
         return ended
+
+
+def run_all(calls: list[Callable[[], None]]) -> None:
+    for call in calls:
+        call()
 
 
 class PreparedOptimizer(torch.optim.Optimizer):
@@ -139,8 +141,8 @@ class PreparedScheduler:
             waits_for = waiting.for_micro_batch if window.is_running else waiting.for_window
             waits_for.append(lambda: self.step(*args, **kwargs))
             return
-        if self._accumulator.waiting.num_updates != self._stepped_for:
-            self._stepped_for = self._accumulator.waiting.num_updates
+        if waiting.num_updates != self._stepped_for:
+            self._stepped_for = waiting.num_updates
             self.scheduler.step(*args, **kwargs)
         elif window is None and self._accumulator.last_update is None and not self._has_warned:
             self._has_warned = True

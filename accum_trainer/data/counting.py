@@ -32,11 +32,10 @@ def _count(path: Path) -> int:
         from pyarrow import parquet
 
         return parquet.ParquetFile(path).metadata.num_rows
-    if path.suffix == ".csv":
-        check_text(path)
-        check_csv(path)
-        return max(0, sum(1 for _ in csv_records(path)) - 1)
     check_text(path)
+    if path.suffix == ".csv":
+        check_csv(path)
+        return sum(1 for _ in csv_records(path)) - 1
     if path.suffix == ".json":
         return check_json(path)
     if path.suffix == ".jsonl":

@@ -208,7 +208,7 @@ def _independent_yaml(spec: LaunchSpec, path: Path) -> str:
         entries.append(
             (
                 "vary",
-                json.dumps(spec.vary, ensure_ascii=not spec.vary.isprintable()),
+                yaml_scalar(spec.vary),
                 "each run sees all samples, with its own of these",
             )
         )

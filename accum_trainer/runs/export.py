@@ -5,6 +5,7 @@ Knows a run directory and its checkpoints; trains nothing.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from accum_trainer.config import TrainConfig
@@ -31,8 +32,9 @@ def export(source: Path, target: Path, trust_remote_code: bool = False) -> Path:
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"output={target} exists already; name a new or empty folder")
-    checkpoint = find_checkpoint(str(source), None, option="source")
-    assert checkpoint is not None  # of a path that is named
+    # A path, also if the folder has the name of a mode, such as `auto`.
+    checkpoint = find_checkpoint(os.path.join(os.curdir, source), None, option="source")
+    assert checkpoint is not None
     run = checkpoint.absolute().parent.parent
     if not (run / CONFIG).is_file():
         raise CheckpointError(

@@ -95,8 +95,10 @@ class IndependentRunner:
             return 2
         self._write_summary()
         states = {run.state for run in self.runs}
-        if FAILED in states or states == {DONE}:
-            return int(FAILED in states)
+        if FAILED in states:
+            return 1
+        if states == {DONE}:
+            return 0
         # Not by statuses: a process that has saved may be killed by a signal that was sent again.
         is_saved = any(run.result() is not None for run in self.runs)
         return STOPPED_AND_SAVED if is_saved or not signals else 128 + signals[0]

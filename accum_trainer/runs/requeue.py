@@ -8,16 +8,16 @@ Reads files; knows no batch system.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accum_trainer.errors import AccumTrainerError
+from accum_trainer.errors import AccumTrainerError, CheckpointError
 from accum_trainer.launch.node_ending import take_endings
 from accum_trainer.launch.signals import STOPPED_AND_SAVED
-from accum_trainer.train.run_folder import CHECKPOINTS, DIVERGENCE, LOGS, RESULT
+from accum_trainer.runs.json_file import read_json
+from accum_trainer.train.run_folder import CHECKPOINTS, DIVERGENCE, LOGS, RESULT, write_json
 
 REQUEUES = "requeues.json"
 
@@ -92,10 +92,8 @@ def _number(value: object) -> int:
 
 def _read(path: Path) -> dict[str, Any]:
     """A file's JSON object; empty if there is none to read."""
-    with contextlib.suppress(OSError, ValueError):
-        read = json.loads(path.read_text())
-        if isinstance(read, dict):
-            return read
+    with contextlib.suppress(CheckpointError):
+        return read_json(path)
     return {}
 
 
@@ -103,9 +101,7 @@ def _note(run: Path, updates: int, without_progress: int) -> None:
     path = run / LOGS / REQUEUES
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({"updates": updates, "without_progress": without_progress}))
-        partial.replace(path)
+        write_json(path, {"updates": updates, "without_progress": without_progress})
     except OSError as error:
         raise AccumTrainerError(
             f"{path} cannot be written: {error.strerror}; the job is not requeued, because its "

@@ -196,16 +196,16 @@ class Run:
         reset_peak(self.engine.device)
         self._hangs.start()
         try:
-            yield
-            self._hangs.stop()
+            try:
+                yield
+            finally:
+                self._hangs.stop()  # what follows may take longer than a window
             self._finish()
         except DivergedError:
             # The last update may have ruined the weights: they must not take a checkpoint's place.
-            self._hangs.stop()
             self.engine.on_main(self._write_ending)
             raise
         except GeneratorExit:  # the caller broke out of its loop, or raised in it
-            self._hangs.stop()
             step = self.training.accumulator.num_updates
             other = places.process_that_did_not_leave(self._files.tally.records)
             if other is None:
@@ -219,7 +219,6 @@ class Run:
                 )
             raise
         finally:
-            self._hangs.stop()
             self._writer.give_up()
             self._files.close()
 

@@ -141,10 +141,6 @@ class RunFolder:
         self._earlier: Path | None = None
         self._writer: RecordWriter | None = None
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / CHECKPOINTS
-
     def continue_from(self, checkpoint: Path, tally: Tally) -> None:
         """Keep the records that `tally` counts of the run that `checkpoint` lies in."""
         self.tally = tally
@@ -168,7 +164,7 @@ class RunFolder:
                 )
         if config.resume == "anew":
             self._remove_run()
-        (self.path / RESULT).unlink(missing_ok=True)  # the run has not ended any more
+        (self.path / RESULT).unlink(missing_ok=True)  # it said how the run ended; now it goes on
         durable.write_text(self.path / CONFIG, config.to_yaml())
         write_json(self.path / PLAN, plan)
         copy = Path(config.log_file) if config.log_file else None

@@ -54,6 +54,7 @@ def test_wrong_input(train, command, tmp_path):
     for source, target, says in (
         ("run", "full", "output=full exists already"),
         ("nowhere", "new", "source=nowhere is no folder"),
+        ("auto", "new", "source=auto is no folder"),
         ("run/model", "new", "is not a whole checkpoint: its manifest.json is missing"),
         ("alone/c/s", "new", "lies in no run directory"),
     ):
