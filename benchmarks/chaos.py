@@ -4,7 +4,7 @@
 
 A trial starts `accum-trainer train` on one process or two, does one thing to it at a random moment,
 then gives the same command again until the run is done. Its weights must be those of the
-undisturbed run to the bit and its records each update once. What each fault is: `FAULTS`.
+undisturbed run to the bit and its records each update once. `FAULTS` describes the faults.
 """
 
 from __future__ import annotations
@@ -342,9 +342,8 @@ def main() -> int:
     parser.add_argument("--faults", nargs="+", choices=list(FAULTS), default=list(FAULTS))
     options = parser.parse_args()
     rng = random.Random(options.seed)
-    script(
-        "pass", Path.cwd()
-    )  # processes are forked from one that ends with the thread it began in
+    # From this thread: the process that all others are forked from ends with its first thread.
+    script("pass", Path.cwd())
     trials: list[Trial] = []
     with tempfile.TemporaryDirectory(prefix="chaos-reference-") as place:
         known = references(options.kinds, Path(place))

@@ -72,8 +72,8 @@ def main(arguments: Sequence[str] | None = None, shares_terminal: bool = True) -
     else.
 
     Args:
-        shares_terminal: whether all processes of a job write to one terminal, so that a mistake
-            that all of them find is shown once.
+        shares_terminal: all processes of the job write to one terminal, so that an error which all
+            of them have is shown once.
     """
     quiet_libraries()
     try:
@@ -106,8 +106,8 @@ _MAIN_SPEAKS_WITHIN_SEC = 8.0
 
 
 def _let_main_speak() -> None:
-    """Let a mistake that all processes find be shown by the main one, whose launcher then ends this
-    one. If this process alone found it, the wait ends and it speaks for itself."""
+    """Give the main process time to report an error that all processes have; its launcher then
+    ends this one. If only this process has the error, the wait runs out and it reports it."""
     if not _is_main():
         time.sleep(_MAIN_SPEAKS_WITHIN_SEC)
 

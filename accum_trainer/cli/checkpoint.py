@@ -20,7 +20,7 @@ def command() -> None:
 @click.option(
     "--trust-remote-code",
     is_flag=True,
-    help="Let the run's model run Python code that comes with it, also if it was trained so.",
+    help="Let the model run Python code that comes with it; needed even if the run had it.",
 )
 def export(source: str, output: str, trust_remote_code: bool) -> None:
     """Write a checkpoint's model as `from_pretrained` loads it; with LoRA, the adapter.

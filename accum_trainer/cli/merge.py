@@ -49,7 +49,7 @@ _RESULTS = {
 @click.option(
     "--trust-remote-code",
     is_flag=True,
-    help="Let the runs' models run Python code that comes with them, also if they were trained so.",
+    help="Let the models run Python code that comes with them; needed even if the runs had it.",
 )
 def command(
     runs: tuple[str, ...],

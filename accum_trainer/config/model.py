@@ -18,8 +18,8 @@ class ModelOptions(Section):
     )
     trust_remote_code: bool = option(
         False,
-        "Let the model run Python code that comes with it. Only the command line or the "
-        "environment can say so, no file.",
+        "Let the model run Python code that comes with it. Accepted on the command line and from "
+        "the environment, not from a file.",
         not_from_files=True,
     )
     max_seq_len: int = option(512, "Most tokens in one sample.", minimum=2)
@@ -80,8 +80,8 @@ class ModelOptions(Section):
         if self.model == "tiny" and (self.revision is not None or self.trust_remote_code):
             name = "revision" if self.revision is not None else "trust_remote_code"
             raise ConfigError(
-                f"{name}={getattr(self, name)} is about a model of others, and model=tiny is built "
-                f"in; give a model, or leave {name} out"
+                f"{name}={getattr(self, name)} has no effect on model=tiny, which is built in; "
+                f"give a model, or leave {name} out"
             )
         if self.merge_adapter and not self.use_peft:
             raise ConfigError(

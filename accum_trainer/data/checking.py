@@ -46,8 +46,7 @@ def check_text(path: Path) -> None:
 
 
 def check_json(path: Path) -> int:
-    """Refuse a .json or .jsonl file that a parser would read otherwise than it is written; return
-    the number of its rows.
+    """Refuse a .json or .jsonl file that a parser would misread; return the number of its rows.
 
     Raises:
         DataError: with the line or row: it is no object, has two values of one name, half a

@@ -90,8 +90,8 @@ class Ranks:
             dist.barrier(group=_patient_group(dist.group.WORLD))
 
     def wait_in_training(self, seconds: float) -> None:
-        """Let an exchange in training wait for other ranks for so long, whatever the backend's own
-        limit."""
+        """Replace the backend's limit for how long an exchange in training waits for other ranks;
+        it stays replaced in this process."""
         if self.world_size > 1:
             _set_pg_timeout(timedelta(seconds=min(seconds, _LONGEST_SEC)), dist.group.WORLD)
 

@@ -29,7 +29,7 @@ def words(texts: Iterable[object]) -> str:
 
 
 def yaml_scalar(text: object) -> str:
-    """`text` as a YAML string on one line."""
+    """`text` as a YAML string on one line; not for a bare number or a word such as `true`."""
     given = str(text)
     return (
         given

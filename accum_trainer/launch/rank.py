@@ -93,8 +93,8 @@ def follow_parent() -> None:
 
 
 def end_at_once(status: int) -> NoReturn:
-    """End this process from any thread, whatever its others are inside of; a launcher that started
-    it finds the status."""
+    """End this process from any thread, even while others are blocked in a library; leave the
+    status where its launcher looks for it."""
     pid, _, statuses = os.environ.get(_STATUSES, "").partition(" ")
     if pid == str(os.getpid()):
         rank = int(os.environ.get("RANK", "0"))

@@ -30,8 +30,8 @@ def _private(path: str, flags: int) -> int:
 
 
 def _import_places() -> dict[str, str]:
-    """Environment in which `python -m` does not import from the current folder, which may be of
-    others, unless this process does (Python 3.11 and later)."""
+    """Environment in which `python -m` does not import from the current folder, which may be
+    someone else's, unless this process does (Python 3.11 and later)."""
     return {} if {"", os.getcwd()} & set(sys.path) else {"PYTHONSAFEPATH": "1"}
 
 

@@ -18,8 +18,8 @@ from accum_trainer.engine.ranks import Ranks
 # Loops of this process so far. Every process runs the same loops, so their keys agree.
 _LOOPS = itertools.count()
 _ON, _LEFT = "on", "left"
-# A wait for another process that is longer than this is said.
-QUIET_WAIT_SEC = 30.0
+# After this long, a log line names the process that is waited for.
+_QUIET_WAIT_SEC = 30.0
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +58,11 @@ class LoopPlaces:
                     return rank
             if all(state == _LEFT for _, state in places):
                 return None
-            if not was_said and time.monotonic() - begun > QUIET_WAIT_SEC:
+            if not was_said and time.monotonic() - begun > _QUIET_WAIT_SEC:
                 was_said = True
                 waited_for = [rank for rank, (_, state) in enumerate(places) if state == _ON]
                 logger.warning(
-                    "the loop over updates was left; waiting for process %d to leave it, too",
+                    "this process left the loop over updates; waiting for process %d to leave it",
                     waited_for[0],
                 )
             sleep(pause)

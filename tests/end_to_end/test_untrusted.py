@@ -121,8 +121,8 @@ class TestModel:
     @pytest.mark.parametrize(
         ("argv", "says"),
         [
-            (["--revision", "main"], "revision=main is about a model of others"),
-            (["--trust-remote-code"], "trust_remote_code=True is about a model of others"),
+            (["--revision", "main"], "revision=main has no effect on model=tiny"),
+            (["--trust-remote-code"], "trust_remote_code=True has no effect on model=tiny"),
             (["--model", "{model}", "--revision", "v1"], "revision=v1 is for models from the hub"),
         ],
     )
