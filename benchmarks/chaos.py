@@ -101,12 +101,17 @@ class Job:
         return self.finished.stderr if self.finished else ""
 
 
+# Does one thing to a run; whether it reached the run before its end.
+Fault = Callable[[Job, random.Random], bool]
+
+
 @dataclass
 class Trial:
     """What became of one run.
 
     Attributes:
         wrong: what must not be; empty if all was right.
+        hit: the fault reached the run before its end.
         starts: how often the command was given.
         refused: it was refused with the remedy, which was then taken.
         records_changed: it said that metrics.jsonl is not what was written.
@@ -116,13 +121,14 @@ class Trial:
     fault: str
     kind: str
     wrong: list[str] = field(default_factory=list)
+    hit: bool = False
     starts: int = 0
     refused: bool = False
     records_changed: bool = False
     lost: int = 0
 
 
-# --- what is done to a run; each returns when it is done, and leaves the job ended or going on ---
+# --- the faults: each returns when the job has ended, and whether it reached the run before ---
 
 
 def _moment(job: Job, rng: random.Random) -> bool:
@@ -145,70 +151,83 @@ def _moment(job: Job, rng: random.Random) -> bool:
     return job.is_alive()
 
 
-def _signal_one(number: int) -> Callable[[Job, random.Random], None]:
-    def act(job: Job, rng: random.Random) -> None:
+def _signal_one(number: int) -> Fault:
+    def act(job: Job, rng: random.Random) -> bool:
+        hit = False
         if _moment(job, rng) and (found := job.processes()):
             with contextlib.suppress(psutil.Error):
                 rng.choice(found).send_signal(number)
+                hit = True
         job.wait()
+        return hit
 
     return act
 
 
-def _freeze(job: Job, rng: random.Random) -> None:
+def _freeze(job: Job, rng: random.Random) -> bool:
+    hit = False
     if _moment(job, rng) and (found := job.processes()):
         one = rng.choice(found)
         with contextlib.suppress(psutil.Error):
             one.suspend()
+            hit = True
             time.sleep(2 * rng.random())
             one.resume()
     job.wait()
+    return hit
 
 
-def _kill_all(job: Job, rng: random.Random) -> None:
+def _kill_all(job: Job, rng: random.Random) -> bool:
+    hit = False
     if _moment(job, rng):
         for process in job.processes():
             with contextlib.suppress(psutil.Error):
                 process.kill()
+                hit = True
     job.wait()
+    return hit
 
 
 def _files(job: Job) -> list[Path]:
     return sorted(path for path in job.run.rglob("*") if path.is_file() and path.stat().st_size)
 
 
-def _flip(job: Job, rng: random.Random) -> None:
-    _kill_all(job, rng)
+def _flip(job: Job, rng: random.Random) -> bool:
+    hit = _kill_all(job, rng)
     if found := _files(job):
         path = rng.choice(found)
         data = bytearray(path.read_bytes())
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         path.write_bytes(data)
+    return hit and bool(found)
 
 
-def _truncate(job: Job, rng: random.Random) -> None:
-    _kill_all(job, rng)
+def _truncate(job: Job, rng: random.Random) -> bool:
+    hit = _kill_all(job, rng)
     if found := _files(job):
         path = rng.choice(found)
         path.write_bytes(path.read_bytes()[: rng.randrange(path.stat().st_size)])
+    return hit and bool(found)
 
 
-def _delete(job: Job, rng: random.Random) -> None:
-    _kill_all(job, rng)
+def _delete(job: Job, rng: random.Random) -> bool:
+    hit = _kill_all(job, rng)
     if found := _files(job):
         rng.choice(found).unlink()
+    return hit and bool(found)
 
 
-def _wipe_newest(job: Job, rng: random.Random) -> None:
-    _kill_all(job, rng)
+def _wipe_newest(job: Job, rng: random.Random) -> bool:
+    hit = _kill_all(job, rng)
     if found := list_checkpoints(job.run / "checkpoints"):
         shutil.rmtree(found[-1])
+    return hit and bool(found)
 
 
-def _full_disk(job: Job, rng: random.Random) -> None:
+def _full_disk(job: Job, rng: random.Random) -> bool:
     """The kernel refuses every file above a few kilobytes for a while."""
+    limited: list[tuple[psutil.Process, tuple[int, int]]] = []
     if _moment(job, rng):
-        limited = []
         for process in job.processes():
             with contextlib.suppress(psutil.Error):
                 limited.append((process, process.rlimit(psutil.RLIMIT_FSIZE)))
@@ -218,16 +237,19 @@ def _full_disk(job: Job, rng: random.Random) -> None:
             with contextlib.suppress(psutil.Error):
                 process.rlimit(psutil.RLIMIT_FSIZE, before)
     job.wait()
+    return bool(limited)
 
 
-def _second_start(job: Job, rng: random.Random) -> None:
-    if _moment(job, rng):
+def _second_start(job: Job, rng: random.Random) -> bool:
+    hit = _moment(job, rng)
+    if hit:
         second = Job(rng.choice(["single", "ddp"]), job.folder)
         second.wait()
     job.wait()
+    return hit
 
 
-FAULTS: dict[str, tuple[Callable[[Job, random.Random], None], str]] = {
+FAULTS: dict[str, tuple[Fault, str]] = {
     "kill one": (_signal_one(signal.SIGKILL), "SIGKILL to one process"),
     "kill all": (_kill_all, "SIGKILL to all, as if the plug were pulled"),
     "terminate one": (_signal_one(signal.SIGTERM), "SIGTERM to one process"),
@@ -248,7 +270,7 @@ def trial(fault: str, kind: str, reference: Path, seed: int) -> Trial:
     with tempfile.TemporaryDirectory(prefix="chaos-") as place:
         folder = Path(place).resolve()
         job = Job(kind, folder)
-        FAULTS[fault][0](job, rng)
+        found.hit = FAULTS[fault][0](job, rng)
         while _look_at(job, found) and found.starts < MOST_STARTS:
             before = _newest_step(job.run)
             more = ("--resume", "anew") if "resume=anew" in job.err else ()
@@ -352,7 +374,8 @@ def main() -> int:
             one = trial(fault, kind := rng.choice(options.kinds), known[kind], rng.randrange(2**31))
             trials.append(one)
             words = "; ".join(one.wrong) or "whole"
-            print(f"{number + 1}: {fault}, {kind}, {one.starts} starts: {words}", flush=True)
+            met = "hit" if one.hit else "missed"
+            print(f"{number + 1}: {fault}, {kind}, {met}, {one.starts} starts: {words}", flush=True)
     print("\n".join(table(trials)))
     return int(any(one.wrong for one in trials))
 
@@ -373,7 +396,9 @@ def table(trials: list[Trial]) -> list[str]:
                 f"{sum(bool(t.wrong) for t in those)} |"
             )
     kinds = Counter(one.kind for one in trials)
+    missed = sum(not one.hit for one in trials)
     lines += ["", "Runs: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()) + "."]
+    lines += [f"In {missed} of them the run had ended before the fault."]
     return lines
 
 
