@@ -406,8 +406,27 @@ def test_whoever_was_taken_for_dead_writes_no_more(tmp_path):
     assert path.exists()
 
 
-@pytest.mark.parametrize("round_", range(5))
-def test_of_many_that_start_at_once_one_gets_the_lock(tmp_path, round_):
+def test_the_owner_of_a_lock_touches_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "BEAT_SEC", 0.1)
+    lock = RunLock.take(tmp_path)
+    os.utime(tmp_path / LOCK, (1, 1))
+    until = time.monotonic() + 20
+    while (tmp_path / LOCK).stat().st_mtime == 1:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    lock.release()
+
+
+def test_of_many_that_start_at_once_one_gets_the_lock(tmp_path, monkeypatch):
+    """Also if each is slow between reading the dead one's lock and removing it."""
+    read = run_lock._read  # noqa: SLF001 - the seam that is patched
+
+    def slow(path):
+        found = read(path)
+        time.sleep(0.02)
+        return found
+
+    monkeypatch.setattr(run_lock, "_read", slow)
     locked_by(tmp_path, host=socket.gethostname(), process=2**22 + 1, started=0.0)
     got, refused, start = [], [], threading.Barrier(16)
 
