@@ -8,14 +8,19 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
+
 from accum_trainer.config import TrainConfig
 from accum_trainer.engine.full_state import persistent_buffers
 from accum_trainer.errors import CheckpointError, ConfigError
 from accum_trainer.lm.model import load_model, load_tokenizer
 from accum_trainer.train.checkpoint import check_same_weights, load_checkpoint
-from accum_trainer.train.checkpoint_folder import find_checkpoint
-from accum_trainer.train.run_folder import CONFIG
+from accum_trainer.train.checkpoint_folder import find_checkpoint, list_checkpoints
+from accum_trainer.train.run_folder import CHECKPOINTS, CONFIG
 from accum_trainer.train.saved_model import write_model
+
+# Of a run that trains: it deletes what is being read, and has something newer by then.
+_MOST_TRIES = 10
 
 
 def export(source: Path, target: Path, trust_remote_code: bool = False) -> Path:
@@ -32,9 +37,7 @@ def export(source: Path, target: Path, trust_remote_code: bool = False) -> Path:
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"output={target} exists already; name a new or empty folder")
-    # A path, also if the folder has the name of a mode, such as `auto`.
-    checkpoint = find_checkpoint(os.path.join(os.curdir, source), None, option="source")
-    assert checkpoint is not None
+    checkpoint, saved = _newest_of(source)
     run = checkpoint.absolute().parent.parent
     if not (run / CONFIG).is_file():
         raise CheckpointError(
@@ -42,7 +45,6 @@ def export(source: Path, target: Path, trust_remote_code: bool = False) -> Path:
             "it belongs to is not known; put it back into its run"
         )
     config = TrainConfig.from_yaml(run / CONFIG, trust_remote_code=trust_remote_code)
-    saved = load_checkpoint(checkpoint).model
     tokenizer = load_tokenizer(config)
     model = load_model(config, tokenizer)
     named = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -55,3 +57,18 @@ def export(source: Path, target: Path, trust_remote_code: bool = False) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     write_model(target, config, model, tokenizer, saved if config.use_peft else weights)
     return checkpoint
+
+
+def _newest_of(source: Path, tries: int = _MOST_TRIES) -> tuple[Path, dict[str, torch.Tensor]]:
+    """The checkpoint that `source` names, and its weights; looked for again if the run has others
+    by the time that it cannot be read."""
+    before = list_checkpoints(source / CHECKPOINTS)
+    try:
+        # A path, also if the folder has the name of a mode, such as `auto`.
+        checkpoint = find_checkpoint(os.path.join(os.curdir, source), None, option="source")
+        assert checkpoint is not None
+        return checkpoint, load_checkpoint(checkpoint).model
+    except CheckpointError:
+        if tries == 1 or list_checkpoints(source / CHECKPOINTS) == before:
+            raise
+    return _newest_of(source, tries - 1)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from accum_trainer.runs.export import export
+from tests.end_to_end.started import Started, accum_trainer
 
 SHORT = (
     *("--batch-size", "2", "--max-seq-len", "64", "--steps", "2", "--lr", "1e-2"),
@@ -61,3 +66,16 @@ def test_wrong_input(train, command, tmp_path):
         refused = command("checkpoint", "export", source, "-o", target, cwd=tmp_path)
         assert refused.status == 2 and says in refused.error, refused.err
         assert not (tmp_path / "new").exists()
+
+
+def test_a_run_that_trains_and_deletes_what_is_read_gives_its_newest(tmp_path):
+    options = ("--cpu", "--batch-size", "2", "--max-seq-len", "16", "--steps", "100000")
+    saves = ("--checkpoint-every", "1", "--keep-checkpoints", "1", "--output-dir", "run")
+    started = Started(accum_trainer("train", *options, *saves), tmp_path, cwd=tmp_path)
+    run = tmp_path / "run"
+    try:
+        started.until(lambda: (run / "last-checkpoint.json").exists())
+        steps = [int(export(run, tmp_path / str(i)).name[5:]) for i in range(8)]
+    finally:
+        os.killpg(started.process.pid, signal.SIGKILL)
+    assert steps == sorted(steps) and steps[0] < steps[-1]
