@@ -115,7 +115,7 @@ class Accumulator:
         self.waiting = Waiting()
         self._sources = Remembered()
         self._guard = LoopGuard(self.engine)
-        self._stop = False
+        self._stop_requested = self._save_requested = False
 
     @property
     def accelerator(self) -> Any:
@@ -347,12 +347,12 @@ class Accumulator:
             raise AccumTrainerError("step() inside accumulate(); call it after the `with` block")
         window.check_accumulated()
         if window.num_targets > 0:
-            row = end_row(window, self._stop)
+            row = self._end_row(window)
             grad_norm, stepped, table = self.engine.finish(optimizer.accelerated, row)
             reason = "" if stepped else "non-finite"
         else:
             self.engine.discard_window_grads(optimizer.accelerated)
-            table = self.engine.all_gather_floats(end_row(window, self._stop))
+            table = self.engine.all_gather_floats(self._end_row(window))
             grad_norm, stepped, reason = math.nan, False, "empty"
         update = self._conclude(window, table, grad_norm, stepped, reason)
         self.last_optimizer = optimizer
@@ -362,7 +362,11 @@ class Accumulator:
 
     def request_stop(self) -> None:
         """Ask all ranks to stop: the next update of every rank has `stop_requested`."""
-        self._stop = True
+        self._stop_requested = True
+
+    def request_save(self) -> None:
+        """Ask all ranks to save: the next update of every rank has `save_requested`."""
+        self._save_requested = True
 
     # --- the life of a window ---
 
@@ -381,7 +385,7 @@ class Accumulator:
     def _finish_for_accelerate(self, window: Window) -> None:
         """End a window whose optimizer accelerate prepared, and steps."""
         refuse_unprepared(self.engine, self.max_grad_norm)
-        table = self.engine.end_window(end_row(window, self._stop))
+        table = self.engine.end_window(self._end_row(window))
         reason = "" if window.num_targets > 0 else "empty"
         self._conclude(window, table, math.nan, not reason, reason)
 
@@ -389,6 +393,12 @@ class Accumulator:
         """Drop the gradient of the window in hand."""
         for optimizer in self.engine.prepared_optimizers():
             self.engine.discard_window_grads(optimizer)
+
+    def _end_row(self, window: Window) -> list[float]:
+        stop, save = self._stop_requested, self._save_requested
+        if save:
+            self._save_requested = False
+        return end_row(window, stop, save)
 
     def _conclude(
         self, window: Window, table: np.ndarray, grad_norm: float, stepped: bool, reason: str

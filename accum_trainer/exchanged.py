@@ -5,11 +5,11 @@ Knows the columns of both exchanges, and nothing of sources, engines or tensors.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
-from accum_trainer.errors import DataError
+from accum_trainer.errors import DataError, EngineError
 
 
 class WindowCounts(NamedTuple):
@@ -105,12 +105,26 @@ def check_same_sample(samples: list[float]) -> None:
             )
 
 
+def refuse_other_windows(positions: list[tuple[int, int, int, int]]) -> NoReturn:
+    """Raise an EngineError that says which window (its `Position`) each rank was in."""
+    other = next(rank for rank, position in enumerate(positions) if position != positions[0])
+    said = [
+        f"process {rank}: {updates} updates, epoch {epoch}, {consumed} consumed, window "
+        f"{fingerprint:08x}"
+        for rank, (updates, epoch, consumed, fingerprint) in enumerate(positions)
+    ]
+    raise EngineError(
+        f"process {other} trained on another window than process 0 ({'; '.join(said)}), so "
+        "this update would belong to no batch; give all processes the same data, seed and position"
+    )
+
+
 class WindowEnd(NamedTuple):
     """One rank's numbers in the exchange that ends a window.
 
     Attributes:
         loss_sum: the rank's losses, summed over targets.
-        stop_requested: `request_stop` was called there.
+        stop_requested, save_requested: `request_stop`, `request_save` was called there.
         num_splits: micro-batches that it cut in two.
         num_micro_batches: micro-batches that it ran.
         position: a checksum of the window's `Position`; 0 if each rank reads its own data.
@@ -118,6 +132,7 @@ class WindowEnd(NamedTuple):
 
     loss_sum: float
     stop_requested: float
+    save_requested: float
     num_splits: float
     num_micro_batches: float
     position: float

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from accum_trainer.errors import EngineError
-from accum_trainer.exchanged import WindowEnd
-from accum_trainer.window import Position, Window
+from accum_trainer.exchanged import WindowEnd, refuse_other_windows
+from accum_trainer.window import Window
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,8 @@ class Update:
         skipped: the optimizer did not step.
         reason: why it was skipped: "empty" (no target), "non-finite" (inf or nan in the gradient),
             else "".
-        stop_requested: some rank called `request_stop`; all ranks see it at the same update.
+        stop_requested, save_requested: some rank called `request_stop`, `request_save`; all ranks
+            see it at the same update.
         num_splits: splits of micro-batches over all ranks, because one ran out of memory,
             including pre-emptive ones at a size that already ran out.
     """
@@ -51,14 +51,16 @@ class Update:
     skipped: bool = False
     reason: str = ""
     stop_requested: bool = False
+    save_requested: bool = False
     num_splits: int = 0
 
 
-def end_row(window: Window, stop_requested: bool) -> list[float]:
+def end_row(window: Window, stop: bool, save: bool) -> list[float]:
     """This rank's numbers for the exchange that ends `window`, with the next window's counts."""
     end = WindowEnd(
         loss_sum=float(window.loss_sum),
-        stop_requested=stop_requested,
+        stop_requested=stop,
+        save_requested=save,
         num_splits=window.num_splits,
         num_micro_batches=len(window),
         position=window.position.checksum(),
@@ -75,7 +77,8 @@ def conclude(
         EngineError: on all ranks, if one was in another window than rank 0.
     """
     ends, counts_ahead = WindowEnd.from_rows(table)
-    _check_same_window(engine, window.position, [end.position for end in ends])
+    if len({end.position for end in ends}) > 1:
+        refuse_other_windows(engine.gather_objects(tuple(window.position)))
     window.reader.learn_ahead(counts_ahead)
     num_splits = int(sum(end.num_splits for end in ends))
     loss_sum = sum(end.loss_sum for end in ends)
@@ -92,21 +95,6 @@ def conclude(
         skipped=not stepped,
         reason=reason,
         stop_requested=any(end.stop_requested for end in ends),
+        save_requested=any(end.save_requested for end in ends),
         num_splits=num_splits,
-    )
-
-
-def _check_same_window(engine: Any, position: Position, checksums: list[float]) -> None:
-    others = [rank for rank, checksum in enumerate(checksums) if checksum != checksums[0]]
-    if not others:
-        return
-    positions = enumerate(engine.gather_objects(tuple(position)))
-    said = [
-        f"process {rank}: {updates} updates, epoch {epoch}, {consumed} consumed, window "
-        f"{fingerprint:08x}"
-        for rank, (updates, epoch, consumed, fingerprint) in positions
-    ]
-    raise EngineError(
-        f"process {others[0]} trained on another window than process 0 ({'; '.join(said)}), so "
-        "this update would belong to no batch; give all processes the same data, seed and position"
     )

@@ -4,14 +4,15 @@ It knows no models, gradients or windows. `all_gather_floats` uses the group of 
 the middle of training. Everything else uses a separate group that waits for hours: it surrounds
 work of unknown length (tokenising, loading, saving), and NCCL gives up after ten minutes, gloo
 after thirty. Notes (`post`, `posted`) are in the store that the processes met at, and need no other
-process to join.
+process to join; a launcher may keep it, and take it along (`StoreLostError`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -28,11 +29,15 @@ _LONGEST_SEC = 1e9  # that backends can count in milliseconds
 T = TypeVar("T")
 
 
+class StoreLostError(EngineError):
+    """The store that the processes met at is gone: who kept it has ended or was killed."""
+
+
 class Ranks:
     """This process among the others.
 
     All methods but those that post and read notes are collective: every rank must make the same
-    calls in the same order. The properties are not.
+    calls in the same order. The properties are not. Those of notes raise `StoreLostError`.
     """
 
     accelerator: Accelerator
@@ -98,31 +103,34 @@ class Ranks:
     def post(self, key: str, note: str) -> None:
         """Replace this rank's note under `key`. Not collective, and does not wait."""
         if self.world_size > 1:
-            _get_default_store().set(f"{key}/{self.rank}", note)
+            with _store() as store:
+                store.set(f"{key}/{self.rank}", note)
 
     def posted(self, key: str) -> list[str]:
         """Every rank's note under `key`, in the order of ranks; empty for a single process. Not
         collective; waits for a rank that has posted none yet."""
         if self.world_size == 1:
             return []
-        keys = [f"{key}/{rank}" for rank in range(self.world_size)]
-        return [note.decode() for note in _get_default_store().multi_get(keys)]
+        with _store() as store:
+            notes = store.multi_get([f"{key}/{rank}" for rank in range(self.world_size)])
+        return [note.decode() for note in notes]
 
     def post_once(self, key: str, note: str) -> None:
         """Post a note of the whole job under `key`, whichever rank is first. Not collective."""
         if self.world_size > 1:
-            _get_default_store().compare_set(key, "", note)
+            with _store() as store:
+                store.compare_set(key, "", note)
 
     def posted_once(self, key: str) -> str | None:
         """The note of `post_once` under `key`, if there is one by now. Not collective."""
-        if self.world_size == 1 or not _get_default_store().check([key]):
+        if self.world_size == 1:
             return None
-        return _get_default_store().get(key).decode()
+        with _store() as store:
+            return store.get(key).decode() if store.check([key]) else None
 
     def posted_so_far(self, key: str) -> list[str | None]:
         """As `posted`, with None for a rank that has posted none; does not wait."""
-        store, keys = _get_default_store(), [f"{key}/{rank}" for rank in range(self.world_size)]
-        return [store.get(one).decode() if store.check([one]) else None for one in keys]
+        return [self.posted_once(f"{key}/{rank}") for rank in range(self.world_size)]
 
     # --- work that may fail on one rank ---
 
@@ -182,6 +190,17 @@ def _outcome(
         return function(*arguments), None
     except Exception as error:  # raised again by `agree`
         return None, error
+
+
+@contextlib.contextmanager
+def _store() -> Iterator[dist.Store]:
+    try:
+        yield _get_default_store()
+    except dist.DistNetworkError as error:
+        raise StoreLostError(
+            f"the store that the processes met at is gone ({error}): the launcher that kept it "
+            "has ended or was killed"
+        ) from error
 
 
 @functools.lru_cache(maxsize=1)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
-from accum_trainer.engine.ranks import Ranks
+from accum_trainer.engine.ranks import Ranks, StoreLostError
 
 # Watches of this process so far. Every process makes the same ones, so their keys agree.
 _WATCHES = itertools.count()
@@ -85,12 +85,26 @@ class HangWatch:
             looked = time.monotonic()
             self._progress_at += stopped if stopped > self._look_sec else 0.0
             is_late = not self._pauses and time.monotonic() - self._progress_at > self._timeout
-            if is_late:
-                self._ranks.post_once(f"{self._key}/asked", str(self._ranks.rank))
-            if self._ranks.posted_once(f"{self._key}/asked") is not None:
-                self._answer()
-            if is_late and not self._ended.is_set():
-                self._end()
+            try:
+                self._look(is_late)
+            except StoreLostError as error:
+                if is_late:
+                    self._end(f"where the others are is not known, because {error}")
+
+    def _look(self, is_late: bool) -> None:
+        if is_late:
+            self._ranks.post_once(f"{self._key}/asked", str(self._ranks.rank))
+        if self._ranks.posted_once(f"{self._key}/asked") is not None:
+            self._answer()
+        if is_late:
+            # The others look at their clocks at other times.
+            time.sleep(2 * self._look_sec + _ANSWER_SEC)
+            self._end(
+                _places(
+                    self._ranks.posted_so_far(f"{self._key}/place"),
+                    self._ranks.posted_so_far(f"{self._key}/host"),
+                )
+            )
 
     def _answer(self) -> None:
         if not self._has_answered:
@@ -103,32 +117,30 @@ class HangWatch:
         frame = sys._current_frames().get(self._main)  # noqa: SLF001 - documented, for debuggers
         return _innermost(frame)
 
-    def _end(self) -> None:
-        # The others look at their clocks at other times.
-        time.sleep(2 * self._look_sec + _ANSWER_SEC)
-        places, hosts = (
-            self._ranks.posted_so_far(f"{self._key}/{what}") for what in ("place", "host")
-        )
+    def _end(self, places: str) -> None:
         if self._ended.is_set():
             return
-        print(f"error: {self._words(places, hosts)}", file=sys.stderr, flush=True)
+        print(
+            f"error: no process got on for {self._timeout:g} s (--timeout), in window "
+            f"{self._window}: {places}. The run ends; the same command continues from the last "
+            "checkpoint. If a window, or what the loop's own code does between windows, may take "
+            "so long, raise --timeout",
+            file=sys.stderr,
+            flush=True,
+        )
         self._end_process(1)
 
-    def _words(self, places: list[str | None], hosts: list[str | None]) -> str:
-        named = [f"process {i} on {host or 'an unknown host'}" for i, host in enumerate(hosts)]
-        silent = [name for name, place in zip(named, places, strict=True) if place is None]
-        others = [f"{n} is {p}" for n, p in zip(named, places, strict=True) if p is not None]
-        said = (
-            f"{' and '.join(silent)} did not answer (frozen, or the machine is gone); "
-            if silent
-            else ""
-        )
-        return (
-            f"no process got on for {self._timeout:g} s (--timeout), in window {self._window}: "
-            f"{said}{', '.join(others)}. The run ends; the same command continues from the last "
-            "checkpoint. If a window, or what the loop's own code does between windows, may take "
-            "so long, raise --timeout"
-        )
+
+def _places(places: list[str | None], hosts: list[str | None]) -> str:
+    named = [f"process {i} on {host or 'an unknown host'}" for i, host in enumerate(hosts)]
+    silent = [name for name, place in zip(named, places, strict=True) if place is None]
+    others = [f"{n} is {p}" for n, p in zip(named, places, strict=True) if p is not None]
+    said = (
+        f"{' and '.join(silent)} did not answer (frozen, or the machine is gone); "
+        if silent
+        else ""
+    )
+    return said + ", ".join(others)
 
 
 def _innermost(frame: FrameType | None) -> str:

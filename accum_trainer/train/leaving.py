@@ -38,7 +38,11 @@ class LoopPlaces:
         self.goes_on_after(record)
 
     def goes_on_after(self, record: int) -> None:
-        """Post that this process takes the next window, or ends the loop as planned."""
+        """Post that this process takes the next window, or ends the loop as planned.
+
+        Raises:
+            StoreLostError: there is nobody to tell.
+        """
         self._ranks.post(self._key, f"{record} {_ON}")
 
     def process_that_did_not_leave(
@@ -48,6 +52,9 @@ class LoopPlaces:
 
         A process that has not come back from its caller since the record before is waited for: it
         may be slow to break out.
+
+        Raises:
+            StoreLostError: it cannot be known.
         """
         self._ranks.post(self._key, f"{record} {_LEFT}")
         pause, begun, was_said = 0.01, time.monotonic(), False

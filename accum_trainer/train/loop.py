@@ -12,6 +12,7 @@ import torch
 
 from accum_trainer.config import TrainConfig
 from accum_trainer.engine.memory import memory_gb, peak_gb, reset_peak
+from accum_trainer.engine.ranks import StoreLostError
 from accum_trainer.errors import AccumTrainerError, DivergedError
 from accum_trainer.launch.rank import end_at_once
 from accum_trainer.losses.causal_lm import causal_lm_loss
@@ -32,6 +33,8 @@ from accum_trainer.update import Update
 from accum_trainer.window import Window
 
 logger = logging.getLogger(__name__)
+
+LAUNCHER_GONE = "its launcher is gone"
 
 
 def updates(config: TrainConfig) -> Iterator[Record]:
@@ -85,7 +88,7 @@ class Run:
             mixed_precision=self.engine.mixed_precision,
         )
         self._save_times = SaveTimes(
-            self.engine, config.checkpoint_every, config.checkpoint_minutes
+            self.training.accumulator, config.checkpoint_every, config.checkpoint_minutes
         )
         self._plan = run_plan(self.training, self._resumed_from)
 
@@ -128,7 +131,10 @@ class Run:
                     if self._is_save_due(update):
                         self.save()
                     yield record
-                places.goes_on_after(self._files.tally.records)
+                try:
+                    places.goes_on_after(self._files.tally.records)
+                except StoreLostError:  # nobody watches over this job any more
+                    self.stopping.request(LAUNCHER_GONE)
                 if update.stop_requested:
                     self.stopping.agree_on_reason()
                     return
@@ -173,8 +179,7 @@ class Run:
         }
 
     def _is_save_due(self, update: Update) -> bool:
-        is_due = self._save_times.is_due(update.step, self._files.tally.records)
-        return is_due and not update.skipped and not self.training.is_done
+        return self._save_times.is_due(update) and not update.skipped and not self.training.is_done
 
     def save(self, is_last: bool = False) -> None:
         """Begin to write a checkpoint of the last finished window. Collective; training waits for
@@ -206,21 +211,30 @@ class Run:
             self.engine.on_main(self._write_ending)
             raise
         except GeneratorExit:  # the caller broke out of its loop, or raised in it
-            step = self.training.accumulator.num_updates
-            other = places.process_that_did_not_leave(self._files.tally.records)
-            if other is None:
-                self._finish()
-            else:
-                logger.warning(
-                    "process %d left its loop after update %d and process %d did not, so nothing "
-                    "is saved here and the last checkpoint stays; break out on all processes at "
-                    "the same record",
-                    *(self.engine.rank, step, other),
-                )
+            self._finish_if_all_left(places)
             raise
         finally:
             self._writer.give_up()
             self._files.close()
+
+    def _finish_if_all_left(self, places: LoopPlaces) -> None:
+        try:
+            other = places.process_that_did_not_leave(self._files.tally.records)
+        except StoreLostError as error:
+            logger.warning(
+                "the loop was left, and nothing is saved here: whether all processes left it is "
+                "not known, because %s; the last checkpoint stays",
+                error,
+            )
+            return
+        if other is None:
+            self._finish()
+            return
+        logger.warning(
+            "process %d left its loop after update %d and process %d did not, so nothing is saved "
+            "here and the last checkpoint stays; break out on all processes at the same record",
+            *(self.engine.rank, self.training.accumulator.num_updates, other),
+        )
 
     def _finish(self) -> None:
         self.save(is_last=True)

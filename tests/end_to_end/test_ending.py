@@ -1,11 +1,17 @@
-"""When a run saves and when it gives up: by time, and after too many windows without an update."""
+"""When a run saves and when it gives up: by time, after windows without an update, without its
+launcher."""
 
 from __future__ import annotations
 
 import json
+import signal
+import sys
+from pathlib import Path
 
 import pytest
 
+from accum_trainer.train.loop import LAUNCHER_GONE
+from tests.end_to_end.started import Started, wait_for_end
 from tests.launching import torchrun
 from tests.made_runs import write_sums
 
@@ -43,3 +49,27 @@ def test_checkpoints_by_time(tmp_path, rows, processes):
     assert done.returncode == 0, done.stderr
     steps = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert len(steps) >= 4 and steps[-1] == "step-00000012"
+
+
+def test_processes_whose_launcher_was_killed_save_and_end(tmp_path, rows):
+    """torchrun's launcher keeps the store that they met at; nothing tells them that it is gone."""
+    run = tmp_path / "run"
+    torchrun_two = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    started = Started(
+        [
+            *torchrun_two,
+            *("--nproc_per_node", "2", "-m", "accum_trainer.train", "--cpu", "--batch-size", "1"),
+            *("--dataset-file", rows, "--steps", "100000", "--output-dir", run),
+        ],
+        tmp_path,
+    )
+    started.until_update(run, 2)
+    pid = started.process.pid
+    ranks = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    started.signal(signal.SIGKILL)
+    assert started.ended() == -signal.SIGKILL and len(ranks) == 2
+    for rank in ranks:
+        wait_for_end(int(rank))
+    result = json.loads((run / "result.json").read_text())
+    assert (result["done"], result["stopped_by"]) == (False, LAUNCHER_GONE)
+    assert "Traceback" not in started.err
