@@ -189,6 +189,12 @@ def _set_router_loss(model: Any, config: TrainConfig) -> None:
 def _set_attention(model: Any, config: TrainConfig) -> None:
     wrong = f"attention={config.attention} cannot be used with model={config.model}: "
     remedy = "; install what is missing, or use sdpa or eager"
+    from accum_trainer.lm.packed_attention import PACKED_SDPA, attend_inside_samples
+
+    if config.attention == PACKED_SDPA:
+        if not attend_inside_samples(model):
+            raise ConfigError(f"{wrong}it is for models that run sdpa{remedy}")
+        return
     try:
         model.set_attn_implementation(config.attention)
     except Exception as error:  # a missing package, an unknown name

@@ -160,7 +160,7 @@ def _lengths(model: torch.nn.Module, most: int, longest: int | None) -> list[int
     The row exceeds the model's attention windows if real rows do.
     """
     most = max(most, 2 * _FEWEST)
-    window = max((size for size in _windows(model) if size < most), default=0)
+    window = max((size for size in attention_windows(model) if size < most), default=0)
     positions = getattr(_text_config(model), "max_position_embeddings", None) or most
     longest = min(longest if longest is not None else most, positions, most // 2)
     sample = max(2, min(longest, max(_FEWEST, window + 8)))
@@ -170,7 +170,7 @@ def _lengths(model: torch.nn.Module, most: int, longest: int | None) -> list[int
     return lengths
 
 
-def _windows(model: torch.nn.Module) -> Iterator[int]:
+def attention_windows(model: torch.nn.Module) -> Iterator[int]:
     """Sizes in the model's configuration that a row may exceed: attention windows, scan chunks."""
     for name, size in getattr(_text_config(model), "__dict__", {}).items():
         if (

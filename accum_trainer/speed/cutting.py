@@ -18,7 +18,8 @@ from accum_trainer.config import TrainConfig
 from accum_trainer.data.tokenizing import TokenizedRows
 from accum_trainer.errors import ConfigError
 from accum_trainer.lm.model import is_flash
-from accum_trainer.losses.packing import find_packing, worst_of
+from accum_trainer.lm.packed_attention import PACKED_SDPA, attend_inside_samples
+from accum_trainer.losses.packing import attention_windows, find_packing, worst_of
 from accum_trainer.sources.collating import PaddingCollator
 from accum_trainer.speed.batch_size import FoundBatchSize, find_batch_size
 from accum_trainer.speed.cost import measured_cost, seconds_of
@@ -73,15 +74,20 @@ def decide_layout(
     """
     engine = accumulator.engine
     plain_model = engine.unwrap(model)
-    attention = getattr(plain_model.config, "_attn_implementation", None) or "unknown"
     if config.layout == "padded":
         return Layout(False, "asked for")
-    if config.layout == "auto" and not (is_flash(attention) or attention == "flex_attention"):
+    if config.pad_to_multiple_of is not None:
+        return Layout(False, "pad_to_multiple_of was asked for")
+    longest = int(rows.lengths.max())
+    before = _attention_of(plain_model)
+    switched = _skips_other_samples(config, engine, plain_model, longest)
+    attention = _attention_of(plain_model)
+    skips = is_flash(attention) or attention in ("flex_attention", PACKED_SDPA)
+    if config.layout == "auto" and not skips:
         return Layout(
             False,
             f"{attention} attention would compute, and mask, all pairs of samples in a packed row",
         )
-    longest = int(rows.lengths.max())
     found = find_packing(
         plain_model,
         torch.tensor(
@@ -101,12 +107,32 @@ def decide_layout(
             else f"{attention} computes no attention between samples"
         )
         return Layout(True, f"{reason}; proven: {found.reason}", found.boundaries)
+    if switched:
+        plain_model.set_attn_implementation(before)
     if config.layout == "packed":
         raise ConfigError(
             f"layout=packed cannot be used with model={config.model}, whose packed samples see "
             f"each other: {found.reason}; use layout=padded"
         )
     return Layout(False, f"packed samples would see each other: {found.reason}")
+
+
+def _attention_of(model: Any) -> str:
+    """The implementation in force; transformers has no public name for it."""
+    return getattr(model.config, "_attn_implementation", None) or "unknown"
+
+
+def _skips_other_samples(config: TrainConfig, engine: Any, model: Any, longest: int) -> bool:
+    """Switch to attention inside samples where it is faster; True if it was.
+
+    A GPU's kernels for many small samples were not timed. Compiled blocks would break at the loop
+    over samples. Beyond an attention window the whole row would be masked.
+    """
+    if engine.device.type != "cpu" or config.compile or config.attention is not None:
+        return False
+    if any(1 < size < longest for size in attention_windows(model)):
+        return False
+    return attend_inside_samples(model)
 
 
 def decide_cut(
@@ -127,11 +153,6 @@ def decide_cut(
     """
     engine = accumulator.engine
     plain_model = engine.unwrap(model)
-    if layout.packed and config.pad_to_multiple_of is not None:
-        raise ConfigError(
-            f"pad_to_multiple_of={config.pad_to_multiple_of} has no effect here: samples are "
-            f"packed and nothing is padded ({layout.reason}); leave it out, or use layout=padded"
-        )
     multiple = config.pad_to_multiple_of or (8 if engine.device.type == "cuda" else 1)
     found, batch_size, max_tokens = None, None, config.max_tokens_per_micro_batch
     if isinstance(config.batch_size, str):  # auto

@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from accum_trainer.lm.packed_attention import PACKED_SDPA
 from accum_trainer.train.records import read_records
 from tests.launching import torchrun
 
@@ -36,9 +37,9 @@ def test_every_cut_logs_the_same_losses(train, tmp_path, rows):
         "256",
     ]
     runs = {
-        "by B": ["--batch-size", "8"],
+        "by B": ["--batch-size", "8", "--layout", "padded"],
         "to a multiple": ["--batch-size", "8", "--pad-to-multiple-of", "16"],
-        "by tokens": ["--max-tokens-per-micro-batch", "512"],
+        "by tokens": ["--max-tokens-per-micro-batch", "512", "--layout", "padded"],
         "packed": ["--batch-size", "8", "--layout", "packed"],
         "packed by tokens": ["--max-tokens-per-micro-batch", "512", "--layout", "packed"],
     }
@@ -67,6 +68,33 @@ def test_every_cut_logs_the_same_losses(train, tmp_path, rows):
     )
     assert plan["physical_batch_size"] is None and plan["effective_batch_size"] == 32
     assert json.loads((tmp_path / "by B" / "plan.json").read_text())["layout"] == "padded"
+
+
+def test_i40_a_cpu_packs_by_itself_and_nothing_changes(train, tmp_path, rows):
+    """The same updates as padded, without a padded token; `model/` names no attention of ours."""
+    options = ["--dataset-file", rows, "--batch-size", "4", "--global-batch-size", "8"]
+    options += ["--steps", "3", "--lr", "1e-2"]
+    runs = {
+        "auto": [],
+        "named": ["--attention", PACKED_SDPA],
+        "padded": ["--layout", "padded"],
+        "multiple": ["--pad-to-multiple-of", "8"],
+    }
+    for name, argv in runs.items():
+        finished = train(*options, *argv, "--output-dir", name)
+        assert finished.status == 0, finished.err
+    plans = {name: json.loads((tmp_path / name / "plan.json").read_text()) for name in runs}
+    assert [(plan["layout"], plan["attention"]) for plan in plans.values()] == [
+        *[("packed", PACKED_SDPA)] * 2,
+        *[("padded", "sdpa")] * 2,
+    ]
+    padded = read_records(tmp_path / "padded" / "metrics.jsonl")
+    for name in ("auto", "named"):
+        packed = read_records(tmp_path / name / "metrics.jsonl")
+        assert [record["padding_efficiency"] for record in packed] == [1.0] * 3
+        assert curve(packed) == pytest.approx(curve(padded), rel=1e-6)
+    assert all(record["padding_efficiency"] < 1.0 for record in padded)
+    assert PACKED_SDPA not in (tmp_path / "auto" / "model" / "config.json").read_text()
 
 
 def test_a_token_budget_continues_to_the_bit(train, tmp_path, rows):

@@ -1,0 +1,121 @@
+"""Attention inside samples: exact on every family that runs sdpa, and no pair of two samples is
+computed.
+
+Tolerance: relative 2e-6 against each sample alone in float64, with transformers' own attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from accum_trainer.lm import packed_attention
+from accum_trainer.lm.packed_attention import PACKED_SDPA, attend_inside_samples
+from accum_trainer.losses.packing import find_packing
+from accum_trainer.sources.collating import PackingCollator, PaddingCollator
+from tests.packed_families import EXACT, FAMILIES, ROWS, TOKENS, gradient_apart, gradient_packed
+from tests.packed_families import make as make_any
+from tests.reference import relative_error
+
+# Families whose attention transformers runs as sdpa, so that ours can take its place.
+WITH_SDPA = ["Llama", "GPT2", "Qwen2", "Gemma3Text", "Mistral", "Mixtral", "GPTNeoX", "Phi3"]
+WITH_SDPA += ["Lfm2", "FalconH1", "Qwen3Next", "OPT"]
+
+
+def make(name: str, **options) -> torch.nn.Module:
+    """With random weights large enough that a wrong mask shows."""
+    model = make_any(name, **options)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.normal_(std=0.2)
+    return model
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """(samples, tokens of each) of every call of torch's attention on a packed row."""
+    found = []
+
+    def counted(query, *arguments, **options):
+        found.append((query.shape[0], query.shape[2]))
+        return scaled_dot_product_attention(query, *arguments, **options)
+
+    monkeypatch.setattr(packed_attention, "scaled_dot_product_attention", counted)
+    return found
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_i40_the_gradient_is_each_samples_own_or_the_proof_refuses(name):
+    model = make(name)
+    apart = gradient_apart(model)
+    switched = attend_inside_samples(model)
+    assert switched == (model.config._attn_implementation == PACKED_SDPA)  # noqa: SLF001
+    assert switched or name not in WITH_SDPA
+    if switched:
+        error = relative_error(gradient_packed(model), apart)
+        found = find_packing(model, TOKENS, most=80)
+        assert found.holds == (error <= EXACT), (found, error)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "GPT2"])
+def test_no_pair_of_different_samples_is_computed(name, calls):
+    """Grouped heads, a window that no sample exceeds, and a model with dropout."""
+    options = {"Llama": dict(num_attention_heads=4), "Mistral": dict(sliding_window=40)}
+    model = make(name, **options.get(name, {}))
+    apart = gradient_apart(model)
+    assert attend_inside_samples(model)
+    rows = sorted(map(len, (row["input_ids"] for row in ROWS)))
+    assert relative_error(gradient_packed(model), apart) <= EXACT
+    computed = [length for number, length in calls for _ in range(number)]
+    assert sorted(computed) == sorted(rows * 2)  # two layers
+
+
+def test_neighbours_of_one_length_are_one_batch(calls):
+    model = make("Llama")
+    assert attend_inside_samples(model)
+    lengths = [7, 7, 7, 5, 3, 3]
+    rows = [{"input_ids": list(range(1, n + 1)), "labels": list(range(1, n + 1))} for n in lengths]
+    packed = model(**PackingCollator()(rows)).logits[0].split(lengths)
+    assert calls == [(3, 7), (1, 5), (2, 3)] * 2
+    for found, row in zip(packed, rows, strict=True):
+        alone = model(input_ids=torch.tensor([row["input_ids"]])).logits[0]
+        assert (found - alone).abs().max() <= EXACT * alone.abs().max()
+
+
+def test_a_sample_beyond_the_window_is_masked_as_transformers_does(calls):
+    """The windows of Mistral and chunks of Llama 4 are 6 tokens, Gemma 3 alternates."""
+    for name in ("Mistral", "Gemma3Text", "Llama4Text"):
+        model = make(name)
+        row = PackingCollator()(ROWS)
+        expected = model(**row).logits
+        assert attend_inside_samples(model)
+        calls.clear()
+        assert (model(**row).logits - expected).abs().max() <= EXACT * expected.abs().max()
+        # A full layer attends inside samples beside one that is masked.
+        assert bool(calls) == (name != "Mistral")
+
+
+def test_a_padded_batch_takes_transformers_own_path(calls):
+    model = make("Llama")
+    batch = PaddingCollator(pad_token_id=0)(ROWS)
+    expected = model(**batch).logits
+    assert attend_inside_samples(model)
+    assert torch.equal(model(**batch).logits, expected) and not calls
+    alone = {"input_ids": torch.tensor([ROWS[0]["input_ids"]])}
+    assert model(**alone).logits.isfinite().all() and not calls
+
+
+def test_attention_that_is_not_plain_is_refused(calls):
+    query = torch.randn(1, 2, 5, 4)
+    lengths = torch.tensor([3, 2])
+    for options in (
+        {"softcap": 2.0},
+        {"s_aux": torch.ones(2)},
+        {"position_bias": torch.ones(1, 2, 5, 5)},
+        {"is_causal": False},
+    ):
+        with pytest.raises(ValueError, match="packed_sdpa computes plain causal attention, and"):
+            packed_attention.attention(torch.nn.Module(), query, query, query, lengths, **options)
+    assert not calls
