@@ -531,7 +531,7 @@ def test_what_a_cut_of_other_windows_skips_is_not_compared_by_content():
     ("data", "differ"),
     [
         ([torch.ones(1), torch.ones(2)], r"size: \(1,\), \(2,\)"),
-        ([{"input_ids": [1, 2]}, {"input_ids": [1, 2, 3]}], "input_ids: 2, 3"),
+        ([{"input_ids": [1, 2]}, {"input_ids": [1, 2, 3]}], "input_ids: 3, 2"),
         ([(torch.ones(1), torch.ones(1)), (torch.ones(1), torch.ones(3))], r"\[1\]: "),
     ],
 )

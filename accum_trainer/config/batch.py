@@ -53,7 +53,7 @@ class BatchOptions(Section):
     layout: str = option(
         "auto",
         "How samples lie in a micro-batch: padded to a rectangle, or packed end to end; auto packs "
-        "for flash and flex attention.",
+        "on a CPU, and for flash and flex attention.",
         choices=("auto", "padded", "packed"),
     )
     recover_from_oom: str = option(

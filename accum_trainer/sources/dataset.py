@@ -21,6 +21,7 @@ from accum_trainer.seeds import seed_of
 from accum_trainer.sources.collating import PackingCollator, PaddingCollator, collated
 from accum_trainer.sources.content import digest_of_sample
 from accum_trainer.sources.drawing import SeededIndices
+from accum_trainer.sources.lengths import find_lengths
 from accum_trainer.sources.options import SourceOptions
 from accum_trainer.sources.progress import Progress
 from accum_trainer.sources.shares import Announced, Reading, WindowShares, read_shares
@@ -68,9 +69,7 @@ class PlannedSource:
     ) -> None:
         if len(dataset) == 0:
             raise DataError("the data set is empty; there is no window to train on")
-        given = options.lengths
-        if given is None:
-            given = getattr(dataset, "lengths", None)
+        given = options.lengths if options.lengths is not None else find_lengths(dataset)
         self._lengths = (
             np.ones(len(dataset), dtype=np.int64) if given is None else np.asarray(given)
         )

@@ -26,7 +26,7 @@ class SourceOptions:
     Attributes:
         collate_fn: samples to one batch; None for torch's default.
         lengths: tokens of each sample, shape (samples,), which let the cut avoid padding. None to
-            use the data set's attribute `lengths`, if any.
+            use those that the data set has (`lengths.find_lengths`).
         shuffle: False keeps the data set's own order.
         seed: of the global order; also of whatever a DataLoader without a generator draws.
         shard: (i, n), every n-th sample of the order from the i-th on. The n shards together hold
