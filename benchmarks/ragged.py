@@ -6,9 +6,10 @@ same samples.
                                 [--max-tokens 4096] [--compile]
 
 Every loop trains an equal model with AdamW and clipping, B = 8. `trainer` is `transformers.Trainer`
-as documented, `grouped` the same with its length grouping, `trl` TRL's SFTTrainer, `eager` our own
-without `--compile`. All but `grouped`, whose order is its own, get the samples of each update in
-the same order, so that each pair of updates compares the same work. Updates are timed in turn in
+as documented, `grouped` the same with its length grouping, `trl` TRL's SFTTrainer, `padded` our own
+without packing, `eager` our own without `--compile`. All but `grouped`, whose order is its own, get
+the samples of each update in the same order, so that each pair of updates compares the same work.
+Updates are timed in turn in
 one process, the first of each pair alternating; the figure is the median of the pairs' ratios, in
 samples per second. Without --data the rows are the documentation strings that Python carries;
 without --model a Llama of 5M parameters. Their memory: `benchmarks/memory.py`.
@@ -33,7 +34,8 @@ import torch
 from accum_trainer import Accumulator, TrainConfig, causal_lm_loss
 from accum_trainer.data.tokenizing import TokenizedRows
 from accum_trainer.lm.model import compile_blocks, load_model, load_tokenizer
-from accum_trainer.sources.collating import PaddingCollator
+from accum_trainer.lm.packed_attention import attend_inside_samples
+from accum_trainer.sources.collating import PackingCollator, PaddingCollator
 from accum_trainer.train.rows import load_rows
 from accum_trainer.window_plan import Cost, Cut, global_order
 from benchmarks.overhead import KEEP_FREED_MEMORY
@@ -43,6 +45,7 @@ LABELS = {
     "trainer": "`transformers.Trainer`",
     "grouped": "`transformers.Trainer`, length grouping",
     "trl": "TRL `SFTTrainer`",
+    "padded": "ours, `--layout padded`",
     "eager": "the same without `--compile`",
 }
 CPU_COST = Cost(fixed=32.0, square=1e-3)
@@ -89,9 +92,12 @@ def ours(
     k: int,
     order: list[int],
     max_tokens: int | None = None,
+    packed: bool = True,
 ) -> Iterator[int]:
     """One update per `next`; how many tokens it had. Micro-batches of B samples, or of so many
-    tokens."""
+    tokens, packed as `train` does on a CPU."""
+    if packed:
+        assert attend_inside_samples(model), "the model does not run sdpa"
     acc = Accumulator(
         micro_batch_size=None if max_tokens else B,
         global_batch_size=B * k,
@@ -99,11 +105,10 @@ def ours(
         cpu=True,
     )
     model, optimizer = acc.prepare(model, torch.optim.AdamW(model.parameters(), lr=LR, fused=True))
-    chosen = Chosen(rows, order)
-    collate = PaddingCollator(tokenizer.pad_token_id or 0)
-    cut = Cut(None if max_tokens else B, max_tokens, cost=CPU_COST)
+    collate = PackingCollator() if packed else PaddingCollator(tokenizer.pad_token_id or 0)
+    cut = Cut(None if max_tokens else B, max_tokens, packed=packed, cost=CPU_COST)
     windows = acc.windows(
-        chosen, collate_fn=collate, lengths=chosen.lengths, shuffle=False, cut=cut, prefetch=True
+        [rows[i] for i in order], collate_fn=collate, shuffle=False, cut=cut, prefetch=True
     )
     for window in windows:
         for batch in window:
@@ -111,20 +116,6 @@ def ours(
                 acc.backward(causal_lm_loss(model, batch))
         acc.step(optimizer)
         yield window.num_tokens
-
-
-class Chosen:
-    """Some of the rows, in a given order, already in memory."""
-
-    def __init__(self, rows: TokenizedRows, order: list[int]) -> None:
-        self.samples = [rows[i] for i in order]
-        self.lengths = rows.lengths[order]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        return self.samples[index]
 
 
 def trainer(
@@ -270,8 +261,9 @@ def make_loop(
 ) -> Iterator[int]:
     if which == "compiled":
         compile_blocks(model, torch.device("cpu"))
-    if which in ("ours", "eager", "compiled"):
-        return ours(model, tokenizer, rows, k, order, max_tokens)
+    if which in ("ours", "padded", "eager", "compiled"):
+        # Compiled blocks are padded, and so is what they are compared with.
+        return ours(model, tokenizer, rows, k, order, max_tokens, packed=which == "ours")
     return trainer(which, model, tokenizer, rows, k, order)
 
 
