@@ -8,12 +8,14 @@ over the window. This module decides both and knows nothing of tensors, devices 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
+# (begin, end) of a micro-batch in the sorted window -> its cost
+Costs = Callable[[int, int], float]
 # window[rank][step] -> positions of that micro-batch's samples inside the window
 Dealt = list[list[np.ndarray]]
 
@@ -94,30 +96,32 @@ class Cut:
         weights = self.rank_weights or (1.0,) * world_size
         if self.equal_counts and self.rank_weights is not None:
             return self._deal_in_steps(order, padded, weights)
-        ends = self._ends(padded)
-        if self.equal_counts:
-            return self._dealt(
-                order, padded, self._split_to_multiple(padded, ends, world_size), weights
-            )[1]
-        if self.max_tokens is None:  # K micro-batches of B are what was asked for
-            return self._dealt(order, padded, ends, weights)[1]
-        # A few micro-batches more may be what lets the ranks end together.
+        ends, costs = self._ends(padded), self._costs(padded)
         cuts = [ends]
-        for more in range(3 if world_size > 1 else 0):
-            cuts.append(
-                self._split_to_multiple(
-                    padded, cuts[-1], world_size, at_least=len(ends) + more * world_size
-                )
-            )
-        return min(
-            (self._dealt(order, padded, cut, weights) for cut in cuts), key=lambda found: found[0]
-        )[1]
+        if self.equal_counts:
+            cuts = [_split_to_multiple(costs, ends, world_size)]
+        elif self.max_tokens is not None and world_size > 1:
+            # A few micro-batches more may be what lets the ranks end together. Without a token
+            # budget, K micro-batches of B are what was asked for.
+            for more in range(3):
+                at_least = len(ends) + more * world_size
+                cuts.append(_split_to_multiple(costs, cuts[-1], world_size, at_least))
+        # One that is like another, as where no sample is left to split, is dealt once.
+        different = [cut for i, cut in enumerate(cuts) if cut not in cuts[:i]]
+        _, ranks, ends = min(
+            ((*self._dealt(costs, cut, weights), cut) for cut in different),
+            key=lambda found: found[0],
+        )
+        dealt: Dealt = [[] for _ in weights]
+        for rank, begin, end in zip(ranks, [0, *ends], ends, strict=False):
+            dealt[rank].append(order[begin:end])
+        return dealt
 
     def _dealt(
-        self, order: np.ndarray, padded: np.ndarray, ends: list[int], weights: Sequence[float]
-    ) -> tuple[float, Dealt]:
+        self, costs: Costs, ends: list[int], weights: Sequence[float]
+    ) -> tuple[float, list[int]]:
         """Each micro-batch to the rank that would be done with it first; the time of the last rank,
-        and the deal.
+        and the rank of each.
 
         Longest processing time first (Graham 1969). Where B decides the count, no rank takes more
         than its part of it.
@@ -129,15 +133,16 @@ class Cut:
             if counted
             else np.full(len(shares), np.inf)
         )
-        loads, taken = np.zeros(len(shares)), np.zeros(len(shares))
-        dealt: Dealt = [[] for _ in weights]
-        for begin, end in zip([0, *ends[:-1]], ends, strict=True):
-            cost = self._cost(padded[begin:end])
+        priced = [costs(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+        if len(set(weights)) == 1:
+            return _dealt_evenly(priced, len(shares), float(room[0]))
+        loads, taken, ranks = np.zeros(len(shares)), np.zeros(len(shares)), []
+        for cost in priced:
             rank = int(np.where(taken < room, (loads + cost) / shares, np.inf).argmin())
             loads[rank] += cost
             taken[rank] += 1
-            dealt[rank].append(order[begin:end])
-        return float((loads / shares).max()), dealt
+            ranks.append(rank)
+        return float((loads / shares).max()), ranks
 
     def padded(self, lengths: np.ndarray) -> np.ndarray:
         """Lengths as a micro-batch computes them: rounded up to the multiple, unless packed."""
@@ -150,16 +155,15 @@ class Cut:
             return -(-total // self.multiple) * self.multiple
         return len(lengths) * int(self.padded(lengths).max())
 
-    def _cost(self, padded: np.ndarray) -> float:
-        """Of one micro-batch; `padded` longest first."""
+    def _costs(self, padded: np.ndarray) -> Costs:
+        """Prices of micro-batches of these samples, longest first."""
+        fixed, square = self.cost.fixed, self.cost.square
         if self.packed:
-            return (
-                self.cost.fixed
-                + float(padded.sum())
-                + self.cost.square * float((padded.astype(float) ** 2).sum())
-            )
-        longest = float(padded[0])
-        return self.cost.fixed + len(padded) * longest * (1.0 + self.cost.square * longest)
+            tokens = [0.0, *np.cumsum(padded, dtype=float).tolist()]
+            squares = [0.0, *np.cumsum(padded.astype(float) ** 2).tolist()]
+            return lambda a, b: fixed + tokens[b] - tokens[a] + square * (squares[b] - squares[a])
+        longest = padded.tolist()
+        return lambda a, b: fixed + (b - a) * longest[a] * (1.0 + square * longest[a])
 
     def _ends(self, padded: np.ndarray) -> list[int]:
         """Where micro-batches of the sorted samples end: of all contiguous cuts within the limits,
@@ -206,30 +210,6 @@ class Cut:
             ends.append(came_from[ends[-1]])
         return ends[::-1]
 
-    def _split_to_multiple(
-        self, padded: np.ndarray, ends: list[int], world_size: int, at_least: int = 0
-    ) -> list[int]:
-        """Split the costliest micro-batches in two until their number is a multiple, where there
-        are samples for it.
-
-        With equal counts a rank that is short would run an empty micro-batch, which costs as much
-        as a full one.
-        """
-        wanted = -(-max(len(ends), at_least) // world_size) * world_size
-        if wanted == len(ends):
-            return ends
-        divisible = [(-self._cost(padded[a:b]), a, b) for a, b in pairwise([0, *ends]) if b - a > 1]
-        heapq.heapify(divisible)
-        found = list(ends)
-        while len(found) < wanted and divisible:
-            _, a, b = heapq.heappop(divisible)
-            middle = (a + b + 1) // 2
-            found.append(middle)
-            for begin, end in ((a, middle), (middle, b)):
-                if end - begin > 1:
-                    heapq.heappush(divisible, (-self._cost(padded[begin:end]), begin, end))
-        return sorted(found)
-
     def _deal_in_steps(
         self, order: np.ndarray, padded: np.ndarray, weights: Sequence[float]
     ) -> Dealt:
@@ -268,3 +248,48 @@ def _first_fit(lengths: np.ndarray, limit: int, max_tokens: int | None) -> list[
             samples = tokens = 0
         samples, tokens = samples + 1, tokens + length
     return [*ends, len(lengths)]
+
+
+def _split_to_multiple(
+    costs: Costs, ends: list[int], world_size: int, at_least: int = 0
+) -> list[int]:
+    """Split the costliest micro-batches in two until their number is a multiple, where there are
+    samples for it.
+
+    With equal counts a rank that is short would run an empty micro-batch, which costs as much as a
+    full one.
+    """
+    wanted = -(-max(len(ends), at_least) // world_size) * world_size
+    if wanted == len(ends):
+        return ends
+    divisible = [(-costs(a, b), a, b) for a, b in pairwise([0, *ends]) if b - a > 1]
+    heapq.heapify(divisible)
+    found = list(ends)
+    while len(found) < wanted and divisible:
+        _, a, b = heapq.heappop(divisible)
+        middle = (a + b + 1) // 2
+        found.append(middle)
+        for begin, end in ((a, middle), (middle, b)):
+            if end - begin > 1:
+                heapq.heappush(divisible, (-costs(begin, end), begin, end))
+    return sorted(found)
+
+
+def _dealt_evenly(priced: list[float], world_size: int, room: float) -> tuple[float, list[int]]:
+    """As `Cut._dealt` with equal shares, at most `room` micro-batches to a rank."""
+    loads, ranks, taken, last = (
+        [(0.0, rank) for rank in range(world_size)],
+        [],
+        [0] * world_size,
+        0.0,
+    )
+    for cost in priced:
+        load, rank = loads[0]
+        taken[rank] += 1
+        if taken[rank] < room:
+            heapq.heapreplace(loads, (load + cost, rank))
+        else:
+            heapq.heappop(loads)
+        ranks.append(rank)
+        last = max(last, load + cost)
+    return last, ranks

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 from accum_trainer import Accumulator, ConfigError, TrainConfig, causal_lm_loss
 from accum_trainer.data.embedded import corpus_tokenizer
 from accum_trainer.lm.model import load_model, load_tokenizer
+from accum_trainer.lm.packed_attention import PACKED_SDPA
 from accum_trainer.losses.packing import find_packing
 from accum_trainer.sources.collating import PackingCollator, PaddingCollator
 from accum_trainer.train import updates
@@ -23,14 +24,15 @@ from tests.reference import make_model
 
 def test_attention_asked_for_is_in_force(tmp_path, fresh_accelerate):
     losses = {}
-    for attention in (None, "eager"):
+    for attention, in_force in ((None, PACKED_SDPA), ("sdpa", "sdpa"), ("eager", "eager")):
         folder = tmp_path / str(attention)
         config = TrainConfig(
             attention=attention, cpu=True, steps=2, max_seq_len=64, output_dir=str(folder)
         )
         losses[attention] = [record["loss"] for record in updates(config)]
-        assert json.loads((folder / "plan.json").read_text())["attention"] == (attention or "sdpa")
-    assert losses[None] == pytest.approx(losses["eager"], rel=1e-5)
+        assert json.loads((folder / "plan.json").read_text())["attention"] == in_force
+    for found in losses.values():
+        assert found == pytest.approx(losses["eager"], rel=1e-5)
 
 
 def test_samples_packed_for_flex_attention_do_not_see_each_other():
