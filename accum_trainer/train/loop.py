@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -17,6 +18,7 @@ from accum_trainer.errors import AccumTrainerError, DivergedError
 from accum_trainer.launch.rank import end_at_once
 from accum_trainer.losses.causal_lm import causal_lm_loss
 from accum_trainer.train.checkpoint_writer import CheckpointWriter
+from accum_trainer.train.diagnosis import describe_window
 from accum_trainer.train.evaluation import Evaluation
 from accum_trainer.train.hang_watch import HangWatch
 from accum_trainer.train.leaving import LoopPlaces
@@ -126,7 +128,9 @@ class Run:
                 if not update.skipped and evaluation.is_due(update.step):
                     record["eval_loss"] = evaluation.mean_loss(self._hangs.progress)
                 self._files.write(record)
-                self.stopping.check(update, seconds)
+                self.stopping.check(
+                    update, seconds, partial(describe_window, training, window, update)
+                )
                 with self._hangs.paused():
                     if self._is_save_due(update):
                         self.save()

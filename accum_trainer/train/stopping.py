@@ -6,6 +6,7 @@ import contextlib
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -21,7 +22,7 @@ class StoppingPolicy:
     Args:
         accumulator: carries the request to all processes at the window's end.
         max_hours: the time limit, or None.
-        max_skips: windows in a row without an update that mean divergence.
+        max_skips: windows without an update, of the last twice as many, that mean divergence.
         started: `time.monotonic()` when the run began.
 
     Attributes:
@@ -33,10 +34,10 @@ class StoppingPolicy:
     ) -> None:
         self.reason = ""
         self._max_skips = max_skips
+        self._skipped: deque[bool] = deque(maxlen=2 * max_skips)
         self._accumulator = accumulator
         self._ends = None if max_hours is None else started + max_hours * 3600
         self._longest_window = self._longest_save = 0.0
-        self._skipped_in_a_row = 0
 
     def request(self, reason: str) -> None:
         """Ask to stop after the next window; the first reason counts."""
@@ -47,19 +48,25 @@ class StoppingPolicy:
         """A context in which termination signals are requests to stop."""
         return shutdown_on_signal(self.request)
 
-    def check(self, update: Update, window_seconds: float) -> None:
+    def check(
+        self, update: Update, window_seconds: float, describe_window: Callable[[], str]
+    ) -> None:
         """Take note of a finished window.
+
+        Args:
+            describe_window: what is known of it, in words; collective.
 
         Raises:
             DivergedError: training has diverged.
         """
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if update.skipped else 0
-        if self._skipped_in_a_row >= self._max_skips:
+        self._skipped.append(update.skipped)
+        if update.skipped and sum(self._skipped) >= self._max_skips:
             self.reason = DIVERGENCE
             raise DivergedError(
-                f"{self._skipped_in_a_row} windows in a row gave no update (--max-skips; last "
-                f"reason: {update.reason}) after update {update.step}; lower lr, set "
-                "max_grad_norm, or look at the data"
+                f"{sum(self._skipped)} of the last {len(self._skipped)} windows gave no update "
+                f"(--max-skips {self._max_skips}; last reason: {update.reason}) after update "
+                f"{update.step}: {describe_window()}; lower lr, set max_grad_norm, or look at the "
+                "data"
             )
         self._longest_window = max(self._longest_window, window_seconds)
         if self._ends is not None and time.monotonic() + self._reserve() > self._ends:

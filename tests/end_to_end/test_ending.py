@@ -4,13 +4,20 @@ launcher."""
 from __future__ import annotations
 
 import json
+import math
+import re
 import signal
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from accum_trainer import TrainConfig
+from accum_trainer.lm.model import load_model, load_tokenizer
 from accum_trainer.train.loop import LAUNCHER_GONE
+from accum_trainer.train.records import read_records
+from accum_trainer.window_plan import global_order
 from tests.end_to_end.started import Started, wait_for_end
 from tests.launching import torchrun
 from tests.made_runs import write_sums
@@ -27,15 +34,50 @@ def test_diverged_training_ends_with_status_1(train, tmp_path, rows):
         *("--max-grad-norm", "none", "--max-skips", "5", "--output-dir", "run"),
     )
     assert finished.status == 1
-    assert "5 windows in a row gave no update (--max-skips; last reason: non-finite)" in (
-        finished.error
-    )
+    said = r"5 of the last (\d+) windows gave no update \(--max-skips 5; last reason: non-finite\) "
+    said += r"after update \d+: in the last of them the loss was finite, its gradient not; it "
+    said += r"held samples (\d+) of the training data"
+    found = re.search(said, finished.error)
+    assert found, finished.error
+    # With B_eff 1 the samples are the seed's order (its arithmetic has tests of its own).
+    records = read_records(tmp_path / "run" / "metrics.jsonl")
+    order = global_order(70, 0, len(records) // 70)
+    assert int(found[2]) == order[len(records) % 70 - 1]
     # Its weights are ruined: they replace no checkpoint and become no model.
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert not (tmp_path / "run" / "model").exists()
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (result["done"], result["stopped_by"]) == (False, "divergence")
     assert result["skipped"] == 5
+
+
+def test_the_process_and_the_samples_of_a_loss_that_is_not_finite_are_named(tmp_path, rows_file):
+    """A model with one broken token, which is in the last of eight rows."""
+    config = TrainConfig()
+    tokenizer = load_tokenizer(config)
+    model = load_model(config, tokenizer)
+    [broken] = tokenizer(" =", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[broken] = math.nan
+    # Its head is another matrix, or every logit would be nan.
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    texts = [f"{n} and {n}" for n in range(7)] + ["7 = 7"]
+    rows = rows_file("rows.jsonl", [{"text": text} for text in texts])
+    argv = ["--cpu", "--model", tmp_path / "model", "--dataset-file", rows, "--max-skips", "1"]
+    done = torchrun(
+        2, "accum_trainer.train", *argv, "--batch-size", "1", "--output-dir", "run", cwd=tmp_path
+    )
+    said = r"the loss was nan on process ([01]); it held samples (\d), (\d) of the training data"
+    found = re.search(said, done.stderr)
+    assert done.returncode == 1 and found, done.stderr
+    order = global_order(8, 0, 0).tolist()
+    begin = order.index(7) // 2 * 2
+    assert [int(n) for n in found.groups()[1:]] == sorted(order[begin : begin + 2])
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["updates"], result["stopped_by"]) == (begin // 2, "divergence")
 
 
 @pytest.mark.parametrize("processes", [1, 2])
