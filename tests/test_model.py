@@ -35,6 +35,14 @@ def test_attention_asked_for_is_in_force(tmp_path, fresh_accelerate):
         assert found == pytest.approx(losses["eager"], rel=1e-5)
 
 
+@pytest.mark.parametrize("model", ["./missing", "/no/where", "~/models/x", "a/b/c"])
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(model):
+    with pytest.raises(
+        ConfigError, match=rf"^model={model}: there is no such folder; give a folder"
+    ):
+        load_tokenizer(TrainConfig(model=model))
+
+
 def test_samples_packed_for_flex_attention_do_not_see_each_other():
     """Its loss against each sample alone in float64; only a GPU computes the gradient."""
     config = TrainConfig(attention="flex_attention")

@@ -72,8 +72,12 @@ def source_of(config: TrainConfig) -> dict[str, Any]:
     transformers asks on the terminal whether to run a model's code unless it is told.
 
     Raises:
-        ConfigError: a revision of a folder, which has none.
+        ConfigError: a path where no folder is; a revision of a folder, which has none.
     """
+    # The hub would be asked for it, and complain about the name.
+    is_path = config.model.startswith((".", "/", "~")) or config.model.count("/") > 1
+    if is_path and not Path(config.model).is_dir():
+        raise ConfigError(f"model={config.model}: there is no such folder{_MODEL_REMEDY}")
     if config.revision is None:
         return {"trust_remote_code": config.trust_remote_code}
     if Path(config.model).is_dir():
