@@ -78,9 +78,7 @@ def batch_script(
                 "--ntasks-per-node=1", "one launcher per node; it starts the node's processes"
             ),
             *_devices(gpus_per_node, cpu),
-            "",
-            "set -uo pipefail",
-            "",
+            *_OF_THE_CLUSTER,
             "# The job's number is kept when it is requeued, and with it the run.",
             'run="runs/$SLURM_JOB_NAME-$SLURM_JOB_ID"',
             f"config={word(config)}",
@@ -112,9 +110,7 @@ def array_script(
             _directive(f"--array=0-{len(overrides) - 1}", "one job per run"),
             _directive("--ntasks=1"),
             *_devices(1, cpu),
-            "",
-            "set -uo pipefail",
-            "",
+            *_OF_THE_CLUSTER,
             "# The options that differ between the runs.",
             "case $SLURM_ARRAY_TASK_ID in",
             *runs,
@@ -180,6 +176,23 @@ def _quoted(train: Sequence[str], cpu: bool) -> str:
     arguments = [*(["--cpu"] if cpu else []), *train]
     return f" {words(arguments)}" if arguments else ""
 
+
+# sbatch reads a line of two # as a comment.
+_OF_THE_CLUSTER = [
+    "# What some clusters ask for; remove one # to use it:",
+    "##SBATCH --mem=0                       # all the memory of a node",
+    "##SBATCH --qos=NAME",
+    "##SBATCH --constraint=NAME",
+    "",
+    "set -uo pipefail",
+    "",
+    "# Where accum-trainer is installed, and models and data for nodes without a network:",
+    "# source venv/bin/activate",
+    "# export HF_HOME=/shared/huggingface HF_HUB_OFFLINE=1",
+    "# Paths begin at the folder that sbatch was called in, unless --chdir names another:",
+    '# cd "$SLURM_SUBMIT_DIR"',
+    "",
+]
 
 _RENDEZVOUS = """\
 # Processes meet at the first node of the job; the launcher reads its own node's number from
