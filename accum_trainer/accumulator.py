@@ -44,6 +44,8 @@ class Accumulator:
         global_batch_size: B_eff, samples per update over all processes; K follows. Give this or K.
         max_grad_norm: clip the averaged gradient to this 2-norm, once per update.
         grad_sync: when processes reduce gradients: `once-per-window`, `every-microbatch`, `auto`.
+        weight_sync: when FSDP2 and ZeRO-3 gather weights: the same words. Once per window keeps
+            them whole through it; `auto` does so if K > 1 and memory allows.
         accumulation_dtype: `float32`, whatever the weights' dtype, or `bfloat16` to save memory at
             the price of exactness.
         recover_from_oom: cut a micro-batch that runs out of memory in two and run it again, with
@@ -82,6 +84,7 @@ class Accumulator:
         global_batch_size: int | None = None,
         max_grad_norm: float | None = None,
         grad_sync: str = "auto",
+        weight_sync: str = "auto",
         accumulation_dtype: str = "float32",
         recover_from_oom: str = "auto",
         allow_batch_norm: bool = False,
@@ -98,6 +101,7 @@ class Accumulator:
         self.engine = build_engine(
             gradient_accumulation_steps=k,
             grad_sync=grad_sync,
+            weight_sync=weight_sync,
             accelerator=accelerator,
             **accelerator_kwargs,
         )

@@ -44,6 +44,7 @@ class Case:
     grad_sync: str = "once-per-window"
     k: int = K
     options: dict[str, Any] = field(default_factory=dict)
+    weight_sync: str = "every-microbatch"
 
     @property
     def processes(self) -> int:
@@ -76,11 +77,17 @@ CASES = {
     "fsdp2, K=1": Case("fsdp2", k=1),
     "fsdp2, bf16": Case("fsdp2", options=BF16),
     "fsdp2, checkpointed": Case("fsdp2", EVERY, options=CHECKPOINTED),
+    "fsdp2, whole": Case("fsdp2", weight_sync=ONCE),
+    "fsdp2, whole, K=1": Case("fsdp2", k=1, weight_sync=ONCE),
+    "fsdp2, whole, bf16, every": Case("fsdp2", EVERY, options=BF16, weight_sync=ONCE),
+    "fsdp2, whole, LoRA": Case("fsdp2", options=LORA, weight_sync=ONCE),
     # Last: DeepSpeed puts a linear function of its own in torch's place.
     "zero3": Case("zero3"),
     "zero3, every": Case("zero3", EVERY),
     "zero3, bf16": Case("zero3", options=BF16),
     "zero3, LoRA": Case("zero3", options=LORA),
+    "zero3, whole": Case("zero3", weight_sync=ONCE),
+    "zero3, whole, bf16": Case("zero3", options=BF16, weight_sync=ONCE),
 }
 
 
@@ -142,6 +149,7 @@ def train_config(folder: Path, case: Case) -> Any:
         batch_size=BATCH,
         gradient_accumulation_steps=case.k,
         grad_sync=case.grad_sync,
+        weight_sync=case.weight_sync,
         zero_stage=case.engine if case.engine.startswith("zero") else "none",
         cpu=True,
         **case.options,

@@ -53,19 +53,22 @@ PEERS = {"accelerate": "accelerate `accumulate()`, DDP"} | {
 }
 PEER_OF = {"ddp": "accelerate", "zero1": "deepspeed1", "zero2": "deepspeed2", "zero3": "deepspeed3"}
 KS = (1, 2, 8)
-# Weights below it stay whole under ZeRO-3: DeepSpeed's default, 100,000 numbers, would keep this
-# whole model.
+SHARDS_WEIGHTS = ("zero3", "fsdp2")
+# Weights below it stay whole under ZeRO-3 unless all do: DeepSpeed's default, 100,000 numbers,
+# would keep this whole model.
 PERSISTENT = 1000
 
 
 @dataclass(frozen=True)
 class Case:
-    """One training: an engine of ours under a policy, or a peer (its policy is then its own)."""
+    """One training: an engine of ours under a policy for gradients and one for weights, or a peer
+    (whose policies are its own)."""
 
     engine: str
     lora: bool = False
     policy: str = ONCE
     k: int = 1
+    weights: str = EVERY
 
     @property
     def is_peer(self) -> bool:
@@ -274,10 +277,11 @@ def expected_gradient(case: Case, shapes: list[torch.Size]) -> int:
     return 4 * numbers * (case.k if each else 1)
 
 
-def _zero(stage: int) -> dict[str, Any]:
-    return {"stage": stage} | (
-        {"stage3_param_persistence_threshold": PERSISTENT} if stage == 3 else {}
-    )
+def _zero(case: Case) -> dict[str, Any]:
+    stage = int(case.engine[-1])
+    if stage < 3 or case.weights == ONCE:
+        return {"stage": stage}
+    return {"stage": stage, "stage3_param_persistence_threshold": PERSISTENT}
 
 
 def _optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -299,7 +303,7 @@ def ours(case: Case, model: torch.nn.Module) -> Callable[[], None]:
         from accelerate.utils import DeepSpeedPlugin
 
         stage = int(case.engine[-1])
-        config = {"zero_optimization": _zero(stage)} | dict.fromkeys(
+        config = {"zero_optimization": _zero(case)} | dict.fromkeys(
             ("gradient_accumulation_steps", "train_micro_batch_size_per_gpu"), "auto"
         )
         options = {"zero_stage": stage, "deepspeed_plugin": DeepSpeedPlugin(hf_ds_config=config)}
@@ -307,6 +311,7 @@ def ours(case: Case, model: torch.nn.Module) -> Callable[[], None]:
         micro_batch_size=BATCH,
         gradient_accumulation_steps=case.k,
         grad_sync=case.policy,
+        weight_sync=case.weights,
         max_grad_norm=1.0,
         cpu=True,
         **options,
@@ -355,7 +360,7 @@ def with_deepspeed(case: Case, model: torch.nn.Module) -> Callable[[], None]:
     config = {
         "train_micro_batch_size_per_gpu": BATCH,
         "gradient_accumulation_steps": case.k,
-        "zero_optimization": _zero(int(case.engine[-1])),
+        "zero_optimization": _zero(case),
         "zero_allow_untested_optimizer": True,
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=_optimizer(model), config=config)
@@ -510,21 +515,25 @@ def multiple(part: float, whole: float) -> str:
 
 
 def tables(results: dict[Case, dict[str, Any]]) -> list[str]:
-    def of(engine: str, lora: bool, policy: str = ONCE) -> list[dict[str, Any]]:
-        return [results[Case(engine, lora, policy, k)] for k in KS]
+    def of(
+        engine: str, lora: bool, policy: str = ONCE, weights: str = EVERY
+    ) -> list[dict[str, Any]]:
+        return [results[Case(engine, lora, policy, k, weights)] for k in KS]
 
     ks = " / ".join(map(str, KS))
     engines = [engine for engine in ENGINES if Case(engine) in results]
     lines = [
-        f"| engine | trains | policy | gradients, x trained bytes, K = {ks} | collectives | "
-        "weights gathered, x the model's bytes | collectives | other, bytes | collectives |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| engine | trains | grad_sync | weight_sync | gradients, x trained bytes, K = {ks} | "
+        "collectives | weights gathered, x the model's bytes | collectives | other, bytes | "
+        "collectives |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for engine in engines:
         for lora in (False, True):
-            for policy in (ONCE, EVERY):
-                found = of(engine, lora, policy)
+            for policy, weights in policies_of(engine):
+                found = of(engine, lora, policy, weights)
                 cells = [engine, "LoRA r=8" if lora else "all", policy]
+                cells.append(weights if engine in SHARDS_WEIGHTS else "-")
                 for kind, unit in (("gradients", "trained"), ("weights", "all"), ("other", "")):
                     sizes = [
                         multiple(f[kind]["bytes"], f[unit]) if unit else str(f[kind]["bytes"])
@@ -543,7 +552,8 @@ def tables(results: dict[Case, dict[str, Any]]) -> list[str]:
     ]
     for engine in (engine for engine in engines if engine in PEER_OF):
         for lora in (False, True):
-            peer, mine = of(PEER_OF[engine], lora), of(engine, lora)
+            kept = ONCE if engine in SHARDS_WEIGHTS else EVERY
+            peer, mine = of(PEER_OF[engine], lora), of(engine, lora, weights=kept)
             cells = [PEERS[PEER_OF[engine]], "LoRA r=8" if lora else "all"]
             cells.append(" / ".join(multiple(p["gradients"]["bytes"], p["trained"]) for p in peer))
             cells.append(" / ".join(multiple(p["weights"]["bytes"], p["all"]) for p in peer))
@@ -556,6 +566,15 @@ def tables(results: dict[Case, dict[str, Any]]) -> list[str]:
             cells.append(" / ".join(f"{_all_bytes(m) / _all_bytes(p):.4g}" for m, p in pairs))
             lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def policies_of(engine: str) -> list[tuple[str, str]]:
+    """(for gradients, for weights), the second of which matters to few."""
+    return [
+        (policy, weights)
+        for policy in (ONCE, EVERY)
+        for weights in ((ONCE, EVERY) if engine in SHARDS_WEIGHTS else (EVERY,))
+    ]
 
 
 def _all_bytes(found: dict[str, Any]) -> int:
@@ -573,19 +592,26 @@ def main() -> None:
         worker(out, wire == "1", [Case(**json.loads(case)) for case in cases])
         return
     kinds = [
-        (engine, lora, policy)
+        (engine, lora, policy, weights)
         for engine in options.engines
         for lora in (False, True)
-        for policy in (ONCE, EVERY)
+        for policy, weights in policies_of(engine)
     ]
     kinds += [
-        (PEER_OF[engine], lora, ONCE)
+        (PEER_OF[engine], lora, ONCE, EVERY)
         for engine in options.engines
         if engine in PEER_OF
         for lora in (False, True)
     ]
     wire = bool(own_network())
-    results = launch([Case(*kind, k) for kind in kinds for k in KS], wire)
+    results = launch(
+        [
+            Case(engine, lora, policy, k, weights)
+            for engine, lora, policy, weights in kinds
+            for k in KS
+        ],
+        wire,
+    )
     sizes = {case.lora: found["trained"] for case, found in results.items()}
     if wire:
         seen = [found["wire"] / 1e3 for found in results.values()]
@@ -601,17 +627,18 @@ def main() -> None:
         f"whole {sizes[False]:,} bytes of gradient, LoRA r={RANK} {sizes[True]:,}; float32, W={W} "
         f"over gloo, CPU, {platform.machine()}, torch {version('torch')}, accelerate "
         f"{version('accelerate')}, deepspeed {version('deepspeed')}, peft {version('peft')}. "
-        f"ZeRO-3 keeps weights below {PERSISTENT:,} numbers whole. {on_wire}. {len(results)} "
-        "cases, each asserted against what it must be.",
+        f"ZeRO-3 keeps weights below {PERSISTENT:,} numbers whole, unless weight_sync keeps all. "
+        f"{on_wire}. {len(results)} cases, each asserted against what it must be.",
         "",
         *tables(results),
         "",
         "Above 1 at once-per-window is padding to equal shards: FSDP2 pads each parameter's rows "
         "to a multiple of W, ZeRO-3 its numbers; ZeRO-1 and ZeRO-2 reduce unpadded, and pad the "
         "flat weights that they gather to a multiple of 2 W. ZeRO-1 reduces at a window's end "
-        "whatever the policy. DeepSpeed has `coalesce_grad_reduction()` too, which is what "
-        "once-per-window uses; the plain loop does not call it. accelerate has no FSDP2 on the CPU "
-        "to compare with.",
+        "whatever the policy. weight_sync=once-per-window gathers as often at any K. "
+        "DeepSpeed has `coalesce_grad_reduction()` too, which is what grad_sync=once-per-window "
+        "uses; the plain loop does not call it. accelerate has no FSDP2 on the CPU to compare "
+        "with.",
     ]
     print("\n".join(lines))
     if options.out:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.traffic import ONCE, Case, launch
+from benchmarks.traffic import EVERY, ONCE, Case, launch
 from tests.launching import python
 
 # A Llama with untied embeddings and biases in its MLP, by hand; an adapter of rank 8 beside each of
@@ -18,12 +18,19 @@ KS = (1, 2, 8)
 OURS = [
     Case(engine, lora, ONCE, k) for engine in ("ddp", "zero2") for lora in (False, True) for k in KS
 ]
+SHARDED = [
+    Case(engine, lora, ONCE, k, ONCE)
+    for engine in ("zero3", "fsdp2")
+    for lora in (False, True)
+    for k in (1, 8)
+]
+SHARDED += [Case(engine, False, ONCE, 8, EVERY) for engine in ("zero3", "fsdp2")]
 PEERS = [Case("accelerate", False, ONCE, 8), Case("deepspeed2", False, ONCE, 8)]
 
 
 @pytest.fixture(scope="module")
 def traffic():
-    return launch(OURS + PEERS)
+    return launch(OURS + SHARDED + PEERS)
 
 
 @pytest.mark.parametrize("k", KS)
@@ -49,6 +56,20 @@ def test_traffic_of_zero2_once_per_window_is_that_of_ddp(traffic, k):
     # And the weights that the other process has stepped, padded to a multiple of 2 W numbers.
     assert found["weights"] == {"bytes": ALL + -ALL % (4 * 2 * W), "collectives": 1}
     assert ALL % (4 * 2 * W) != 0
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_traffic_of_weights_gathered_once_is_the_model_once_at_any_k(traffic, lora):
+    """FSDP2 gathers each of L blocks and the rest, rows padded to a multiple of W (an odd V, an odd
+    inner size, biases of it); ZeRO-3 gathers each parameter after the step, numbers padded."""
+    whole = ALL + (ADAPTER if lora else 0)
+    for engine in ("fsdp2", "zero3"):
+        one, eight = (traffic[Case(engine, lora, ONCE, k, ONCE)]["weights"] for k in (1, 8))
+        assert one == eight
+        assert whole < one["bytes"] < 1.01 * whole
+        assert engine != "fsdp2" or one["collectives"] == L + 1
+    for engine, times in (("fsdp2", 14.5), ("zero3", 7.9)):
+        assert traffic[Case(engine, False, ONCE, 8, EVERY)]["weights"]["bytes"] > times * ALL
 
 
 def test_traffic_beside_the_gradient_is_a_few_numbers_at_any_k(traffic):

@@ -21,9 +21,18 @@ V, H, INNER, L, HEADS = 4096, 128, 352, 4, 4
 TINY = V * H + L * (4 * H * H + 3 * H * INNER + 2 * H) + H
 
 
-def rows(config: TrainConfig, k: int = 2, w: int = 1, sizes: DeepSpeedSizes | None = None) -> dict:
+def rows(
+    config: TrainConfig,
+    k: int = 2,
+    w: int = 1,
+    sizes: DeepSpeedSizes | None = None,
+    weights: str = EVERY,
+) -> dict:
+    """By engine and `grad_sync`; of engines that shard weights, those with `weights`."""
     found = footprints(config, BatchPlan(config.batch_size, k, w), sizes)
-    return {(row.engine, row.grad_sync): row for row in found.rows}
+    return {
+        (row.engine, row.grad_sync): row for row in found.rows if row.weight_sync in (None, weights)
+    }
 
 
 # --- by hand ---
@@ -156,6 +165,26 @@ def test_traffic_by_hand():
         ), engine
 
 
+def test_whole_weights_by_hand():
+    """Kept through the window they are gathered once at any K, and their bytes are there."""
+    k, w = 8, 4
+    n, outside = 4 * TINY, 4 * (V * H + H)
+    sizes = DeepSpeedSizes(live=0)
+    found, kept = (rows(TrainConfig(), k, w, sizes, weights) for weights in (EVERY, ONCE))
+    for engine in ("zero3", "fsdp2"):
+        row = kept[engine, ONCE]
+        sent = [(n + n) * (w - 1) / w, (n + k * n) * (w - 1) / w]
+        assert [row.traffic[ONCE], row.traffic[EVERY]] == pytest.approx(sent)
+        assert row.total > found[engine, ONCE].total
+    # Instead of a block and the one that is fetched ahead, all L of them.
+    more = kept["fsdp2", EVERY].other - found["fsdp2", EVERY].other
+    assert more == (L - 2) * (n - outside) // L
+    # A window of one micro-batch has nothing to keep them for, unless asked to.
+    sharded = {("zero3", ONCE), ("zero3", EVERY), ("fsdp2", ONCE), ("fsdp2", EVERY)}
+    assert not sharded & {*rows(TrainConfig(), 1, w, weights=ONCE)}
+    assert sharded <= {*rows(TrainConfig(weight_sync=ONCE), 1, w, weights=ONCE)}
+
+
 def test_gradients_and_activations_are_not_largest_together_at_k_1():
     one, many = (rows(TrainConfig(max_seq_len=32), k)["single", ONCE] for k in (1, 2))
     assert (
@@ -218,7 +247,7 @@ def test_a_large_model_is_sized_without_its_memory(tmp_path):
 def engine(name: str, total: float | None, sent: float) -> Footprint:
     total = None if total is None else int(total * 1e9)
     return Footprint(
-        name, ONCE, 0, 0, 0, total, 0, total, 0, {ONCE: int(sent), EVERY: int(9 * sent)}
+        name, ONCE, None, 0, 0, 0, total, 0, total, 0, {ONCE: int(sent), EVERY: int(9 * sent)}
     )
 
 
@@ -316,7 +345,9 @@ TESTED = [
     "zero2, bf16, every",
     "fsdp2",
     "fsdp2, K=1",
+    "fsdp2, whole",
     "zero3",
+    "zero3, whole",
 ]
 # ZeRO-3 fetches ahead as far as its limits let it, which is not followed parameter by parameter.
 SENT = {"zero3": 0.05}

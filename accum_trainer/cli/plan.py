@@ -17,6 +17,7 @@ from accum_trainer.plan.batch_report import batch_report, sized_plan
 
 _USED = (
     *("batch_size", "gradient_accumulation_steps", "global_batch_size", "grad_sync"),
+    "weight_sync",
     *("accumulation_dtype", "steps", "epochs", "dataset_file", "lr", "lr_scaling"),
     *("lr_base_batch_size", "scheduler", "warmup", "model", "max_seq_len", "mixed_precision"),
     *("revision", "trust_remote_code"),

@@ -40,6 +40,11 @@ class BatchOptions(Section):
         "When processes exchange gradients. Same update, different traffic and memory.",
         choices=("auto", "once-per-window", "every-microbatch"),
     )
+    weight_sync: str = option(
+        "auto",
+        "When FSDP2 and ZeRO-3 gather weights. Same update: once-per-window keeps them whole.",
+        choices=("auto", "once-per-window", "every-microbatch"),
+    )
     accumulation_dtype: str = option(
         "float32",
         "The dtype that gradients accumulate in.",

@@ -7,8 +7,8 @@
 
 Abstract methods are what an engine must provide. It declares its abilities as named capabilities;
 its name decides nothing. An engine knows no windows, targets or data. Beside this module: `ranks`
-(talk between processes), `full_state` (whole tensors by name), `memory`, `grad_sync`, and `single`,
-which implements the contract with a torch optimizer for engines to build on.
+(talk between processes), `full_state` (whole tensors by name), `memory`, `sync` (the policies), and
+`single`, which implements the contract with a torch optimizer for engines to build on.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from accelerate.utils import send_to_device
 from accum_trainer.batch_plan import BatchPlan
 from accum_trainer.engine import memory
 from accum_trainer.engine.full_state import FullState
-from accum_trainer.engine.grad_sync import ONCE
 from accum_trainer.engine.request import Request
 from accum_trainer.engine.settings import Settings
+from accum_trainer.engine.sync import AUTO, ONCE, Syncs
 
 LOWER = "lower the micro-batch (the effective batch stays)"
 
@@ -43,6 +43,8 @@ class Engine(FullState, abc.ABC):
         options: arguments of `Accumulator` that ask for this engine.
         grad_sync: the policy in force, `once-per-window` or `every-microbatch`.
         grad_sync_reason: why it is this one.
+        weight_sync: the same for gathering sharded weights; None if every process has them whole.
+        weight_sync_reason: why it is this one.
         defer_grad_reduction: reduce after a window's last backward instead of overlapping it, so
             that a rank that runs out of memory there strands no other. Set between windows, on
             all ranks together.
@@ -63,6 +65,8 @@ class Engine(FullState, abc.ABC):
     options: ClassVar[tuple[str, ...]] = ()
     grad_sync: str
     grad_sync_reason: str = "asked for"
+    weight_sync: str | None = None
+    weight_sync_reason: str = "every process has the whole weights"
     defer_grad_reduction: bool = False
 
     runs_alone: bool = True
@@ -100,17 +104,17 @@ class Engine(FullState, abc.ABC):
         """Whether this engine drives what `accelerator` runs."""
 
     @classmethod
-    def on(cls, accelerator: Accelerator, grad_sync: str) -> Engine:
+    def on(cls, accelerator: Accelerator, asked: Syncs) -> Engine:
         """The engine around an Accelerator that it `drives`."""
-        return cls(accelerator, grad_sync)
+        return cls(accelerator, asked)
 
     # --- set-up ---
 
-    def __init__(self, accelerator: Accelerator, grad_sync: str) -> None:
+    def __init__(self, accelerator: Accelerator, asked: Syncs) -> None:
         self.accelerator = accelerator
-        self._grad_sync_asked = grad_sync
-        self.grad_sync = grad_sync
-        if grad_sync == "auto":
+        self._asked = asked
+        self.grad_sync = asked.grad_sync
+        if asked.grad_sync == AUTO:
             self.grad_sync, self.grad_sync_reason = ONCE, "it costs no memory"
 
     @property

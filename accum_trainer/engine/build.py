@@ -20,10 +20,10 @@ from accelerate import Accelerator
 from accum_trainer.engine.base import Engine
 from accum_trainer.engine.ddp import DDPEngine
 from accum_trainer.engine.fsdp import FSDPEngine
-from accum_trainer.engine.grad_sync import GRAD_SYNCS
 from accum_trainer.engine.lost_processes import refuse_lost_processes
 from accum_trainer.engine.request import Request
 from accum_trainer.engine.single import SingleEngine
+from accum_trainer.engine.sync import AUTO, Syncs
 from accum_trainer.engine.zero import ZeroEngine
 from accum_trainer.engine.zero_config import CONFIG_FILE_VARIABLE, file_precision
 from accum_trainer.errors import ConfigError, EngineError
@@ -36,7 +36,8 @@ K_VARIABLE = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 def build_engine(
     *,
     gradient_accumulation_steps: int | None,
-    grad_sync: str = "auto",
+    grad_sync: str = AUTO,
+    weight_sync: str = AUTO,
     accelerator: Accelerator | None = None,
     **options: Any,
 ) -> Engine:
@@ -45,7 +46,7 @@ def build_engine(
     Args:
         gradient_accumulation_steps: the K asked for, compared with every other source of K; None
             if it follows from the global batch.
-        grad_sync: `auto`, `once-per-window` or `every-microbatch`.
+        grad_sync, weight_sync: `auto`, `once-per-window` or `every-microbatch`.
         accelerator: the user's own; by default one is made from `options`.
         options: of an engine (`Engine.options`: `zero_stage`, 0 to 3; `cpu_offload`, which keeps
             ZeRO's optimizer state in host memory; `fsdp`), each of which the launcher may ask for
@@ -61,10 +62,7 @@ def build_engine(
             f"torch {torch.__version__} is too old: before 2.11 gradients have their weights' "
             "dtype, so they could not accumulate in float32; pip install 'torch>=2.11'"
         )
-    if grad_sync not in GRAD_SYNCS:
-        raise ConfigError(
-            f"grad_sync={grad_sync!r} is not known; give one of {', '.join(GRAD_SYNCS)}"
-        )
+    syncs = Syncs(grad_sync, weight_sync)
     request = _request(options)
     if accelerator is not None and (request.options or request.accelerator_kwargs):
         given = sorted({*request.options, *request.accelerator_kwargs})
@@ -85,7 +83,7 @@ def build_engine(
         atexit.register(_let_gloo_finish)
     for kind in ENGINES:
         if kind.drives(accelerator, request):
-            return kind.on(accelerator, grad_sync)
+            return kind.on(accelerator, syncs)
         if kind in asked_for:
             raise EngineError(
                 f"{kind.name} was asked for, but accelerate runs "

@@ -23,9 +23,9 @@ from accelerate.utils import DistributedType
 from torch.nn.parallel import DistributedDataParallel
 
 from accum_trainer.batch import version_of
-from accum_trainer.engine.grad_sync import EVERY
 from accum_trainer.engine.request import Request
 from accum_trainer.engine.single import TorchEngine
+from accum_trainer.engine.sync import EVERY, Syncs
 from accum_trainer.errors import EngineError
 
 # Numbers exchanged at a time: DDP's default bucket of 25 MiB, in float32.
@@ -40,8 +40,8 @@ class DDPEngine(TorchEngine):
     can_change_trained = False
     runs_plain_loops = True
 
-    def __init__(self, accelerator: Accelerator, grad_sync: str) -> None:
-        super().__init__(accelerator, grad_sync)
+    def __init__(self, accelerator: Accelerator, asked: Syncs) -> None:
+        super().__init__(accelerator, asked)
         self.equal_micro_batches = self.grad_sync == EVERY
         self._backward_exchanges = False
         self._trained: list[torch.nn.Parameter] = []

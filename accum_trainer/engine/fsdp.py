@@ -21,18 +21,30 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from accum_trainer.engine.grad_sync import choose_by_memory
 from accum_trainer.engine.own_parts import Part, share_of
 from accum_trainer.engine.request import Request
 from accum_trainer.engine.single import TorchEngine
 from accum_trainer.engine.step import refuse_data_parallel, square_sums
+from accum_trainer.engine.sync import (
+    AUTO,
+    ONCE,
+    Syncs,
+    choose_grad_sync,
+    choose_weight_sync,
+    gradient_bytes,
+)
 from accum_trainer.engine.usage import Usage, refuse_difference
 from accum_trainer.errors import EngineError
 
 
 class FSDPEngine(TorchEngine):
-    """once-per-window: gradients stay unsharded in memory until the last micro-batch;
-    every-microbatch: reduced and sharded after each backward, the least memory."""
+    """grad_sync=once-per-window: gradients stay unsharded in memory until the last micro-batch;
+    every-microbatch: reduced and sharded after each backward, the least memory.
+
+    weight_sync=once-per-window: weights are gathered in a window's first forward and sharded again
+    after its last backward; every-microbatch: each block is sharded after its forward and after its
+    backward. A window always begins from the shards, whatever ran before it.
+    """
 
     name = "fsdp2"
     options = ("fsdp",)
@@ -58,8 +70,8 @@ class FSDPEngine(TorchEngine):
     def drives(cls, accelerator: Accelerator, request: Request) -> bool:
         return cls.is_asked_for(request)
 
-    def __init__(self, accelerator: Accelerator, grad_sync: str) -> None:
-        super().__init__(accelerator, grad_sync)
+    def __init__(self, accelerator: Accelerator, asked: Syncs) -> None:
+        super().__init__(accelerator, asked)
         # One that a launcher started is a mesh of one: a script for many GPUs, tried on one.
         if accelerator.num_processes == 1 and not torch.distributed.is_initialized():
             raise EngineError(
@@ -68,6 +80,8 @@ class FSDPEngine(TorchEngine):
             )
         if accelerator.mixed_precision == "fp16":
             raise EngineError("mixed_precision=fp16 is not available with FSDP2 here; use bf16")
+        # Of each model: what is gathered together, the model itself among them.
+        self._units: dict[torch.nn.Module, list[Any]] = {}
         self._sharded: dict[str, torch.nn.Parameter] = {}
         self._usage = Usage({})
 
@@ -75,13 +89,13 @@ class FSDPEngine(TorchEngine):
         self, models: list[torch.nn.Module], optimizers: list[torch.optim.Optimizer]
     ) -> tuple[list[torch.nn.Module], list[AcceleratedOptimizer]]:
         refuse_data_parallel(models)
-        for model in models:
-            self._choose_grad_sync(model)
+        self._choose_syncs([*self._units, *models])
         renamed: dict[int, torch.nn.Parameter] = {}
         unsharded: dict[str, torch.Tensor] = {}
         for number, model in enumerate(models):
             before = dict(model.named_parameters())
             self._shard(model)
+            self._units[model] = [m for m in model.modules() if isinstance(m, FSDPModule)]
             renamed |= {id(before[name]): p for name, p in model.named_parameters()}
             self._sharded |= {
                 f"{number} {name}": p for name, p in model.named_parameters() if p.requires_grad
@@ -108,21 +122,33 @@ class FSDPEngine(TorchEngine):
             AcceleratedOptimizer(optimizer, device_placement=False) for optimizer in optimizers
         ]
 
-    def _choose_grad_sync(self, model: torch.nn.Module) -> None:
-        if self._grad_sync_asked == "auto":
-            self.grad_sync, self.grad_sync_reason = choose_by_memory(
-                self, model, self.settings.gradient_dtype
+    def _choose_syncs(self, models: Iterable[torch.nn.Module]) -> None:
+        parameters = [p for model in models for p in model.parameters()]
+        gradient = gradient_bytes(parameters, self.settings.gradient_dtype)
+        if self._asked.grad_sync == AUTO:
+            self.grad_sync, self.grad_sync_reason = choose_grad_sync(self, gradient)
+        self.weight_sync, self.weight_sync_reason = self._asked.weight_sync, "asked for"
+        if self._asked.weight_sync == AUTO:
+            compute = self._compute_dtype
+            weights = sum(p.numel() * (compute or p.dtype).itemsize for p in parameters)
+            kept = gradient if self.grad_sync == ONCE else 0
+            self.weight_sync, self.weight_sync_reason = choose_weight_sync(
+                self, weights, kept, self.plan.gradient_accumulation_steps
             )
+
+    @property
+    def _compute_dtype(self) -> torch.dtype | None:
+        """Of gathered weights; None for that of the shards."""
+        return torch.bfloat16 if self.mixed_precision == "bf16" else None
 
     def _shard(self, model: torch.nn.Module) -> None:
         mesh = init_device_mesh(self.device.type, (self.world_size,))
         # `reduce_dtype` is also the dtype of unreduced gradients. In bf16 a sum over ranks would
         # lose the small ones.
-        compute = torch.bfloat16 if self.mixed_precision == "bf16" else None
         options: dict[str, Any] = {
             "mesh": mesh,
             "mp_policy": MixedPrecisionPolicy(
-                param_dtype=compute, reduce_dtype=self.settings.gradient_dtype
+                param_dtype=self._compute_dtype, reduce_dtype=self.settings.gradient_dtype
             ),
         }
         # Each call moves its own weights to the device and keeps a shard of them: no GPU has to
@@ -152,6 +178,28 @@ class FSDPEngine(TorchEngine):
             model.set_requires_gradient_sync(exchange)
         yield
 
+    @contextlib.contextmanager
+    def microbatch(
+        self, models: Sequence[torch.nn.Module], is_first: bool, is_last: bool
+    ) -> Iterator[None]:
+        with super().microbatch(models, is_first, is_last):
+            if self.weight_sync != ONCE:
+                yield
+                return
+            for model in models:
+                for unit in self._units[model]:
+                    unit.set_reshard_after_forward(False, recurse=False)
+                    unit.set_reshard_after_backward(is_last, recurse=False)
+            try:
+                yield
+            finally:
+                for model in models:
+                    for unit in self._units[model]:  # as in an evaluation, or any other forward
+                        unit.set_reshard_after_forward(unit is not model, recurse=False)
+                        unit.set_reshard_after_backward(True, recurse=False)
+            if is_last:  # a model that the last micro-batch did not use is whole still
+                self._reshard_all()
+
     def backward(self, loss: torch.Tensor) -> None:
         self._usage.watch(loss)
         super().backward(loss)
@@ -168,8 +216,15 @@ class FSDPEngine(TorchEngine):
         return table[:, 1:]
 
     def begin_window(self, models: Iterable[torch.nn.Module]) -> None:
+        # Weights left whole, by an evaluation or a window that was broken off, may not be as their
+        # shards are now, nor whole on every rank: then some would wait for the others' gather.
+        self._reshard_all()
         super().begin_window(models)
         self._usage.used.clear()
+
+    def _reshard_all(self) -> None:
+        for model in self._units:
+            _reshard(model)
 
     def discard_window_grads(self, optimizer: AcceleratedOptimizer) -> None:
         super().discard_window_grads(optimizer)

@@ -16,7 +16,6 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 
 from accum_trainer.engine.base import Engine
-from accum_trainer.engine.grad_sync import EVERY
 from accum_trainer.engine.request import Request
 from accum_trainer.engine.step import (
     gradients_in_weights_dtype,
@@ -27,6 +26,7 @@ from accum_trainer.engine.step import (
     square_sums,
     step_or_skip,
 )
+from accum_trainer.engine.sync import EVERY
 
 
 class TorchEngine(Engine):

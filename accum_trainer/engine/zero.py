@@ -24,15 +24,24 @@ from accelerate.utils import DistributedType
 
 from accum_trainer.batch_plan import BatchPlan
 from accum_trainer.engine.base import LOWER, Engine
-from accum_trainer.engine.grad_sync import EVERY, ONCE, choose_by_memory
 from accum_trainer.engine.request import Request
 from accum_trainer.engine.settings import Settings
 from accum_trainer.engine.step import refuse_data_parallel, set_gradient_dtype, square_sums
+from accum_trainer.engine.sync import (
+    AUTO,
+    EVERY,
+    ONCE,
+    Syncs,
+    choose_grad_sync,
+    choose_weight_sync,
+    gradient_bytes,
+    numbers_of,
+)
 from accum_trainer.engine.usage import Usage, refuse, refuse_difference
 from accum_trainer.engine.zero_build import await_extension
-from accum_trainer.engine.zero_config import complete, make_plugin
+from accum_trainer.engine.zero_config import complete, keep_weights, make_plugin, weights_are_set
 from accum_trainer.engine.zero_state import FlatState, PartitionedState
-from accum_trainer.errors import EngineError
+from accum_trainer.errors import ConfigError, EngineError
 
 
 class ZeroEngine(Engine):
@@ -88,11 +97,11 @@ class ZeroEngine(Engine):
         return bool(accelerator.distributed_type == DistributedType.DEEPSPEED)
 
     @classmethod
-    def on(cls, accelerator: Accelerator, grad_sync: str) -> Engine:
-        return STAGES[int(accelerator.state.deepspeed_plugin.zero_stage)](accelerator, grad_sync)
+    def on(cls, accelerator: Accelerator, asked: Syncs) -> Engine:
+        return STAGES[int(accelerator.state.deepspeed_plugin.zero_stage)](accelerator, asked)
 
-    def __init__(self, accelerator: Accelerator, grad_sync: str) -> None:
-        super().__init__(accelerator, grad_sync)
+    def __init__(self, accelerator: Accelerator, asked: Syncs) -> None:
+        super().__init__(accelerator, asked)
         self._window = contextlib.ExitStack()
         self._is_leaving = False
         self._reduces = False  # the micro-batch in hand, in its backward or right after it
@@ -137,6 +146,7 @@ class ZeroEngine(Engine):
                 f"DeepSpeed prepares one model and its optimizer together, not {len(models)} and "
                 f"{len(optimizers)}; call acc.prepare(model, optimizer)"
             )
+        self._choose_weight_sync(models[0])
         model, optimizer = self.accelerator.prepare(models[0], optimizers[0])
         self._deepspeed = model
         self._reduce_when_leaving_only()
@@ -156,17 +166,19 @@ class ZeroEngine(Engine):
             set_gradient_dtype(list(trained.values()), self.settings.gradient_dtype)
         return [model], [optimizer]
 
+    def _choose_weight_sync(self, model: torch.nn.Module) -> None:
+        """For an engine that shards weights, before DeepSpeed takes them."""
+
     def _choose_grad_sync(self) -> None:
         if not self.shards_gradients:
             self.grad_sync = ONCE
             self.grad_sync_reason = f"stage {self.stage} reduces at a window's end only"
             return
-        if self._grad_sync_asked == "auto":
-            self.grad_sync, self.grad_sync_reason = choose_by_memory(
-                self, self._deepspeed, self.settings.gradient_dtype
-            )
+        if self._asked.grad_sync == AUTO:
+            gradient = gradient_bytes(self._deepspeed.parameters(), self.settings.gradient_dtype)
+            self.grad_sync, self.grad_sync_reason = choose_grad_sync(self, gradient)
         if self.grad_sync == ONCE and not self._can_coalesce:
-            if self._grad_sync_asked == ONCE:
+            if self._asked.grad_sync == ONCE:
                 raise EngineError(
                     "grad_sync=once-per-window needs deepspeed 0.19 or newer at stages 2 and 3; "
                     "upgrade, or use auto"
@@ -379,7 +391,11 @@ class ZeroStage2(ZeroStage1):
 
 
 class ZeroStage3(PartitionedState, ZeroEngine):
-    """Weights are sharded too, and gathered in each forward."""
+    """Weights are sharded too, and gathered in each forward.
+
+    weight_sync=once-per-window: all weights are what DeepSpeed calls persistent. A step shards them
+    and gathers the new ones; between steps no forward or backward has to.
+    """
 
     name, stage = "zero3", 3
     internals = ("averaged_gradients", "micro_step_id", "fp32_partitioned_groups_flat")
@@ -389,6 +405,29 @@ class ZeroStage3(PartitionedState, ZeroEngine):
     shards_gradients = True
 
     _has_gone_back = False
+
+    def _choose_weight_sync(self, model: torch.nn.Module) -> None:
+        config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+        obstacle = weights_are_set(config)
+        numbers = sum(numbers_of(p) for p in model.parameters())
+        self.weight_sync, self.weight_sync_reason = self._asked.weight_sync, "asked for"
+        if obstacle and self._asked.weight_sync == ONCE:
+            raise ConfigError(
+                f"weight_sync={ONCE} keeps all weights on the device through a window, but "
+                f"{obstacle}; leave one of the two out"
+            )
+        if obstacle:
+            self.weight_sync, self.weight_sync_reason = EVERY, obstacle
+        elif self._asked.weight_sync == AUTO:
+            gradient = 0
+            if self._asked.grad_sync != EVERY:
+                gradient = gradient_bytes(model.parameters(), self.settings.gradient_dtype)
+            compute = 4 if self.mixed_precision == "no" else 2
+            self.weight_sync, self.weight_sync_reason = choose_weight_sync(
+                self, compute * numbers, gradient, self.plan.gradient_accumulation_steps
+            )
+        if self.weight_sync == ONCE:
+            keep_weights(config, numbers)
 
     def backward(self, loss: torch.Tensor) -> None:
         super().backward(loss)

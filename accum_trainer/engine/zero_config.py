@@ -19,6 +19,7 @@ from accum_trainer.engine.settings import Settings
 from accum_trainer.errors import ConfigError, EngineError
 
 INSTALL = "pip install 'accum-trainer[deepspeed]'"
+_PERSISTENT = "stage3_param_persistence_threshold"
 CONFIG_FILE_VARIABLE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 
 
@@ -166,6 +167,21 @@ def complete(
     # by its own.
     config.setdefault("zero_allow_untested_optimizer", True)
     config.setdefault("zero_force_ds_cpu_optimizer", False)
+
+
+def weights_are_set(config: dict[str, Any]) -> str:
+    """What the configuration itself says of weights that stage 3 keeps whole; "" if nothing."""
+    zero = config["zero_optimization"]
+    threshold = zero.get(_PERSISTENT, "auto")
+    if threshold != "auto":
+        return f"{_source()} says {_PERSISTENT}={threshold}"
+    device = zero.get("offload_param", {}).get("device", "none")
+    return f"{_source()} says offload_param to {device}" if device != "none" else ""
+
+
+def keep_weights(config: dict[str, Any], numbers: int) -> None:
+    """Have stage 3 keep every weight of a model of `numbers` whole between steps."""
+    config["zero_optimization"][_PERSISTENT] = numbers
 
 
 def _agree(section: dict[str, Any], key: str, ours: Any, name: str) -> None:

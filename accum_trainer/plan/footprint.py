@@ -23,12 +23,13 @@ and host memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from accum_trainer.batch_plan import BatchPlan
 from accum_trainer.config import TrainConfig
+from accum_trainer.engine.sync import AUTO, EVERY, ONCE, Syncs
 from accum_trainer.plan import fsdp, unsharded, zero
-from accum_trainer.plan.job import EVERY, ONCE, DeepSpeedSizes, Job, Need
+from accum_trainer.plan.job import DeepSpeedSizes, Job, Need
 from accum_trainer.plan.shapes import PHASES, Shapes
 
 # Share of a GPU that torch's tensors cannot use. A judgement, not a measurement.
@@ -40,14 +41,15 @@ class _Engine:
     """How an engine is estimated.
 
     Attributes:
-        need: its memory under a policy.
-        sent: bytes that are sent under a policy, times W / (W - 1).
-        policy_matters: its memory depends on the policy.
-        gathers_in_forward: every forward waits for weights from the network.
+        need: its memory under the two policies.
+        sent: bytes that are sent under them, times W / (W - 1).
+        policy_matters: its memory depends on `grad_sync`.
+        gathers_in_forward: forwards wait for weights from the network, and its memory depends on
+            `weight_sync`.
     """
 
-    need: Callable[[Job, str], Need]
-    sent: Callable[[Job, str], int]
+    need: Callable[[Job, Syncs], Need]
+    sent: Callable[[Job, Syncs], int]
     policy_matters: bool = False
     gathers_in_forward: bool = False
 
@@ -64,22 +66,24 @@ _ENGINES = {
 
 @dataclass(frozen=True)
 class Footprint:
-    """One engine under one policy, in bytes per process.
+    """One engine under one policy of each kind, in bytes per process.
 
     Attributes:
         engine: `single`, `ddp`, `zero1`, `zero2`, `zero3` or `fsdp2`.
-        grad_sync: the policy that the memory is for.
+        grad_sync, weight_sync: the policies that the memory is for; the second is None if the
+            engine does not shard weights.
         weights, gradients, optimizer, activations, other: each at its largest; `other` is what the
             engine itself holds to reduce gradients and gather weights. `activations` is None if the
             model could not be traced.
         total: the peak; less than the sum if the terms are not largest at the same time (at K = 1
             gradients come as activations go). None if activations are unknown.
         start: while the model is placed, before it is sharded; `total` is no less.
-        traffic: policy to bytes sent per update.
+        traffic: `grad_sync` to bytes sent per update.
     """
 
     engine: str
     grad_sync: str
+    weight_sync: str | None
     weights: int
     gradients: int
     optimizer: int
@@ -100,7 +104,7 @@ class Footprint:
 
     @property
     def gathers_in_forward(self) -> bool:
-        """Whether every forward waits for weights from the network."""
+        """Whether forwards wait for weights from the network: each, or a window's first."""
         return _ENGINES[self.engine].gathers_in_forward
 
 
@@ -141,9 +145,10 @@ def footprints(
     if job.precision == "fp16":
         engines = [engine for engine in engines if engine != "fsdp2"]
     rows = [
-        _footprint(job, engine, policy)
+        _footprint(job, engine, Syncs(grad_sync, weight_sync))
         for engine in engines
-        for policy in _policies(engine, config.grad_sync)
+        for grad_sync in _policies(engine, config.grad_sync)
+        for weight_sync in _weight_policies(job, engine)
     ]
     return Footprints(job.shapes, job.samples, job.precision, rows, job.unknown)
 
@@ -152,8 +157,8 @@ def recommend(found: Sequence[Footprint], gpu_memory: float) -> Footprint | None
     """The fastest that fits into `gpu_memory` bytes, or None: the one that sends least, the first
     of equals.
 
-    Engines that gather weights in every forward come after those that do not: they wait for the
-    network in each micro-batch, even if they send less.
+    Engines that gather weights in forwards come after those that do not: they wait for the
+    network there, even if they send less.
     """
     fitting = [f for f in found if f.fits(gpu_memory)]
     return min(fitting, key=lambda f: (f.gathers_in_forward, f.traffic[f.grad_sync]), default=None)
@@ -165,8 +170,17 @@ def _policies(engine: str, asked: str) -> list[str]:
     return [ONCE, EVERY] if asked == "auto" else [asked]
 
 
-def _footprint(job: Job, engine: str, policy: str) -> Footprint:
-    need = _ENGINES[engine].need(job, policy)
+def _weight_policies(job: Job, engine: str) -> list[str]:
+    """AUTO for an engine that does not shard weights. With one micro-batch `auto` keeps none."""
+    if not _ENGINES[engine].gathers_in_forward:
+        return [AUTO]
+    if job.config.weight_sync != AUTO:
+        return [job.config.weight_sync]
+    return [ONCE, EVERY] if job.steps > 1 else [EVERY]
+
+
+def _footprint(job: Job, engine: str, syncs: Syncs) -> Footprint:
+    need = _ENGINES[engine].need(job, syncs)
     base, other = need.weights + need.optimizer, need.other
     copies, total, activations = 0, None, None
     if need.trace is not None:
@@ -181,7 +195,8 @@ def _footprint(job: Job, engine: str, policy: str) -> Footprint:
     world_size = job.plan.world_size
     return Footprint(
         engine=engine,
-        grad_sync=policy,
+        grad_sync=syncs.grad_sync,
+        weight_sync=None if syncs.weight_sync == AUTO else syncs.weight_sync,
         weights=need.weights + copies,
         gradients=need.gradients,
         optimizer=need.optimizer,
@@ -190,7 +205,9 @@ def _footprint(job: Job, engine: str, policy: str) -> Footprint:
         total=total,
         start=need.start,
         traffic={
-            policy: _ENGINES[engine].sent(job, policy) * (world_size - 1) // world_size
+            policy: _ENGINES[engine].sent(job, replace(syncs, grad_sync=policy))
+            * (world_size - 1)
+            // world_size
             for policy in (ONCE, EVERY)
         },
     )

@@ -3,37 +3,44 @@ units)."""
 
 from __future__ import annotations
 
-from accum_trainer.plan.job import EVERY, ONCE, Job, Need
+from accum_trainer.engine.sync import EVERY, ONCE, Syncs
+from accum_trainer.plan.job import Job, Need
 
 
-def fsdp2(job: Job, policy: str) -> Need:
+def fsdp2(job: Job, syncs: Syncs) -> Need:
     """float32 shards of weights, gradients and AdamW moments.
 
     Weights outside the blocks stay gathered from the first forward to the last backward. A block's
     backward holds the block, the next one prefetched, the block's gradients, and the input of the
     last reduction in the reduce dtype (_fsdp_param_group.py, post_backward). Under once-per-window
     the whole gradient stays unsharded in the reduce dtype, from the window's first micro-batch to
-    its last.
+    its last. Whole weights kept through the window are counted as if all were there all the time.
     """
     s, b = job.shapes, _gathered_bytes(job)
     shard, outside = job.shard(s.trained), b * s.outside
     # The head's gradient is made first and reduced last, with the weights outside the blocks.
     two, reduced = 2 * b * s.block + b * s.head, (b + job.accumulated) * s.block_trained
-    whole = policy == ONCE and job.has_earlier_gradients
+    whole = syncs.grad_sync == ONCE and job.has_earlier_gradients
     gradients = job.accumulated * s.trained if whole else 4 * shard
+    extra = (
+        # The last block's buffer lives until the next one's is read (comm_ctx.all_gather_state).
+        outside + 2 * b * s.block,
+        outside + b * s.block,
+        outside + two,
+        outside + two + reduced,
+    )
+    if syncs.weight_sync == ONCE:
+        # No buffer beside them: the first micro-batch gathers, and has no gradients yet.
+        kept, head = b * s.parameters, b * s.head
+        first = 0 if job.has_earlier_gradients else b * s.block
+        extra = (kept + first, kept, kept + head, kept + head + reduced)
     return Need(
         weights=4 * job.shard(s.parameters),
         gradients=gradients,
         optimizer=8 * shard,
         trace=job.cast_trace,
-        # The last block's buffer lives until the next one's is read (comm_ctx.all_gather_state).
-        extra=(
-            outside + 2 * b * s.block,
-            outside + b * s.block,
-            outside + two,
-            outside + two + reduced,
-        ),
-        other=outside + two + reduced,
+        extra=extra,
+        other=max(extra),
         held=gradients if job.has_earlier_gradients else 0,
         kept=0.0 if job.has_earlier_gradients else 4 * shard / (b * s.trained),
         outside_trace=(4 * shard + 8 * job.shard(s.largest),),
@@ -43,12 +50,14 @@ def fsdp2(job: Job, policy: str) -> Need:
     )
 
 
-def fsdp2_traffic(job: Job, policy: str) -> int:
-    """Gathers weights twice, those outside the blocks once; reduces and scatters in the
-    accumulation dtype."""
-    s, exchanges = job.shapes, job.steps if policy == EVERY else 1
-    gathered = _gathered_bytes(job) * job.steps * (2 * s.parameters - s.outside)
-    return gathered + exchanges * job.accumulated * s.trained
+def fsdp2_traffic(job: Job, syncs: Syncs) -> int:
+    """Gathers weights twice with each micro-batch, those outside the blocks once; or all once per
+    window. Reduces and scatters in the accumulation dtype."""
+    s, exchanges = job.shapes, job.steps if syncs.grad_sync == EVERY else 1
+    gathered = job.steps * (2 * s.parameters - s.outside)
+    if syncs.weight_sync == ONCE:
+        gathered = s.parameters
+    return _gathered_bytes(job) * gathered + exchanges * job.accumulated * s.trained
 
 
 def _gathered_bytes(job: Job) -> int:

@@ -11,8 +11,6 @@ from accum_trainer.errors import AccumTrainerError
 from accum_trainer.lm.model import frozen_dtype
 from accum_trainer.plan.shapes import Trace, model_shapes, trace
 
-ONCE, EVERY = "once-per-window", "every-microbatch"
-
 
 @dataclass(frozen=True)
 class DeepSpeedSizes:

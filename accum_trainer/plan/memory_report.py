@@ -48,7 +48,8 @@ def memory_report(
         line("a micro-batch", f"{found.samples} x {config.max_seq_len} tokens, {precision}"),
         *_table(found.rows, limit),
         "other: buffers that reduce gradients and gather weights; sent: by one process in an "
-        "update, with gradients exchanged once per window or with every micro-batch",
+        "update, with gradients exchanged once per window or with every micro-batch; weight_sync: "
+        "when sharded weights are gathered, once per window keeping them whole through it",
     ]
     if found.unknown is not None:
         lines.append(
@@ -80,18 +81,20 @@ def _table(rows: list[Footprint], limit: float | None) -> list[str]:
     digits = 2 if max(row.total or row.weights for row in rows) >= 1e9 else 4
     parts = ("weights", "gradients", "optimizer", "activations", "other", "total")
     fits = [] if limit is None else [f"fits {limit / 1e9:g}"]
-    table = [["GB per process", "grad_sync", *parts, *fits, "sent once", "sent every"]]
+    table = [
+        ["GB per process", "grad_sync", "weight_sync", *parts, *fits, "sent once", "sent every"]
+    ]
     for row in rows:
         needs = [getattr(row, part) for part in parts]
         cells = ["unknown" if n is None else f"{n / 1e9:.{digits}f}" for n in needs]
         if limit is not None:
             cells.append({True: "yes", False: "no", None: "unknown"}[row.fits(limit)])
         sent = [f"{value / 1e9:.{digits}f}" for value in row.traffic.values()]
-        table.append([row.engine, row.grad_sync, *cells, *sent])
+        table.append([row.engine, row.grad_sync, row.weight_sync or "-", *cells, *sent])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return [
         "  ".join(
-            cell.ljust(w) if i < 2 else cell.rjust(w)
+            cell.ljust(w) if i < 3 else cell.rjust(w)
             for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
         )
         for cells in table
@@ -116,6 +119,8 @@ def _recommended(config: TrainConfig, plan: BatchPlan, found: Footprints, limit:
     ask = _ASK_FOR.get(best.engine, f"--zero-stage {best.engine}")
     if best.policy_matters:
         ask += f", --grad-sync {best.grad_sync}"
+    if best.weight_sync is not None:
+        ask += f", --weight-sync {best.weight_sync}"
     why = "it fits"
     if fitting > 1:
         why = f"of the {fitting} that fit it sends least"

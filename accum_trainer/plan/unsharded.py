@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from accum_trainer.plan.job import EVERY, Job, Need
+from accum_trainer.engine.sync import EVERY, Syncs
+from accum_trainer.plan.job import Job, Need
 
 
-def single(job: Job, policy: str) -> Need:
+def single(job: Job, syncs: Syncs) -> Need:
     """float32 weights and AdamW moments, gradients in the accumulation dtype, autocast around the
     forward."""
     trained = job.shapes.trained
@@ -25,21 +26,21 @@ def single(job: Job, policy: str) -> Need:
     )
 
 
-def ddp(job: Job, policy: str) -> Need:
+def ddp(job: Job, syncs: Syncs) -> Need:
     """One process's needs plus the reducer's buckets: a second copy of the gradient in the weights'
     dtype, since accelerate leaves `gradient_as_bucket_view` off
     (torch/csrc/distributed/c10d/reducer.cpp, initialize_buckets)."""
-    need, buckets = single(job, policy), 4 * job.shapes.trained
+    need, buckets = single(job, syncs), 4 * job.shapes.trained
     need.extra, need.other = (buckets,) * 4, buckets
     need.outside_trace = tuple(size + buckets for size in need.outside_trace)
     return need
 
 
-def single_traffic(job: Job, policy: str) -> int:
+def single_traffic(job: Job, syncs: Syncs) -> int:
     return 0
 
 
-def ddp_traffic(job: Job, policy: str) -> int:
+def ddp_traffic(job: Job, syncs: Syncs) -> int:
     """All-reduces gradients in the accumulation dtype."""
-    exchanges = job.steps if policy == EVERY else 1
+    exchanges = job.steps if syncs.grad_sync == EVERY else 1
     return 2 * exchanges * job.accumulated * job.shapes.trained

@@ -6,10 +6,11 @@ float32 shard of gradients (_use_compact_grad_partition_buffer).
 
 from __future__ import annotations
 
-from accum_trainer.plan.job import EVERY, ONCE, Job, Need
+from accum_trainer.engine.sync import EVERY, ONCE, Syncs
+from accum_trainer.plan.job import Job, Need
 
 
-def zero1(job: Job, policy: str) -> Need:
+def zero1(job: Job, syncs: Syncs) -> Need:
     """ZeRO-1 (deepspeed/runtime/zero/stage_1_and_2.py): whole gradients in the weights' dtype until
     the window's end.
 
@@ -42,13 +43,13 @@ def _zero1_bf16(job: Job) -> Need:
     return need
 
 
-def zero2(job: Job, policy: str) -> Need:
+def zero2(job: Job, syncs: Syncs) -> Need:
     """ZeRO-2 (deepspeed/runtime/zero/stage_1_and_2.py): every-microbatch keeps a shard of the
     gradient; once-per-window the whole gradient in the accumulation dtype, reduced after the window
     when activations are gone."""
     s, c, bucket = job.shapes, job.compute, _bucket(job)
     whole = c * s.trained
-    if policy == ONCE:
+    if syncs.grad_sync == ONCE:
         gradients = (job.accumulated if c == 2 else 4) * s.trained
         cast = (4 + c) * s.largest if _adds_to_float32(job) else 0
         exchange = bucket + gradients + _gradient_shard(job) + cast
@@ -95,7 +96,7 @@ def _stage_1_or_2(
     )
 
 
-def zero3(job: Job, policy: str) -> Need:
+def zero3(job: Job, syncs: Syncs) -> Need:
     """ZeRO-3 (deepspeed/runtime/zero/stage3.py).
 
     Shards of weights, master copy, AdamW moments and gradients; small tensors whole; the reduction
@@ -103,7 +104,8 @@ def zero3(job: Job, policy: str) -> Need:
     `live` are (partitioned_param_coordinator.py, release_sub_module keeps those whose next use is
     near), so a model below a billion parameters is whole between forward and backward. During a
     fetch, a flat buffer holds the fetched weights a second time (partition_parameters.py,
-    all_gather_coalesced).
+    all_gather_coalesced). Kept once per window, all weights are whole but in a step, which gathers
+    the new ones each into its place (_allgather_params_coalesced).
     """
     s, c, offload = job.shapes, job.compute, job.config.cpu_offload
     shard, bucket = job.shard(s.trained), _bucket(job)
@@ -111,7 +113,11 @@ def zero3(job: Job, policy: str) -> Need:
     whole = s.parameters - s.persistent
     gathered = c * min(whole, job.sizes.live)
     fetched = c * min(whole, max(job.sizes.prefetch, s.widest))
-    local = (job.accumulated if c == 2 else 4) * s.trained if policy == ONCE else 0
+    kept_whole = 0
+    if syncs.weight_sync == ONCE:
+        gathered = kept_whole = c * whole
+        fetched = 0
+    local = (job.accumulated if c == 2 else 4) * s.trained if syncs.grad_sync == ONCE else 0
     always = bucket + sharded
     return Need(
         weights=c * (job.shard(s.parameters) + s.persistent),
@@ -123,7 +129,7 @@ def zero3(job: Job, policy: str) -> Need:
         held=sharded + (local if job.has_earlier_gradients else 0),
         kept=0.0 if job.has_earlier_gradients or not local else local / (c * s.trained),
         outside_trace=(
-            always + local + min(bucket, c * s.trained),
+            always + kept_whole + local + min(bucket, c * s.trained),
             always + (0 if offload else 4 * shard),
         ),
         # A path or hub id is sharded while it is loaded (transformers reads DeepSpeed's stage); the
@@ -132,22 +138,25 @@ def zero3(job: Job, policy: str) -> Need:
     )
 
 
-def zero1_traffic(job: Job, policy: str) -> int:
+def zero1_traffic(job: Job, syncs: Syncs) -> int:
     """All-reduces gradients once, in the compute dtype (`use_multi_rank_bucket_allreduce`; the
     paper's reduce-scatter would be half of it), and gathers the new weights."""
     return (2 + 1) * job.compute * job.shapes.trained
 
 
-def zero2_traffic(job: Job, policy: str) -> int:
+def zero2_traffic(job: Job, syncs: Syncs) -> int:
     """As ZeRO-1, with an all-reduce per exchange."""
-    exchanges = job.steps if policy == EVERY else 1
+    exchanges = job.steps if syncs.grad_sync == EVERY else 1
     return (2 * exchanges + 1) * job.compute * job.shapes.trained
 
 
-def zero3_traffic(job: Job, policy: str) -> int:
+def zero3_traffic(job: Job, syncs: Syncs) -> int:
     """Gathers weights in each forward and, except those it kept, in each backward; reduces and
-    scatters gradients; gathers the small tensors after the step."""
-    s, exchanges = job.shapes, job.steps if policy == EVERY else 1
+    scatters gradients; gathers the small tensors after the step. Kept once per window, all are
+    gathered there only."""
+    s, exchanges = job.shapes, job.steps if syncs.grad_sync == EVERY else 1
+    if syncs.weight_sync == ONCE:
+        return job.compute * (s.parameters + exchanges * s.trained)
     whole = s.parameters - s.persistent
     gathered = job.steps * (2 * whole - min(whole, job.sizes.live))
     return job.compute * (gathered + exchanges * s.trained + s.persistent)

@@ -59,6 +59,8 @@ def run_plan(training: Training, resumed_from: Path | None) -> dict[str, Any]:
         "engine": engine.name,
         "grad_sync": engine.grad_sync,
         "grad_sync_reason": engine.grad_sync_reason,
+        "weight_sync": engine.weight_sync,
+        "weight_sync_reason": engine.weight_sync_reason,
         "accumulation_dtype": config.accumulation_dtype,
         "mixed_precision": engine.mixed_precision,
         "device": str(engine.device.type),
@@ -95,11 +97,14 @@ def describe_plan(plan: dict[str, Any], training: Training) -> str:
     if plan["rank_weights"] is not None:
         shares = ", ".join(f"{weight:g}" for weight in plan["rank_weights"])
         batch += f"; shares of the processes {shares}"
+    syncs = f"grad_sync {plan['grad_sync']}"
+    if plan["weight_sync"] is not None:
+        syncs += f", weight_sync {plan['weight_sync']}"
     lines = [
         batch,
         f"{sized}{tail}; {plan['total_updates']} updates in all, {plan['warmup_updates']} of them "
         f"warm-up, lr {plan['lr']:g}",
-        f"engine {plan['engine']}, grad_sync {plan['grad_sync']}, {plan['device']}, precision "
+        f"engine {plan['engine']}, {syncs}, {plan['device']}, precision "
         f"{plan['mixed_precision']}; "
         f"{plan['trained_parameters']:,} of {plan['parameters']:,} parameters trained",
         f"loss: {training.prepared.objective}",

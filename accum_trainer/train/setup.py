@@ -108,6 +108,7 @@ def make_accumulator(config: TrainConfig) -> Accumulator:
         global_batch_size=config.global_batch_size,
         max_grad_norm=config.max_grad_norm,
         grad_sync=config.grad_sync,
+        weight_sync=config.weight_sync,
         accumulation_dtype=config.accumulation_dtype,
         recover_from_oom=config.recover_from_oom,
         mixed_precision=choose_precision(config.mixed_precision, config.amp, config.cpu),

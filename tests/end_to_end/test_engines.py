@@ -112,6 +112,7 @@ def test_r14_r18_r41_lora_under_zero2(tmp_path, rows, extra):
         "bf16" if extra else "no",
     )
     assert plan["grad_sync"] == "once-per-window" and "free" in plan["grad_sync_reason"]
+    assert plan["weight_sync"] is None and "whole weights" in plan["weight_sync_reason"]
     # What is saved is the adapter alone, as peft loads it.
     adapter = load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")
     assert sum(t.numel() for t in adapter.values()) == plan["trained_parameters"] == 157_696
@@ -205,6 +206,7 @@ def test_fsdp2_from_a_launch_config(tmp_path, rows):
     assert finished.returncode == 0, finished.stderr[-3000:]
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert (plan["engine"], plan["world_size"]) == ("fsdp2", 2)
+    assert plan["weight_sync"] and plan["weight_sync_reason"]
     single = python(
         "-m", "accum_trainer.train", "--cpu", *argv, "--output-dir", tmp_path / "single"
     )

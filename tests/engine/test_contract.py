@@ -264,6 +264,68 @@ def test_i18_i24_each_gradient_is_exchanged_once_per_window(case, engine, world_
             assert result[f"every-microbatch K={k}"] == pytest.approx([every] * 3, rel=0.01)
 
 
+def test_weights_are_gathered_once_per_window_at_any_k(case, engine):
+    """Their number and their bytes, as a multiple of the model (FSDP2 pads a little), frozen ones
+    too. Of so small a model ZeRO-3 keeps all weights under either policy: tests/test_benchmarks.py
+    sets its threshold."""
+    for result in case("gathers_per_window"):
+        assert result["shards_weights"] == engine.startswith(("zero3", "fsdp"))
+        if not result["shards_weights"]:
+            continue
+        for kind in ("llama", "lora"):
+            one, eight = (result["found"][f"{kind} once-per-window K={k}"] for k in (1, 8))
+            assert one == eight
+            assert one[0] > 0 and one[1] == pytest.approx(1, rel=0.02)
+            if engine.startswith("fsdp"):  # each block in each forward and each backward
+                one, eight = (result["found"][f"{kind} every-microbatch K={k}"] for k in (1, 8))
+                assert eight == [8 * one[0], pytest.approx(8 * one[1])] and one[1] > 1.2
+
+
+def test_when_weights_are_gathered_changes_no_bit(case, engine, world_size):
+    for result in case("weight_sync_changes_no_bit"):
+        assert len(result) == (1 if world_size == 1 else 7)
+        shards = engine.startswith(("zero3", "fsdp"))
+        for name, found in result.items():
+            assert found == {
+                "updates": 3,
+                "policies": ["once-per-window", "every-microbatch"] if shards else [None, None],
+                "gradients": True,
+                "losses": True,
+                "weights": True,
+                "saved": True,
+            }, name
+
+
+def test_weight_sync_is_chosen_by_k_and_memory_and_says_why(case, engine):
+    for result in case("weight_sync_is_chosen"):
+        if not engine.startswith(("zero3", "fsdp")):
+            assert set(map(tuple, result.values())) == {
+                (None, "every process has the whole weights")
+            }
+            continue
+        assert result["asked for"] == ["once-per-window", "asked for"]
+        assert result["K=1"] == ["every-microbatch", "a window has one micro-batch"]
+        policy, reason = result["room"]
+        assert policy == "once-per-window"
+        assert reason.startswith("whole weights take 0.00 GB beside a gradient of 0.00 GB, 0.")
+        assert result["no room"][0] == "every-microbatch" and "free" in result["no room"][1]
+
+
+def test_weights_that_a_deepspeed_file_keeps_are_its_choice(case, engine):
+    for result in case("weights_that_a_deepspeed_file_keeps"):
+        if engine != "zero3":
+            continue
+        says = "the DeepSpeed configuration says "
+        threshold = f"{says}stage3_param_persistence_threshold=50"
+        for name, obstacle in (("threshold", threshold), ("host", f"{says}offload_param to cpu")):
+            error, message = result[f"{name}, once-per-window"]
+            assert error == "ConfigError" and obstacle in message
+            assert message.endswith("leave one of the two out")
+            assert result[f"{name}, auto"] == ["every-microbatch", obstacle]
+        assert result["auto, once-per-window"] == ["once-per-window", "asked for"]
+        assert result["auto, auto"][0] == "once-per-window"
+
+
 def test_r52_a_global_batch_that_does_not_divide_is_exact(case):
     for result in case("r52_global_batch_that_does_not_divide"):
         assert [seen for seen, *_ in result["sizes"]] == [10, 10, 10, 7]

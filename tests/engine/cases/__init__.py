@@ -11,6 +11,7 @@ from tests.engine.cases import (  # noqa: F401 - importing a module registers it
     cuts,
     exactness,
     exchange,
+    gathers,
     loops,
     losses,
     precision,
