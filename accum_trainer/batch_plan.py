@@ -249,7 +249,7 @@ def parse_warmup(warmup: str | int) -> tuple[str, float]:
             amount = float(text[: len(text) - len(suffix)]) * scale
         except ValueError:
             break
-        if amount < 0 or not math.isfinite(amount) or (kind == "updates" and amount != int(amount)):
+        if not 0 <= amount < 2**53 or (kind == "updates" and amount != int(amount)):
             break
         if kind == "ratio" and amount > 1:
             break
@@ -269,11 +269,12 @@ def parse_shard(shard: str | None) -> tuple[int, int]:
     """
     if shard is None:
         return 0, 1
-    first, slash, every = shard.partition("/")
+    first, slash, every = map(str.strip, shard.partition("/"))
     if (
         not slash
-        or not first.strip().isdecimal()
-        or not every.strip().isdecimal()
+        or not first.isdecimal()
+        or not every.isdecimal()
+        or len(shard) > 40  # Python reads 4,300 digits
         or int(first) >= int(every)
     ):
         raise ConfigError(

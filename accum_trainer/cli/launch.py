@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-import yaml
 
 from accum_trainer.cli.options import is_on_command_line
 from accum_trainer.cli.train import options_in, parse
+from accum_trainer.config.sources import read_yaml
 from accum_trainer.errors import AccumTrainerError, ConfigError
 from accum_trainer.launch.node_ending import note_ending
 from accum_trainer.launch.signals import STOPPED_AND_SAVED
@@ -171,16 +171,7 @@ def _placement(
 def _is_independent(path: Path) -> bool:
     """Whether the file holds options of `train` for independent runs, rather than an accelerate
     configuration."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"cannot read the launch configuration {path}: {getattr(error, 'strerror', error)}"
-        ) from None
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"{path} is not YAML: {getattr(error, 'problem', None) or error}"
-        ) from None
+    content = read_yaml(path, "launch configuration")
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds a {type(content).__name__}, not a launch configuration")
     if "parallel_independent" in content:

@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from accum_trainer.config.names import check_names
-from accum_trainer.config.sources import displaced, merge_settings, read_environment, read_yaml
+from accum_trainer.config.sources import (
+    displaced,
+    merge_settings,
+    read_environment,
+    read_options,
+)
 from accum_trainer.config.train_config import OPTIONS, TrainConfig, check_not_from_file
 
 
@@ -46,7 +51,7 @@ def compose(
     given: dict[str, tuple[Any, str]] = {}
     overridden = []
     for source, values in (
-        (str(config_file), read_yaml(config_file) if config_file is not None else {}),
+        (str(config_file), read_options(config_file) if config_file is not None else {}),
         ("environment", read_environment(environment or {})),
         ("command line", merge_settings(command_line or {}, settings)),
     ):

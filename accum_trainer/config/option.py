@@ -116,7 +116,11 @@ def checked_value(field: Field, value: Any) -> Any:
         try:
             value = parse(value.strip())
         except (ValueError, KeyError):
-            raise ConfigError(f"{field.name}={value!r} is not {wanted}{_example(field)}") from None
+            raise ConfigError(
+                f"{field.name}={shown(value)} is not {wanted}{_example(field)}"
+            ) from None
+    if _is_long(value):
+        raise ConfigError(f"{field.name}={shown(value)} is beyond 64 bits{_example(field)}")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if kind is str and not isinstance(value, str):
@@ -124,7 +128,7 @@ def checked_value(field: Field, value: Any) -> Any:
     if kind is str:
         value = field.metadata.get("aliases", {}).get(value, value)
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise ConfigError(f"{field.name}={value!r} is not {wanted}{_example(field)}")
+        raise ConfigError(f"{field.name}={shown(value)} is not {wanted}{_example(field)}")
     _check_limits(field, value)
     return value
 
@@ -135,12 +139,25 @@ def _as_text(field: Field, value: Any) -> str:
     if value is False and "no" in field.metadata.get("choices", ()):
         return "no"
     if isinstance(value, (list, tuple)) and all(
-        isinstance(item, (str, int, float)) for item in value
+        isinstance(item, (str, int, float)) and not _is_long(item) for item in value
     ):
         return ",".join(str(item) for item in value)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
-    raise ConfigError(f"{field.name}={value!r} is not text{_example(field)}")
+    raise ConfigError(f"{field.name}={shown(value)} is not text{_example(field)}")
+
+
+def _is_long(item: Any) -> bool:
+    return isinstance(item, int) and abs(item) >= 1 << 63
+
+
+def shown(value: Any) -> str:
+    """A value in a message: `repr`, and no more of it than a line holds."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # integers of more digits than Python writes
+        return f"a {type(value).__name__} too long to show"
+    return text if len(text) <= 100 else f"{text[:96]}..."
 
 
 def _example(field: Field) -> str:
@@ -153,10 +170,10 @@ def _example(field: Field) -> str:
 def _check_limits(field: Field, value: Any) -> None:
     name, limits = field.name, field.metadata
     if "choices" in limits and value not in limits["choices"]:
-        near = difflib.get_close_matches(value, limits["choices"], n=1)
+        near = difflib.get_close_matches(value[:100], limits["choices"], n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise ConfigError(
-            f"{name}={value} is not known; give one of {', '.join(limits['choices'])}{hint}"
+            f"{name}={value[:100]} is not known; give one of {', '.join(limits['choices'])}{hint}"
         )
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{name}={value} is not a finite number")

@@ -27,25 +27,68 @@ _ALTERNATIVES = (
 )
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
+class _Loader(yaml.SafeLoader):
+    """Says where a value cannot be made, and refuses two values of one name, of which YAML's
+    parser keeps the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                problem = f"{key.value} has two values; give it once"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add((key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key))
+        return node
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (yaml.YAMLError, RecursionError):
+            raise
+        except Exception as error:  # a date without such a day, !!int of a word: any type
+            kind = node.tag.rpartition(":")[2]
+            problem = f"{str(node.value)[:60]!r} is no {kind} ({error})"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+
+
+def read_yaml(path: str | Path, what: str = "configuration") -> Any:
+    """What a YAML file holds.
+
+    Args:
+        what: the file is, for the message if it cannot be read.
+
+    Raises:
+        ConfigError: it cannot be read, or is not YAML.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"cannot read the {what} {path}: {reason}") from None
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise ConfigError(
+            f"{path}{line} is not YAML: {getattr(error, 'problem', None) or _first_line(error)}"
+        ) from None
+    except RecursionError:
+        raise ConfigError(f"{path} cannot be read: its values are nested too deeply") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def read_options(path: str | Path) -> dict[str, Any]:
     """The `option: value` lines of a file.
 
     Raises:
         ConfigError: the file cannot be read, or does not hold such lines.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(f"cannot read the configuration {path}: {reason}") from None
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        raise ConfigError(
-            f"{path}{line} is not YAML: {getattr(error, 'problem', None) or error}"
-        ) from None
+    values = read_yaml(path)
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -23,7 +23,7 @@ from accum_trainer.config.names import check_names
 from accum_trainer.config.optimisation import LengthOptions, OptimisationOptions
 from accum_trainer.config.option import Field, Section
 from accum_trainer.config.output import OutputOptions
-from accum_trainer.config.sources import displaced, merge_settings, read_yaml
+from accum_trainer.config.sources import displaced, merge_settings, read_options
 from accum_trainer.errors import ConfigError
 
 # In the order of `--help` and of a written configuration.
@@ -92,7 +92,7 @@ class TrainConfig(  # bases from last section to first: dataclasses collect fiel
             ConfigError: an unreadable file, an unknown option or a bad value; or the file wants to
                 run a model's code, which only its reader can allow.
         """
-        values = read_yaml(path)
+        values = read_options(path)
         check_names(values, OPTIONS, str(path))
         if trust_remote_code is not None:
             values["trust_remote_code"] = trust_remote_code
@@ -126,8 +126,24 @@ class TrainConfig(  # bases from last section to first: dataclasses collect fiel
                 field.name: getattr(self, field.name) for field in dataclasses.fields(section)
             }
             lines.append(f"\n# {title}")
-            lines.append(yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip())
+            lines.append(_dumped(values).rstrip())
         return "\n".join(lines) + "\n"
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the line breaks of Unicode, which YAML would fold to blanks when it reads them."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = '"' if {"\x85", "\u2028", "\u2029"} & set(data) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
+def _dumped(values: dict[str, Any]) -> str:
+    text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text
 
 
 def check_not_from_file(config: TrainConfig, names: Iterable[str], file: str) -> None:

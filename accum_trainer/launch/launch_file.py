@@ -9,13 +9,16 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-import yaml
 from accelerate import __version__ as accelerate_version
 from accelerate.commands.config.config_args import load_config_from_file
 
+from accum_trainer.config.option import shown
+from accum_trainer.config.sources import read_yaml
 from accum_trainer.errors import ConfigError
+from accum_trainer.launch.spec import PRECISIONS
 
 _KNOWN = ("NO", "MULTI_GPU", "DEEPSPEED", "FSDP")
 
@@ -47,14 +50,11 @@ def read_launch_file(path: Path, cpu: bool) -> LaunchFile:
     Raises:
         ConfigError: accelerate cannot read the file, or would start something else.
     """
+    read_yaml(path, "launch configuration")  # refuses what is not YAML, with the line
     try:
         config = load_config_from_file(str(path))
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"{path} is not YAML: {getattr(error, 'problem', None) or error}"
-        ) from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+    except Exception as error:  # of any type: the first statement that a value does not suit
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ConfigError(
             f"accelerate {accelerate_version} cannot read {path}: {reason}; "
             "write it again with `accum-trainer config create`"
@@ -71,10 +71,12 @@ def read_launch_file(path: Path, cpu: bool) -> LaunchFile:
             f"{path}: distributed_type={kind} has no engine here; use one of {', '.join(_KNOWN)} "
             "(`accum-trainer config create` writes them)"
         )
-    machines, processes = int(config.num_machines or 1), int(config.num_processes or 1)
-    for name, value in (("num_machines", machines), ("num_processes", processes)):
-        if value < 1:
-            raise ConfigError(f"{path}: {name}={value} is below 1")
+    _check_values(path, config)
+    machines, processes, port = (
+        _whole_number(path, config, name)
+        for name in ("num_machines", "num_processes", "main_process_port")
+    )
+    machines, processes = machines or 1, processes or 1
     if processes % machines:
         raise ConfigError(
             f"{path}: num_processes={processes} do not spread evenly over num_machines={machines}; "
@@ -85,13 +87,47 @@ def read_launch_file(path: Path, cpu: bool) -> LaunchFile:
         machines,
         processes,
         _deepspeed_file(path, config.deepspeed_config or {}),
-        config.main_process_port,
+        port,
     )
     _check_devices(found, cpu)
     return found
 
 
-def _deepspeed_file(path: Path, section: dict[str, object]) -> Path | None:
+def _check_values(path: Path, config: Any) -> None:
+    """Raise a ConfigError for a value on which accelerate's launcher ends in a traceback."""
+    for name in ("deepspeed_config", "fsdp_config", "dynamo_config"):
+        section = getattr(config, name)
+        if section is not None and not isinstance(section, dict):
+            raise ConfigError(
+                f"{path}: {name}={shown(section)} is no section of `option: value` lines; write it "
+                "again with `accum-trainer config create`"
+            )
+    precision = config.mixed_precision
+    if precision not in (None, *PRECISIONS, False):  # YAML reads `no` as false
+        raise ConfigError(
+            f"{path}: mixed_precision={shown(precision)} is not known; give one of "
+            f"{', '.join(PRECISIONS)}"
+        )
+
+
+def _whole_number(path: Path, config: Any, name: str) -> int | None:
+    """A number of the file; None if it has none."""
+    value = getattr(config, name)
+    text = shown(value)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise ConfigError(f"{path}: {name}={text} is no whole number")
+    try:
+        number = int(value)
+    except ValueError:
+        raise ConfigError(f"{path}: {name}={text} is no whole number") from None
+    if number < 1:
+        raise ConfigError(f"{path}: {name}={text} is below 1")
+    return number
+
+
+def _deepspeed_file(path: Path, section: dict[str, Any]) -> Path | None:
     named = section.get("deepspeed_config_file")
     if named in (None, "none"):
         return None

@@ -305,6 +305,10 @@ def test_not_utf8(train, tmp_path, rows_file):
             "gradient_accumulation_steps=True is not an integer",
         ),
         ("lr: [1\n", "line 2 is not YAML"),
+        ("lr: 1\nseed: 2\nlr: 3\n", "line 3 is not YAML: lr has two values; give it once"),
+        ("lr: 2001-99-99\n", "line 1 is not YAML: '2001-99-99' is no timestamp (month must be"),
+        ("model: " + "[" * 5000, "cannot be read: its values are nested too deeply"),
+        (f"seed: {1 << 64}\n", f"seed={1 << 64} is beyond 64 bits"),
         ("- lr\n", "holds a list, not `option: value` lines"),
     ],
 )

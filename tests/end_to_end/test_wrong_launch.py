@@ -144,7 +144,7 @@ TWO = {
 }
 LAUNCH = {
     "no such file": (None, [], "cannot read the launch configuration launch.yaml"),
-    "not YAML": ("a: [1", [], "launch.yaml is not YAML"),
+    "not YAML": ("a: [1", [], "launch.yaml line 1 is not YAML"),
     "a list": ("- 1", [], "launch.yaml holds a list, not a launch configuration"),
     "options of train": (
         {"batch_size": 4},
