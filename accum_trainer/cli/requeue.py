@@ -43,6 +43,10 @@ def command(
     folder = parse(train).config.output_dir
     if folder is None:
         raise ConfigError("requeue looks into the run directory; give its --output-dir after --")
+    if Path(folder).is_file():
+        raise ConfigError(
+            f"output_dir={folder} is a file, not a run directory; give that of the training"
+        )
     verdict = decide(Path(folder), status, batch_start, max_without_progress)
     click.echo(f"{folder}: {verdict.reason}", err=True)
     sys.exit(verdict.status)

@@ -58,10 +58,8 @@ def command(composed: Composed, windows: int, loop_spec: str | None, json_file: 
     Exits with 0 if all checks pass, 1 if one fails, 2 on wrong input. On several
     processes: `accelerate launch --multi_gpu --num_processes N -m accum_trainer.verify`.
     """
-    if json_file is not None and not Path(json_file).absolute().parent.is_dir():
-        raise ConfigError(
-            f"json={json_file} cannot be written: there is no folder {Path(json_file).parent}"
-        )
+    if json_file is not None:
+        _check_json_file(Path(json_file))
     is_main = os.environ.get("RANK", "0") == "0"
     if is_main:
         for line in composed.overridden:
@@ -74,16 +72,30 @@ def command(composed: Composed, windows: int, loop_spec: str | None, json_file: 
     sys.exit(0 if report.passed else 1)
 
 
+def _check_json_file(path: Path) -> None:
+    """Raise a ConfigError if the report cannot be written there: before the minutes it takes."""
+    reason = None
+    if path.is_dir():
+        reason = "it is a folder; name a file"
+    elif not path.absolute().parent.is_dir():
+        reason = f"there is no folder {path.parent}"
+    elif not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        reason = "no permission"
+    if reason is not None:
+        raise ConfigError(f"json={path} cannot be written: {reason}")
+
+
 def _verify(config: TrainConfig, windows: int, loop_spec: str | None) -> Report:
     if loop_spec is None:
         from accum_trainer.train.setup import assemble
         from accum_trainer.verify.training import Subject, verify
 
         return verify(Subject.of(assemble(config)), windows)
+    from accum_trainer.engine.lost_processes import launched_processes
     from accum_trainer.verify.loop import verify_loop_of
     from accum_trainer.verify.loop_file import load_loop
 
-    return verify_loop_of(config, load_loop(loop_spec), int(os.environ.get("WORLD_SIZE", "1")))
+    return verify_loop_of(config, load_loop(loop_spec), launched_processes())
 
 
 def _show(report: Report) -> None:

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accum_trainer.engine.base import Engine
 from accum_trainer.engine.ddp import DDPEngine
 from accum_trainer.engine.fsdp import FSDPEngine
-from accum_trainer.engine.lost_processes import refuse_lost_processes
+from accum_trainer.engine.lost_processes import launched_processes, refuse_lost_processes
 from accum_trainer.engine.request import Request
 from accum_trainer.engine.single import SingleEngine
 from accum_trainer.engine.sync import AUTO, Syncs
@@ -71,13 +71,14 @@ def build_engine(
             "Accelerator(...) instead"
         )
     _check_environment(gradient_accumulation_steps)
+    launched = launched_processes()
     refuse_lost_processes()
     asked_for = [kind for kind in ENGINES if kind.is_asked_for(request)]
     if accelerator is None:
         accelerator = _new_accelerator(request, asked_for)
     else:
         _check_steps(gradient_accumulation_steps, accelerator)
-    _check_in_force(accelerator)
+    _check_in_force(accelerator, launched)
     if accelerator.num_processes > 1:
         atexit.unregister(_let_gloo_finish)  # once, for any number of engines in a process
         atexit.register(_let_gloo_finish)
@@ -202,8 +203,7 @@ def _check_environment(gradient_accumulation_steps: int | None) -> None:
     )
 
 
-def _check_in_force(accelerator: Accelerator) -> None:
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+def _check_in_force(accelerator: Accelerator, launched: int) -> None:
     if launched != accelerator.num_processes:
         raise EngineError(
             f"{launched} processes were launched (WORLD_SIZE), but accelerate sees "

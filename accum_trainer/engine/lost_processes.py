@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 
-from accum_trainer.errors import EngineError
+from accum_trainer.errors import ConfigError, EngineError
 
 # accelerate's launchers set it, people do not.
 _MARK = "ACCELERATE_DYNAMO_BACKEND"
@@ -23,6 +23,21 @@ _REMEDY = (
     "over gloo), `torchrun --nproc_per_node N`, or a file of `accum-trainer config create "
     "multi-gpu`"
 )
+
+
+def launched_processes() -> int:
+    """How many processes the launcher started, this one included.
+
+    Raises:
+        ConfigError: WORLD_SIZE does not say.
+    """
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or not int(text[:10]) > 0:
+        raise ConfigError(
+            f"WORLD_SIZE={text} is no number of processes; unset it, or start the program with a "
+            "launcher, which sets it"
+        )
+    return int(text[:10])
 
 
 def refuse_lost_processes() -> None:

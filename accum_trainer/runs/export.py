@@ -16,7 +16,7 @@ from accum_trainer.errors import CheckpointError, ConfigError
 from accum_trainer.lm.model import load_model, load_tokenizer
 from accum_trainer.train.checkpoint import check_same_weights, load_checkpoint
 from accum_trainer.train.checkpoint_folder import find_checkpoint, list_checkpoints
-from accum_trainer.train.run_folder import CHECKPOINTS, CONFIG
+from accum_trainer.train.run_folder import CHECKPOINTS, CONFIG, check_writable
 from accum_trainer.train.saved_model import write_model
 
 # Of a run that trains: it deletes what is being read, and has something newer by then.
@@ -37,6 +37,7 @@ def export(source: Path, target: Path, trust_remote_code: bool = False) -> Path:
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"output={target} exists already; name a new or empty folder")
+    check_writable("output", target)
     checkpoint, saved = _newest_of(source)
     run = checkpoint.absolute().parent.parent
     if not (run / CONFIG).is_file():
@@ -48,7 +49,13 @@ def export(source: Path, target: Path, trust_remote_code: bool = False) -> Path:
     tokenizer = load_tokenizer(config)
     model = load_model(config, tokenizer)
     named = dict(model.named_parameters()) | dict(model.named_buffers())
-    check_same_weights(saved, {name: t for name, t in named.items() if name in saved})
+    try:
+        check_same_weights(saved, {name: t for name, t in named.items() if name in saved})
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{checkpoint} is not of model={config.model}, which {run / CONFIG} names: {error}; "
+            "put the run's own files, and the model that it was trained from, back in place"
+        ) from None
     model.load_state_dict(saved, strict=False)
     # Without the second names of tied weights, which a cast would untie.
     weights = {n: p.detach() for n, p in model.named_parameters()} | persistent_buffers(model)

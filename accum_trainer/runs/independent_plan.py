@@ -6,18 +6,17 @@ nothing and writes nothing.
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from accum_trainer.config import TrainConfig
+from accum_trainer.engine.lost_processes import launched_processes
 from accum_trainer.errors import ConfigError
 from accum_trainer.launch.spec import combinations
 from accum_trainer.runs.independent_run import IndependentRun
-from accum_trainer.runs.merge_inputs import INDEPENDENT
+from accum_trainer.runs.merge_inputs import INDEPENDENT, listed_runs
 from accum_trainer.train import run_folder as files
 
 # Options that all runs share, or that the launcher sets for each.
@@ -66,8 +65,8 @@ def plan_runs(config: TrainConfig, folder: Path) -> tuple[list[IndependentRun], 
 
 
 def _check_single_process() -> None:
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    if int(world_size) > 1:
+    world_size = launched_processes()
+    if world_size > 1:
         raise ConfigError(
             "parallel_independent starts single processes, but runs as one of "
             f"{world_size} of a launcher; start it with `accum-trainer train`"
@@ -117,7 +116,7 @@ def _check_folder(folder: Path, runs: list[IndependentRun], resume: str) -> None
             f"output_dir={folder} already holds runs and resume=never; choose another folder, or "
             "resume=auto"
         )
-    held = {run["name"]: run["settings"] for run in json.loads(manifest.read_text())["runs"]}
+    held = dict(listed_runs(folder, "choose another output_dir"))
     wanted = {run.name: run.settings for run in runs}
     if held != wanted:
         raise ConfigError(

@@ -121,15 +121,13 @@ def best_run(folder: Path, runs: Sequence[Mapping[str, Any]]) -> str:
     return ""
 
 
-def _refuse_sweep(
-    folder: Path, runs: Sequence[Mapping[str, Any]], settings: Sequence[Mapping[str, Any]]
-) -> None:
+def _refuse_sweep(folder: Path, runs: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
     """Runs of a sweep compete with each other; the mean of their weights is the result of no
     setting."""
-    varied = {option for one in settings for option in one} - {"shard"}
+    varied = {option for _, settings in runs for option in settings} - {"shard"}
     if not varied:
         return
-    best = best_run(folder, runs)
+    best = best_run(folder, [{"name": name, "settings": settings} for name, settings in runs])
     raise ConfigError(
         f"{folder} is a sweep: its {len(runs)} runs differ in {', '.join(sorted(varied))}, so "
         "their mean is the result of none of these. "
@@ -138,22 +136,37 @@ def _refuse_sweep(
     )
 
 
+def listed_runs(folder: Path, remedy: str) -> list[tuple[str, dict[str, Any]]]:
+    """(name, settings) of each run in a folder's independent.json.
+
+    Args:
+        remedy: the end of the message.
+
+    Raises:
+        CheckpointError: it cannot be read, or names no runs, or names something else.
+    """
+    index = folder / INDEPENDENT
+    try:
+        runs = [
+            (check_is_name(run["name"], index), dict(run.get("settings", {})))
+            for run in read_json(index)["runs"]
+        ]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        runs = []
+    if not runs:
+        raise CheckpointError(f"{index} names no runs; {remedy}")
+    return runs
+
+
 def _expand(path: Path) -> list[tuple[str, Path]]:
     """(name, run directory) of each run of a parallel-independent run, or of the run itself."""
     if (path / INDEPENDENT).is_file():
-        try:
-            runs = read_json(path / INDEPENDENT)["runs"]
-            names = [check_is_name(run["name"], path / INDEPENDENT) for run in runs]
-            varied = [dict(run.get("settings", {})) for run in runs]
-        except (KeyError, TypeError, ValueError, AttributeError):
-            runs, names, varied = [], [], []
-        if not names:
-            raise CheckpointError(
-                f"{path / INDEPENDENT} names no runs; give the run directories one by one"
-            )
+        remedy = "name the run directories one by one"
+        runs = listed_runs(path, remedy)
+        names = [name for name, _ in runs]
         for name in names:
-            check_inside(path / name, path, "name the run directories one by one")
-        _refuse_sweep(path, runs, varied)
+            check_inside(path / name, path, remedy)
+        _refuse_sweep(path, runs)
         missing = [name for name in names if not _is_run(path / name)]
         if missing:
             raise CheckpointError(

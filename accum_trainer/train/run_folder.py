@@ -74,7 +74,7 @@ def check_output_dir(path: Path, resume: str) -> None:
                 f"output_dir={path} already holds a run and resume=never; choose another folder, "
                 "or resume=auto to continue it, or resume=anew to replace it"
             )
-    _check_writable("output_dir", path)
+    check_writable("output_dir", path)
 
 
 def _is_of_a_run(entry: Path) -> bool:
@@ -94,10 +94,11 @@ def check_log_file(path: Path) -> None:
             raise ConfigError(
                 f"log_file={path} exists and does not hold records; name another file"
             )
-    _check_writable("log_file", path)
+    check_writable("log_file", path)
 
 
-def _check_writable(option: str, path: Path) -> None:
+def check_writable(option: str, path: Path) -> None:
+    """Raise a ConfigError if the file or folder `path` that `option` names cannot be made."""
     existing = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
     wanted = os.W_OK if existing.is_file() and existing == path else os.W_OK | os.X_OK
     is_parent = existing != path

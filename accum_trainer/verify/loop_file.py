@@ -55,7 +55,7 @@ def _import(spec: str, path: str) -> ModuleType:
     sys.path.insert(0, str(Path(path).resolve().parent))
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:  # the user's file may raise anything
+    except (Exception, SystemExit) as error:  # the user's file may raise anything
         raise ConfigError(
             f"loop={spec}: {path} cannot be imported: {type(error).__name__}: {error}"
         ) from None
