@@ -108,7 +108,7 @@ def _row(run: IndependentRun) -> tuple[str, str, str, str, str, str, str]:
 
 
 def _show_end(runner: IndependentRunner, status: int) -> None:
-    from accum_trainer.runs.independent_run import DONE, FAILED
+    from accum_trainer.runs.independent_run import DONE, FAILED, STOPPED
 
     runs, folder = runner.runs, runner.folder
     samples = sum((run.result() or {}).get("num_samples", 0) for run in runs)
@@ -128,4 +128,10 @@ def _show_end(runner: IndependentRunner, status: int) -> None:
             then = f"`accum-trainer merge {folder}` averages their weights" if len(runs) > 1 else ""
         click.echo(f"done: {summary}" + (f"\n{then}" if then else ""))
     else:
-        click.echo(f"{summary}; the same command with --output-dir {folder} continues")
+        export = (
+            f"; `accum-trainer checkpoint export {folder}/NAME -o DIR` writes the model so far of "
+            "one that was stopped"
+            if any(run.state == STOPPED for run in runs)
+            else ""
+        )
+        click.echo(f"{summary}; the same command with --output-dir {folder} continues{export}")

@@ -59,10 +59,7 @@ def command(composed: Composed) -> None:
         sys.exit(STOPPED_AND_SAVED if run.stopped_by else 0)
     done = run.training.accumulator.num_updates
     if run.stopped_by:
-        click.echo(
-            f"stopped by {run.stopped_by} after {done} updates, saved; the same command with "
-            f"--output-dir {run.folder} continues"
-        )
+        click.echo(run.describe_stop())
         sys.exit(STOPPED_AND_SAVED)
     loss = (
         f", loss {last['loss']:.4f}"

@@ -31,7 +31,10 @@ from safetensors.torch import save_file
 
 from accum_trainer.errors import CheckpointError, ConfigError
 from accum_trainer.runs.saved_model import ADAPTER, ADAPTER_CONFIG, SavedModel
+from accum_trainer.train.model_origin import NOTE
 
+# Weights are written anew, and where they come from is in merge.json.
+_NOT_COPIED = shutil.ignore_patterns("*.safetensors", NOTE)
 _LORA = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
 # LoRA options that leave the product B A and its scale alone, or that are taken into account here.
 # Any other must be at its default.
@@ -71,7 +74,7 @@ def average_models(models: Sequence[SavedModel], counts: Sequence[int], folder: 
     Memory: one file of the result and one tensor of each model. Tensors that are not floating point
     are copied from the first model.
     """
-    shutil.copytree(models[0].folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(models[0].folder, folder, ignore=_NOT_COPIED)
     notes: list[str] = []
     for file, names in models[0].layout.items():
         tensors = {name: _mean(name, models, counts, notes) for name in names}
@@ -100,7 +103,7 @@ def concat_adapters(
         for name in first.names
     }
     rank = sum(adapter.config["r"] for adapter in adapters)
-    shutil.copytree(first.folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(first.folder, folder, ignore=_NOT_COPIED)
     save_file(tensors, folder / ADAPTER, metadata=first.metadata(ADAPTER))
     config = first.config | {"r": rank, "lora_alpha": scales[0] * rank, "use_rslora": False}
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))

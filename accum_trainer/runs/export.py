@@ -8,14 +8,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import torch
-
 from accum_trainer.config import TrainConfig
 from accum_trainer.engine.full_state import persistent_buffers
 from accum_trainer.errors import CheckpointError, ConfigError
 from accum_trainer.lm.model import load_model, load_tokenizer
-from accum_trainer.train.checkpoint import check_same_weights, load_checkpoint
+from accum_trainer.train.checkpoint import Checkpoint, check_same_weights, load_checkpoint
 from accum_trainer.train.checkpoint_folder import find_checkpoint, list_checkpoints
+from accum_trainer.train.model_origin import ModelOrigin, identity_of
 from accum_trainer.train.run_folder import CHECKPOINTS, CONFIG, check_writable
 from accum_trainer.train.saved_model import write_model
 
@@ -38,7 +37,8 @@ def export(source: Path, target: Path, trust_remote_code: bool = False) -> Path:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"output={target} exists already; name a new or empty folder")
     check_writable("output", target)
-    checkpoint, saved = _newest_of(source)
+    checkpoint, identity, loaded = _newest_of(source)
+    saved = loaded.model
     run = checkpoint.absolute().parent.parent
     if not (run / CONFIG).is_file():
         raise CheckpointError(
@@ -62,19 +62,22 @@ def export(source: Path, target: Path, trust_remote_code: bool = False) -> Path:
     if target.exists():
         target.rmdir()  # it is empty
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_model(target, config, model, tokenizer, saved if config.use_peft else weights)
+    origin = ModelOrigin(
+        loaded.state["accumulator"]["num_updates"], loaded.state["tally"]["num_samples"], identity
+    )
+    write_model(target, config, model, tokenizer, saved if config.use_peft else weights, origin)
     return checkpoint
 
 
-def _newest_of(source: Path, tries: int = _MOST_TRIES) -> tuple[Path, dict[str, torch.Tensor]]:
-    """The checkpoint that `source` names, and its weights; looked for again if the run has others
-    by the time that it cannot be read."""
+def _newest_of(source: Path, tries: int = _MOST_TRIES) -> tuple[Path, str, Checkpoint]:
+    """The checkpoint that `source` names, its identity and its content; looked for again if the run
+    has others by the time that it cannot be read."""
     before = list_checkpoints(source / CHECKPOINTS)
     try:
         # A path, also if the folder has the name of a mode, such as `auto`.
         checkpoint = find_checkpoint(os.path.join(os.curdir, source), None, option="source")
         assert checkpoint is not None
-        return checkpoint, load_checkpoint(checkpoint).model
+        return checkpoint, identity_of(checkpoint), load_checkpoint(checkpoint)
     except CheckpointError:
         if tries == 1 or list_checkpoints(source / CHECKPOINTS) == before:
             raise

@@ -18,6 +18,7 @@ from accum_trainer.errors import CheckpointError, ConfigError
 from accum_trainer.runs.inside import check_inside, check_is_name, check_tree
 from accum_trainer.runs.json_file import read_json
 from accum_trainer.train import run_folder as files
+from accum_trainer.train.model_origin import is_left_behind, read_origin
 from accum_trainer.train.records import read_records
 
 INDEPENDENT = "independent.json"
@@ -69,10 +70,31 @@ def find_merge_inputs(
             f"unfinished: {listed}. The same train command continues a run; --allow-unfinished "
             "merges them as they are"
         )
+    for run in unfinished:
+        _check_has_its_model(run)
     for run in inputs:
         _check_has_mean_with(inputs[0], run)
     notes = [f"{run.name} is unfinished: {run.progress}" for run in unfinished]
     return inputs, notes + _overlaps(inputs)
+
+
+def _check_has_its_model(run: MergeInput) -> None:
+    """Raise a ConfigError if model/ of an unfinished run is missing, or of another update than its
+    newest checkpoint."""
+    if not is_left_behind(run.folder):
+        return
+    model, origin = run.folder / files.MODEL, read_origin(run.folder / files.MODEL)
+    export = f"`accum-trainer checkpoint export {run.folder} -o {model}`"
+    if not model.exists():
+        raise ConfigError(
+            f"{run.name} {run.progress}, and has no model yet; {export} writes that of its newest "
+            "checkpoint"
+        )
+    of = f"update {origin.updates}" if origin is not None else "an earlier end"
+    raise ConfigError(
+        f"{run.name} {run.progress}, but {model} is that of {of}, which is not its newest "
+        f"checkpoint; move it away, and {export} writes the newest"
+    )
 
 
 def _check_has_mean_with(first: MergeInput, run: MergeInput) -> None:
@@ -205,6 +227,9 @@ def _read_run(name: str, folder: Path) -> MergeInput:
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{folder / files.METRICS} is damaged: {error!r}") from None
         updates, stopped = len(made), f"is running, or was killed ({files.RESULT} is missing)"
+    done = result is not None and result.get("done") is True
+    if not done and (origin := read_origin(folder / files.MODEL)) is not None:
+        num_samples = origin.num_samples  # a killed run has records of later updates
     if (
         not isinstance(num_samples, int)
         or isinstance(num_samples, bool)
@@ -214,7 +239,6 @@ def _read_run(name: str, folder: Path) -> MergeInput:
             f"{folder / files.RESULT} has no num_samples, the number of samples trained on, but "
             f"{num_samples}"
         )
-    done = result is not None and result.get("done") is True
     progress = "" if done else f"{stopped} after {updates} of {plan.get('total_updates')} updates"
     return MergeInput(name, folder, num_samples, progress, plan)
 

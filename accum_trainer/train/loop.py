@@ -17,15 +17,17 @@ from accum_trainer.engine.ranks import StoreLostError
 from accum_trainer.errors import AccumTrainerError, DivergedError
 from accum_trainer.launch.rank import end_at_once
 from accum_trainer.losses.causal_lm import causal_lm_loss
+from accum_trainer.train.checkpoint_folder import folder_name
 from accum_trainer.train.checkpoint_writer import CheckpointWriter
 from accum_trainer.train.diagnosis import describe_window
 from accum_trainer.train.evaluation import Evaluation
 from accum_trainer.train.hang_watch import HangWatch
 from accum_trainer.train.leaving import LoopPlaces
+from accum_trainer.train.model_origin import ModelOrigin, identity_of, read_origin
 from accum_trainer.train.rank_agreement import agree_on_checkpoint, agree_on_folder
 from accum_trainer.train.records import Record
 from accum_trainer.train.resume import capture, restore
-from accum_trainer.train.run_folder import RunFolder
+from accum_trainer.train.run_folder import CHECKPOINTS, MODEL, RunFolder
 from accum_trainer.train.run_plan import describe_plan, run_plan
 from accum_trainer.train.save_times import SaveTimes
 from accum_trainer.train.saved_model import needs_only_trained_weights, save_model
@@ -43,15 +45,19 @@ def updates(config: TrainConfig) -> Iterator[Record]:
     """Train and yield one record per window, on every process the same.
 
     Logging, evaluation and early stopping are code in the caller's loop. A caller that breaks out
-    must do so on all processes at the same record; the run is then saved as it stands. If only
-    some processes leave the loop, by an error or a break, those save nothing: a warning says so,
-    and the last checkpoint stays.
+    must do so on all processes at the same record; the run is then saved as it stands, with its
+    model. If only some processes leave the loop, by an error or a break, those save nothing: a
+    warning says so, and the last checkpoint stays. A signal or the time limit ends the loop after a
+    checkpoint, without a model: a warning says how to go on.
 
     Raises:
         ConfigError, DataError, EngineError, CheckpointError: before the first file is written.
         AccumTrainerError: training diverged.
     """
-    yield from Run(config).updates()
+    run = Run(config)
+    yield from run.updates()
+    if run.stopped_by and run.engine.is_main:
+        logger.warning("%s", run.describe_stop())
 
 
 class Run:
@@ -106,6 +112,21 @@ class Run:
     def describe(self) -> str:
         """The lines that are shown before training."""
         return f"{describe_plan(self._plan, self.training)}\nrun directory: {self.folder}"
+
+    def describe_stop(self) -> str:
+        """What to do after the run was stopped."""
+        done = self.training.accumulator.num_updates
+        text = (
+            f"stopped by {self.stopped_by} after {done} updates, saved; the same command with "
+            f"--output-dir {self.folder} continues"
+        )
+        if self.training.is_done:
+            return text
+        export = f"accum-trainer checkpoint export {self.folder} -o DIR"
+        text += f", and `{export}` writes the model so far"
+        if (earlier := read_origin(self.folder / MODEL)) is not None:
+            text += f" ({self.folder / MODEL} is still that of update {earlier.updates})"
+        return text
 
     def updates(self) -> Iterator[Record]:
         """Train to the end, to a signal or to the time limit; see `updates`."""
@@ -209,7 +230,8 @@ class Run:
                 yield
             finally:
                 self._hangs.stop()  # what follows may take longer than a window
-            self._finish()
+            # Of a large model, writing it whole takes longer than the notice before a preemption.
+            self._finish(writes_model=self.training.is_done)
         except DivergedError:
             # The last update may have ruined the weights: they must not take a checkpoint's place.
             self.engine.on_main(self._write_ending)
@@ -232,7 +254,7 @@ class Run:
             )
             return
         if other is None:
-            self._finish()
+            self._finish(writes_model=True)
             return
         logger.warning(
             "process %d left its loop after update %d and process %d did not, so nothing is saved "
@@ -240,22 +262,27 @@ class Run:
             *(self.engine.rank, self.training.accumulator.num_updates, other),
         )
 
-    def _finish(self) -> None:
+    def _finish(self, writes_model: bool) -> None:
         self.save(is_last=True)
-        trained_only = needs_only_trained_weights(self.config)
-        weights = self.engine.full_weights(self.training.model, trained_only=trained_only)
+        weights = None
+        if writes_model:
+            trained_only = needs_only_trained_weights(self.config)
+            weights = self.engine.full_weights(self.training.model, trained_only=trained_only)
         failure = self._writer.wait()
         self.engine.on_main(self._write_results, weights, [failure] if failure else [])
 
-    def _write_results(self, weights: dict[str, torch.Tensor], failed: list[str]) -> None:
+    def _write_results(self, weights: dict[str, torch.Tensor] | None, failed: list[str]) -> None:
         """Write the model and result.json, each that can be.
 
         Args:
+            weights: of the model; None leaves model/ as it is.
             failed: what could not be written before.
         """
         training, model = self.training, self.engine.unwrap(self.training.model)
         try:
-            save_model(self.folder, self.config, model, training.tokenizer, weights)
+            if weights is not None:
+                origin = self._origin(is_saved=not failed)
+                save_model(self.folder, self.config, model, training.tokenizer, weights, origin)
             if not failed:
                 self._write_ending()
         except OSError as error:
@@ -267,13 +294,23 @@ class Run:
                 f"--output-dir {self.folder}: it continues from the last whole checkpoint"
             )
 
+    def _origin(self, is_saved: bool) -> ModelOrigin:
+        """Of the weights as they are, which the last checkpoint holds if it `is_saved`."""
+        updates = self.training.accumulator.num_updates
+        last = self.folder / CHECKPOINTS / folder_name(updates)
+        return ModelOrigin(
+            updates, self._files.tally.num_samples, identity_of(last) if is_saved else ""
+        )
+
     def _write_ending(self) -> None:
         """Write result.json and the picture."""
+        model = read_origin(self.folder / MODEL)
         training = self.training
         title = f"{self.folder.name}: {training.schedule.plan.describe()}"
         ending = {
             "done": training.is_done,
             "stopped_by": self.stopped_by,
             "updates": training.accumulator.num_updates,
+            "model_updates": model.updates if model is not None else None,
         }
         self._files.finish(title, ending)

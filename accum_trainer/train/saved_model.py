@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from accum_trainer.config import TrainConfig
 from accum_trainer.lm.model import load_model, stored_dtype
 from accum_trainer.train import durable
+from accum_trainer.train.model_origin import ModelOrigin
 from accum_trainer.train.run_folder import MERGED, MODEL
 
 
@@ -30,23 +31,25 @@ def save_model(
     model: Any,
     tokenizer: Any,
     weights: dict[str, torch.Tensor],
+    origin: ModelOrigin,
 ) -> None:
     """Write model/ into `folder`, and model-merged/ if the configuration asks for it.
 
     Args:
         model: the unwrapped model, or its adapter's model.
         weights: whole weights by name; only trained ones if `needs_only_trained_weights`.
+        origin: of the weights.
 
     Raises:
         OSError: writing failed; what was there before is as it was.
     """
-    write_model(folder / MODEL, config, model, tokenizer, weights)
+    write_model(folder / MODEL, config, model, tokenizer, weights, origin)
     if config.merge_adapter:
         # A fresh model is whole even if the trained one is sharded.
         fresh = load_model(config, tokenizer)
         fresh.load_state_dict(weights, strict=False)
         merged, dtype = fresh.merge_and_unload(), _saved_dtype(config)
-        _write(folder / MERGED, merged, tokenizer, merged.state_dict(), dtype)
+        _write(folder / MERGED, merged, tokenizer, merged.state_dict(), dtype, origin)
 
 
 def write_model(
@@ -55,10 +58,11 @@ def write_model(
     model: Any,
     tokenizer: Any,
     weights: dict[str, torch.Tensor],
+    origin: ModelOrigin,
 ) -> None:
     """Write the folder that `from_pretrained` loads: a model, or with `use_peft` an adapter."""
     dtype = None if config.use_peft else _saved_dtype(config)
-    _write(target, model, tokenizer, weights, dtype)
+    _write(target, model, tokenizer, weights, dtype, origin)
 
 
 def _write(
@@ -67,6 +71,7 @@ def _write(
     tokenizer: Any,
     weights: dict[str, torch.Tensor],
     dtype: torch.dtype | None,
+    origin: ModelOrigin,
 ) -> None:
     """Write beside `target`, then rename into place. An adapter (`dtype` None) stays in float32.
 
@@ -80,6 +85,7 @@ def _write(
         if dtype is not None:
             _state_dtype(partial / "config.json", dtype)
         tokenizer.save_pretrained(partial)
+        origin.write(partial)
         durable.put_in_place(partial, target)
     except (OSError, SafetensorError) as error:
         durable.remove(partial)
