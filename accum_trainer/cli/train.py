@@ -60,6 +60,7 @@ def command(composed: Composed) -> None:
     done = run.training.accumulator.num_updates
     if run.stopped_by:
         click.echo(run.describe_stop())
+        _show_best(run)
         sys.exit(STOPPED_AND_SAVED)
     loss = (
         f", loss {last['loss']:.4f}"
@@ -67,6 +68,15 @@ def command(composed: Composed) -> None:
         else " (the run was complete already; raise --steps or --epochs to go on)"
     )
     click.echo(f"done: {done} updates{loss}; {run.folder}")
+    _show_best(run)
+
+
+def _show_best(run: Run) -> None:
+    if run.best is not None:
+        click.echo(
+            f"best evaluation: {run.best.eval_loss:.4f} after update {run.best.updates}; `accum-"
+            f"trainer checkpoint export {run.folder / run.best.checkpoint} -o DIR` writes its model"
+        )
 
 
 def options_in(arguments: Sequence[str]) -> dict[str, Any]:

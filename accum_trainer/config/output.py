@@ -19,6 +19,10 @@ class OutputOptions(Section):
         30.0, "Minutes after which a checkpoint is written before that many updates.", above=0
     )
     keep_checkpoints: int = option(2, "Newest checkpoints to keep.", minimum=1)
+    keep_best: bool = option(
+        False,
+        "Also write and keep the checkpoint with the lowest evaluation loss (--eval-every).",
+    )
     resume: str = option(
         "auto",
         "auto: continue the run in the run directory; never: refuse to; anew: replace it; or a "

@@ -66,6 +66,13 @@ class TrainConfig(  # bases from last section to first: dataclasses collect fiel
                 f"max_tokens_per_micro_batch={most} is below max_seq_len={self.max_seq_len}, so "
                 "a long sample fits no micro-batch; raise the former or lower the latter"
             )
+        if self.keep_best and self.eval_every is None and self.eval_file is None:
+            data = self.dataset_file or self.dataset
+            raise ConfigError(
+                "keep_best=true compares evaluations, and this run makes none; give eval_every"
+                f"{', and eval_file with the rows to evaluate on,' if data else ''} or leave "
+                "keep_best out"
+            )
 
     def without_peft(self) -> TrainConfig:
         """The same configuration without adapters and the options that shape them."""

@@ -280,6 +280,23 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(model, {"state": states, "groups": groups}, rng, state)
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """The state of a checkpoint without its tensors, which are not checked.
+
+    Raises:
+        CheckpointError: it is damaged or missing.
+    """
+    expected = read_manifest(path)["files"][STATE]
+    try:
+        data = (path / STATE).read_bytes()
+        state = json.loads(data) if hashlib.sha256(data).hexdigest() == expected["sha256"] else None
+    except (OSError, ValueError, RecursionError):
+        state = None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"checkpoint {path} is damaged: its {STATE} cannot be read")
+    return state
+
+
 def _read_parts(file: Path) -> Iterator[Part]:
     with safe_open(file, "pt") as opened:
         shapes = json.loads(opened.metadata()["shapes"])

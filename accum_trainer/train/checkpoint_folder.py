@@ -30,10 +30,11 @@ def next_sequence(folder: Path) -> int:
     return 1 + max((_sequence(path) or 0 for path in list_checkpoints(folder)), default=0)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints whose manifest can be read."""
+def prune(folder: Path, keep: int, keep_also: str = "") -> None:
+    """Delete all but the newest `keep` checkpoints whose manifest can be read, and the one named
+    `keep_also`."""
     known = [path for path in list_checkpoints(folder) if _sequence(path) is not None]
-    kept = known[-keep:]
+    kept = [*known[-keep:], folder / keep_also]
     for path in list_checkpoints(folder):
         if path not in kept:
             try:

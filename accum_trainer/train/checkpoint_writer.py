@@ -54,19 +54,24 @@ class CheckpointWriter:
         self._before_write = before_write
         self._folder = run / "checkpoints"
         self._thread: threading.Thread | None = None
-        self._failure, self._is_last = "", False
+        self._failure, self._is_last, self._keep_also = "", False, ""
         self._ended = threading.Event()
         self.longest_sec = 0.0  # from the copy to the rename
 
-    def save(self, step: int, snapshot: Snapshot, is_last: bool = False) -> None:
+    def save(
+        self, step: int, snapshot: Snapshot, is_last: bool = False, keep_also: str = ""
+    ) -> None:
         """Begin to write a checkpoint, after the one before. Collective; does not wait for the
         disk.
+
+        Args:
+            keep_also: the name of a checkpoint to keep besides the newest.
 
         If it cannot be written, what was there before is as it was; a warning says so, but not of
         the last, for which `wait` is asked.
         """
         self.wait()
-        self._is_last = is_last
+        self._is_last, self._keep_also = is_last, keep_also
         sizes = self._ranks.gather_objects(snapshot.nbytes)
         began = self._ranks.on_main(self._begin, step, sum(sizes))
         partial, sequence = self._ranks.gather_objects(began)[0]
@@ -165,7 +170,7 @@ class CheckpointWriter:
         target = self._folder / folder_name(step)
         durable.put_in_place(partial, target)
         note_last(self._run, target)
-        prune(self._folder, self._keep)
+        prune(self._folder, self._keep, self._keep_also)
 
     def _wait_for(self, note: Path, until: float) -> dict[str, Any]:
         pause = 0.002

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from accum_trainer.engine.ranks import StoreLostError
 from accum_trainer.errors import AccumTrainerError, DivergedError
 from accum_trainer.launch.rank import end_at_once
 from accum_trainer.losses.causal_lm import causal_lm_loss
+from accum_trainer.train.best_checkpoint import Best, BestCheckpoint
 from accum_trainer.train.checkpoint_folder import folder_name
 from accum_trainer.train.checkpoint_writer import CheckpointWriter
 from accum_trainer.train.diagnosis import describe_window
@@ -86,6 +88,7 @@ class Run:
             if self._resumed_from is not None:
                 self.training, tally = restore(self.training, self._resumed_from)
                 self._files.continue_from(self._resumed_from, tally)
+            self._best = self._best_checkpoint(config)
         except BaseException:
             self._files.close()
             raise
@@ -99,6 +102,19 @@ class Run:
             self.training.accumulator, config.checkpoint_every, config.checkpoint_minutes
         )
         self._plan = run_plan(self.training, self._resumed_from)
+
+    def _best_checkpoint(self, config: TrainConfig) -> BestCheckpoint:
+        evaluation = self.training.data.evaluation
+        rows = evaluation.identity[:12] if config.keep_best and evaluation is not None else None
+        best = BestCheckpoint(self.engine, self._writer, rows)
+        if self._resumed_from is not None:
+            self.training.notes.extend(best.continue_from(self._resumed_from, self.folder))
+        return best
+
+    @property
+    def best(self) -> Best | None:
+        """The best evaluation with `keep_best`, once the run has ended."""
+        return self._best.best
 
     @property
     def stopped_by(self) -> str:
@@ -146,14 +162,17 @@ class Run:
                 update = acc.step(training.optimizer, training.scheduler)
                 seconds = time.perf_counter() - last_ended
                 record = self._record(update, lr, seconds, waited)
+                is_best = False
                 if not update.skipped and evaluation.is_due(update.step):
-                    record["eval_loss"] = evaluation.mean_loss(self._hangs.progress)
+                    loss = record["eval_loss"] = evaluation.mean_loss(self._hangs.progress)
+                    with self._hangs.paused():  # it waits for the checkpoint before
+                        is_best = self._best.is_beaten_by(update.step, loss)
                 self._files.write(record)
                 self.stopping.check(
                     update, seconds, partial(describe_window, training, window, update)
                 )
                 with self._hangs.paused():
-                    if self._is_save_due(update):
+                    if self._is_save_due(update, is_best):
                         self.save()
                     yield record
                 try:
@@ -203,8 +222,9 @@ class Run:
             "peak_gb": peak_gb(device),
         }
 
-    def _is_save_due(self, update: Update) -> bool:
-        return self._save_times.is_due(update) and not update.skipped and not self.training.is_done
+    def _is_save_due(self, update: Update, is_best: bool) -> bool:
+        is_due = self._save_times.is_due(update) or is_best
+        return is_due and not update.skipped and not self.training.is_done
 
     def save(self, is_last: bool = False) -> None:
         """Begin to write a checkpoint of the last finished window. Collective; training waits for
@@ -214,7 +234,10 @@ class Run:
         """
         started = time.perf_counter()
         step = self.training.accumulator.num_updates
-        self._writer.save(step, capture(self.training, self._files.tally), is_last)
+        noted = self._best.begin_save()
+        kept = folder_name(noted["updates"]) if noted is not None else ""
+        snapshot = capture(self.training, self._files.tally, noted)
+        self._writer.save(step, snapshot, is_last, kept)
         self._save_times.saved()
         self.stopping.note_save(max(self._writer.longest_sec, time.perf_counter() - started))
 
@@ -234,6 +257,7 @@ class Run:
             self._finish(writes_model=self.training.is_done)
         except DivergedError:
             # The last update may have ruined the weights: they must not take a checkpoint's place.
+            self._best.finish()
             self.engine.on_main(self._write_ending)
             raise
         except GeneratorExit:  # the caller broke out of its loop, or raised in it
@@ -307,10 +331,12 @@ class Run:
         model = read_origin(self.folder / MODEL)
         training = self.training
         title = f"{self.folder.name}: {training.schedule.plan.describe()}"
-        ending = {
+        ending: dict[str, Any] = {
             "done": training.is_done,
             "stopped_by": self.stopped_by,
             "updates": training.accumulator.num_updates,
             "model_updates": model.updates if model is not None else None,
         }
+        if self._best.is_wanted:
+            ending["best"] = self.best.as_result() if self.best is not None else None
         self._files.finish(title, ending)

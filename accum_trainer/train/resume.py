@@ -37,11 +37,12 @@ _NEW = (
 )
 
 
-def capture(training: Training, tally: Tally) -> Snapshot:
+def capture(training: Training, tally: Tally, best: dict[str, Any] | None) -> Snapshot:
     """This process's part of the state after a finished window, copied into host memory.
 
     Args:
         tally: of the run's records so far.
+        best: what the checkpoint says of the best one.
     """
     engine = training.accumulator.engine
     optimizer = training.optimizer.accelerated
@@ -56,6 +57,7 @@ def capture(training: Training, tally: Tally) -> Snapshot:
         "windows": training.windows.state_dict(),
         "scheduler": training.scheduler.state_dict(),
         "tally": dataclasses.asdict(tally),
+        "best": best,
         "world_size": engine.world_size,
     }
     # Written while training goes on and changes what the state was read from.
