@@ -53,6 +53,16 @@ if TYPE_CHECKING:
     help="For batch scripts: names this start of the job. How this node ended is then noted in the "
     "run directory for `requeue`, and status 75 becomes 0: no other node is killed while it saves.",
 )
+@click.option(
+    "--max-restarts",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="After a failure (a process was killed, or a status other than 0, 2 and 75) start all "
+    "processes again from the newest checkpoint, at most N times in a row without a new one; "
+    "torchrun's option of this name counts all restarts. On one machine.",
+)
 @click.argument("train", nargs=-1, type=click.UNPROCESSED, metavar="-- [TRAIN-ARGS]...")
 def command(
     config: str,
@@ -60,6 +70,7 @@ def command(
     main_process_ip: str | None,
     main_process_port: int | None,
     batch_start: str | None,
+    max_restarts: int,
     train: tuple[str, ...],
 ) -> None:
     """Start `train` under CONFIG, written by `accum-trainer config create`, or any accelerate
@@ -70,8 +81,9 @@ def command(
     failed. Ctrl-C lets the training save and stop; the same command with the same --output-dir
     continues it. If CONFIG has several nodes, run it on each.
     """
+    place = (machine_rank, main_process_ip, main_process_port)
     if batch_start is None:
-        sys.exit(_launch(config, machine_rank, main_process_ip, main_process_port, train))
+        sys.exit(_launch(config, *place, max_restarts, train))
     # Not composed: what is wrong on this node alone must be noted, too.
     folder = options_in(train).get("output_dir")
     if folder is None:
@@ -81,7 +93,7 @@ def command(
         )
     status = 1
     try:
-        status = _launch(config, machine_rank, main_process_ip, main_process_port, train)
+        status = _launch(config, *place, max_restarts, train)
     except AccumTrainerError as error:
         status = error.exit_status
         raise
@@ -95,6 +107,7 @@ def _launch(
     machine_rank: int | None,
     main_process_ip: str | None,
     main_process_port: int | None,
+    max_restarts: int,
     train: tuple[str, ...],
 ) -> int:
     """Launch this node's processes; returns the exit status."""
@@ -102,7 +115,8 @@ def _launch(
     if _is_independent(path):
         from accum_trainer.cli import main
 
-        main(["train", "--config", config, *train])
+        more = ["--max-restarts", str(max_restarts)] if max_restarts else []
+        main(["train", "--config", config, *more, *train])
     composed = parse(train).config
     if composed.parallel_independent:
         raise ConfigError(
@@ -113,6 +127,7 @@ def _launch(
     # accelerate and torch take seconds to import: only now that the options are known to be right.
     from accum_trainer.launch.launch_file import read_launch_file
     from accum_trainer.launch.run import launch
+    from accum_trainer.runs.restarts import Restarts
     from accum_trainer.train.run_folder import check_output_dir, new_run_folder
 
     file = read_launch_file(path, composed.cpu)
@@ -120,6 +135,13 @@ def _launch(
         raise ConfigError(
             f"{config} has {file.num_machines} nodes, which must agree on one --output-dir; "
             "give it after --"
+        )
+    if file.num_machines > 1 and max_restarts:
+        raise ConfigError(
+            f"max_restarts={max_restarts} is for one machine, and {config} has "
+            f"{file.num_machines} nodes: a launcher that starts again would wait for nodes that do "
+            "not. Leave it out and give the same commands again after a failure, which continue; "
+            "in a batch system put the job back into the queue (`config create --slurm`)"
         )
     placement = _placement(config, file, machine_rank, main_process_ip, main_process_port)
     folder = Path(composed.output_dir) if composed.output_dir else new_run_folder(composed.model)
@@ -131,7 +153,13 @@ def _launch(
             f"processes, logs in {folder / LOGS}",
             err=True,
         )
-    return launch(path, placement, arguments, folder / LOGS, file.deepspeed_file)
+    if not max_restarts:
+        return launch(path, placement, arguments, folder / LOGS, file.deepspeed_file)
+    job = Restarts(folder, arguments, composed.resume, max_restarts)
+    return launch(
+        *(path, placement, arguments, folder / LOGS, file.deepspeed_file),
+        after_failure=job.after_failure,
+    )
 
 
 def _placement(

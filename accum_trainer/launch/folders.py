@@ -1,11 +1,17 @@
-"""Make a folder for logs, and remove it again if the start was refused."""
+"""Make a folder for logs, and remove it again if the start was refused; open a log."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 from accum_trainer.errors import ConfigError
+
+
+def private(path: str, flags: int) -> int:
+    """An opener of files that nobody else may read: messages in a log quote rows."""
+    return os.open(path, flags, 0o600)
 
 
 def make_folder(path: Path) -> list[Path]:

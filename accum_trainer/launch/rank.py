@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
+from accum_trainer.launch.folders import private
 from accum_trainer.launch.process import send_signal, start_of
 
 # In a launched process: its pid, and where its status belongs.
@@ -110,7 +111,7 @@ def main(logs: Path, statuses: Path, train: Callable[[], None]) -> None:
     """Run `train`, which raises SystemExit at its end, as one process of a launcher."""
     follow_parent()
     rank = int(os.environ.get("RANK", "0"))
-    log = os.open(log_of(logs, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    log = private(str(log_of(logs, rank)), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     sys.stdout.flush()
     for descriptor in (1, 2):
         os.dup2(log, descriptor)

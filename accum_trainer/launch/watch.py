@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from accum_trainer.errors import AccumTrainerError
+from accum_trainer.launch.placement import NodePlacement
 from accum_trainer.launch.rank import RankStatus, log_of, read_statuses
 from accum_trainer.launch.signals import POLL_INTERVAL_SEC, STOPPED_AND_SAVED
 
@@ -30,11 +31,12 @@ _SCREEN = 100_000  # characters of what was printed that are kept
 
 
 class RankWatch:
-    """The processes of node `node` that write to `logs` and their statuses to `statuses`, from now
+    """The processes of this node that write to `logs` and their statuses to `statuses`, from now
     on."""
 
-    def __init__(self, logs: Path, node: int, statuses: Path) -> None:
-        self._logs, self._node, self._statuses = logs, node, statuses
+    def __init__(self, logs: Path, place: NodePlacement, statuses: Path) -> None:
+        self._logs, self._node, self._statuses = logs, place.machine_rank, statuses
+        self._is_only_node = place.num_machines == 1
         self._launcher_log = logs / LAUNCHER_LOG
         # A continued run appends to its logs: remember where this start begins.
         written = [self._launcher_log, *logs.glob("rank-*.log")]
@@ -138,9 +140,17 @@ class RankWatch:
 
     def _print_failure(self, process: RankStatus) -> None:
         log = log_of(self._logs, process.rank)
+        words = self._last_words(log) or "(it wrote nothing)"
+        # Another node's process may have failed before, and this one have lost it: their clocks
+        # and what they say do not tell.
+        first = (
+            "of this training failed first"
+            if self._is_only_node
+            else f"was the first to fail on node {self._node} (for what another node's processes "
+            "said before, see their logs)"
+        )
         self._print(
-            f"process {process.rank} of this training failed first, with status {process.status} "
-            f"({log}):\n{self._last_words(log) or '(it wrote nothing)'}\n"
+            f"process {process.rank} {first}, with status {process.status} ({log}):\n{words}\n"
         )
 
     def _print(self, text: str) -> None:

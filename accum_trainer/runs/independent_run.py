@@ -17,16 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from accum_trainer.config import TrainConfig
+from accum_trainer.launch.folders import private
 from accum_trainer.launch.rank import follow_parent
 from accum_trainer.train import run_folder as files
 from accum_trainer.train.records import Record
 
 WAITING, RUNNING, DONE, STOPPED, FAILED = "waiting", "running", "done", "stopped", "failed"
-
-
-def _private(path: str, flags: int) -> int:
-    """Open a file that nobody else may read: messages in a log quote rows."""
-    return os.open(path, flags, 0o600)
 
 
 def _import_places() -> dict[str, str]:
@@ -78,7 +74,7 @@ class IndependentRun:
         # The file cannot allow it; this run's own command line did.
         trust = ["--trust-remote-code"] if self.config.trust_remote_code else []
         self._log_begins = self.log.stat().st_size if self.log.exists() else 0
-        with open(self.log, "ab", opener=_private) as output:
+        with open(self.log, "ab", opener=private) as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "accum_trainer.train", "--config", str(file), *trust],
                 stdin=subprocess.DEVNULL,

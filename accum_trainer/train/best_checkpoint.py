@@ -1,8 +1,9 @@
 """The checkpoint with the lowest evaluation loss, kept besides the newest ones.
 
-Each checkpoint says which was the best by then, itself included. So a run that goes on knows it, and
-one that goes back to an earlier checkpoint does not compare with evaluations that it has given up.
-A best checkpoint that could not be written is none: the one before stays the best. Knows no model.
+Each checkpoint says which was the best by then, itself included. So a run that goes on knows it,
+and one that goes back to an earlier checkpoint does not compare with evaluations that it has given
+up. A best checkpoint that could not be written is none: the one before stays the best. Knows no
+model.
 """
 
 from __future__ import annotations

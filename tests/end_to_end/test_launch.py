@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
+import time
 
 import pytest
 import torch
@@ -38,8 +40,8 @@ def train(tmp_path, rows_file):
     ]
 
 
-def launch(tmp_path, *arguments, **env):
-    return Started(accum_trainer("launch", TWO, "--", *arguments), tmp_path, **env)
+def launch(tmp_path, *arguments, options=(), **env):
+    return Started(accum_trainer("launch", TWO, *options, "--", *arguments), tmp_path, **env)
 
 
 def hooked(tmp_path, code):
@@ -68,10 +70,11 @@ def test_ctrl_c_saves_on_all_processes_and_the_same_command_continues(tmp_path, 
     whole = torchrun(2, "accum_trainer.train", *steps, "--output-dir", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr[-3000:]
     arguments = [*steps, "--output-dir", tmp_path / "run"]
-    started = launch(tmp_path, *arguments)
+    started = launch(tmp_path, *arguments, options=("--max-restarts", 2))
     started.until_update(tmp_path / "run", 3)
     started.signal(signal.SIGINT)
     assert started.ended() == 75, started.err
+    assert "again" not in started.err
     assert "stopped by SIGTERM" in started.err and "Traceback" not in started.err
     stopped_at = len(read_records(tmp_path / "run" / "metrics.jsonl"))
     assert 3 <= stopped_at < 12
@@ -94,6 +97,8 @@ def test_each_process_has_its_log_and_rank_0_the_screen(tmp_path, train):
     ]
     log = (run / "logs" / "rank-0.log").read_text()
     assert "done: 2 updates" in log and log == finished.stderr
+    for path in (run / "logs").iterdir():
+        assert path.stat().st_mode & 0o077 == 0, path  # messages quote rows
     assert "done" not in (run / "logs" / "rank-1.log").read_text()
 
 
@@ -113,6 +118,67 @@ def test_a_killed_process_is_named_and_its_run_continues(tmp_path, train):
     again = torchrun(2, "accum_trainer.train", *arguments)
     assert again.returncode == 0, again.stderr[-3000:]
     assert [record["step"] for record in read_records(run / "metrics.jsonl")] == list(range(1, 9))
+
+
+def test_a_killed_process_is_started_again_with_all_others(tmp_path, train):
+    steps = [*train, "--steps", 8, "--checkpoint-every", 2]
+    whole = torchrun(2, "accum_trainer.train", *steps, "--output-dir", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    run = tmp_path / "run"
+    asked = (*steps, "--resume", "anew", "--output-dir", run)
+    started = launch(tmp_path, *asked, options=("--max-restarts", 1))
+    started.until(lambda: (run / "last-checkpoint.json").exists())
+    os.kill(pid_of(run, 1), signal.SIGKILL)
+    assert started.ended() == 0, started.err
+    assert started.err.count("failed: process 1 was killed by SIGKILL") == 1
+    again = re.findall(
+        r"starting all processes again from the checkpoint of update (\d+), restart 1 of at most 1",
+        started.err,
+    )
+    assert len(again) == 1 and f"after {again[0]} updates" in started.err
+    assert [record["step"] for record in read_records(run / "metrics.jsonl")] == list(range(1, 9))
+    assert equal(weights(run), weights(tmp_path / "whole"))
+
+
+def test_a_process_that_fails_at_every_start_ends_in_its_own_words(tmp_path, train):
+    hooks = hooked(
+        tmp_path,
+        """
+import os
+if os.environ.get("RANK") == "1":
+    import accum_trainer.train.rank_agreement as first
+    def failing(engine, config):
+        raise RuntimeError("the disk of process 1")
+    first._check_same_options = failing
+""",
+    )
+    arguments = (*train, "--steps", 4, "--output-dir", tmp_path / "run")
+    options = ("--max-restarts", 2)
+    finished = launch(tmp_path, *arguments, options=options, PYTHONPATH=hooks)
+    assert finished.ended() == 1
+    lines = [line for line in finished.err.splitlines() if "start" in line and "again" in line]
+    assert lines == [
+        "starting all processes again, restart 1 of at most 2 without a new checkpoint",
+        "starting all processes again, restart 2 of at most 2 without a new checkpoint",
+        "not started again: 2 restarts in a row ended without a new checkpoint",
+    ]
+    assert finished.err.count("RuntimeError: the disk of process 1") == 3
+
+
+def test_after_a_stop_nothing_is_started_again(tmp_path, train):
+    """Process 1 is killed while it should save, as a batch system does."""
+    run = tmp_path / "run"
+    arguments = (*train, "--steps", 500, "--output-dir", run)
+    started = launch(tmp_path, *arguments, options=("--max-restarts", 3))
+    started.until_update(run, 2)
+    for rank in (0, 1):
+        os.kill(pid_of(run, rank), signal.SIGSTOP)
+    started.signal(signal.SIGTERM)
+    time.sleep(1)
+    os.kill(pid_of(run, 1), signal.SIGKILL)
+    os.kill(pid_of(run, 0), signal.SIGCONT)
+    assert started.ended() == 1
+    assert "starting all processes again" not in started.err
 
 
 def test_the_process_that_failed_first_speaks_for_itself(tmp_path, train):
@@ -146,7 +212,8 @@ def test_wrong_input_of_another_process_than_rank_0_is_shown(tmp_path, train, st
     )
     arguments = [*train, "--steps", 4, "--output-dir", tmp_path / "run"]
     if start == "launch":
-        finished = launch(tmp_path, *arguments, PYTHONPATH=hooks)
+        options = ("--max-restarts", 2)
+        finished = launch(tmp_path, *arguments, options=options, PYTHONPATH=hooks)
         status, err = finished.ended(), finished.err
         assert status == 2 and "process 1 of this training failed first, with status 2" in err
         assert not (tmp_path / "run").exists()

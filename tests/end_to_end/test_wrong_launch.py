@@ -188,6 +188,12 @@ LAUNCH = {
         ["--machine-rank", "1"],
         "2 nodes must know where to meet",
     ),
+    "restarts of one node of two": (
+        TWO | {"num_machines": 2},
+        ["--machine-rank", "1", "--max-restarts", "3"],
+        ("max_restarts=3 is for one machine", "launch.yaml has 2 nodes", "give the same commands"),
+    ),
+    "restarts below zero": (TWO, ["--max-restarts", "-1"], "-1 is not in the range x>=0"),
     "a node of one": (TWO, ["--machine-rank", "1"], "machine_rank=1, but launch.yaml has one node"),
     "no port": (TWO, ["--main-process-port", "70000"], "main_process_port=70000 is not a port"),
     "no DeepSpeed file": (
