@@ -16,6 +16,7 @@ import torch
 
 from accum_trainer.batch_plan import BatchPlan
 from accum_trainer.engine.build import build_engine, check_arguments
+from accum_trainer.engine.loaders import gives_this_ranks_batches, reads_with_the_others
 from accum_trainer.engine.settings import Settings
 from accum_trainer.errors import AccumTrainerError, EngineError
 from accum_trainer.guards import LoopGuard, refuse_unprepared
@@ -204,8 +205,8 @@ class Accumulator:
             num_workers=num_workers,
             prefetch=prefetch,
             pin_memory=self.device.type == "cuda",
-            already_sharded=self.engine.gives_this_ranks_batches(source),
-            read_together=self.engine.reads_with_the_others(source),
+            already_sharded=gives_this_ranks_batches(source),
+            read_together=reads_with_the_others(source),
         )
         found = as_source(source, self.plan, self.engine.rank, options, progress)
         counter = Counter(self.losses, count_targets)

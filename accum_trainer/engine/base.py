@@ -21,7 +21,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import send_to_device
 
@@ -243,11 +242,3 @@ class Engine(FullState, abc.ABC):
     def prepared_optimizers(self) -> list[AcceleratedOptimizer]:
         """The same of optimizers."""
         return list(self.accelerator._optimizers)  # noqa: SLF001 - accelerate has no public name
-
-    def gives_this_ranks_batches(self, loader: Any) -> bool:
-        """Whether accelerate has sharded this loader already."""
-        return isinstance(loader, (DataLoaderShard, DataLoaderDispatcher))
-
-    def reads_with_the_others(self, loader: Any) -> bool:
-        """Whether reading a batch of this loader is collective."""
-        return isinstance(loader, DataLoaderDispatcher)
