@@ -174,8 +174,7 @@ class Accumulator:
             collate_fn: samples to a batch, for a data set; torch's default otherwise.
             count_targets: terms that a batch's loss sums or averages over, or the sum of their
                 weights. Default: found and proven on the first batch (`losses.objective`).
-            lengths: tokens of each sample, shape (samples,); let the cut avoid padding. Default: of
-                a column `input_ids` or `length`, or of the `input_ids` of samples in a list.
+            lengths: tokens of each sample, to save padding; default: found (`sources.lengths`).
             seed: of the global order, and of a DataLoader's sampler without a generator.
             shuffle: False keeps a data set's own order.
             num_workers: processes that load samples of a data set ahead of training.

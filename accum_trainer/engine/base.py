@@ -50,6 +50,7 @@ class Engine(FullState, abc.ABC):
 
     Capabilities:
         runs_alone: one process can run the model without the others: no collective in a forward.
+        deals_weights: `prepare` fills models on the meta device with what rank 0 has loaded.
         can_compile: torch.compile sees through what the engine does in a forward.
         equal_micro_batches: all ranks must run the same number, because each has a collective.
         reduces_in_last_backward: gradients are exchanged during the last backward, not after it.
@@ -69,6 +70,7 @@ class Engine(FullState, abc.ABC):
     defer_grad_reduction: bool = False
 
     runs_alone: bool = True
+    deals_weights: bool = False
     can_compile: bool = True
     equal_micro_batches: bool = False
     can_change_trained: bool = True

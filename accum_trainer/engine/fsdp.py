@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from accum_trainer.engine.own_parts import Part, share_of
 from accum_trainer.engine.request import Request
+from accum_trainer.engine.scattering import Whole, is_on_meta
 from accum_trainer.engine.single import TorchEngine
 from accum_trainer.engine.step import refuse_data_parallel, square_sums
 from accum_trainer.engine.sync import (
@@ -52,6 +53,7 @@ class FSDPEngine(TorchEngine):
     equal_micro_batches = True
     shards_optimizer = True
     autocasts = False
+    deals_weights = True
 
     @classmethod
     def is_asked_for(cls, request: Request) -> bool:
@@ -94,7 +96,11 @@ class FSDPEngine(TorchEngine):
         unsharded: dict[str, torch.Tensor] = {}
         for number, model in enumerate(models):
             before = dict(model.named_parameters())
+            is_whole_on_one = any(self.gather_objects(is_on_meta(model)))
+            whole = Whole(self, model) if is_whole_on_one else None
             self._shard(model)
+            if whole is not None:
+                whole.deal(model)
             self._units[model] = [m for m in model.modules() if isinstance(m, FSDPModule)]
             renamed |= {id(before[name]): p for name, p in model.named_parameters()}
             self._sharded |= {

@@ -149,17 +149,20 @@ def load_model(config: TrainConfig, tokenizer: Any, frozen: torch.dtype = torch.
     return _ready(model, config)
 
 
-def shape_of_model(config: TrainConfig) -> Any:
+def shape_of_model(config: TrainConfig, frozen: torch.dtype = torch.float32) -> Any:
     """The model of `load_model`, built from its configuration without reading a weight.
 
     Call it inside `torch.device("meta")`, where tensors have shapes and no memory.
+
+    Args:
+        config, frozen: as for `load_model`.
 
     Raises:
         ConfigError: the configuration cannot be found, is not of a causal language model, or does
             not allow these options.
     """
     is_tiny = config.model == TINY
-    model = _tiny(load_tokenizer(config)) if is_tiny else _from_configuration(config)
+    model = _tiny(load_tokenizer(config)) if is_tiny else _from_configuration(config, frozen)
     return _ready(model, config)
 
 
@@ -267,9 +270,9 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
 def fingerprint(model: torch.nn.Module) -> str | None:
     """`checksum` of the weights; it differs for another seed, another model or further training.
 
-    None if the weights were sharded while loading, so that no process has them whole.
+    None if this process has them not whole: they were sharded while loading, or another has them.
     """
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    if any(hasattr(p, "ds_id") or p.is_meta for p in model.parameters()):
         return None
     return checksum(dict(model.named_parameters()))
 
@@ -314,14 +317,14 @@ def _pretrained(config: TrainConfig, dtype: torch.dtype) -> Any:
         raise _not_loaded(config, "cannot be loaded", error) from None
 
 
-def _from_configuration(config: TrainConfig) -> Any:
+def _from_configuration(config: TrainConfig, dtype: torch.dtype) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         source = source_of(config)
         return AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(config.model, **source),
-            dtype=torch.float32,
+            dtype=dtype,
             trust_remote_code=config.trust_remote_code,
         )
     except Exception as error:  # as in _pretrained

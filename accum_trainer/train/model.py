@@ -16,6 +16,7 @@ import torch
 
 from accum_trainer.accumulator import Accumulator
 from accum_trainer.config import TrainConfig
+from accum_trainer.engine.scattering import signature_of
 from accum_trainer.errors import ConfigError, EngineError
 from accum_trainer.lm.model import (
     compile_blocks,
@@ -23,6 +24,7 @@ from accum_trainer.lm.model import (
     frozen_dtype,
     is_flash,
     load_model,
+    shape_of_model,
 )
 from accum_trainer.losses.head import LossPath, decide_loss_path
 from accum_trainer.losses.targets import SHIFTED
@@ -82,9 +84,8 @@ def prepare_model(
             be trained this way.
     """
     engine, rows = accumulator.engine, data.train
-    unprepared = _load(config, engine, data.tokenizer)
-    initial_weights = fingerprint(unprepared)
-    _check_same_weights(engine, config, initial_weights)
+    unprepared = load_same(config, engine, data.tokenizer)
+    initial_weights = _same_weights(engine, config, unprepared)
     _check_attention(unprepared, engine)
     # Fused: one pass over weights and states instead of ten.
     adamw = torch.optim.AdamW(
@@ -114,25 +115,49 @@ def prepare_model(
     )
 
 
-def _load(config: TrainConfig, engine: Any, tokenizer: Any) -> Any:
-    """The model with the same initial weights on every process, under every split."""
+def load_same(config: TrainConfig, engine: Any, tokenizer: Any) -> Any:
+    """The model with the same initial weights on every process, under every split.
+
+    Where the engine can deal them out, rank 0 alone reads them, and the others build their shapes:
+    a machine holds the model once, not once per process.
+    """
     torch.manual_seed(config.seed)
+    frozen = frozen_dtype(config, engine.mixed_precision)
+    if engine.deals_weights and engine.world_size > 1:
+        model = engine.together(_load_on_main, config, engine.is_main, tokenizer, frozen)
+        # All read one whose weights are not what its configuration says, such as a quantised one.
+        if len(set(map(str, engine.gather_objects(signature_of(model))))) == 1:
+            return model
+        torch.manual_seed(config.seed)
     # With weights sharded at loading, loading is itself a collective.
-    load = partial(engine.together, load_model) if engine.runs_alone else load_model
-    return load(config, tokenizer, frozen_dtype(config, engine.mixed_precision))
+    is_alone = engine.runs_alone or engine.deals_weights
+    load = partial(engine.together, load_model) if is_alone else load_model
+    return load(config, tokenizer, frozen)
 
 
-def _check_same_weights(engine: Any, config: TrainConfig, initial_weights: str | None) -> None:
-    """DDP would broadcast rank 0's trained weights but not frozen ones; an engine that shards would
-    mix them."""
-    everyones = engine.gather_objects((initial_weights, socket.gethostname()))
+def _load_on_main(config: TrainConfig, is_main: bool, tokenizer: Any, frozen: torch.dtype) -> Any:
+    if is_main:
+        return load_model(config, tokenizer, frozen)
+    with torch.device("meta"):
+        return shape_of_model(config, frozen)
+
+
+def _same_weights(engine: Any, config: TrainConfig, model: Any) -> str | None:
+    """The fingerprint of the weights; refuses processes that start from different ones.
+
+    DDP would broadcast rank 0's trained weights but not frozen ones; an engine that shards would
+    mix them.
+    """
+    everyones = engine.gather_objects((fingerprint(model), socket.gethostname()))
+    first, first_host = everyones[0]
     for rank, (weights, host) in enumerate(everyones):
-        if weights != everyones[0][0]:
+        if weights not in (first, None):
             raise EngineError(
                 f"process {rank} ({host}) starts from other weights than process 0 "
-                f"({everyones[0][1]}): checksums {weights} and {everyones[0][0]}; does "
+                f"({first_host}): checksums {weights} and {first}; does "
                 f"model={config.model} name the same files on both?"
             )
+    return first
 
 
 def _check_attention(model: Any, engine: Any) -> None:

@@ -1,0 +1,112 @@
+"""Host memory of a machine while FSDP2 loads a model: process 0 alone reads it and deals the
+shards, against every process reading it.
+
+    python benchmarks/loading.py [--processes 2 4] [--size 0.3B]
+
+A Llama is written to a folder in bf16, as most are, and loaded in float32 as `train` does, up to
+sharded weights, on the CPU. Memory is what the processes hold that no file backs, all together,
+sampled every 5 ms, less what they held before. The shards together are one whole model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.gpu.models import SIZES, llama
+from tests.launching import ROOT, environment
+
+
+def held(pids: list[str]) -> int:
+    """Bytes in memory of these processes that no file backs."""
+    total = 0
+    for pid in pids:
+        try:
+            status = Path(f"/proc/{pid}/status").read_text()
+        except OSError:
+            continue
+        found = [line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")]
+        total += 1024 * int(found[0]) if found else 0
+    return total
+
+
+def load(folder: str, deals: bool) -> None:
+    """One of the processes: load, when told to."""
+    from accum_trainer import Accumulator, TrainConfig
+    from accum_trainer.lm.model import load_tokenizer
+    from accum_trainer.train.model import load_same
+
+    acc = Accumulator(micro_batch_size=1, gradient_accumulation_steps=1, fsdp=True, cpu=True)
+    acc.engine.deals_weights = deals
+    config = TrainConfig(model=folder, cpu=True)
+    tokenizer = load_tokenizer(TrainConfig())
+    acc.engine.barrier()
+    Path(folder, f"ready-{acc.engine.rank}").touch()
+    while not Path(folder, "go").exists():
+        time.sleep(0.01)
+    model = acc.prepare(load_same(config, acc.engine, tokenizer))
+    acc.engine.barrier()
+    assert sum(p.to_local().numel() for p in model.parameters()) > 0
+    time.sleep(0.2)
+
+
+def measure(folder: Path, processes: int, deals: bool) -> int:
+    """The most that was held."""
+    for mark in ("go", *(f"ready-{rank}" for rank in range(processes))):
+        (folder / mark).unlink(missing_ok=True)
+    launched = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *(f"--nproc_per_node={processes}", "-m", "benchmarks.loading"),
+            *("--folder", str(folder), *(["--deals"] if deals else [])),
+        ],
+        cwd=ROOT,
+        env=environment(OMP_NUM_THREADS=1, MALLOC_TRIM_THRESHOLD_=0),
+        stderr=subprocess.DEVNULL,
+    )
+    while not all((folder / f"ready-{rank}").exists() for rank in range(processes)):
+        assert launched.poll() is None, "a process failed"
+        time.sleep(0.05)
+    pids = Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split()
+    before = most = held(pids)
+    (folder / "go").touch()
+    while launched.poll() is None:
+        most = max(most, held(pids))
+        time.sleep(0.005)
+    assert launched.returncode == 0, "a process failed"
+    return most - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--size", choices=SIZES, default="0.3B")
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--deals", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.folder:
+        load(options.folder, options.deals)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = llama(options.size)
+        size = sum(p.numel() * p.itemsize for p in model.parameters())
+        model.bfloat16().save_pretrained(folder)
+        del model
+        print(
+            f"A Llama of {size / 4e6:.0f}M parameters, {size / 1e9:.2f} GB in float32, FSDP2, CPU"
+        )
+        print("\n| processes | every process reads, x model | process 0 reads, x model |")
+        print("|---|---|---|")
+        for processes in options.processes:
+            most = [measure(folder, processes, deals) / size for deals in (False, True)]
+            print(f"| {processes} | {most[0]:.2f} | {most[1]:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
