@@ -4,17 +4,21 @@
 
 A trial starts `accum-trainer train` on one process or two, does one thing to it at a random moment,
 then gives the same command again until the run is done. Its weights must be those of the
-undisturbed run to the bit and its records each update once. `FAULTS` describes the faults.
+undisturbed run to the bit and its records each update once. `FAULTS` describes the faults. One that
+this machine does not allow is named and left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
+import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -56,10 +60,16 @@ TIMED = (
 )
 
 
+# What every start of a run has in it, by fault; the undisturbed run too.
+INJECTED: dict[str, dict[str, int]] = {"nan": {"nan": 12}}
+
+
 class Job:
     """One start of a run in `folder`, going on in a thread."""
 
-    def __init__(self, kind: str, folder: Path, *more: str) -> None:
+    def __init__(
+        self, kind: str, folder: Path, *more: str, inject: dict[str, int] | None = None
+    ) -> None:
         processes, options, environment = KINDS[kind]
         self.folder, self.run = folder, folder / "run"
         self.finished: Completed | None = None
@@ -69,7 +79,7 @@ class Job:
             try:
                 self.finished = forked(
                     *(processes, "accum_trainer", "train", *COMMAND, *options, *more),
-                    launcher=processes > 1, timeout=LIMIT, cwd=folder, **environment,
+                    launcher=processes > 1, timeout=LIMIT, cwd=folder, inject=inject, **environment,
                 )  # fmt: skip
             except subprocess.TimeoutExpired:  # the processes were killed
                 self.hung = True
@@ -249,6 +259,116 @@ def _second_start(job: Job, rng: random.Random) -> bool:
     return hit
 
 
+def _read_only(job: Job, rng: random.Random) -> bool:
+    """The run directory, or that of its checkpoints, takes no new file for a while."""
+    hit = _moment(job, rng)
+    folder = job.run / rng.choice([".", "checkpoints"])
+    if hit and folder.is_dir():
+        with _without_new_files(folder):
+            time.sleep(3 * rng.random())
+    job.wait()
+    return hit
+
+
+@contextlib.contextmanager
+def _without_new_files(folder: Path) -> Iterator[None]:
+    """A folder that its owner cannot write to, inside. Modes do not hold root up; the attribute
+    `immutable` of a file system does.
+
+    Raises:
+        RuntimeError: nothing here makes a folder read-only.
+    """
+    mode = folder.stat().st_mode
+    is_root = os.geteuid() == 0
+    if is_root:
+        _set_immutable(folder, True)
+    else:
+        folder.chmod(0o555)
+    try:
+        yield
+    finally:
+        if is_root:
+            _set_immutable(folder, False)
+        else:
+            folder.chmod(mode)
+
+
+def _set_immutable(folder: Path, value: bool) -> None:
+    command = ["chattr", "+i" if value else "-i", str(folder)]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip()
+        raise RuntimeError(
+            f"{folder} cannot be made read-only for root ({said}); run as another user, or in a "
+            "TMPDIR whose file system has `chattr +i`"
+        ) from None
+
+
+def _broken_connection(job: Job, rng: random.Random) -> bool:
+    """Shut down one connection between two processes of the job, as a network does that breaks:
+    one that gradients go through, or that to the store where they met."""
+    hit = False
+    if _moment(job, rng):
+        mine = {process.pid: process for process in job.processes()}
+        ends = []
+        for process in mine.values():
+            with contextlib.suppress(psutil.Error):
+                ends += [
+                    (process.pid, one)
+                    for one in process.net_connections("tcp")
+                    if one.status == psutil.CONN_ESTABLISHED and one.fd >= 0
+                ]
+        here = {one.laddr for _, one in ends}
+        ends = [(pid, one) for pid, one in ends if one.raddr in here]
+        rng.shuffle(ends)
+        for pid, one in ends[:1]:
+            with contextlib.suppress(ProcessLookupError, OSError):
+                with _socket_of(pid, one.fd) as connection:
+                    connection.shutdown(socket.SHUT_RDWR)
+                hit = True
+    job.wait()
+    return hit
+
+
+_PIDFD_GETFD = 438  # the number of the system call, on every architecture
+
+
+def _socket_of(pid: int, descriptor: int) -> socket.socket:
+    """A duplicate of another process's socket. OSError if the system does not give it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    process = os.pidfd_open(pid)
+    try:
+        found = libc.syscall(_PIDFD_GETFD, process, descriptor, 0)
+    finally:
+        os.close(process)
+    if found < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return socket.socket(fileno=found)
+
+
+def unavailable() -> dict[str, str]:
+    """Fault -> why this machine does not allow it."""
+    found = {}
+    try:
+        with (
+            tempfile.TemporaryDirectory(prefix="chaos-") as place,
+            _without_new_files(Path(place)),
+            contextlib.suppress(OSError),
+        ):
+            (Path(place) / "file").touch()
+            found["read-only"] = f"{place} can be written to all the same"
+    except RuntimeError as error:
+        found["read-only"] = str(error)
+    try:
+        with socket.socket() as mine, _socket_of(os.getpid(), mine.fileno()):
+            pass
+    except (OSError, AttributeError) as error:
+        found["broken connection"] = f"pidfd_getfd gives no other process's socket ({error})"
+    return found
+
+
 FAULTS: dict[str, tuple[Fault, str]] = {
     "kill one": (_signal_one(signal.SIGKILL), "SIGKILL to one process"),
     "kill all": (_kill_all, "SIGKILL to all, as if the plug were pulled"),
@@ -261,6 +381,9 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "wipe newest": (_wipe_newest, "all killed, then the newest checkpoint deleted"),
     "full disk": (_full_disk, "the kernel refuses larger files for up to three seconds"),
     "second start": (_second_start, "the same command again while it runs"),
+    "read-only": (_read_only, "a directory that takes no files for up to three seconds"),
+    "broken connection": (_broken_connection, "a connection between two processes is cut"),
+    "nan": (_kill_all, "gradients of some micro-batches are NaN on one process; then all killed"),
 }
 
 
@@ -269,13 +392,14 @@ def trial(fault: str, kind: str, reference: Path, seed: int) -> Trial:
     found, rng = Trial(fault, kind), random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="chaos-") as place:
         folder = Path(place).resolve()
-        job = Job(kind, folder)
+        inject = INJECTED.get(fault)
+        job = Job(kind, folder, inject=inject)
         found.hit = FAULTS[fault][0](job, rng)
         while _look_at(job, found) and found.starts < MOST_STARTS:
             before = _newest_step(job.run)
             more = ("--resume", "anew") if "resume=anew" in job.err else ()
             found.refused = found.refused or bool(more)
-            job = Job(kind, folder, *more)
+            job = Job(kind, folder, *more, inject=inject)
             job.wait()
             first = [line for line in job.err.splitlines() if "continued from" in line]
             if first and not more:
@@ -342,18 +466,26 @@ def _weights(path: Path) -> dict[str, Any]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
 
 
-def references(kinds: list[str], folder: Path) -> dict[str, Path]:
-    """An undisturbed run of each kind."""
-    found = {}
-    for kind in kinds:
-        place = folder / kind
+def reference(kind: str, fault: str, folder: Path) -> Path:
+    """An undisturbed run of `kind`, with what the fault has in it; made once in `folder`.
+
+    Raises:
+        SystemExit: it failed, or an injected fault did not come.
+    """
+    inject = INJECTED.get(fault)
+    place = folder / (f"{kind}-{fault}" if inject else kind)
+    if not place.exists():
         place.mkdir()
-        job = Job(kind, place.resolve())
+        job = Job(kind, place.resolve(), inject=inject)
         job.wait()
         if job.status != 0:
             raise SystemExit(f"the undisturbed run of {kind} failed: {job.err[-2000:]}")
-        found[kind] = place / "run"
-    return found
+        skipped = [
+            one["step"] for one in read_records(place / "run/metrics.jsonl") if one["skipped"]
+        ]
+        if bool(skipped) != bool(inject):
+            raise SystemExit(f"the undisturbed run of {kind} skipped the windows {skipped}")
+    return place / "run"
 
 
 def main() -> int:
@@ -367,11 +499,23 @@ def main() -> int:
     # From this thread: the process that all others are forked from ends with its first thread.
     script("pass", Path.cwd())
     trials: list[Trial] = []
+    faults = list(options.faults)
+    for fault, reason in unavailable().items():
+        if fault in faults:
+            faults.remove(fault)
+            print(f"left out: {fault}: {reason}", flush=True)
+    several = [kind for kind in options.kinds if KINDS[kind][0] > 1]
+    if not several and "broken connection" in faults:
+        faults.remove("broken connection")
+        print("left out: broken connection: no kind has several processes", flush=True)
+    if not faults:
+        raise SystemExit("no fault is left")
     with tempfile.TemporaryDirectory(prefix="chaos-reference-") as place:
-        known = references(options.kinds, Path(place))
         for number in range(options.trials):
-            fault = options.faults[number % len(options.faults)]
-            one = trial(fault, kind := rng.choice(options.kinds), known[kind], rng.randrange(2**31))
+            fault = faults[number % len(faults)]
+            kind = rng.choice(several if fault == "broken connection" else options.kinds)
+            known = reference(kind, fault, Path(place))
+            one = trial(fault, kind, known, rng.randrange(2**31))
             trials.append(one)
             words = "; ".join(one.wrong) or "whole"
             met = "hit" if one.hit else "missed"

@@ -4,7 +4,7 @@ start: real ones, without the seconds of imports.
 python -m tests.forkserver ADDRESS
 
 A client connects to the UNIX socket ADDRESS and sends one message for one process: {"module",
-"argv", "cwd", "env", "kill"}, with the descriptors of its stdin, stdout and stderr. The process
+"argv", "cwd", "env", "inject"}, with the descriptors of its stdin, stdout and stderr. The process
 runs `python -m module argv`, or the code in argv if the module is "-c". The client may send numbers
 of signals for it; gets its exit status, negative for a signal; and kills it by closing the
 connection. tests/stand_ins/command is a client that is a program, and takes the place of python for
@@ -14,8 +14,9 @@ It does not know what a test wants, and imports no module that runs as a program
 here differs from a fresh one: a forgotten import does not show, and variables that libraries read
 when they are imported have no effect. Tests of these start fresh processes.
 
-`kill` makes a process send itself SIGKILL: {"micro_step": n} before its n-th micro-batch, {"sync":
-n} before the n-th file of a checkpoint is synced to disk.
+`inject` makes a process send itself SIGKILL: {"micro_step": n} before its n-th micro-batch,
+{"sync": n} before the n-th file of a checkpoint is synced to disk. {"nan": n} makes the gradient of
+one in n micro-batches NaN: always the same ones, by their content.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import contextlib
 import ctypes
 import gc
 import json
+import math
 import os
 import random
 import runpy
@@ -34,6 +36,7 @@ import socket
 import sys
 import traceback
 import types
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,6 +86,19 @@ def kill_self_at(
     return counted
 
 
+def with_nan_gradients(
+    one_in: int, function: Callable[[Any, Any], torch.Tensor]
+) -> Callable[[Any, Any], torch.Tensor]:
+    def spoiled(model: Any, batch: Any) -> torch.Tensor:
+        loss = function(model, batch)
+        content = batch["input_ids"].numpy().tobytes()
+        if loss.requires_grad and zlib.crc32(content) % one_in == 0:
+            loss.register_hook(lambda gradient: gradient * math.nan)
+        return loss
+
+    return spoiled
+
+
 def run_program(module: str, argv: list[str]) -> None:
     """Run what follows `python`: `-m module argv`, or `-c code` if that is the module."""
     if module != "-c":
@@ -109,13 +125,15 @@ def become(request: dict[str, Any], descriptors: list[int]) -> None:
     # Fresh processes draw these from the system, so that two processes differ.
     random.seed()
     np.random.seed()
-    kill = request["kill"] or {}
-    if "micro_step" in kill:
-        train.causal_lm_loss = kill_self_at(kill["micro_step"], train.causal_lm_loss)
-    if "sync" in kill:
+    inject = request["inject"] or {}
+    if "micro_step" in inject:
+        train.causal_lm_loss = kill_self_at(inject["micro_step"], train.causal_lm_loss)
+    if "sync" in inject:
         durable.sync = kill_self_at(
-            kill["sync"], durable.sync, lambda path: "checkpoints" in path.parts
+            inject["sync"], durable.sync, lambda path: "checkpoints" in path.parts
         )
+    if "nan" in inject:
+        train.causal_lm_loss = with_nan_gradients(inject["nan"], train.causal_lm_loss)
     status: Any = 0
     try:
         run_program(request["module"], request["argv"])

@@ -108,14 +108,14 @@ def forked(
     launcher: bool = False,
     timeout: float = 600,
     cwd: Path = ROOT,
-    kill: dict[str, int] | None = None,
+    inject: dict[str, int] | None = None,
     **more: object,
 ) -> Completed:
     """`python -m module arguments` in processes forked from one server; as torchrun's if there is a
     `launcher`, whose exit status is 1 for any failure."""
     base = _with_server(environment(**more))
     asked = {"module": str(module), "argv": [str(a) for a in arguments]}
-    asked |= {"cwd": str(cwd), "kill": kill}
+    asked |= {"cwd": str(cwd), "inject": inject}
     with tempfile.TemporaryFile("a+") as out, tempfile.TemporaryFile("a+") as err:
         with contextlib.ExitStack() as stack:
             clients = []

@@ -28,8 +28,8 @@ class Finished:
 
 @pytest.fixture
 def command():
-    def run(*argv, cwd, kill=None, **env) -> Finished:
-        finished = forked(1, "accum_trainer", *argv, cwd=cwd, kill=kill, **env)
+    def run(*argv, cwd, inject=None, **env) -> Finished:
+        finished = forked(1, "accum_trainer", *argv, cwd=cwd, inject=inject, **env)
         return Finished(finished.returncode, finished.stdout, finished.stderr)
 
     return run

@@ -117,7 +117,7 @@ def test_a_token_budget_continues_to_the_bit(train, tmp_path, rows):
         "2",
         "--output-dir",
         "run",
-        kill={"micro_step": 20},
+        inject={"micro_step": 20},
     )
     assert stopped.status == -9
     assert (

@@ -102,7 +102,7 @@ def assert_same_run(found, expected):
     "micro_step", thinned(range(1, MICRO_STEPS + 1), (1, 5, 6, 8, 9, 11, 12, 22))
 )
 def test_i34_killed_at_any_micro_step(train, argv, undisturbed, tmp_path, micro_step):
-    killed = train(*argv, kill={"micro_step": micro_step})
+    killed = train(*argv, inject={"micro_step": micro_step})
     assert killed.status == -signal.SIGKILL
     assert train(*argv).status == 0
     assert_same_run(tmp_path / "run", undisturbed)
@@ -112,7 +112,7 @@ def test_i34_killed_at_any_micro_step(train, argv, undisturbed, tmp_path, micro_
 # save begins at the 13th. One of each kind is enough: a file, the manifest, the folder, its parent.
 @pytest.mark.parametrize("sync", thinned(range(13, 19), (13, 16, 17, 18)))
 def test_i34_killed_while_a_checkpoint_is_written(train, argv, undisturbed, tmp_path, sync):
-    killed = train(*argv, kill={"sync": sync})
+    killed = train(*argv, inject={"sync": sync})
     assert killed.status == -signal.SIGKILL
     whole = [path.name for path in sorted((tmp_path / "run" / "checkpoints").glob("step-*"))]
     # The sixth sync comes after the rename: the new one is whole, the oldest not yet deleted.
