@@ -1,0 +1,33 @@
+"""R25: memory after many updates is that after 100; benchmarks/memory_over_time.py, real runs of
+each kind."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.memory_over_time import KINDS, measure
+
+
+def check(points, growth):
+    """Resident memory within `growth` of that after 100 updates at each later point; of Python's
+    objects not one more for each two updates."""
+    first, last = points[0], points[-1]
+    for point in points[1:]:
+        assert point["rss"] < first["rss"] * (1 + growth), points
+    assert 2 * (last["objects"] - first["objects"]) < last["step"] - first["step"], points
+
+
+@pytest.mark.parametrize("kind, growth", [("single", 0.0025), ("ddp", 0.01)])
+def test_memory_does_not_grow(tmp_path, kind, growth):
+    for points in measure(kind, tmp_path, most=400)[0]:
+        check(points, growth)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
+def test_r25_memory_after_2000_updates(tmp_path, kind):
+    """Where processes talk, the libraries' heaps fill in the first 800 updates (2 to 5 MB of 460,
+    with and without checkpoints and evaluations); after that nothing may come."""
+    for points in measure(kind, tmp_path)[0]:
+        check(points, 0.01 if kind == "single" else 0.0125)
+        check(points[len(points) // 2 :], 0.004)
