@@ -319,7 +319,8 @@ class Accumulator:
         )
         reduction, loss, router = self.losses.split(passed, auxiliary is not None)
         auxiliary = router if auxiliary is None else auxiliary
-        weighted = window.weigh(loss, reduction == MEAN, auxiliary)
+        is_zero = reduction == SUM or loss is self.losses.made_zero
+        weighted = window.weigh(loss, reduction == MEAN, auxiliary, is_zero)
         if weighted is not None:
             with releasing_graph_on_failure(loss, auxiliary):
                 self.engine.backward(weighted)
@@ -399,7 +400,7 @@ class Accumulator:
         for optimizer in self.engine.prepared_optimizers():
             self.engine.discard_window_grads(optimizer)
 
-    def _end_row(self, window: Window) -> list[float]:
+    def _end_row(self, window: Window) -> list[float | torch.Tensor]:
         stop, save = self._stop_requested, self._save_requested
         if save:
             self._save_requested = False

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple, NoReturn
 
 import numpy as np
+import torch
 
 from accum_trainer.errors import DataError, EngineError
 
@@ -123,23 +124,25 @@ class WindowEnd(NamedTuple):
     """One rank's numbers in the exchange that ends a window.
 
     Attributes:
-        loss_sum: the rank's losses, summed over targets.
+        loss_sum: the rank's losses, summed over targets; a tensor, shape (), until it has been
+            exchanged.
         stop_requested, save_requested: `request_stop`, `request_save` was called there.
         num_splits: micro-batches that it cut in two.
         num_micro_batches: micro-batches that it ran.
         position: a checksum of the window's `Position`; 0 if each rank reads its own data.
     """
 
-    loss_sum: float
+    loss_sum: float | torch.Tensor
     stop_requested: float
     save_requested: float
     num_splits: float
     num_micro_batches: float
     position: float
 
-    def to_row(self, counts_ahead: list[float]) -> list[float]:
+    def to_row(self, counts_ahead: list[float]) -> list[float | torch.Tensor]:
         """The row; `counts_ahead`, the counts of the next window, travel behind it."""
-        return [*(float(value) for value in self), *counts_ahead]
+        loss_sum, *rest = self
+        return [loss_sum, *map(float, rest), *counts_ahead]
 
     @classmethod
     def from_rows(cls, table: np.ndarray) -> tuple[list[WindowEnd], np.ndarray]:

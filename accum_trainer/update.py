@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from accum_trainer.exchanged import WindowEnd, refuse_other_windows
 from accum_trainer.window import Window
@@ -55,10 +56,10 @@ class Update:
     num_splits: int = 0
 
 
-def end_row(window: Window, stop: bool, save: bool) -> list[float]:
+def end_row(window: Window, stop: bool, save: bool) -> list[float | torch.Tensor]:
     """This rank's numbers for the exchange that ends `window`, with the next window's counts."""
     end = WindowEnd(
-        loss_sum=float(window.loss_sum),
+        loss_sum=window.loss_sum,
         stop_requested=stop,
         save_requested=save,
         num_splits=window.num_splits,
@@ -81,7 +82,7 @@ def conclude(
         refuse_other_windows(engine.gather_objects(tuple(window.position)))
     window.reader.learn_ahead(counts_ahead)
     num_splits = int(sum(end.num_splits for end in ends))
-    loss_sum = sum(end.loss_sum for end in ends)
+    loss_sum = float(sum(end.loss_sum for end in ends))
     return Update(
         step=window.position.num_updates + stepped,
         loss=loss_sum / window.num_targets if window.num_targets > 0 else math.nan,

@@ -24,7 +24,7 @@ import torch
 
 from accum_trainer.batch import Batch, halve, num_positions, num_samples
 from accum_trainer.errors import AccumTrainerError, DataError
-from accum_trainer.losses.targets import targets_in
+from accum_trainer.losses.targets import note_move, targets_in
 from accum_trainer.oom import OomRecovery
 from accum_trainer.sources.progress import Progress
 from accum_trainer.window_reader import CountedWindow, WindowReader
@@ -170,6 +170,7 @@ class Window:
             is_first, self._was_begun = not self._was_begun, True
             self._started += 1
             batch = self._engine.to_device(planned.batch)
+            note_move(planned.batch, batch)
             is_last = self._started == len(self)
             self.micro_batch = MicroBatch(planned, is_first, is_last, targets_in(batch))
             yield batch
@@ -177,13 +178,19 @@ class Window:
             self.reader.read_early(self._num_to_read_early)
 
     def weigh(
-        self, loss: torch.Tensor, is_mean: bool, auxiliary: torch.Tensor | None
+        self,
+        loss: torch.Tensor,
+        is_mean: bool,
+        auxiliary: torch.Tensor | None,
+        is_zero: bool = False,
     ) -> torch.Tensor | None:
         """The term whose gradient this micro-batch adds to the window; None if it adds nothing.
 
         Args:
             loss: shape (); the sum over the micro-batch's targets, or their mean.
             auxiliary: shape (); a mean over micro-batches, or None.
+            is_zero: if the micro-batch has no targets, its loss is known to be 0; else it is
+                looked at, which waits for the device.
         """
         assert self.micro_batch is not None
         planned = self.micro_batch.planned
@@ -197,7 +204,9 @@ class Window:
             self.micro_batch.is_last or self._engine.equal_micro_batches
         ):
             return None  # a mean over no target is nan, and must not touch the gradient
-        elif self.num_targets > 0 and not bool(loss.isfinite()):  # but here a backward is due
+        elif self.num_targets > 0 and not (
+            is_zero or bool(loss.isfinite())
+        ):  # but here a backward is due
             loss = self._zero(loss, auxiliary)
         total = loss * (planned.weight * terms)
         return total if auxiliary is None else total + auxiliary * planned.auxiliary_weight

@@ -19,6 +19,7 @@ from accum_trainer import causal_lm_loss
 from accum_trainer.losses import chunked, patched_head
 from accum_trainer.losses.head import LossPath, decide_loss_path, set_loss_path
 from accum_trainer.losses.patched_head import CHUNKED, PLAIN, SELECTED
+from accum_trainer.losses.targets import labels_on_host, note_move
 from tests.reference import (
     IGNORE,
     VOCABULARY,
@@ -538,3 +539,18 @@ def test_shapes_without_values_count_every_position():
         assert path_of(model) == CHUNKED
         causal_lm_loss(model, batch).backward()
         assert model.lm_head.weight.grad.shape == (VOCABULARY, 32)
+
+
+def test_labels_are_read_on_the_host_only_as_they_were_handed_out():
+    """A copy's values come from what it was copied from; after a change in place, or for another
+    tensor, they have to be looked at where they are."""
+    host = {"labels": torch.tensor([[1, -100, 2]])}
+    device = {"labels": host["labels"].clone()}
+    note_move(host, device)
+    assert labels_on_host(device["labels"]).tolist() == [[1, -100, 2]]
+    assert labels_on_host(host["labels"]) is None
+    assert labels_on_host(device["labels"].clone()) is None
+    device["labels"][0, 0] = -100
+    assert labels_on_host(device["labels"]) is None
+    note_move([host], device)  # batches of other kinds have no labels by name
+    note_move({}, device)

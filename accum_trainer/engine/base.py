@@ -169,7 +169,7 @@ class Engine(FullState, abc.ABC):
 
     @abc.abstractmethod
     def finish(
-        self, optimizer: AcceleratedOptimizer, numbers: Sequence[float]
+        self, optimizer: AcceleratedOptimizer, numbers: Sequence[float | torch.Tensor]
     ) -> tuple[float, bool, np.ndarray]:
         """End a window that had targets: unscale, clip, decide with all ranks, step or skip, zero.
 
@@ -182,7 +182,7 @@ class Engine(FullState, abc.ABC):
             whether the optimizer stepped; every rank's `numbers`, shape (world_size, len(numbers)).
         """
 
-    def end_window(self, numbers: Sequence[float]) -> np.ndarray:
+    def end_window(self, numbers: Sequence[float | torch.Tensor]) -> np.ndarray:
         """The one small exchange at a window's end: every rank's `numbers`."""
         return self.all_gather_floats(numbers)
 

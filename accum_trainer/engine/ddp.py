@@ -149,7 +149,7 @@ class DDPEngine(TorchEngine):
             apply: Any = _Zeros.apply
             apply(*left_out).backward()
 
-    def end_window(self, numbers: Sequence[float]) -> np.ndarray:
+    def end_window(self, numbers: Sequence[float | torch.Tensor]) -> np.ndarray:
         table = self.all_gather_floats([float(len(self._only_zeros)), *numbers])
         if table[:, 0].all():  # every rank left some out: which ones did all of them?
             used = torch.tensor(

@@ -210,7 +210,7 @@ class FSDPEngine(TorchEngine):
         self._usage.watch(loss)
         super().backward(loss)
 
-    def end_window(self, numbers: Sequence[float]) -> np.ndarray:
+    def end_window(self, numbers: Sequence[float | torch.Tensor]) -> np.ndarray:
         unused = self._usage.left_out(self._usage.used)
         table = self.all_gather_floats([float(len(unused)), *numbers])
         if table[:, 0].any() and not self._reduces_unused:

@@ -58,13 +58,21 @@ class Ranks:
     def device(self) -> torch.device:
         return torch.device(self.accelerator.device)
 
-    def all_gather_floats(self, values: Sequence[float]) -> np.ndarray:
-        """Every rank's `values`: shape (world_size, len(values)), float64, equal on all ranks."""
+    def all_gather_floats(self, values: Sequence[float | torch.Tensor]) -> np.ndarray:
+        """Every rank's `values`: shape (world_size, len(values)), float64, equal on all ranks.
+
+        One that is a tensor, shape (), on the device is read after the exchange, with the others:
+        each read waits for the device.
+        """
         if self.world_size == 1:
-            return np.asarray([values], dtype=np.float64)
+            return np.asarray([[float(value) for value in values]], dtype=np.float64)
         # MPS and some accelerators lack float64; whole numbers up to 2**53 need it.
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        mine = torch.tensor([list(values)], dtype=dtype, device=self.device)
+        tensors = {i: v for i, v in enumerate(values) if isinstance(v, torch.Tensor)}
+        known = [0.0 if i in tensors else value for i, value in enumerate(values)]
+        mine = torch.tensor([known], dtype=dtype, device=self.device)
+        for index, value in tensors.items():
+            mine[0, index] = value.detach()
         return np.asarray(self.accelerator.gather(mine).cpu().double())
 
     def gather_objects(self, value: Any) -> list[Any]:

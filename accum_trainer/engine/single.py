@@ -60,7 +60,7 @@ class TorchEngine(Engine):
         self.accelerator.backward(loss)
 
     def finish(
-        self, optimizer: AcceleratedOptimizer, numbers: Sequence[float]
+        self, optimizer: AcceleratedOptimizer, numbers: Sequence[float | torch.Tensor]
     ) -> tuple[float, bool, np.ndarray]:
         scaler = self.accelerator.scaler
         if scaler is not None:

@@ -226,7 +226,7 @@ class ZeroEngine(Engine):
         self._deepspeed.backward(loss, scale_wrt_gas=False)
 
     def finish(
-        self, optimizer: AcceleratedOptimizer, numbers: Sequence[float]
+        self, optimizer: AcceleratedOptimizer, numbers: Sequence[float | torch.Tensor]
     ) -> tuple[float, bool, np.ndarray]:
         table = self.end_window(numbers)
         skipped = self._deepspeed.skipped_steps
@@ -238,7 +238,7 @@ class ZeroEngine(Engine):
         self._deepspeed.set_gradient_accumulation_boundary(True)
         self._deepspeed.step()
 
-    def end_window(self, numbers: Sequence[float]) -> np.ndarray:
+    def end_window(self, numbers: Sequence[float | torch.Tensor]) -> np.ndarray:
         table = self.all_gather_floats([float(self._left_some_out), *numbers])
         self._asks_others = bool(table[:, 0].any())
         self._usage.used.clear()
@@ -343,7 +343,7 @@ class ZeroStage0(ZeroEngine):
         return f"ZeRO stage 0 does not support it; {LOWER}, or use plain DDP"
 
     def finish(
-        self, optimizer: AcceleratedOptimizer, numbers: Sequence[float]
+        self, optimizer: AcceleratedOptimizer, numbers: Sequence[float | torch.Tensor]
     ) -> tuple[float, bool, np.ndarray]:
         parameters = self._deepspeed.module.parameters()
         norm = math.sqrt(sum(square_sums([p.grad for p in parameters if p.grad is not None])))

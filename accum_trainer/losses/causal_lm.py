@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -20,6 +21,7 @@ from accum_trainer.batch import IGNORE, is_packed, version_of
 from accum_trainer.errors import DataError
 from accum_trainer.losses.head import summed_loss
 from accum_trainer.losses.packing import without_cache
+from accum_trainer.losses.targets import labels_on_host
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,24 @@ def causal_lm_loss(
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     if is_packed(batch):
         inputs = without_cache(model, inputs)
-    loss = summed_loss(model, inputs, targets, label_smoothing)
+    positions = _positions(batch["labels"])
+    loss = summed_loss(model, inputs, targets, label_smoothing, positions)
     _made.append(SummedLoss(weakref.ref(loss), version_of(loss), batch["labels"]))
     return loss
+
+
+def _positions(labels: torch.Tensor) -> torch.Tensor | None:
+    """Indices into the flattened targets that have one, made on the host: found on a GPU, the host
+    would wait for their number. None if the host does not have the labels."""
+    host = labels_on_host(labels)
+    if host is None or host.shape != labels.shape:
+        return None
+    has_target = np.zeros(host.shape, dtype=bool)
+    np.not_equal(host[:, 1:], IGNORE, out=has_target[:, :-1])
+    found = torch.from_numpy(np.flatnonzero(has_target))
+    if labels.device.type == "cuda":
+        found = found.pin_memory()  # else the copy waits
+    return found.to(labels.device, non_blocking=True)
 
 
 def _check(model: Any, batch: Mapping[str, Any]) -> None:

@@ -76,10 +76,12 @@ class LossContract:
     Attributes:
         allow_batch_norm: accept that BatchNorm makes an update depend on how the batch is split.
         objective: of the model's own loss, as last found; None before `decide`.
+        made_zero: the 0 that `split` last gave in place of a mean over no target, or None.
     """
 
     def __init__(self, engine: Any, allow_batch_norm: bool = False) -> None:
         self.objective: Objective | None = None
+        self.made_zero: torch.Tensor | None = None
         self.allow_batch_norm = allow_batch_norm
         self._engine = engine
         self._models: list[torch.nn.Module] = []
@@ -114,6 +116,7 @@ class LossContract:
 
     def forget_outputs(self) -> None:
         """Drop the references to the models' outputs."""
+        self.made_zero = None
         self._outputs.clear()
 
     # --- finding the objective ---
@@ -208,9 +211,9 @@ class LossContract:
                 loss, and this batch has another length.
         """
         reduction, loss, router = self._split(passed, has_auxiliary)
-        if reduction == MEAN and not passed.microbatch.planned.num_targets:
-            zero = self._outputs.zero()
-            loss = loss if zero is None else zero
+        over_none = reduction == MEAN and not passed.microbatch.planned.num_targets
+        self.made_zero = self._outputs.zero() if over_none else None
+        loss = loss if self.made_zero is None else self.made_zero
         return reduction, loss, router
 
     def _split(self, passed: Passed, has_auxiliary: bool) -> Split:

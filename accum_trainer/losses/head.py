@@ -97,7 +97,11 @@ def set_loss_path(model: torch.nn.Module, path: LossPath) -> None:
 
 
 def summed_loss(
-    model: torch.nn.Module, inputs: Mapping[str, Any], targets: torch.Tensor, label_smoothing: float
+    model: torch.nn.Module,
+    inputs: Mapping[str, Any],
+    targets: torch.Tensor,
+    label_smoothing: float,
+    positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run `model` on `inputs` and sum the cross-entropy of `targets`, on the path decided for it.
 
@@ -105,6 +109,7 @@ def summed_loss(
         targets: the token that each position predicts, -100 for none, shape (samples, tokens),
             int64.
         label_smoothing: share of each target spread evenly over the vocabulary, 0 to 1.
+        positions: indices into the flattened targets that have one, if known, ascending, int64.
 
     Returns:
         A scalar, float32 or float64; it has a graph even if there is no target.
@@ -116,7 +121,7 @@ def summed_loss(
     path = PLAIN if head is None else _decide(inner, head, inputs.get("input_ids")).path
     if head is None or path == PLAIN:
         return aligned_loss(_logits(model(**inputs)), targets, label_smoothing)
-    patched = PatchedHead(head, path, targets, label_smoothing)
+    patched = PatchedHead(head, path, targets, label_smoothing, positions)
     with patched.in_place():
         logits = _logits(model(**inputs))
     return patched.loss_of(logits)

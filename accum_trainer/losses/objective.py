@@ -104,10 +104,11 @@ def _check_left_padding(batch: Batch) -> None:
     )
     if not isinstance(mask, torch.Tensor) or not isinstance(labels, torch.Tensor):
         return
-    if mask.ndim != 2 or mask.shape != labels.shape or mask.is_cuda:
+    on_host = mask.device.type == labels.device.type == "cpu"
+    if mask.ndim != 2 or mask.shape != labels.shape or not on_host:
         return
-    begins = (mask[:, 1:] != 0) & (mask[:, :-1] == 0)
-    if bool((begins & (labels[:, 1:] != IGNORE)).any()):
+    is_token, is_target = mask.numpy() != 0, labels.numpy() != IGNORE
+    if (is_token[:, 1:] & ~is_token[:, :-1] & is_target[:, 1:]).any():
         raise DataError(
             "a row is padded on the left and the label of its first token is not -100: after the "
             "shift, the padding before it predicts it, and in a batch without that padding "

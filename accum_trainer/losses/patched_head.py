@@ -35,6 +35,8 @@ class PatchedHead:
         wanted: `chunked` or `selected`.
         targets: the token that each position predicts, -100 for none, shape (samples, tokens).
         label_smoothing: share of each target spread evenly over the vocabulary, 0 to 1.
+        positions: indices into the flattened targets that have one; None to look for them, which
+            waits for the device.
         proving: return three numbers on the chunked path, not the loss, so that a model that
             changes its logits is caught.
 
@@ -53,12 +55,13 @@ class PatchedHead:
         wanted: str,
         targets: torch.Tensor,
         label_smoothing: float,
+        positions: torch.Tensor | None = None,
         proving: bool = False,
     ) -> None:
         self._head, self._wanted, self._proving = head, wanted, proving
         self._targets, self._label_smoothing = targets, label_smoothing
-        # Before the forward: this waits for the GPU, which has least to do now.
-        self._positions = _positions(targets)
+        # Looked for before the forward: this waits for the GPU, which has least to do now.
+        self._positions = _positions(targets) if positions is None else positions
         self.path = PLAIN
         self.dtype = torch.float32
         self.chosen = targets.new_empty(0)

@@ -6,10 +6,13 @@ which way holds for a model: `objective` proves it.
 
 from __future__ import annotations
 
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from accum_trainer.batch import IGNORE, Batch, num_samples, version_of
@@ -87,6 +90,39 @@ def targets_in(batch: Batch) -> dict[str, tuple[torch.Tensor, int]]:
         return {}
     found = {key: batch.get(key) for key in _COUNTED}
     return {key: (t, version_of(t)) for key, t in found.items() if isinstance(t, torch.Tensor)}
+
+
+@dataclass(frozen=True)
+class _Moved:
+    """Labels on the device and the host's tensor that they were copied from."""
+
+    labels: weakref.ReferenceType[torch.Tensor]
+    version: int
+    host: torch.Tensor
+
+
+# Of the last micro-batches, for `labels_on_host`.
+_moved: deque[_Moved] = deque(maxlen=4)
+
+
+def note_move(host: Batch, batch: Batch) -> None:
+    """Remember that `batch`, on the device, is a copy of `host` (or is the same)."""
+    if isinstance(host, Mapping) and isinstance(batch, Mapping):
+        before, labels = host.get("labels"), batch.get("labels")
+        if not isinstance(before, torch.Tensor) or not isinstance(labels, torch.Tensor):
+            return
+        if before.device.type == "cpu":
+            _moved.append(_Moved(weakref.ref(labels), version_of(labels), before))
+
+
+def labels_on_host(labels: torch.Tensor) -> np.ndarray | None:
+    """The values of these labels without waiting for the device; None if they came otherwise, or
+    were changed since."""
+    for moved in _moved:
+        if moved.labels() is labels and moved.version == version_of(labels):
+            values: np.ndarray = moved.host.detach().numpy()
+            return values
+    return None
 
 
 def _answers(batch: Batch) -> int:

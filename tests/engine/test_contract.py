@@ -326,6 +326,21 @@ def test_weights_that_a_deepspeed_file_keeps_are_its_choice(case, engine):
         assert result["auto, auto"][0] == "once-per-window"
 
 
+def test_nothing_on_the_way_of_a_micro_batch_reads_a_value(case):
+    """0 reads of ours in a micro-batch and at most 2 in a step, on every loss path. Those that
+    transformers makes to choose an attention mask, and DeepSpeed in its step, are named: another
+    one is a failure too."""
+    for result in case("host_reads"):
+        assert len(result) == 8
+        for name, found in result.items():
+            masks = {k: n for k, n in found["inside"].items() if "transformers/masking_utils" in k}
+            assert found["inside"] == masks, name
+            most = 8 if name.startswith("padded") else 4  # two or one for each of four
+            assert sum(masks.values()) <= most, name
+            step = sum(n for k, n in found["step"].items() if "zero/stage" not in k)
+            assert 1 <= step <= 2, (name, found["step"])
+
+
 def test_r52_a_global_batch_that_does_not_divide_is_exact(case):
     for result in case("r52_global_batch_that_does_not_divide"):
         assert [seen for seen, *_ in result["sizes"]] == [10, 10, 10, 7]

@@ -15,6 +15,7 @@ from tests.engine.cases import (  # noqa: F401 - importing a module registers it
     loops,
     losses,
     precision,
+    reads,
     state,
     step,
     usage,
