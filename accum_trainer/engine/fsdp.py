@@ -191,6 +191,7 @@ class FSDPEngine(TorchEngine):
         with super().microbatch(models, is_first, is_last):
             if self.weight_sync != ONCE:
                 yield
+                self._refuse_unreduced(models, is_last)
                 return
             for model in models:
                 for unit in self._units[model]:
@@ -203,8 +204,26 @@ class FSDPEngine(TorchEngine):
                     for unit in self._units[model]:  # as in an evaluation, or any other forward
                         unit.set_reshard_after_forward(unit is not model, recurse=False)
                         unit.set_reshard_after_backward(True, recurse=False)
+            self._refuse_unreduced(models, is_last)
             if is_last:  # a model that the last micro-batch did not use is whole still
                 self._reshard_all()
+
+    def _refuse_unreduced(self, models: Sequence[torch.nn.Module], is_last: bool) -> None:
+        """Raise an EngineError for a model whose gradient the last backward did not reach, and so
+        did not reduce: the optimizer would not see it."""
+        for model in models if is_last else ():
+            for p in _fsdp_parameters(model):
+                left = p.unsharded_accumulated_grad
+                if left is None and hasattr(p, "_unsharded_param"):
+                    left = p.unsharded_param.grad
+                if left is not None:
+                    name = type(model).__name__.removeprefix("FSDP")
+                    raise EngineError(
+                        f"the window's last micro-batch does not use {name}, which earlier ones "
+                        "did, and FSDP2 exchanges gradients in the last backward: its update would "
+                        "miss them. Use each model in the last micro-batch, prepare them as one "
+                        "module, or use grad_sync=every-microbatch"
+                    )
 
     def backward(self, loss: torch.Tensor) -> None:
         self._usage.watch(loss)

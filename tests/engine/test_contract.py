@@ -341,6 +341,19 @@ def test_nothing_on_the_way_of_a_micro_batch_reads_a_value(case):
             assert 1 <= step <= 2, (name, found["step"])
 
 
+def test_a_model_that_the_last_micro_batch_leaves_out_is_exact_or_refused(case, engine):
+    exact = [pytest.approx([1 - 0.1 * 0.5] * 4), pytest.approx([1 - 0.1 * 1.5] * 2)]
+    for result in case("a_model_that_the_last_micro_batch_leaves_out"):
+        if engine.startswith("zero"):
+            continue
+        assert result["every-microbatch"] == exact
+        if not engine.startswith("fsdp"):
+            assert result["once-per-window"] == exact
+            continue
+        assert result["once-per-window"].startswith("the window's last micro-batch does not use ")
+        assert result["once-per-window"].endswith("or use grad_sync=every-microbatch")
+
+
 def test_r52_a_global_batch_that_does_not_divide_is_exact(case):
     for result in case("r52_global_batch_that_does_not_divide"):
         assert [seen for seen, *_ in result["sizes"]] == [10, 10, 10, 7]
