@@ -27,10 +27,28 @@ from accum_trainer.errors import AccumTrainerError, EngineError
 PATIENCE = timedelta(hours=24)
 _LONGEST_SEC = 1e9  # that backends can count in milliseconds
 T = TypeVar("T")
+# What gloo and NCCL say when another process can no longer be reached.
+_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Connection refused",
+    "Application timeout caused pair closure",
+    "Timed out waiting",
+    "remote process exited or there was a network error",
+    "NCCL communicator was aborted",
+)
 
 
 class StoreLostError(EngineError):
     """The store that the processes met at is gone: who kept it has ended or was killed."""
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether another process could not be reached: it has ended, or the network failed."""
+    if isinstance(error, dist.DistNetworkError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST)
 
 
 class Ranks:

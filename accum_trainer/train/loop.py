@@ -14,7 +14,7 @@ import torch
 
 from accum_trainer.config import TrainConfig
 from accum_trainer.engine.memory import memory_gb, peak_gb, reset_peak
-from accum_trainer.engine.ranks import StoreLostError
+from accum_trainer.engine.ranks import StoreLostError, is_lost_connection
 from accum_trainer.errors import AccumTrainerError, DivergedError
 from accum_trainer.launch.rank import end_at_once
 from accum_trainer.losses.causal_lm import causal_lm_loss
@@ -150,7 +150,7 @@ class Run:
         evaluation = Evaluation(training)
         # Signals outermost: one more that comes while the run is saved must not end it there.
         places = LoopPlaces(self.engine, self._files.tally.records)
-        with self.stopping.on_signals(), self._open_files(places):
+        with self.stopping.on_signals(), self._open_files(places), self._naming_lost_processes():
             last_ended = time.perf_counter()
             for window in self._windows():
                 self._hangs.progress(window=acc.num_updates + 1)
@@ -178,12 +178,28 @@ class Run:
                 try:
                     places.goes_on_after(self._files.tally.records)
                 except StoreLostError:  # nobody watches over this job any more
-                    self.stopping.request(LAUNCHER_GONE)
+                    if not training.is_done:
+                        self.stopping.request(LAUNCHER_GONE)
                 if update.stop_requested:
                     self.stopping.agree_on_reason()
                     return
                 # Evaluation, saving and the caller's own code are not part of a step.
                 last_ended = time.perf_counter()
+
+    @contextlib.contextmanager
+    def _naming_lost_processes(self) -> Iterator[None]:
+        """Say in one sentence that another process is gone: its own words say why, not torch's."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.engine.world_size == 1 or not is_lost_connection(error):
+                raise
+            raise AccumTrainerError(
+                f"process {self.engine.rank} lost another process in window "
+                f"{self._files.tally.records + 1} ({str(error).splitlines()[0]}): it ended, and "
+                "its log says why, or the network failed. The last checkpoint stays; the same "
+                f"command with --output-dir {self.folder} continues from it"
+            ) from error
 
     def _windows(self) -> Iterator[Window]:
         """Windows of epoch after epoch, until the training is done."""

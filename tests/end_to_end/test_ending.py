@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import signal
 import sys
@@ -93,25 +94,43 @@ def test_checkpoints_by_time(tmp_path, rows, processes):
     assert len(steps) >= 4 and steps[-1] == "step-00000012"
 
 
-def test_processes_whose_launcher_was_killed_save_and_end(tmp_path, rows):
-    """torchrun's launcher keeps the store that they met at; nothing tells them that it is gone."""
-    run = tmp_path / "run"
-    torchrun_two = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+def under_torchrun(tmp_path, rows, run):
+    """Two processes that train, two updates on; the pids of rank 0 and rank 1."""
     started = Started(
         [
-            *torchrun_two,
-            *("--nproc_per_node", "2", "-m", "accum_trainer.train", "--cpu", "--batch-size", "1"),
-            *("--dataset-file", rows, "--steps", "100000", "--output-dir", run),
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+            *("-m", "accum_trainer.train", "--cpu", "--batch-size", "1", "--dataset-file", rows),
+            *("--steps", "100000", "--output-dir", run),
         ],
         tmp_path,
     )
     started.until_update(run, 2)
     pid = started.process.pid
-    ranks = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    ranks = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    by_rank = {b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes(): pid for pid in ranks}
+    return started, [by_rank[False], by_rank[True]]
+
+
+def test_processes_whose_launcher_was_killed_save_and_end(tmp_path, rows):
+    """torchrun's launcher keeps the store that they met at; nothing tells them that it is gone."""
+    run = tmp_path / "run"
+    started, ranks = under_torchrun(tmp_path, rows, run)
     started.signal(signal.SIGKILL)
-    assert started.ended() == -signal.SIGKILL and len(ranks) == 2
+    assert started.ended() == -signal.SIGKILL
     for rank in ranks:
-        wait_for_end(int(rank))
+        wait_for_end(rank)
     result = json.loads((run / "result.json").read_text())
     assert (result["done"], result["stopped_by"]) == (False, LAUNCHER_GONE)
     assert "Traceback" not in started.err
+
+
+def test_a_process_that_lost_another_says_so_in_one_sentence(tmp_path, rows):
+    run = tmp_path / "run"
+    started, [_, other] = under_torchrun(tmp_path, rows, run)
+    os.kill(other, signal.SIGKILL)
+    assert started.ended() == 1
+    said = (
+        r"error: process 0 lost another process in window \d+ \(.*\): it ended, and its log says "
+    )
+    # torchrun has a traceback of its own.
+    assert re.search(said, started.err) and "loop.py" not in started.err, started.err
