@@ -7,6 +7,7 @@ arithmetic by hand.
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -171,6 +172,21 @@ def test_proof_needs_no_lucky_batch():
             model.loss_function = None
             objective = find_objective(model, batch)
             assert (objective.reduction, objective.counting.name) == ("mean", name)
+
+
+@pytest.mark.parametrize(("loss", "name"), [(shifted, "shifted labels"), (mean, "labels")])
+def test_proof_holds_wherever_the_targets_of_a_batch_are(loss, name):
+    """Every number of targets, 0 included, in each of three and four rows: masked prompts."""
+    for rows in (3, 4):
+        for numbers in itertools.product((0, 1, 4), repeat=rows):
+            batch = ids_and_labels(rows, 8)
+            labels = batch["labels"].clamp(min=0)
+            for row, number in zip(labels, numbers, strict=True):
+                row[: len(row) - number] = -100
+            model = Lookup(loss)
+            model.loss_function = None
+            objective = find_objective(model, batch | {"labels": labels})
+            assert (objective.reduction, objective.counting.name) == ("mean", name), numbers
 
 
 def test_proof_of_the_users_own_count():

@@ -208,10 +208,14 @@ def _wider(model: Any, batch: Mapping[str, Any], ignore: int) -> Batch | None:
 
 
 def _first_half(labels: torch.Tensor, ignore: int) -> torch.Tensor:
-    """True on the first rows, up to half of the targets; splits a row if only one has targets."""
+    """True on the first rows, up to half of the targets; splits a row if only one has targets.
+
+    Rows count as a shift leaves them, without their first label.
+    """
     first = torch.zeros_like(labels, dtype=torch.bool)
     is_target = labels != ignore
-    by_row = is_target.reshape(len(labels), -1).sum(1).cumsum(0)
+    shifted = is_target[..., 1:] if labels.ndim > 1 else is_target
+    by_row = shifted.reshape(len(labels), -1).sum(1).cumsum(0)
     rows = int((by_row <= by_row[-1] // 2).sum())
     if 0 < rows < len(labels) and by_row[rows - 1] > 0:
         first[:rows] = True
@@ -222,10 +226,17 @@ def _first_half(labels: torch.Tensor, ignore: int) -> torch.Tensor:
 
 
 def _thinned(labels: torch.Tensor, first: torch.Tensor, ignore: int) -> torch.Tensor:
-    """The labels with two of three targets of the first half hidden, so that halves are unequal."""
+    """The labels with two of three targets of the first half hidden, so that halves are unequal.
+
+    A shift drops the first label of a row, so one of another place stays, too.
+    """
     flat = labels.flatten().clone()
     targets = ((flat != ignore) & first.flatten()).nonzero().flatten()
     kept = targets[0::3] if len(targets) > 2 else targets  # including the very first label
+    if labels.ndim > 1:
+        later = targets[targets % labels.shape[-1] > 0]
+        if len(later) and not bool(torch.isin(later, kept).any()):
+            kept = torch.cat([kept, later[:1]])
     hidden = torch.ones_like(targets, dtype=torch.bool)
     hidden[torch.isin(targets, kept)] = False
     flat[targets[hidden]] = ignore
