@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from typing import Any
 
 from accum_trainer.cli import main
 from accum_trainer.data.tokenizing import TokenizedRows
-from accum_trainer.sources.collating import PaddingCollator
+from accum_trainer.sources.collating import PackingCollator
 from accum_trainer.train import loop as train
 
 PLACES: dict[str, tuple[Any, str]] = {
     "__getitem__": (TokenizedRows, "__getitem__"),
-    "collate": (PaddingCollator, "__call__"),
+    "collate": (PackingCollator, "__call__"),
     "forward": (train, "causal_lm_loss"),
 }
 
@@ -23,7 +24,9 @@ def failing(before: Any, place: str) -> Any:
     calls: list[int] = []
 
     def function(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
+        # The proof before training collates too, and takes an error for an answer.
+        if place != "collate" or threading.current_thread().name == "windows":
+            calls.append(1)
         if len(calls) == 6:
             raise FloatingPointError(f"{place} of process 1")
         return before(*args, **kwargs)

@@ -138,14 +138,16 @@ class LossContract:
             EngineError: BatchNorm in training mode, and windows of several micro-batches.
         """
         self.watch(self._engine.prepared_models())
+        # The end of an epoch that was resumed there: packed rows are to be proven on a batch.
+        if not any(self._engine.gather_objects(bool(batches))):
+            return None
         self._packing.decide(self._models, batches)
         self.check_batch_norm()
         if given not in self._found:
             if len(self._found) >= _MOST_FOUND:  # a function created in each epoch
                 del self._found[next(iter(self._found))]
             batch = self._engine.first_of(max(batches, key=num_positions, default=None))
-            if batch is None:
-                return None
+            assert batch is not None
             self._found[given] = self._agreed(batch, given)
         self.objective = self._found[given]
         return self.objective

@@ -70,7 +70,7 @@ def test_wrong_input(train, command, tmp_path):
 
 def test_a_run_that_trains_and_deletes_what_is_read_gives_its_newest(tmp_path):
     options = ("--cpu", "--batch-size", "2", "--max-seq-len", "16", "--steps", "100000")
-    saves = ("--checkpoint-every", "1", "--keep-checkpoints", "1", "--output-dir", "run")
+    saves = ("--checkpoint-every", "25", "--keep-checkpoints", "1", "--output-dir", "run")
     started = Started(accum_trainer("train", *options, *saves), tmp_path, cwd=tmp_path)
     run = tmp_path / "run"
     try:

@@ -13,9 +13,9 @@ from accum_trainer.train.records import read_records
 from tests.grids import thinned
 from tests.launching import forked, torchrun
 
-# So high a rate that the evaluation loss goes up and down.
+# So high a rate that the evaluation loss falls and then rises, by far.
 RUN = (
-    *("--batch-size", "2", "--max-seq-len", "32", "--lr", "0.3", "--scheduler", "constant"),
+    *("--batch-size", "2", "--max-seq-len", "32", "--lr", "1.0", "--scheduler", "constant"),
     *("--eval-every", "1", "--keep-best", "--keep-checkpoints", "1", "--checkpoint-every", "3"),
     *("--output-dir", "run"),
 )
@@ -71,7 +71,7 @@ def test_on_two_processes(tmp_path):
 
 
 def killed_and_continued(train, run, ten, kill):
-    assert train(*TEN, kill=kill).status == -signal.SIGKILL
+    assert train(*TEN, inject=kill).status == -signal.SIGKILL
     again = train(*TEN)
     assert again.status == 0, again.err
     assert losses_of(run) == losses_of(ten)
@@ -132,24 +132,33 @@ def test_a_best_that_is_gone_or_on_other_rows_is_not_compared(train, tmp_path, t
 
 
 # The evaluation gives LOSSES, one after the other. After the updates FULL no checkpoint can be
-# written; the loss of the windows SKIPPED is not finite.
+# written; the gradient of the windows SKIPPED is not finite.
 SCRIPTED = """
 import json, logging, resource, sys, threading
 import accum_trainer.train.loop as loop
 from accum_trainer import TrainConfig
+from accum_trainer.train.checkpoint_writer import CheckpointWriter
 from accum_trainer.train.evaluation import Evaluation
 losses, full, skipped = json.loads(sys.argv[1])
 given, windows, real = iter(losses), [0], loop.causal_lm_loss
 def loss(model, batch):
     windows[0] += 1
-    return real(model, batch) * (float("inf") if windows[0] in skipped else 1)
+    found = real(model, batch)
+    if windows[0] in skipped:
+        found.register_hook(lambda gradient: gradient * float("inf"))
+    return found
 loop.causal_lm_loss = loss
 Evaluation.mean_loss = lambda self, progress: next(given)
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-failed = threading.Event()
+failed, under_way, save = threading.Event(), [], CheckpointWriter.save
+def noted(writer, *arguments):
+    save(writer, *arguments)
+    under_way[:] = [writer._thread]
+CheckpointWriter.save = noted
 class Failed(logging.Handler):
     def emit(self, record):
         if "could not be written" in record.getMessage():
+            print(record.getMessage(), file=sys.stderr)
             failed.set()
 logging.getLogger("accum_trainer").addHandler(Failed())
 config = TrainConfig(
@@ -160,6 +169,8 @@ for record in loop.updates(config):
     if record["step"] in full:
         assert failed.wait(60)
         failed.clear()
+    elif under_way:
+        under_way[0].join()  # before the disk is full
     is_next = record["step"] + 1 in full
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000 if is_next else hard, hard))
 """
