@@ -50,8 +50,8 @@ def test_few_compilations_serve_all_sizes_of_micro_batches(tmp_path):
     ("engine", "options", "environment"),
     [
         ("ddp", ["--gradient-checkpointing"], {}),
-        ("zero2", ["--zero-stage", "zero2"], {}),
-        ("fsdp2", [], {"ACCELERATE_USE_FSDP": "true"}),
+        pytest.param("zero2", ["--zero-stage", "zero2"], {}, marks=pytest.mark.long),
+        pytest.param("fsdp2", [], {"ACCELERATE_USE_FSDP": "true"}, marks=pytest.mark.long),
     ],
 )
 def test_compiled_update_is_that_of_one_big_batch_in_float64_on_two_processes(

@@ -22,7 +22,13 @@ def examples():
                 f"{page.name}: a block in {language}"
             )
             if language in ("python", "bash"):
-                yield pytest.param(language, code, id=f"{page.stem}-{number}-{language}")
+                # DeepSpeed behind a launcher: half a minute each, and others start both.
+                is_slow = language == "bash" and "zero" in code and "launch" in code
+                yield pytest.param(
+                    *(language, code),
+                    id=f"{page.stem}-{number}-{language}",
+                    marks=[pytest.mark.long] if is_slow else [],
+                )
 
 
 @pytest.mark.parametrize(("language", "code"), list(examples()))

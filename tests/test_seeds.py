@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import combinations
 
+import pytest
 import torch
 
 from accum_trainer.seeds import seed_of
@@ -27,6 +28,7 @@ def test_i42_low_32_bits_of_a_seed_tell_everything_apart():
     assert seed_of("a", 3, epoch=2, rank=1) == seed_of("a", 3, epoch=2, rank=1)
 
 
+@pytest.mark.long
 def test_i42_seed_rank_and_epoch_reach_order_dropout_and_augmentation(tmp_path):
     run = torchrun(2, "tests.drawing", tmp_path)
     assert run.returncode == 0, run.stderr[-4000:]

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from tests.launching import ROOT, python
 
 
+@pytest.mark.long
 def test_r22_r24_demo(tmp_path):
     run = python(ROOT / "examples" / "demo.py", timeout=900, DEMO_FOLDER=tmp_path / "demo")
     assert run.returncode == 0, run.stderr[-3000:]

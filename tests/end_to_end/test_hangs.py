@@ -60,6 +60,7 @@ def test_a_frozen_process_is_named(tmp_path, frozen):
 
 
 @pytest.mark.parametrize("frozen", EITHER)
+@pytest.mark.long
 def test_the_launcher_shows_which_process_is_frozen(tmp_path, command, frozen):
     """Also if that is the one whose output it shows."""
     made = command(
@@ -94,6 +95,7 @@ print("done")
 """
 
 
+@pytest.mark.long
 def test_code_between_windows_that_keeps_one_process_is_named(tmp_path):
     (tmp_path / "loop.py").write_text(textwrap.dedent(LOOP))
     started = Started(launched("loop.py"), tmp_path, cwd=tmp_path)
@@ -113,6 +115,7 @@ def test_time_in_the_callers_own_code_on_all_processes_is_not_a_hang(tmp_path):
     assert started.out.count("done") == 2
 
 
+@pytest.mark.long
 def test_a_job_that_was_stopped_as_a_whole_goes_on(tmp_path):
     """A batch system suspends and resumes a job with SIGSTOP and SIGCONT: the clocks go on, and no
     process hangs."""

@@ -61,6 +61,7 @@ def targets_by_shard(rows_path, shards, epochs=1):
     ]
 
 
+@pytest.mark.long
 def test_four_shards_with_one_killed_train_every_sample_once(tmp_path, rows):
     """Over two epochs; part 2 is killed twice in mid-run and restarted; the others never notice."""
     folder = tmp_path / "set"

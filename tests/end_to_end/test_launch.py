@@ -140,6 +140,7 @@ def test_a_killed_process_is_started_again_with_all_others(tmp_path, train):
     assert equal(weights(run), weights(tmp_path / "whole"))
 
 
+@pytest.mark.long
 def test_a_process_that_fails_at_every_start_ends_in_its_own_words(tmp_path, train):
     hooks = hooked(
         tmp_path,

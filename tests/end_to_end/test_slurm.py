@@ -61,6 +61,7 @@ def create(command, folder, *arguments):
     assert finished.status == 0, finished.err
 
 
+@pytest.mark.long
 def test_two_nodes_are_requeued_on_the_signal_and_resume(tmp_path, command, rows):
     batch = ["--batch-size", "2", "--gradient-accumulation-steps", "4"]
     create(
@@ -120,6 +121,7 @@ def test_a_failure_is_not_requeued(tmp_path, command):
     )
 
 
+@pytest.mark.long
 def test_the_run_directory_decides_not_the_status_of_srun(tmp_path, command, rows):
     """A node that was slow to end was killed; and each process may use all CPUs of the job."""
     create(command, tmp_path, "multi-gpu", "--gpus-per-node", "2", "-o", "job.yaml")
