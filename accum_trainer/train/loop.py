@@ -194,9 +194,10 @@ class Run:
         except RuntimeError as error:
             if self.engine.world_size == 1 or not is_lost_connection(error):
                 raise
+            said = str(error).splitlines()[0].partition(". ")[0]  # gloo goes on with advice
             raise AccumTrainerError(
                 f"process {self.engine.rank} lost another process in window "
-                f"{self._files.tally.records + 1} ({str(error).splitlines()[0]}): it ended, and "
+                f"{self._files.tally.records + 1} ({said}): it ended, and "
                 "its log says why, or the network failed. The last checkpoint stays; the same "
                 f"command with --output-dir {self.folder} continues from it"
             ) from error
