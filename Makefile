@@ -1,7 +1,7 @@
 # make demo       train the embedded default three ways and leave a picture in runs/demo/
-# make test       run the tests: every situation, up to 25 minutes on 2 cores
+# make test       run the tests: every situation, up to 20 minutes on 2 cores
 # make quick      arithmetic, windows, single, DDP, wrong input: at most 90 seconds
-# make test-long  the remaining points of the long grids; make test does not repeat them
+# make test-long  measurements of memory and traffic, many launchers, the rest of the long grids
 # make check      ruff and mypy
 # make bench      benchmarks against peers (installs them)
 # make gpu        what only a GPU can show, in 20 minutes at most: benchmarks/results/gpu-<name>.md

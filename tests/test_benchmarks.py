@@ -34,6 +34,7 @@ def traffic():
 
 
 @pytest.mark.parametrize("k", KS)
+@pytest.mark.long
 def test_traffic_of_ddp_is_the_gradient_once(traffic, k):
     found = traffic[Case("ddp", k=k)]
     assert found["gradients"] == {"bytes": ALL, "collectives": 1}
@@ -41,6 +42,7 @@ def test_traffic_of_ddp_is_the_gradient_once(traffic, k):
 
 
 @pytest.mark.parametrize("k", KS)
+@pytest.mark.long
 def test_traffic_of_lora_is_the_adapter_once(traffic, k):
     assert traffic[Case("ddp", lora=True, k=k)]["gradients"] == {"bytes": ADAPTER, "collectives": 1}
     assert traffic[Case("zero2", lora=True, k=k)]["gradients"] == {
@@ -50,6 +52,7 @@ def test_traffic_of_lora_is_the_adapter_once(traffic, k):
 
 
 @pytest.mark.parametrize("k", KS)
+@pytest.mark.long
 def test_traffic_of_zero2_once_per_window_is_that_of_ddp(traffic, k):
     found = traffic[Case("zero2", k=k)]
     assert found["gradients"] == {"bytes": ALL, "collectives": 1}
@@ -59,6 +62,7 @@ def test_traffic_of_zero2_once_per_window_is_that_of_ddp(traffic, k):
 
 
 @pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.long
 def test_traffic_of_weights_gathered_once_is_the_model_once_at_any_k(traffic, lora):
     """FSDP2 gathers each of L blocks and the rest, rows padded to a multiple of W (an odd V, an odd
     inner size, biases of it); ZeRO-3 gathers each parameter after the step, numbers padded."""
@@ -72,6 +76,7 @@ def test_traffic_of_weights_gathered_once_is_the_model_once_at_any_k(traffic, lo
         assert traffic[Case(engine, False, ONCE, 8, EVERY)]["weights"]["bytes"] > times * ALL
 
 
+@pytest.mark.long
 def test_traffic_beside_the_gradient_is_a_few_numbers_at_any_k(traffic):
     """One exchange for what all ranks share after a window and the counts of the next, and
     DeepSpeed's norm or DDP's buffers (16 rotary frequencies)."""
@@ -82,12 +87,14 @@ def test_traffic_beside_the_gradient_is_a_few_numbers_at_any_k(traffic):
             assert beside[0]["collectives"] == 2 and beside[0]["bytes"] < 500
 
 
+@pytest.mark.long
 def test_traffic_of_the_peers(traffic):
     assert traffic[Case("accelerate", k=8)]["gradients"] == {"bytes": ALL, "collectives": 1}
     assert traffic[Case("deepspeed2", k=8)]["gradients"] == {"bytes": 8 * ALL, "collectives": 8}
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.long
 def test_a_checkpoint_in_parts_takes_no_more_memory_than_the_part_twice(engine):
     run = python("-m", "benchmarks.saving", "--engine", engine, "--millions", 20, "--pairs", 1)
     assert run.returncode == 0, run.stderr[-3000:]

@@ -361,6 +361,7 @@ def measured(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", TESTED)
+@pytest.mark.long
 def test_estimate_is_what_happens(measured, name):
     folder, found = measured
     case, expected = CASES[name], estimate(folder, CASES[name])
@@ -384,6 +385,7 @@ def test_r22_peak_memory_does_not_depend_on_k(peaks):
     assert peaks[16] == pytest.approx(peaks[2], rel=0.01)
 
 
+@pytest.mark.long
 def test_r22_k_1_needs_one_gradient_less(measured, peaks):
     gradient = estimate(measured[0], CASES["single"]).gradients
     assert peaks[16] - gradient == pytest.approx(peaks[1], rel=0.01)

@@ -25,6 +25,7 @@ def test_dealt_weights_are_those_that_every_process_would_have_loaded():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.long
 def test_a_machine_holds_the_model_once_while_it_is_loaded(tmp_path):
     """A file in bf16, so that reading it makes a copy in float32: 238 MB, in two processes."""
     model = llama("60M", vocab_size=4096)  # no fewer than the tokenizer has
