@@ -283,7 +283,7 @@ def test_weights_are_gathered_once_per_window_at_any_k(case, engine):
 
 def test_when_weights_are_gathered_changes_no_bit(case, engine, world_size):
     for result in case("weight_sync_changes_no_bit"):
-        assert len(result) == (1 if world_size == 1 else 7)
+        assert len(result) == (1 if world_size == 1 else 5 if engine == "zero0" else 7)
         shards = engine.startswith(("zero3", "fsdp"))
         for name, found in result.items():
             assert found == {
