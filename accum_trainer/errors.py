@@ -1,7 +1,7 @@
 """The errors a user can meet: one tree, each with the exit status of the command line.
 
     AccumTrainerError        1   training cannot go on
-      DivergedError          1   too many windows in a row gave no update
+      DivergedError          1   too many windows gave no update
       ConfigError            2   an option, or several options together, cannot be obeyed
       DataError              2   the data cannot be read, or cannot be trained on
       EngineError            2   the engine asked for is not the engine in force, or cannot do this
@@ -22,7 +22,7 @@ class AccumTrainerError(Exception):
 
 
 class DivergedError(AccumTrainerError):
-    """Too many windows in a row gave no update."""
+    """Too many windows gave no update."""
 
 
 class ConfigError(AccumTrainerError):

@@ -46,6 +46,17 @@ def test_few_compilations_serve_all_sizes_of_micro_batches(tmp_path):
     )
 
 
+def test_packed_rows_of_other_lengths_are_not_compiled_anew(tmp_path, fresh_accelerate):
+    torch._dynamo.reset()
+    common = {"cpu": True, "batch_size": 4, "max_seq_len": 64, "attention": "packed_sdpa"}
+    config = TrainConfig(compile=True, steps=12, output_dir=str(tmp_path / "packed"), **common)
+    graphs = []
+    for record in updates(config):
+        assert record["padding_efficiency"] == 1.0
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[-1] == graphs[3] > 0  # twelve rows, each of other lengths
+
+
 @pytest.mark.parametrize(
     ("engine", "options", "environment"),
     [

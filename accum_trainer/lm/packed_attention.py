@@ -139,8 +139,22 @@ def attention(
             f"{PACKED_SDPA} computes plain causal attention, and {type(module).__name__} asks for "
             f"{', '.join(unknown) or 'attention to later tokens'}"
         )
+    lengths = attention_mask.tolist()
+    return _each_by_itself(query, key, value, lengths, dropout, scaling), None
+
+
+@torch.compiler.disable  # compiled, every other set of lengths would be compiled anew
+def _each_by_itself(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: list[int],
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Causal attention inside each sample, shape (1, tokens, heads, size)."""
     # Neighbours of one length are a batch. A window's samples are sorted by length, so it is large.
-    runs = [(length, len(list(same))) for length, same in groupby(attention_mask.tolist())]
+    runs = [(length, len(list(same))) for length, same in groupby(lengths)]
     # Unlike slices, the parts of a split are put together by one copy in the backward.
     sizes = [length * number for length, number in runs]
     parts = (tensor.split(sizes, dim=2) for tensor in (query, key, value))
@@ -156,7 +170,7 @@ def attention(
         )
         for run, q, k, v in zip(runs, *parts, strict=True)
     ]
-    return torch.cat([_flat(output) for output in outputs], dim=1), None
+    return torch.cat([_flat(output) for output in outputs], dim=1)
 
 
 def _batched(tensor: torch.Tensor, length: int, number: int) -> torch.Tensor:
