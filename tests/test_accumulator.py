@@ -298,7 +298,8 @@ def test_torch_that_is_too_old_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_deepspeed_that_keeps_its_state_otherwise_is_refused(stage):
-    from accum_trainer.engine.zero import STAGES, check_internals
+    from accum_trainer.engine.zero import STAGES
+    from accum_trainer.engine.zero_internals import check_internals
 
     class DeepSpeedZeroOptimizerOfTomorrow:
         pass
@@ -307,11 +308,11 @@ def test_deepspeed_that_keeps_its_state_otherwise_is_refused(stage):
         averaged_gradients = all_grad_tensors = micro_step_id = None
         single_partition_of_fp32_groups = fp32_partitioned_groups_flat = None
 
-    check_internals(DeepSpeedZeroOptimizer(), STAGES[stage])
+    check_internals(DeepSpeedZeroOptimizer(), stage, STAGES[stage].internals)
     with pytest.raises(
         EngineError,
         match=r"keeps ZeRO-. state in another way.*averaged_gradients.*<0.21".replace(
             "-. ", f"-{stage}'s "
         ),
     ):
-        check_internals(DeepSpeedZeroOptimizerOfTomorrow(), STAGES[stage])
+        check_internals(DeepSpeedZeroOptimizerOfTomorrow(), stage, STAGES[stage].internals)

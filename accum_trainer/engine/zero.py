@@ -13,7 +13,6 @@ import math
 import os
 import socket
 from collections.abc import Iterable, Iterator, Sequence
-from importlib.metadata import version
 from typing import Any, ClassVar
 
 import numpy as np
@@ -41,6 +40,11 @@ from accum_trainer.engine.sync import (
 from accum_trainer.engine.usage import Usage, refuse, refuse_difference
 from accum_trainer.engine.zero_build import await_extension
 from accum_trainer.engine.zero_config import complete, keep_weights, make_plugin, weights_are_set
+from accum_trainer.engine.zero_internals import (
+    check_internals,
+    forget_forwards_alone,
+    hold_back_reductions,
+)
 from accum_trainer.engine.zero_state import FlatState, PartitionedState
 from accum_trainer.errors import ConfigError, EngineError
 
@@ -150,13 +154,13 @@ class ZeroEngine(Engine):
         self._choose_weight_sync(models[0])
         model, optimizer = self.accelerator.prepare(models[0], optimizers[0])
         self._deepspeed = model
-        self._reduce_when_leaving_only()
+        hold_back_reductions(model, unless=lambda: self._is_leaving)
         if model.zero_optimization_stage() != self.stage:
             raise EngineError(
                 f"ZeRO stage {self.stage} was asked for, stage {model.zero_optimization_stage()} "
                 "is in force"
             )
-        check_internals(model.optimizer, type(self))
+        check_internals(model.optimizer, self.stage, self.internals)
         trained = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
         self._usage = Usage(trained, are_whole=self.runs_alone)
         self._choose_grad_sync()
@@ -261,18 +265,6 @@ class ZeroEngine(Engine):
             self._window.close()
         finally:
             self._is_leaving = False
-
-    def _reduce_when_leaving_only(self) -> None:
-        """Keep a window that an error cut short from reducing when Python cleans up: the other
-        ranks do not take part."""
-        for name in ("_flush_coalesced_reduction_zero12", "_flush_coalesced_reduction_zero3"):
-            flush = getattr(self._deepspeed, name, None)
-            if flush is not None:
-                setattr(
-                    self._deepspeed,
-                    name,
-                    lambda *args, flush=flush: flush(*args) if self._is_leaving else None,
-                )
 
     def _compare_usage(self) -> None:
         """Before gradients are reduced: have all ranks leave out the same parameters, or end.
@@ -434,7 +426,7 @@ class ZeroStage3(PartitionedState, ZeroEngine):
         super().backward(loss)
         if not self._has_gone_back:
             self._has_gone_back = True
-            _forget_forwards_alone()
+            forget_forwards_alone()
 
     def _forget_reduced(self, sharded: Any) -> None:
         sharded.averaged_gradients = {}
@@ -442,23 +434,6 @@ class ZeroStage3(PartitionedState, ZeroEngine):
 
 
 STAGES = {kind.stage: kind for kind in (ZeroStage0, ZeroStage1, ZeroStage2, ZeroStage3)}
-
-
-def check_internals(sharded: Any, engine: type[ZeroEngine]) -> None:
-    """Raise an EngineError on all ranks if this DeepSpeed's optimizer lacks a name in
-    `engine.internals`.
-
-    Found later, in a window that one rank drops, the others would wait for it.
-    """
-    # bf16 at stage 1 has another optimizer, which has none of the names and needs none.
-    is_zero = type(sharded).__name__.startswith("DeepSpeedZeroOptimizer")
-    missing = [name for name in engine.internals if not hasattr(sharded, name)]
-    if is_zero and missing:
-        raise EngineError(
-            f"deepspeed {version('deepspeed')} keeps ZeRO-{engine.stage}'s state in another way "
-            f"than is known here (no {', '.join(missing)}); use deepspeed >=0.16,<0.21, or another "
-            "engine"
-        )
 
 
 def _set_launcher_variables() -> None:
@@ -470,18 +445,3 @@ def _set_launcher_variables() -> None:
         port = free.getsockname()[1]
     os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-
-
-def _forget_forwards_alone() -> None:
-    """Clear ZeRO-3's record of which weights each module may release.
-
-    It learns them for good from the first passes that it sees. Passes without a backward, such as
-    the proof of the loss path, teach it to release all, and each backward would gather every weight
-    anew (a cache that outlives its trace: partitioned_param_coordinator.py, __params_to_release).
-    """
-    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-
-    remembered = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release  # noqa: SLF001 - the cache has no public name
-    # DeepSpeed's timing decorator lies around the cache.
-    for cell in getattr(remembered, "__closure__", None) or ():
-        getattr(cell.cell_contents, "cache_clear", lambda: None)()
