@@ -17,6 +17,8 @@ from accum_trainer.config import TrainConfig
 from accum_trainer.data.embedded import corpus_tokenizer
 from accum_trainer.lm.model import fingerprint, load_model
 
+# Samples of three runs: shares that no binary fraction holds.
+COUNTS = (3, 5, 9)
 # Rows that are nowhere and none to evaluate on: no model is loaded unless a test wants it.
 NO_EVALUATION = TrainConfig(dataset_file="nowhere.jsonl")
 

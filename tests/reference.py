@@ -108,6 +108,11 @@ def big_batch(model: torch.nn.Module, rows: list[dict]) -> tuple[float, dict[str
     }
 
 
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether both have the same tensors, to the bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 def relative_error(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
     """Norm of the difference over all gradients together, relative to the norm of the exact one."""
     assert found.keys() == exact.keys(), found.keys() ^ exact.keys()

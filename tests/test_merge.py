@@ -23,6 +23,7 @@ from accum_trainer.errors import CheckpointError, ConfigError
 from accum_trainer.runs.merge import merge
 from accum_trainer.runs.saved_model import SavedModel
 from tests.made_runs import (
+    COUNTS,
     list_runs,
     lora_run,
     make_base,
@@ -30,14 +31,6 @@ from tests.made_runs import (
     small_llama,
     write_sums,
 )
-
-COUNTS = (3, 5, 9)  # weights that no binary fraction holds
-IDS = torch.arange(24).reshape(2, 12)
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(IDS).logits
 
 
 class TestWholeModels:

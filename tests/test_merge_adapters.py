@@ -23,6 +23,7 @@ from accum_trainer.runs.average import concat_adapters
 from accum_trainer.runs.merge import merge
 from accum_trainer.runs.saved_model import SavedModel
 from tests.made_runs import (
+    COUNTS,
     lora_run,
     make_base,
     make_run,
@@ -30,13 +31,10 @@ from tests.made_runs import (
     write_sums,
 )
 
-COUNTS = (3, 5, 9)  # weights that no binary fraction holds
-IDS = torch.arange(24).reshape(2, 12)
-
 
 def logits(model) -> torch.Tensor:
     with torch.no_grad():
-        return model.eval()(IDS).logits
+        return model.eval()(torch.arange(24).reshape(2, 12)).logits
 
 
 @pytest.fixture

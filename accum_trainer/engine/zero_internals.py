@@ -13,7 +13,7 @@ from accum_trainer.errors import EngineError
 
 
 def check_internals(sharded: Any, stage: int, names: Sequence[str]) -> None:
-    """Raise an EngineError on all ranks if this DeepSpeed's optimizer lacks one of `names`, which the
+    """Raise an EngineError on all ranks if DeepSpeed's optimizer lacks one of `names`, which the
     engine of `stage` reads or writes.
 
     Found later, in a window that one rank drops, the others would wait for it.

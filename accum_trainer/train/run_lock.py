@@ -27,6 +27,7 @@ from typing import Any
 import psutil
 
 from accum_trainer.errors import AccumTrainerError, ConfigError
+from accum_trainer.launch.process import start_of
 
 logger = logging.getLogger(__name__)
 
@@ -111,19 +112,6 @@ def this_machine() -> str | None:
         return None
 
 
-def start_of(process: int) -> float:
-    """When a process started, in seconds since the system did: the clock may be set meanwhile.
-
-    Raises:
-        psutil.NoSuchProcess: there is none with this number.
-    """
-    try:
-        stat = Path(f"/proc/{process}/stat").read_bytes()
-        return int(stat.rpartition(b")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-    except (OSError, IndexError):  # gone, or not Linux
-        return float(psutil.Process(process).create_time())
-
-
 def _create(path: Path, owner: dict[str, Any]) -> bool:
     """Create the lock, whole, unless there is one."""
     partial = path.with_name(f".{LOCK}-{owner['id']}")
@@ -196,7 +184,7 @@ def _runs_here(owner: dict[str, Any]) -> bool:
     """Whether the owner, a process of this host, is alive: not another one with its number."""
     try:
         is_dead = psutil.Process(owner["process"]).status() == psutil.STATUS_ZOMBIE
-        return not is_dead and abs(start_of(owner["process"]) - owner["started"]) < 1.0
+        return not is_dead and start_of(owner["process"]) == owner["started"]
     except (psutil.NoSuchProcess, KeyError, TypeError, ValueError):
         return False
 

@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from accum_trainer.errors import AccumTrainerError, ConfigError
+from accum_trainer.launch.process import start_of
 from accum_trainer.train import run_lock
 from accum_trainer.train.records import read_records
 from accum_trainer.train.run_lock import LOCK, RunLock
@@ -351,7 +352,7 @@ def test_a_lock_of_a_process_that_is_gone_is_taken_over(tmp_path):
     own = os.getpid()
     for owner in (
         {"host": here, "process": 2**22 + 1, "started": 0.0},  # no such process
-        {"host": here, "process": own, "started": run_lock.start_of(own) - 100},  # another one
+        {"host": here, "process": own, "started": start_of(own) - 100},  # another one
         {"host": here},
         {"host": here, "process": "x", "started": None},
     ):

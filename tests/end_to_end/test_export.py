@@ -8,19 +8,16 @@ import signal
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from accum_trainer.runs.export import export
+from tests.end_to_end.read_runs import weights_in
 from tests.end_to_end.started import Started, accum_trainer
+from tests.reference import equal
 
 SHORT = (
     *("--batch-size", "2", "--max-seq-len", "64", "--steps", "2", "--lr", "1e-2"),
     *("--checkpoint-every", "1", "--output-dir", "run"),
 )
-
-
-def weights(folder):
-    return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
 
 
 @pytest.mark.parametrize("options", [(), ("--use-peft",), ("--save-dtype", "bfloat16")])
@@ -29,9 +26,7 @@ def test_the_last_checkpoint_gives_the_saved_model(train, command, tmp_path, opt
     done = command("checkpoint", "export", "run", "-o", "so-far", cwd=tmp_path)
     assert done.status == 0, done.err
     assert done.out == "so-far: the model of run/checkpoints/step-00000002\n"
-    found, expected = weights(tmp_path / "so-far"), weights(tmp_path / "run" / "model")
-    assert found.keys() == expected.keys() and expected
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert equal(weights_in(tmp_path / "so-far"), weights_in(tmp_path / "run" / "model"))
     names = {path.name for path in (tmp_path / "run" / "model").iterdir()}
     assert {path.name for path in (tmp_path / "so-far").iterdir()} == names
 
@@ -45,7 +40,7 @@ def test_an_earlier_one_is_the_model_of_then(train, command, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "b")
     assert AutoTokenizer.from_pretrained(tmp_path / "a" / "b").pad_token_id is not None
     name = "model.embed_tokens.weight"
-    last = weights(tmp_path / "run" / "model")[name]
+    last = weights_in(tmp_path / "run" / "model")[name]
     assert not torch.equal(dict(model.named_parameters())[name], last)
 
 

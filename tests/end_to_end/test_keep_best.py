@@ -10,6 +10,7 @@ import signal
 import pytest
 
 from accum_trainer.train.records import read_records
+from tests.end_to_end.read_runs import result_of
 from tests.grids import thinned
 from tests.launching import forked, torchrun
 
@@ -24,10 +25,6 @@ TEN = (*RUN, "--steps", "10")
 
 def losses_of(run):
     return {r["step"]: r["eval_loss"] for r in read_records(run / "metrics.jsonl")}
-
-
-def result_of(run):
-    return json.loads((run / "result.json").read_text())
 
 
 def kept_in(run):

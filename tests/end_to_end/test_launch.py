@@ -10,14 +10,14 @@ import subprocess
 import time
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from accum_trainer.launch.process import start_of
 from accum_trainer.launch.rank import RankStatus
 from accum_trainer.train.records import read_records
+from tests.end_to_end.read_runs import result_of, weights_in
 from tests.end_to_end.started import Started, accum_trainer, process_of, wait_for_end
 from tests.launching import ROOT, cli, torchrun
+from tests.reference import equal
 
 TWO = ROOT / "launch_configs" / "cpu_2proc.yaml"
 
@@ -57,14 +57,6 @@ def pid_of(run, rank):
     return json.loads(status.read_text())["pid"]
 
 
-def weights(run):
-    return load_file(run / "model" / "model.safetensors")
-
-
-def equal(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
 def test_ctrl_c_saves_on_all_processes_and_the_same_command_continues(tmp_path, train):
     steps = [*train, "--steps", 12]
     whole = torchrun(2, "accum_trainer.train", *steps, "--output-dir", tmp_path / "whole")
@@ -81,7 +73,7 @@ def test_ctrl_c_saves_on_all_processes_and_the_same_command_continues(tmp_path, 
     again = cli("launch", TWO, "--", *arguments, OMP_NUM_THREADS=1)
     assert again.returncode == 0, again.stderr[-3000:]
     assert f"after {stopped_at} updates" in again.stderr
-    assert equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert equal(weights_in(tmp_path / "run" / "model"), weights_in(tmp_path / "whole" / "model"))
 
 
 def test_each_process_has_its_log_and_rank_0_the_screen(tmp_path, train):
@@ -135,7 +127,7 @@ def test_a_killed_process_is_started_again_with_all_others(tmp_path, train):
     )
     assert len(again) == 1 and f"after {again[0]} updates" in started.err
     assert [record["step"] for record in read_records(run / "metrics.jsonl")] == list(range(1, 9))
-    assert equal(weights(run), weights(tmp_path / "whole"))
+    assert equal(weights_in(run / "model"), weights_in(tmp_path / "whole" / "model"))
 
 
 @pytest.mark.long
@@ -306,5 +298,5 @@ def test_a_launcher_that_is_killed_takes_its_processes_along(tmp_path, train, wh
         assert started.ended() == -signal.SIGKILL
     for pid in pids:
         wait_for_end(pid)
-    saved = json.loads((run / "result.json").read_text())
+    saved = result_of(run)
     assert not saved["done"] and saved["updates"] >= 2

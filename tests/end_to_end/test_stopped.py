@@ -8,10 +8,11 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from accum_trainer.train.model_origin import read_origin
+from tests.end_to_end.read_runs import result_of, weights_in
 from tests.launching import torchrun
+from tests.reference import equal
 
 STEPS = ("--batch-size", "2", "--max-seq-len", "32", "--lr", "1e-2", "--output-dir", "run")
 AT_ONCE = ("--max-hours", "1e-9")  # after one window the next ends the run
@@ -26,18 +27,6 @@ for record in updates(config):
     if record["step"] == 2 and os.environ.get("RANK", "0") == sys.argv[1]:
         os.kill(os.getpid(), signal.SIGTERM)
 """
-
-
-def result_of(run):
-    return json.loads((run / "result.json").read_text())
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def equal(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -65,7 +54,7 @@ def test_a_continued_run_that_is_stopped_says_of_which_update_its_model_is(
     run = tmp_path / "run"
     assert train(*STEPS, "--steps", "3").status == 0
     assert result_of(run)["model_updates"] == 3
-    before = weights(run / "model")
+    before = weights_in(run / "model")
     stopped = train(*STEPS, "--steps", "9", *AT_ONCE)
     assert stopped.status == 75
     assert stopped.out.endswith(
@@ -75,11 +64,11 @@ def test_a_continued_run_that_is_stopped_says_of_which_update_its_model_is(
     )
     result = result_of(run)
     assert (result["updates"], result["model_updates"]) == (5, 3)
-    assert equal(weights(run / "model"), before)
+    assert equal(weights_in(run / "model"), before)
     assert command("checkpoint", "export", "run", "-o", "so-far", cwd=tmp_path).status == 0
-    assert not equal(weights(tmp_path / "so-far"), before)
+    assert not equal(weights_in(tmp_path / "so-far"), before)
     assert train(*STEPS, "--steps", "5").status == 0  # as the run stands, it is done
-    assert equal(weights(run / "model"), weights(tmp_path / "so-far"))
+    assert equal(weights_in(run / "model"), weights_in(tmp_path / "so-far"))
     assert result_of(run)["model_updates"] == 5
 
 
@@ -113,14 +102,13 @@ def test_a_merge_takes_an_unfinished_run_only_with_the_model_of_its_newest_check
     assert exported.status == 0, exported.err
     # A killed run has no result: the model's own samples count, not those of later records.
     (tmp_path / "run" / "result.json").unlink()
-    with open(tmp_path / "run" / "metrics.jsonl") as file:
-        lines = file.read()
-    (tmp_path / "run" / "metrics.jsonl").write_text(lines + lines)
+    records = tmp_path / "run" / "metrics.jsonl"
+    records.write_text(2 * records.read_text())
     merged = merge()
     assert merged.status == 0, merged.err
     report = json.loads((tmp_path / "out" / "merge.json").read_text())
     assert [part["num_samples"] for part in report["parts"]] == [8, 4]
-    mine, other, mean = (weights(tmp_path / n) for n in ("run/model", "other/model", "out"))
+    mine, other, mean = (weights_in(tmp_path / n) for n in ("run/model", "other/model", "out"))
     name = "model.norm.weight"
     assert torch.allclose(mean[name], (2 * mine[name] + other[name]) / 3, atol=1e-7)
     assert read_origin(tmp_path / "out") is None

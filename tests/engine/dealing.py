@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from accum_trainer import AccumTrainerError, Accumulator, causal_lm_loss
-from tests.reference import make_model, make_rows, pad
+from tests.reference import equal, make_model, make_rows, pad
 
 
 def built(kind: str, dealt: bool) -> torch.nn.Module:
@@ -33,10 +33,6 @@ def trained(kind: str, dealt: bool) -> dict[str, Any]:
         acc.step(optimizer)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     return {"begun": begun, "buffers": buffers, "ended": acc.engine.full_weights(model)}
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
 def refusal(build: Any) -> str:
@@ -65,7 +61,7 @@ def main() -> None:
     found = {}
     for kind in ("llama", "gpt2", "lora"):
         whole, dealt = trained(kind, False), trained(kind, True)
-        found[kind] = {name: same(whole[name], dealt[name]) for name in whole}
+        found[kind] = {name: equal(whole[name], dealt[name]) for name in whole}
         begun = make_model(kind).state_dict()
         found[kind]["loaded"] = all(torch.equal(begun[n], w) for n, w in dealt["begun"].items())
     said = [refusal(lambda: on_meta_but(1)), refusal(another)]

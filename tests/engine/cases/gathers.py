@@ -15,12 +15,11 @@ from tests.engine.cases.probing import (
     Probe,
     accumulator,
     case,
-    equal,
     forget_accelerate,
     rank,
     world_size,
 )
-from tests.reference import make_model, make_rows, pad
+from tests.reference import equal, make_model, make_rows, pad
 
 ONCE, EVERY = "once-per-window", "every-microbatch"
 

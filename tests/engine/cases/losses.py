@@ -19,7 +19,6 @@ from tests.engine.cases.probing import (
     accumulator,
     case,
     compare,
-    equal,
     lengths,
     models_own_mean,
     rank,
@@ -28,6 +27,7 @@ from tests.engine.cases.probing import (
 from tests.reference import (
     IGNORE,
     big_batch,
+    equal,
     make_model,
     make_rows,
     num_targets,

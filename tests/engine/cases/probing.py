@@ -110,10 +110,6 @@ class Probe:
         return big_batch(now, rows)
 
 
-def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 def summed(model: torch.nn.Module, batch: dict) -> tuple[torch.Tensor, str]:
     return causal_lm_loss(model, batch), "sum"
 

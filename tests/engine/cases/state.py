@@ -9,8 +9,8 @@ import torch
 
 from accum_trainer import causal_lm_loss
 from accum_trainer.engine.own_parts import whole_tensors
-from tests.engine.cases.probing import ENGINE, Probe, accumulator, case, compare, equal, planned
-from tests.reference import big_batch, make_model, make_rows, pad, relative_error
+from tests.engine.cases.probing import ENGINE, Probe, accumulator, case, compare, planned
+from tests.reference import big_batch, equal, make_model, make_rows, pad, relative_error
 
 
 @case

@@ -12,11 +12,10 @@ from tests.engine.cases.probing import (
     accumulator,
     case,
     case_of_accelerate,
-    equal,
     rank,
     world_size,
 )
-from tests.reference import big_batch, make_model, make_rows, pad, relative_error
+from tests.reference import big_batch, equal, make_model, make_rows, pad, relative_error
 
 
 @case
