@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from benchmarks.chaos import FAULTS, unavailable
+from benchmarks.chaos_faults import FAULTS, unavailable
 from tests.launching import python
 
 TRIALS = 15
