@@ -401,10 +401,9 @@ class Accumulator:
             self.engine.discard_window_grads(optimizer)
 
     def _end_row(self, window: Window) -> list[float | torch.Tensor]:
-        stop, save = self._stop_requested, self._save_requested
-        if save:
-            self._save_requested = False
-        return end_row(window, stop, save)
+        row = end_row(window, self._stop_requested, self._save_requested)
+        self._save_requested = False  # one request, one update; a stop stays asked for
+        return row
 
     def _conclude(
         self, window: Window, table: np.ndarray, grad_norm: float, stepped: bool, reason: str

@@ -1,7 +1,7 @@
 """The errors a user can meet: one tree, each with the exit status of the command line.
 
     AccumTrainerError        1   training cannot go on
-      DivergedError          1   too many windows gave no update
+      DivergedError          1   too many of the last windows gave no update
       ConfigError            2   an option, or several options together, cannot be obeyed
       DataError              2   the data cannot be read, or cannot be trained on
       EngineError            2   the engine asked for is not the engine in force, or cannot do this
@@ -22,7 +22,7 @@ class AccumTrainerError(Exception):
 
 
 class DivergedError(AccumTrainerError):
-    """Too many windows gave no update."""
+    """Too many of the last windows gave no update."""
 
 
 class ConfigError(AccumTrainerError):
@@ -53,3 +53,9 @@ class LoopError(AccumTrainerError):
     """A training step that was given to `verify --loop` raised an exception."""
 
     exit_status = 2
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, as a clause that a message of ours goes on after."""
+    said = str(error).strip()
+    return said.splitlines()[0].rstrip(" .;:") if said else repr(error)

@@ -95,13 +95,13 @@ Act = Callable[[Job, random.Random], bool]
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to a run.
+    """One way to break a run.
 
     Attributes:
         says: it, in words.
         act: brings it about.
-        inject: what every start of the run has in it (`tests/forkserver.py`), of the undisturbed
-            run too.
+        inject: built into every start of the run (`tests/forkserver.py`), of the undisturbed one
+            too.
         takes_several: it takes a run on several processes.
     """
 

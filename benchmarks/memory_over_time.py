@@ -90,7 +90,7 @@ def prepare(folder: Path) -> None:
 def measure(
     kind: str, folder: Path, most: int = 2000, traced: bool = False
 ) -> tuple[list[list[dict[str, float]]], Completed]:
-    """What each process measured, and how the run ended.
+    """The measurements of each process, and how the run ended.
 
     Raises:
         RuntimeError: the run failed.

@@ -1,5 +1,5 @@
-"""What a launcher does and says after a failure: how often it starts its job again, and with which
-arguments; which process it names."""
+"""A launcher after a failure: how often it starts its job again, and with which arguments; which
+process it names."""
 
 from __future__ import annotations
 

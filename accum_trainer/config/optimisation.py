@@ -20,8 +20,8 @@ class LengthOptions(Section):
     )
     max_skips: int = option(
         50,
-        "End the run when so many of the last twice as many windows gave no update: it has "
-        "diverged. fp16 needs about 16 to find its scale.",
+        "End the run when N of its last 2 N windows gave no update: it has diverged. fp16 needs "
+        "about 16 to find its scale.",
         minimum=1,
     )
     timeout: float = option(

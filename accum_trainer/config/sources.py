@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from accum_trainer.errors import ConfigError
+from accum_trainer.errors import ConfigError, first_line
 
 ENVIRONMENT_PREFIX = "ACCUM_TRAINER_"
 # Variables with this prefix that are not options of `train`.
@@ -35,10 +35,12 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if (key.tag, key.value) in seen:
                 problem = f"{key.value} has two values; give it once"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            seen.add((key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key))
+            seen.add((key.tag, key.value))
         return node
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
@@ -53,7 +55,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: str | Path, what: str = "configuration") -> Any:
-    """What a YAML file holds.
+    """Read a YAML file, whatever it holds.
 
     Args:
         what: the file is, for the message if it cannot be read.
@@ -72,14 +74,10 @@ def read_yaml(path: str | Path, what: str = "configuration") -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         raise ConfigError(
-            f"{path}{line} is not YAML: {getattr(error, 'problem', None) or _first_line(error)}"
+            f"{path}{line} is not YAML: {getattr(error, 'problem', None) or first_line(error)}"
         ) from None
     except RecursionError:
         raise ConfigError(f"{path} cannot be read: its values are nested too deeply") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def read_options(path: str | Path) -> dict[str, Any]:

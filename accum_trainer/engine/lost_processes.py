@@ -32,12 +32,12 @@ def launched_processes() -> int:
         ConfigError: WORLD_SIZE does not say.
     """
     text = os.environ.get("WORLD_SIZE", "1")
-    if not text.isdecimal() or not int(text[:10]) > 0:
+    if not text.isdecimal() or len(text) > 9 or int(text) == 0:
         raise ConfigError(
             f"WORLD_SIZE={text} is no number of processes; unset it, or start the program with a "
             "launcher, which sets it"
         )
-    return int(text[:10])
+    return int(text)
 
 
 def refuse_lost_processes() -> None:

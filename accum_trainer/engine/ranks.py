@@ -27,7 +27,7 @@ from accum_trainer.errors import AccumTrainerError, EngineError
 PATIENCE = timedelta(hours=24)
 _LONGEST_SEC = 1e9  # that backends can count in milliseconds
 T = TypeVar("T")
-# What gloo and NCCL say when another process can no longer be reached.
+# gloo and NCCL say this when another process can no longer be reached.
 _LOST = (
     "Connection closed by peer",
     "Connection reset by peer",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -19,8 +18,6 @@ from accum_trainer.errors import ConfigError
 
 AUTO, ONCE, EVERY = "auto", "once-per-window", "every-microbatch"
 POLICIES = (AUTO, ONCE, EVERY)
-# What helps where a micro-batch that ran out of memory cannot be run again.
-LOWER = "lower the micro-batch (the effective batch stays)"
 
 
 @dataclass(frozen=True)
@@ -82,25 +79,3 @@ def _least_free(ranks: Ranks) -> float:
     if ranks.device.type == "cpu":  # which the processes of a machine share
         free /= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return float(ranks.all_gather_floats([free])[:, 0].min())
-
-
-def retry_blocker(engine: Any, is_last: bool) -> str:
-    """Why a rank alone cannot run a micro-batch again in the same window, by the exchanges that
-    the engine makes in one; "" if it can."""
-    if not engine.runs_alone:
-        return (
-            f"{engine.name} gathers weights from all processes in every forward, so none can run "
-            f"one alone; {LOWER}"
-        )
-    if engine.equal_micro_batches:
-        return (
-            f"with grad_sync={engine.grad_sync} {engine.name} reduces each micro-batch on all "
-            f"processes, and the other processes wait for its gradients; {LOWER}, or use "
-            f"grad_sync={ONCE}"
-        )
-    if is_last and engine.reduces_in_last_backward:
-        return (
-            "it is the last of its window, whose backward exchanges gradients with the other "
-            f"processes; {LOWER}, or use recover_from_oom=always, which exchanges after it"
-        )
-    return ""

@@ -170,7 +170,8 @@ def complete(
 
 
 def weights_are_set(config: dict[str, Any]) -> str:
-    """What the configuration itself says of weights that stage 3 keeps whole; "" if nothing."""
+    """The setting by which the configuration itself decides which weights stage 3 keeps whole; ""
+    if it has none."""
     zero = config["zero_optimization"]
     threshold = zero.get(_PERSISTENT, "auto")
     if threshold != "auto":

@@ -1,4 +1,4 @@
-"""What DeepSpeed does not make public and an engine changes all the same, checked or replaced.
+"""DeepSpeed's private state, as far as an engine of ours has to check, replace or clear it.
 
 Knows DeepSpeed's private names; no window, and no engine of ours.
 """

@@ -17,7 +17,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from accum_trainer.config.option import shown
 from accum_trainer.config.sources import read_yaml
-from accum_trainer.errors import ConfigError
+from accum_trainer.errors import ConfigError, first_line
 from accum_trainer.launch.spec import PRECISIONS
 
 _KNOWN = ("NO", "MULTI_GPU", "DEEPSPEED", "FSDP")
@@ -54,9 +54,8 @@ def read_launch_file(path: Path, cpu: bool) -> LaunchFile:
     try:
         config = load_config_from_file(str(path))
     except Exception as error:  # of any type: the first statement that a value does not suit
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ConfigError(
-            f"accelerate {accelerate_version} cannot read {path}: {reason}; "
+            f"accelerate {accelerate_version} cannot read {path}: {first_line(error)}; "
             "write it again with `accum-trainer config create`"
         ) from None
     kind = str(getattr(config.distributed_type, "value", config.distributed_type))
@@ -113,9 +112,9 @@ def _check_values(path: Path, config: Any) -> None:
 def _whole_number(path: Path, config: Any, name: str) -> int | None:
     """A number of the file; None if it has none."""
     value = getattr(config, name)
-    text = shown(value)
     if value is None:
         return None
+    text = shown(value)
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise ConfigError(f"{path}: {name}={text} is no whole number")
     try:

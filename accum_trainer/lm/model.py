@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from accum_trainer.config import TrainConfig
-from accum_trainer.errors import ConfigError
+from accum_trainer.errors import ConfigError, first_line
 
 TINY = "tiny"
 _MODEL_REMEDY = f"; give a folder that save_pretrained wrote, a hub id, or `{TINY}`"
@@ -97,7 +97,7 @@ def _not_loaded(config: TrainConfig, what: str, error: Exception) -> ConfigError
             f"model={config.model} wants to run Python code that comes with it; read the code, "
             "then allow it with --trust-remote-code, or take another model"
         )
-    return ConfigError(f"model={config.model} {what}: {_first_line(error)}{_MODEL_REMEDY}")
+    return ConfigError(f"model={config.model} {what}: {first_line(error)}{_MODEL_REMEDY}")
 
 
 def stored_dtype(config: TrainConfig) -> torch.dtype:
@@ -205,7 +205,7 @@ def _set_attention(model: Any, config: TrainConfig) -> None:
     try:
         model.set_attn_implementation(config.attention)
     except Exception as error:  # a missing package, an unknown name
-        raise ConfigError(f"{wrong}{_first_line(error)}{remedy}") from None
+        raise ConfigError(f"{wrong}{first_line(error)}{remedy}") from None
     # Older models only warn and keep theirs. transformers has no public name for the one in use.
     found = model.config._attn_implementation  # noqa: SLF001
     if found != config.attention and not (is_flash(found) and is_flash(str(config.attention))):
@@ -247,7 +247,7 @@ def compile_blocks(model: Any, device: torch.device) -> int:
         torch.compile(torch.sin, dynamic=True)(torch.ones(3, device=device))
     except Exception as error:  # of many types: no compiler, no Triton, no writable folder
         raise ConfigError(
-            f"compile=true does not work here: {_first_line(error)}; install a C++ compiler (on a "
+            f"compile=true does not work here: {first_line(error)}; install a C++ compiler (on a "
             "GPU, Triton), or leave it out"
         ) from None
     import torch._dynamo.config as dynamo
@@ -358,16 +358,10 @@ def _with_lora(model: Any, config: TrainConfig) -> Any:
             }
         )
         raise ConfigError(
-            f"lora_target_modules={targets} cannot be adapted: {_first_line(error)}; this model's "
+            f"lora_target_modules={targets} cannot be adapted: {first_line(error)}; this model's "
             f"linear modules are {', '.join(linear)}"
         ) from None
 
 
 def _names(text: str | None) -> list[str] | None:
     return [name.strip() for name in text.split(",")] if text else None
-
-
-def _first_line(error: Exception) -> str:
-    """The first line of an error's message, as a clause that a message of ours goes on after."""
-    said = str(error).strip()
-    return said.splitlines()[0].rstrip(" .;:") if said else repr(error)

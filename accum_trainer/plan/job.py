@@ -7,7 +7,7 @@ from functools import cached_property
 
 from accum_trainer.batch_plan import BatchPlan
 from accum_trainer.config import TrainConfig
-from accum_trainer.errors import AccumTrainerError
+from accum_trainer.errors import AccumTrainerError, first_line
 from accum_trainer.lm.model import frozen_dtype
 from accum_trainer.plan.shapes import Trace, model_shapes, trace
 
@@ -83,7 +83,7 @@ class Job:
         # A model's code may fail in any way on tensors without values; activations are then
         # unknown.
         except Exception as error:
-            self.unknown = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            self.unknown = f"{type(error).__name__}: {first_line(error)}"
             return None
 
 

@@ -29,7 +29,7 @@ import torch
 from safetensors import safe_open
 
 from accum_trainer.engine.own_parts import MODEL, OPTIMIZER, Part, whole_tensors
-from accum_trainer.errors import CheckpointError
+from accum_trainer.errors import CheckpointError, first_line
 
 MANIFEST, STATE = "manifest.json", "state.json"
 _FORMAT = 3
@@ -264,9 +264,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         groups = [_group(options) for options in state["optimizer_groups"]]
         rng = [_read_rng(file) for file in parts]
     except Exception as error:  # of any type: the bytes are those of the manifest, whoever wrote it
-        first = (str(error).strip().splitlines() or [""])[0]
         raise CheckpointError(
-            f"{path} was not written by accum_trainer: {type(error).__name__}: {first}"
+            f"{path} was not written by accum_trainer: {type(error).__name__}: {first_line(error)}"
         ) from None
     model: dict[str, torch.Tensor] = {}
     states: dict[str, dict[str, torch.Tensor]] = {}

@@ -130,7 +130,7 @@ class Run:
         return f"{describe_plan(self._plan, self.training)}\nrun directory: {self.folder}"
 
     def describe_stop(self) -> str:
-        """What to do after the run was stopped."""
+        """Name the commands that continue the stopped run and that export its model."""
         done = self.training.accumulator.num_updates
         text = (
             f"stopped by {self.stopped_by} after {done} updates, saved; the same command with "

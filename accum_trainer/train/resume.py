@@ -42,7 +42,7 @@ def capture(training: Training, tally: Tally, best: dict[str, Any] | None) -> Sn
 
     Args:
         tally: of the run's records so far.
-        best: what the checkpoint says of the best one.
+        best: the best checkpoint by then, as `BestCheckpoint.begin_save` gives it.
     """
     engine = training.accumulator.engine
     optimizer = training.optimizer.accelerated

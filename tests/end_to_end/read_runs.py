@@ -1,4 +1,4 @@
-"""What a finished run has written."""
+"""Read the results and the weights of a finished run."""
 
 from __future__ import annotations
 

@@ -22,10 +22,9 @@ from tests.end_to_end import test_wrong_launch as wrong_launch
 from tests.made_runs import list_runs, make_run
 from tests.test_checkpoint import save
 
-TWO = yaml.safe_dump(wrong_launch.TWO)
 EXTRA = "a: 1\nb: 2\n"
 LOOP = "def update(accelerator, model, optimizer, scheduler, batches):\n    pass\n"
-# name: (arguments, what the message says); {} stands for nothing.
+# name: (arguments, parts of the message)
 PLAN = {
     "B zero": (["--batch-size", "0"], "batch_size=0 is below 1"),
     "B word": (["--batch-size", "four"], "batch_size='four' is not an integer"),
@@ -365,12 +364,13 @@ def refused(place, monkeypatch, tmp_path_factory, capsys):
 
 @pytest.mark.parametrize(("words", "name"), ROWS, ids=[f"{w} {n}" for w, n in ROWS])
 def test_wrong_command(refused, words, name):
-    argv, says = TABLES[words][name]
-    more = []
-    if "parallel" in words:
-        more = [*([] if "--cuda-ids" in argv else ["--cuda-ids", "0,1"])]
-        more += [*([] if "--output-dir" in argv else ["--output-dir", "set"])]
-    refused([*words.split(), *argv, *more], says)
+    table = TABLES[words]
+    argv, says = table[name]
+    given = [*words.split(), *argv]
+    if table is INDEPENDENT:
+        for option, value in (("--cuda-ids", "0,1"), ("--output-dir", "set")):
+            given += [] if option in argv else [option, value]
+    refused(given, says)
 
 
 VARIABLES = {
