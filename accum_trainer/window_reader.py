@@ -133,10 +133,11 @@ class WindowReader:
             check_own_data(fingerprints)
         elif len(set(fingerprints)) > 1 or read.share is None:
             raise DataError(
-                "the processes read different data: each would train on batches the others also "
-                "take or skip. If it is shuffled, seed the sampler's generator alike on all "
-                "processes; if it is already split by rank, pass the whole data set or loader, or "
-                "iter(batches) for batches that are each process's own"
+                "the processes read different data, or samples of other lengths: each would train "
+                "on batches the others also take or skip. If it is shuffled, seed the sampler's "
+                "generator alike on all processes; if samples are drawn or cut when they are made, "
+                "make them alike on all processes; if it is already split by rank, pass the whole "
+                "data set or loader, or iter(batches) for batches that are each process's own"
             )
         check_same_sample([one.sample for one in counts])
         self._all_read_ahead = all(one.can_read_ahead for one in counts)

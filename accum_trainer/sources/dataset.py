@@ -164,7 +164,8 @@ class PlannedSource:
                 targets = self._num_targets[window]
                 counts = [self._counts(targets, lengths, own) for own in by_rank]
             sample = self._sample(int(window[0]))
-            fingerprint = zlib.crc32(window.tobytes())
+            # Ranks that know other lengths would cut and deal the same window differently.
+            fingerprint = zlib.crc32(lengths.tobytes(), zlib.crc32(window.tobytes()))
             announced.append(Announced(len(mine), consumed, fingerprint, counts, sample))
             filler = [[int(window[lengths.argmin()])]]
             batches = [window[micro_batch].tolist() for micro_batch in mine] or filler

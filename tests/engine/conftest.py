@@ -65,6 +65,7 @@ OF_ANY_ENGINE = {
     "i40_i41_packed_samples_that_see_each_other",
     "every_cut_gives_the_same_gradient",
     "ranks_that_end_at_different_windows",
+    "rows_that_the_last_rank_has_longer",
     "reading_ahead_survives_breaks_epochs_and_resuming",
     "r52_global_batch_that_does_not_divide",
 }

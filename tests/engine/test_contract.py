@@ -216,6 +216,14 @@ def test_ranks_that_end_at_different_windows_are_both_told(case, world_size):
             )
 
 
+def test_ranks_that_know_other_lengths_would_lose_samples_and_are_told(case, world_size):
+    for result in case("rows_that_the_last_rank_has_longer"):
+        if world_size == 1:
+            assert result == {"updates": 3, "raised": ""}
+        else:
+            assert result["updates"] == 0 and "samples of other lengths" in result["raised"]
+
+
 def test_i17_every_sample_once_whatever_divides(case):
     for result in case("i17_odd_counts_every_sample_once"):
         assert result == {"gradients": [2.5, 6.5, 10.0], "samples": [4, 4, 3]}

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from accum_trainer import DataError, causal_lm_loss
+from accum_trainer.window_plan import global_order
 from benchmarks.grad_sync import counting
 from tests.engine.cases.probing import (
     ENGINE,
@@ -172,6 +173,28 @@ def ranks_that_end_at_different_windows() -> dict[str, Any]:
     loader = DataLoader(_Shorter(rows), batch_size=2, collate_fn=pad)
     found = _until_it_fails(probe, acc.windows(loader), rows[:8])
     return {"updates": found["updates"], "raised": found["raised"]}
+
+
+@case
+def rows_that_the_last_rank_has_longer() -> dict[str, Any]:
+    """Rows 1 and up are of other lengths there, so that it would deal a window differently."""
+    rows = make_rows(24)
+    is_other = world_size() > 1 and rank() == world_size() - 1
+    found = [{k: v[: 2 + i % 3] for k, v in row.items()} for i, row in enumerate(rows)]
+    acc = accumulator(2, global_batch_size=8)
+    probe = Probe(acc, make_model("llama"))
+    # The one sample that all ranks compare is the same.
+    first = int(global_order(len(rows), 0, 0)[0])
+    own = [*rows[:first], found[first], *rows[first + 1 :]] if is_other else found
+    try:
+        for window in acc.windows(own, collate_fn=pad):
+            for batch in window:
+                with acc.accumulate(probe.model):
+                    acc.backward(causal_lm_loss(probe.model, batch))
+            probe.step()
+    except DataError as error:
+        return {"updates": acc.num_updates, "raised": str(error)}
+    return {"updates": acc.num_updates, "raised": ""}
 
 
 def _count_exchanges(probe: Probe) -> list[int]:
