@@ -64,6 +64,7 @@ KEEPS_APART = {
         num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]], window_size=6
     ),
     "Phi3": {},
+    "Doge": dict(keep_window_size=512),  # adds to the mask
 }
 SEES_OTHERS = {
     "GptOss": dict(head_dim=16, sliding_window=6, num_local_experts=4) | EXPERTS,

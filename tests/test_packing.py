@@ -242,6 +242,12 @@ def test_i40_layout_is_decided_by_the_proof(fresh_accelerate):
         match=r"layout=packed cannot be used with model=x, whose packed samples see each .*use",
     ):
         layout_of(make("Lfm2"), layout="packed", model="x")
+    # Its attention adds to the mask, which `packed_sdpa` does not make; sdpa keeps samples apart.
+    doge = make("Doge")
+    assert layout_of(doge, layout="packed") == Layout(True, f"asked for; proven: {proven}")
+    assert doge.config._attn_implementation == "sdpa"  # noqa: SLF001
+    found = layout_of(make("Doge"))
+    assert not found.packed and "too many indices" in found.reason
     mamba = make("Mamba2")
     # It has no attention; this is the default of similar models on a GPU.
     mamba.config._attn_implementation = "flash_attention_2"  # noqa: SLF001

@@ -20,6 +20,7 @@ from accum_trainer.errors import ConfigError
 from accum_trainer.lm.model import is_flash
 from accum_trainer.lm.packed_attention import PACKED_SDPA, attend_inside_samples
 from accum_trainer.losses.packing import attention_windows, find_packing, worst_of
+from accum_trainer.losses.packing_proof import Packing
 from accum_trainer.sources.collating import PaddingCollator
 from accum_trainer.speed.batch_size import FoundBatchSize, find_batch_size
 from accum_trainer.speed.cost import measured_cost, seconds_of
@@ -88,18 +89,26 @@ def decide_layout(
             False,
             f"{attention} attention would compute, and mask, all pairs of samples in a packed row",
         )
-    found = find_packing(
-        plain_model,
-        torch.tensor(
-            [t for i in range(min(4, len(rows))) for t in rows[i]["input_ids"]],
-            device=engine.device,
-        ),
-        longest=longest,
-        most=config.max_tokens_per_micro_batch or longest * accumulator.plan.micro_batch_size,
-        is_16_bit=engine.mixed_precision != "no",
-        backward=engine.runs_alone,
-        agree=lambda found: worst_of(engine.gather_objects(found)),
+    tokens = torch.tensor(
+        [t for i in range(min(4, len(rows))) for t in rows[i]["input_ids"]], device=engine.device
     )
+
+    def proven() -> Packing:
+        return find_packing(
+            plain_model,
+            tokens,
+            longest=longest,
+            most=config.max_tokens_per_micro_batch or longest * accumulator.plan.micro_batch_size,
+            is_16_bit=engine.mixed_precision != "no",
+            backward=engine.runs_alone,
+            agree=lambda found: worst_of(engine.gather_objects(found)),
+        )
+
+    found = proven()
+    if switched and not found.holds:
+        plain_model.set_attn_implementation(before)
+        if config.layout == "packed":  # a model that reads its mask cannot read ours
+            found = proven()
     if found.holds:
         reason = (
             "asked for"
@@ -107,8 +116,6 @@ def decide_layout(
             else f"{attention} computes no attention between samples"
         )
         return Layout(True, f"{reason}; proven: {found.reason}", found.boundaries)
-    if switched:
-        plain_model.set_attn_implementation(before)
     if config.layout == "packed":
         raise ConfigError(
             f"layout=packed cannot be used with model={config.model}, whose packed samples see "
