@@ -87,6 +87,11 @@ def prepare_model(
     unprepared = load_same(config, engine, data.tokenizer)
     initial_weights = _same_weights(engine, config, unprepared)
     _check_attention(unprepared, engine)
+    if not any(p.requires_grad for p in unprepared.parameters()):
+        raise ConfigError(
+            f"model={config.model} has no weight that is trained, as an adapter that was saved has "
+            "none; add use_peft to train new adapters on top of it, or name the base model"
+        )
     # Fused: one pass over weights and states instead of ten.
     adamw = torch.optim.AdamW(
         _decay_groups(unprepared, config.weight_decay), lr=schedule.peak_lr, fused=True
@@ -125,9 +130,12 @@ def load_same(config: TrainConfig, engine: Any, tokenizer: Any) -> Any:
     frozen = frozen_dtype(config, engine.mixed_precision)
     if engine.deals_weights and engine.world_size > 1:
         model = engine.together(_load_on_main, config, engine.is_main, tokenizer, frozen)
-        # All read one whose weights are not what its configuration says, such as a quantised one.
-        if len(set(map(str, engine.gather_objects(signature_of(model))))) == 1:
+        # All read one whose weights are not what its configuration says, such as a quantised one,
+        # or an adapter's folder, which has no configuration.
+        signature = None if model is None else signature_of(model)
+        if len(set(map(str, engine.gather_objects(signature)))) == 1:
             return model
+        del model
         torch.manual_seed(config.seed)
     # With weights sharded at loading, loading is itself a collective.
     is_alone = engine.runs_alone or engine.deals_weights
@@ -136,10 +144,14 @@ def load_same(config: TrainConfig, engine: Any, tokenizer: Any) -> Any:
 
 
 def _load_on_main(config: TrainConfig, is_main: bool, tokenizer: Any, frozen: torch.dtype) -> Any:
+    """The model, elsewhere its shape; None if that cannot be had without reading the weights."""
     if is_main:
         return load_model(config, tokenizer, frozen)
-    with torch.device("meta"):
-        return shape_of_model(config, frozen)
+    try:
+        with torch.device("meta"):
+            return shape_of_model(config, frozen)
+    except Exception:  # of any type: the model's own code. What is wrong, loading it says
+        return None
 
 
 def _same_weights(engine: Any, config: TrainConfig, model: Any) -> str | None:

@@ -224,6 +224,34 @@ def test_fsdp2_from_a_launch_config(tmp_path, rows):
         assert torch.allclose(weights[0][name], weights[1][name], rtol=1e-4, atol=1e-6), name
 
 
+def test_fsdp2_on_an_adapters_folder_trains_as_one_process(tmp_path, rows):
+    """Its folder has no model's configuration that process 1 could build shapes from."""
+    argv = ["--use-peft", "--steps", "2", "--batch-size", "1", "--dataset-file", rows, "--cpu"]
+    base, saved = tmp_path / "base", tmp_path / "adapters"
+    for folder, model, *options in ((base, "tiny"), (saved, base / "model", "--use-peft")):
+        made = ["--model", model, "--cpu", "--steps", "1", "--output-dir", folder, *options]
+        finished = python("-m", "accum_trainer.train", *made)
+        assert finished.returncode == 0, finished.stderr[-3000:]
+    argv += ["--model", saved / "model", "--global-batch-size", "2"]
+    finished = [
+        torchrun(
+            *(2, "accum_trainer.train", *argv, "--output-dir", tmp_path / "fsdp2"),
+            ACCELERATE_USE_FSDP="true",
+            FSDP_VERSION="2",
+        ),
+        python("-m", "accum_trainer.train", *argv, "--output-dir", tmp_path / "single"),
+    ]
+    assert [f.returncode for f in finished] == [0, 0], finished[0].stderr[-3000:]
+    curves = [
+        [r["loss"] for r in read_records(tmp_path / name / "metrics.jsonl")]
+        for name in ("fsdp2", "single")
+    ]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+    # Without new adapters nothing of it is trained.
+    alone = python("-m", "accum_trainer.train", *argv[1:], "--output-dir", tmp_path / "frozen")
+    assert alone.returncode == 2 and "has no weight that is trained" in alone.stderr
+
+
 @pytest.mark.parametrize(
     ("variables", "says"),
     [
