@@ -54,6 +54,36 @@ def test_lengths_of_samples_in_memory():
     assert find_lengths(own).tolist() == LENGTHS
 
 
+class Drawn(list):
+    """Samples of a length that is drawn when they are read."""
+
+    def __getitem__(self, index):
+        return {"input_ids": torch.ones(int(torch.randint(1, 9, ())))}
+
+    def __iter__(self):
+        return (self[index] for index in range(len(self)))
+
+
+class Unreadable(dict):
+    def __getitem__(self, key):
+        raise OSError("the disk is gone")
+
+
+def test_samples_that_are_made_when_they_are_read_are_left_alone():
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    assert find_lengths(Drawn(range(4))) is None
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert find_lengths([Unreadable(input_ids=[1])]) is None
+
+
+@pytest.mark.parametrize("other", [7, {"min": 1}, "long", lambda: [1, 2], ["a", "b"]])
+def test_an_attribute_that_means_something_else(other):
+    own = Asked()
+    own.lengths = other
+    assert find_lengths(own) is None
+
+
 def test_lengths_of_a_table_follow_its_rows():
     """Shuffled, selected, split and joined; as arrays, lists of fixed size or large lists."""
     table = datasets.Dataset.from_list(SAMPLES)
@@ -83,3 +113,6 @@ def test_a_table_that_says_nothing_of_its_samples():
         datasets.Dataset.from_dict({"input_ids": [[1], None]}),
     ):
         assert find_lengths(other) is None
+    assert find_lengths(table) is not None
+    table.set_transform(lambda rows: {"input_ids": [[1]] * len(rows["labels"])})  # in place
+    assert find_lengths(table) is None

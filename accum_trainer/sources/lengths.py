@@ -21,28 +21,39 @@ _known: weakref.WeakKeyDictionary[Any, np.ndarray | None] = weakref.WeakKeyDicti
 def find_lengths(dataset: Any) -> np.ndarray | None:
     """Tokens of each sample, shape (samples,), int64; None if they are not at hand.
 
-    From the attribute `lengths`; the column `input_ids`, or else `length`, of a
-    `datasets.Dataset`; the `input_ids` of samples in a list or tuple.
+    From the attribute `lengths`, if it is a row of numbers; the column `input_ids`, or else
+    `length`, of a `datasets.Dataset`; the `input_ids` of samples in a list or tuple.
     """
-    found = getattr(dataset, "lengths", None)
-    if found is not None:
-        return np.asarray(found)
-    if isinstance(dataset, (list, tuple)):
+    found = np.asarray(getattr(dataset, "lengths", None))
+    if found.ndim == 1 and found.dtype.kind in "iuf":  # else the name means something else
+        return found
+    if any(_is_read_as(kind, dataset) for kind in (list, tuple)):
         return _of_samples(dataset)
     names = getattr(dataset, "column_names", None)
     if isinstance(names, list) and hasattr(dataset, "with_format"):
         # A transform may give samples that have little to do with the columns.
-        is_as_stored = getattr(dataset, "format", {}).get("type") != "custom"
-        if is_as_stored and dataset not in _known:
+        if getattr(dataset, "format", {}).get("type") == "custom":
+            return None
+        if dataset not in _known:
             _known[dataset] = _of_table(dataset, names)
-        return _known.get(dataset)
+        return _known[dataset]
     return None
+
+
+def _is_read_as(kind: Any, samples: Any) -> bool:
+    """Whether samples are what is stored: a list of another class may make or draw them."""
+    own = type(samples)
+    return (
+        isinstance(samples, kind)
+        and own.__getitem__ is kind.__getitem__
+        and own.__iter__ is kind.__iter__
+    )
 
 
 def _of_samples(samples: list[Any] | tuple[Any, ...]) -> np.ndarray | None:
     try:
         return np.fromiter((_tokens(sample) for sample in samples), np.int64, len(samples))
-    except (TypeError, KeyError):  # not mappings, or without one sequence of tokens each
+    except Exception:  # no mapping, no tokens; of any type, as a mapping may read from a disk
         return None
 
 
