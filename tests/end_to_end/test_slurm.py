@@ -19,9 +19,11 @@ import yaml
 from accum_trainer import TrainConfig
 from accum_trainer.launch.launch_file import read_launch_file
 from accum_trainer.train.records import read_records
+from tests.end_to_end.read_runs import weights_in
 from tests.end_to_end.started import Started
-from tests.end_to_end.test_launch import equal, hooked, pid_of, weights
+from tests.end_to_end.test_launch import hooked, pid_of
 from tests.launching import ROOT, torchrun
+from tests.reference import equal
 
 STAND_INS = ROOT / "tests" / "cluster"
 
@@ -108,7 +110,7 @@ def test_two_nodes_are_requeued_on_the_signal_and_resume(tmp_path, command, rows
         OMP_NUM_THREADS=1,
     )
     assert whole.returncode == 0, whole.stderr[-3000:]
-    assert equal(weights(run), weights(tmp_path / "whole"))
+    assert equal(weights_in(run / "model"), weights_in(tmp_path / "whole" / "model"))
 
 
 def test_a_failure_is_not_requeued(tmp_path, command):
