@@ -88,6 +88,12 @@ OF_A_STAGE = {
     "state_survives_a_round_trip",
     "parts_of_all_ranks_are_the_whole_state",
 }
+# The rest of three grids, of which another case has one point of each situation.
+MORE_POINTS = {
+    "more_combinations",
+    "weight_sync_changes_no_bit_in_more_variants",
+    "host_reads_of_packed_batches",
+}
 
 
 def _engine_of(item):
@@ -104,7 +110,11 @@ def _cases_of(item):
 
 def _is_long(item):
     engine, cases = _engine_of(item), _cases_of(item)
-    if engine in ("single", "ddp"):
+    if engine == "single":
+        return False
+    if cases & MORE_POINTS:
+        return True
+    if engine == "ddp":
         return False
     if engine == "zero0":  # from Python only, and one that few ask for
         return True
@@ -134,7 +144,7 @@ def engine_results(request, tmp_path_factory):
     """case name -> one result per rank, for one engine: the cases of the tests that are run."""
     out = tmp_path_factory.mktemp(request.param)
     processes, options = ENGINES[request.param]
-    unknown = (OF_ANY_ENGINE | OF_A_STAGE) - {*_all_cases()}
+    unknown = (OF_ANY_ENGINE | OF_A_STAGE | MORE_POINTS) - {*_all_cases()}
     assert not unknown, f"no cases have these names: {unknown}"
     using = [i for i in request.session.items if "engine_results" in getattr(i, "fixturenames", ())]
     asked = set().union(*(_cases_of(item) for item in using if _engine_of(item) == request.param))
