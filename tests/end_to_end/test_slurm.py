@@ -10,7 +10,6 @@ import re
 import signal
 import stat
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -37,7 +36,7 @@ def rows(rows_file):
 
 def submit(folder: Path, script: str, *arguments: object, **job: object) -> Started:
     """What `sbatch SCRIPT ARGUMENTS` starts on the first node, in `folder`."""
-    path = os.pathsep.join([str(STAND_INS), str(Path(sys.executable).parent), os.environ["PATH"]])
+    path = os.pathsep.join([str(STAND_INS), os.environ["PATH"]])
     job = {"SLURM_JOB_ID": 4711, "SLURM_JOB_NAME": "job", "SLURM_JOB_NODELIST": "node[1-2]"} | job
     cpus = re.search(r"^#SBATCH --cpus-per-task=(\d+)", (folder / script).read_text(), re.MULTILINE)
     (folder / "tmp").mkdir(exist_ok=True)
@@ -86,7 +85,7 @@ def test_two_nodes_are_requeued_on_the_signal_and_resume(tmp_path, command, rows
         "'--output-dir' in sys.argv and 'RANK' not in os.environ and sys.argv[1] == 'launch':\n"
         "    atexit.register(time.sleep, 5)\n",
     )
-    job = submit(tmp_path, "job.sbatch", *train, SLURM_NNODES=2, PYTHONPATH=slow)
+    job = submit(tmp_path, "job.sbatch", *train, SLURM_NNODES=2, ACCUM_TESTS_HOOK=slow)
     run = tmp_path / "runs" / "job-4711"
     job.until_update(run, 3)
     stop(tmp_path)
@@ -178,7 +177,7 @@ def test_what_one_node_refuses_is_not_requeued(tmp_path, command, rows):
         "    os.environ['ACCUM_TRAINER_MAX_GRAD_NORM'] = 'much'\n",
     )
     train = ["--dataset-file", rows, "--steps", 3]
-    job = submit(tmp_path, "job.sbatch", *train, SLURM_NNODES=2, PYTHONPATH=hooks)
+    job = submit(tmp_path, "job.sbatch", *train, SLURM_NNODES=2, ACCUM_TESTS_HOOK=hooks)
     assert job.ended() == 2, job.err
     assert "max_grad_norm='much' is not a number" in job.err
     assert requeued(tmp_path) == 0
