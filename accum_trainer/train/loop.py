@@ -75,7 +75,7 @@ class Run:
         started = time.monotonic()
         accumulator = make_accumulator(config)
         self.engine = accumulator.engine
-        self.stopping = StoppingPolicy(accumulator, config.max_hours, config.max_skips, started)
+        self.stopping = StoppingPolicy(accumulator, config, started)
         self.folder, lock = agree_on_folder(self.engine, config)
         self._files = RunFolder(self.folder, lock)
         self._hangs = HangWatch(self.engine, config.timeout, self._end_at_once)
@@ -164,12 +164,18 @@ class Run:
                 record = self._record(update, lr, seconds, waited)
                 is_best = False
                 if not update.skipped and evaluation.is_due(update.step):
+                    began = time.perf_counter()
                     loss = record["eval_loss"] = evaluation.mean_loss(self._hangs.progress)
+                    self.stopping.note_evaluation(time.perf_counter() - began)
                     with self._hangs.paused():  # it waits for the checkpoint before
                         is_best = self._best.is_beaten_by(update.step, loss)
                 self._files.write(record)
+                self.stopping.note_save(self._writer.longest_sec)
                 self.stopping.check(
-                    update, seconds, partial(describe_window, training, window, update)
+                    update,
+                    seconds,
+                    partial(describe_window, training, window, update),
+                    any(evaluation.is_due(update.step + ahead) for ahead in (1, 2)),
                 )
                 with self._hangs.paused():
                     if self._is_save_due(update, is_best):

@@ -113,7 +113,9 @@ def test_two_nodes_are_requeued_on_the_signal_and_resume(tmp_path, command, rows
 
 
 def test_a_failure_is_not_requeued(tmp_path, command):
-    create(command, tmp_path, "multi-gpu", "--gpus-per-node", "2", "-o", "job.yaml")
+    signal_at = ["--signal", "USR1@77"]
+    create(command, tmp_path, "multi-gpu", "--gpus-per-node", "2", *signal_at, "-o", "job.yaml")
+    assert "export ACCUM_TRAINER_NOTICE_SECONDS=77\n" in (tmp_path / "job.sbatch").read_text()
     job = submit(tmp_path, "job.sbatch", "--dataset-file", "nowhere.jsonl", SLURM_NNODES=1)
     assert job.ended() == 2
     assert (
@@ -255,6 +257,8 @@ def test_an_array_of_independent_runs_trains_every_sample_once(tmp_path, command
             submit(folder, script, "--dataset-file", rows, "--batch-size", 8, "--epochs", 1, **ids)
         )
     assert [job.ended() for job in jobs] == [0, 0], jobs[0].err + jobs[1].err
+    options = yaml.safe_load((tmp_path / "runs" / "job-17" / "part-0" / "config.yaml").read_text())
+    assert options["notice_seconds"] == 180  # of --signal
     parts = [
         read_records(tmp_path / "runs" / "job-17" / f"part-{task}" / "metrics.jsonl")
         for task in (0, 1)
