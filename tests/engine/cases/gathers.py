@@ -8,7 +8,7 @@ import torch
 
 from accum_trainer import AccumTrainerError, causal_lm_loss
 from accum_trainer.engine import sync
-from accum_trainer.engine.own_parts import whole_tensors
+from accum_trainer.engine.own_parts import WholeTensors
 from benchmarks.traffic import Recorder
 from tests.engine.cases.probing import (
     ENGINE,
@@ -115,7 +115,7 @@ def _trained(
             losses.append(float(causal_lm_loss(probe.model, pad(make_rows(3)))))
         parts = acc.engine.own_parts(probe.model, probe.optimizer.accelerated)
         everyones = acc.engine.gather_objects([part.on_host() for part in parts])
-        whole = whole_tensors(part for own in everyones for part in own)
+        whole = WholeTensors(part for own in everyones for part in own)
         saved.append(
             all(torch.equal(whole[f"model/{name}"], w) for name, w in probe.weights().items())
         )
