@@ -28,6 +28,8 @@ COMMANDS = {
     "process's own error.",
     "requeue": "Say whether a stopped batch job goes back into the queue; batch scripts call it.",
     "checkpoint": "Write the model of a run's checkpoint for from_pretrained.",
+    "compare": "Compare loss curves at equal updates, samples and time, and how noisy they are.",
+    "report": "Write runs and their comparison as one HTML file that needs no server.",
     "merge": "Average the results of independent runs, weighted by samples trained.",
 }
 
