@@ -31,6 +31,8 @@ def check_replaceable(option: str, path: Path, beginning: bytes, kind: str) -> N
     somebody's other file."""
     if not path.exists():
         return
+    if not path.is_file():  # a pipe would be waited for
+        raise ConfigError(f"{option}={path} is no file; name a file")
     try:
         with open(path, "rb") as file:
             begins = file.read(len(beginning))

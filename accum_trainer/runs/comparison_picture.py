@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from accum_trainer.train.loss_picture import (
     picture,
     plot,
     plot_evaluations,
+    save,
 )
 
 if TYPE_CHECKING:
@@ -50,12 +50,7 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
         for part in parts[len(axes) + 1 :]:
             part.set_visible(False)
         _name_runs(figure, comparison)
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            figure.savefig(partial, dpi=130, format=path.suffix[1:].lower())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        save(figure, path, " | ".join(run.curve.name for run in comparison.runs))
 
 
 def axis_svg(comparison: Comparison, axis: str, narrow: bool) -> str:

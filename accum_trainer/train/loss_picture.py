@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accum_trainer.train import durable
 from accum_trainer.train.records import Record
 
 if TYPE_CHECKING:
@@ -126,7 +127,18 @@ def draw_loss(runs: Mapping[str, Sequence[Record]], path: Path, title: str) -> N
                 names.append(f"{label}, evaluation")
         finish(top, names, ylabel="loss (mean per target)", title=title)
         finish(bottom, xlabel="optimizer updates", ylabel="learning rate")
-        figure.savefig(path, dpi=130)
+        save(figure, path, title)
+
+
+def save(figure: Figure, path: Path, title: str) -> None:
+    """Write a picture, whose kind is the end of the name; the file is replaced whole.
+
+    Args:
+        title: for programs that list pictures.
+    """
+    with durable.replacing(path) as partial:
+        kind = path.suffix[1:].lower()
+        figure.savefig(partial, dpi=130, format=kind, metadata={"Title": title})
 
 
 def plot_evaluations(axes: Axes, number: int, x: Any, y: Any) -> None:
