@@ -80,6 +80,25 @@ PLAN = {
     "a folder without model": (["--model", "folder"], "model=folder"),
     "an option of train only": (["--output-dir", "run"], "No such option '--output-dir'"),
     "its name in a Trainer": (["--max-steps", "5"], "Did you mean '--steps'?"),
+    "a contradiction in a file": (
+        ["--config", "both.yaml"],
+        "error: both.yaml: steps=5 and epochs=2 both say how long to train",
+    ),
+    "a value in a file": (
+        ["--config", "both.yaml", "--epochs", "3", "--warmup", "9%x"],
+        "error: warmup='9%x' is not a warm-up",
+    ),
+    "a size in a file": (
+        [
+            "--config",
+            "three.yaml",
+            "--global-batch-size",
+            "8",
+            "--gradient-accumulation-steps",
+            "4",
+        ],
+        "error: three.yaml and command line: global_batch_size=8 contradicts micro_batch_size=3",
+    ),
     "config missing": (["--config", "no.yaml"], "cannot read the configuration no.yaml: No such"),
     "config of a launcher": (["--config", "launch.yaml"], "unknown option 'compute_environment'"),
     "config with options of nobody": (["--config", "extra.yaml"], "unknown option 'a'"),
@@ -293,7 +312,11 @@ INDEPENDENT = {
 }
 ANY = {
     "no such command": (["trian"], "No such command 'trian'. Did you mean 'train'?"),
-    "nothing like a command": (["zzz"], "No such command 'zzz'"),
+    "a command in capitals": (["Compare"], "Did you mean 'compare'?"),
+    "a command cut short": (["cmp"], "Did you mean 'compare'?"),
+    "a command of others": (["finetune"], "Did you mean 'train'?"),
+    "a part of a command": (["export"], "Did you mean 'checkpoint export'?"),
+    "nothing like a command": (["zzz"], "No such command 'zzz'. There are train, verify, plan"),
     "an option of none": (["--verbose"], "No such option '--verbose'"),
     "config without a verb": (["config", "make"], "No such command 'make'"),
     "checkpoint without a verb": (["checkpoint", "import"], "No such command 'import'"),
@@ -338,6 +361,8 @@ def place(tmp_path_factory):
         "twice.csv": "a,a\n1,2\n",
         "no.parquet": "PAR1xxxxPAR1",
         "extra.yaml": EXTRA,
+        "both.yaml": "steps: 5\nepochs: 2\n",
+        "three.yaml": "batch_size: 3\n",
         "loop.py": LOOP,
         "bad.py": "1 / 0\n",
         "broken.py": "def update(:\n",
@@ -435,6 +460,7 @@ def test_wrong_command(refused, words, name):
 
 
 VARIABLES = {
+    "an option of words": ({"ACCUM_TRAINER_LR": "x"}, "error: environment: lr='x' is not a number"),
     "processes of words": ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two is no number of processes"),
     "a port of words": ({"MASTER_PORT": "x"}, "'x' is not a valid integer"),
     "a node of words": ({"SLURM_NODEID": "x"}, "'x' is not a valid integer"),
