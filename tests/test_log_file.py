@@ -41,7 +41,7 @@ def test_what_is_no_update_is_counted_by_its_reason(log):
         *("no json", "[1]", '"text"', "3", "null", "{" + '"a":{' * 3000, "9" * 5000),
         *({"loss": 1}, at("7"), at(True), at(1.5), at(10**400), at(float("nan"))),
         *({"step": 1}, at(1, None), at(1, "2.5"), at(1, [2])),
-        *(at(2, float("nan")), at(3, float("inf")), at(3, 10**400)),
+        *(at(2, float("nan")), at(3, float("inf")), at(3, 10**400), at(3, -1e16)),
         *("", "   "),
         *(at(4, 2), at(5.0, 3, extra={"deep": [1]})),
     )
@@ -51,7 +51,7 @@ def test_what_is_no_update_is_counted_by_its_reason(log):
         "lines that are no JSON object": 7,
         "records without a whole number as step": 6,
         "records without a loss": 4,
-        "losses that are not finite": 3,
+        "losses that are not finite or beyond 1e15": 4,
     }
 
 
@@ -76,9 +76,11 @@ def test_a_step_that_goes_back_replaces_what_was_made_after_it(log):
 
 def test_windows_without_an_update_are_no_updates_and_took_time(log):
     skip = {"skipped": True, "skip_reason": "non-finite", "loss": None, "step_time_sec": 2.0}
-    found = log(at(1), {"step": 1, **skip}, {"step": 1, **skip, "loss": 3.0}, at(2))
+    one = {"step_time_sec": 0.5}
+    found = log(at(1, **one), {"step": 1, **skip}, {"step": 1, **skip, "loss": 3.0}, at(2, **one))
+    assert make_curve("run", found).axes["seconds"].tolist() == [0.5, 5.0]
     assert steps(found) == [1, 2]
-    assert (found.num_skipped, found.skipped_sec) == (2, 4.0)
+    assert (found.num_skipped, found.lost_sec.tolist()) == (2, [0, 4])
     assert found.skipped[0] == (1, "non-finite")
 
 
@@ -96,7 +98,7 @@ def test_evaluations_may_stand_in_records_of_their_own(log):
         (b'{"step": 1', ": it is empty"),
         (b"\x89PNG\r\n\x1a\n\0\0", "(lines that are no JSON object: 2)"),
         (b'{"a": 1}\n', "(records without a whole number as step: 1)"),
-        (b'{"step": 1, "loss": NaN}\n', "(losses that are not finite: 1)"),
+        (b'{"step": 1, "loss": NaN}\n', "(losses that are not finite or beyond 1e15: 1)"),
         (b'{"step": 1, "skipped": true}\n', "(windows without an update: 1)"),
     ],
 )

@@ -198,7 +198,7 @@ def _samples(log: Log, gap: np.ndarray, batch_size: int | None) -> np.ndarray | 
 def _seconds(log: Log, gap: np.ndarray) -> np.ndarray | None:
     per_update = log.column("step_time_sec")
     if per_update is not None:
-        return np.cumsum(_filled(per_update) * gap)
+        return np.cumsum(_filled(per_update) * gap + log.lost_sec)
     for name in ("_runtime", "_timestamp", "timestamp"):
         clock = log.column(name)
         if clock is not None and _is_rising(clock):

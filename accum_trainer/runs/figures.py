@@ -52,7 +52,9 @@ def nonzero(value: float) -> str:
 
 
 def loss(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.4f}"
+    if value is None:
+        return NOTHING
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4g}"
 
 
 def duration(seconds: float | None) -> str:

@@ -32,6 +32,8 @@ COLUMNS = (
 )
 # A line beyond this is no record; its content is not held in memory.
 _LONGEST_LINE = 1 << 20
+# Beyond it no sum, square or axis is exact; a loss that large has diverged.
+_LARGEST_NUMBER = 1e15
 _LARGEST_STEP = 1 << 53  # float64 counts no further
 # Windows without an update that are kept one by one; beyond that they are counted.
 _MOST_KEPT = 1000
@@ -49,7 +51,7 @@ class Log:
         evaluations: (step, evaluation loss) in order.
         skipped: (step, reason) of windows that gave no update, the first thousand.
         num_skipped: how many windows gave no update.
-        skipped_sec: seconds that they took.
+        lost_sec: seconds of such windows before each update, shape [updates].
         left_out: reason -> number of records that are no update of the curve.
         restarts: steps at which the log went back to an earlier step.
     """
@@ -60,7 +62,7 @@ class Log:
     evaluations: list[tuple[int, float]] = field(default_factory=list)
     skipped: list[tuple[int, str]] = field(default_factory=list)
     num_skipped: int = 0
-    skipped_sec: float = 0.0
+    lost_sec: np.ndarray = field(default_factory=lambda: np.zeros(0))
     left_out: Counter[str] = field(default_factory=Counter)
     restarts: list[int] = field(default_factory=list)
 
@@ -76,7 +78,7 @@ class Log:
 def read_log(path: Path) -> Log:
     """Read the updates of a log.
 
-    A record is an update if `step` and `loss` are finite numbers and `skipped` is not true. If
+    A record is an update if `step` and `loss` are numbers up to 1e15 and `skipped` is not true. If
     `step` goes back, as in a run that continued from a checkpoint, the later records replace the
     earlier ones from that step on; of two records of one step the later holds. A last line without
     an end is taken if it is whole: the log may still be written.
@@ -119,6 +121,7 @@ class _Reading:
         self._log = log
         self._step = array("q")
         self._columns = {name: array("d") for name in COLUMNS}
+        self._lost_sec, self._lost = array("d"), 0.0
         self._is_unfinished = False
 
     def add(self, line: bytes | None) -> None:
@@ -139,13 +142,13 @@ class _Reading:
         log = self._log
         if record.get("skipped") is True:
             log.num_skipped += 1
-            seconds = _number(record, "step_time_sec")
-            log.skipped_sec += seconds if seconds is not None and math.isfinite(seconds) else 0.0
+            seconds = _kept(record, "step_time_sec")
+            self._lost += seconds if seconds >= 0 else 0.0
             if len(log.skipped) < _MOST_KEPT:
                 log.skipped.append((step, str(record.get("skip_reason", ""))[:100]))
             return
         evaluation = _number(record, "eval_loss")
-        if evaluation is not None and math.isfinite(evaluation):
+        if evaluation is not None and abs(evaluation) <= _LARGEST_NUMBER:
             while log.evaluations and log.evaluations[-1][0] >= step:
                 log.evaluations.pop()
             log.evaluations.append((step, evaluation))
@@ -154,15 +157,16 @@ class _Reading:
             if evaluation is None:
                 log.left_out["records without a loss"] += 1
             return
-        if not math.isfinite(loss):
-            log.left_out["losses that are not finite"] += 1
+        if not abs(loss) <= _LARGEST_NUMBER:
+            log.left_out["losses that are not finite or beyond 1e15"] += 1
             return
         if self._step and step <= self._step[-1]:
             self._go_back_to(step)
         self._step.append(step)
+        self._lost_sec.append(self._lost)
+        self._lost = 0.0
         for name, column in self._columns.items():
-            value = _number(record, name)
-            column.append(math.nan if value is None else value)
+            column.append(_kept(record, name))
 
     def _go_back_to(self, step: int) -> None:
         if step < self._step[-1]:
@@ -172,7 +176,7 @@ class _Reading:
             self._log.left_out["records of a step that a later record has too"] += 1
         kept = bisect.bisect_left(self._step, step)
         del self._step[kept:]
-        for column in self._columns.values():
+        for column in (self._lost_sec, *self._columns.values()):
             del column[kept:]
 
     def finish(self) -> Log:
@@ -186,6 +190,7 @@ class _Reading:
                 "run directory, or a JSONL file whose records have numbers as step and loss"
             )
         log.step = np.array(self._step, np.int64)
+        log.lost_sec = np.array(self._lost_sec)
         for name, column in self._columns.items():
             numbers = np.array(column, np.float64)
             if np.isfinite(numbers).any():
@@ -210,3 +215,9 @@ def _number(record: dict[str, Any], key: str) -> float | None:
         except OverflowError:
             return math.inf
     return None
+
+
+def _kept(record: dict[str, Any], key: str) -> float:
+    """A number that is kept; NaN stands for none."""
+    value = _number(record, key)
+    return value if value is not None and abs(value) <= _LARGEST_NUMBER else math.nan

@@ -65,7 +65,7 @@ def facts_of(curve: Curve) -> Facts:
     options = _read(curve.folder / CONFIG, read_options, notes)
     defaults = {name: option.default for name, option in OPTIONS.items()}
     return Facts(
-        state=_state(curve.folder, result),
+        state=_state(curve.folder, result) if plan or result or options else "",
         summary=_summary(plan, curve),
         changed=[
             (shown(name), shown(value))

@@ -120,7 +120,7 @@ def test_logs_of_other_trainers_beside_a_run(runs, tmp_path):
     assert "loss at 50 updates" in said.stdout and "loss at 1" not in said.stdout
     for note in (
         "lines that are no JSON object: 1",
-        "losses that are not finite: 1",
+        "losses that are not finite or beyond 1e15: 1",
         "a record every 5 updates",
         "goes back to an earlier step, to 145",
         "baseline: theirs (named first; not all logs tell their batch)",
