@@ -230,12 +230,12 @@ def test_labels_tell_runs_apart(tmp_path):
 
 
 def test_a_folder_of_runs_stands_for_them(tmp_path):
-    for name in ("b", "a"):
+    for name in ("b", "a16", "a2"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text(json.dumps(at(1)) + "\n")
     (tmp_path / "empty").mkdir()
-    assert [curve.label for curve in read_curves([tmp_path])] == ["a", "b"]
+    assert [curve.label for curve in read_curves([tmp_path])] == ["a2", "a16", "b"]
     with pytest.raises(ConfigError, match="is named twice; name each run once"):
-        read_curves([tmp_path, tmp_path / "a"])
+        read_curves([tmp_path, tmp_path / "b"])
     with pytest.raises(ConfigError, match="is a folder without metrics.jsonl"):
         read_curves([tmp_path / "empty"])

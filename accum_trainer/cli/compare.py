@@ -107,6 +107,7 @@ def command(
         from accum_trainer.train import durable
 
         durable.write_text(Path(json_file), json.dumps(found.as_json(), indent=1) + "\n")
+        click.echo(f"figures: {json_file}")
 
 
 def _check_files(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -112,13 +113,20 @@ def _logs_of(run: Path) -> list[Path]:
         return [run]
     if (run / METRICS).is_file():
         return [run / METRICS]
-    inside = sorted(path.parent for path in run.glob(f"*/{METRICS}") if path.is_file())
+    inside = [path.parent for path in run.glob(f"*/{METRICS}") if path.is_file()]
+    inside.sort(key=lambda folder: _in_order(folder.name))
     if not inside:
         raise ConfigError(
             f"{run} is a folder without {METRICS}, and so are those in it; name a run directory, "
             "or a JSONL file of records"
         )
     return [folder / METRICS for folder in inside]
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    """A key that sorts `k2` before `k16`."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(int(part[:18]), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 def labels_of(files: Sequence[Path]) -> list[str]:

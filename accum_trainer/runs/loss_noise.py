@@ -134,9 +134,12 @@ def running_median(numbers: np.ndarray) -> np.ndarray:
 
 def running_mean(numbers: np.ndarray, half: int) -> np.ndarray:
     """The mean of each number and its `half` neighbours on both sides; at the ends of as many as
-    there are on both."""
+    there are on both, but of at least a quarter of `half` on the side that has them: a single
+    number there would look like a spike of the trend."""
     count = len(numbers)
     places = np.arange(count)
     reach = np.minimum(np.minimum(places, count - 1 - places), half)
+    reach = np.maximum(reach, half // 4)
+    first, end = np.maximum(places - reach, 0), np.minimum(places + reach + 1, count)
     sums = np.concatenate([[0.0], np.cumsum(numbers - numbers.mean())])
-    return (sums[places + reach + 1] - sums[places - reach]) / (2 * reach + 1) + numbers.mean()
+    return (sums[end] - sums[first]) / (end - first) + numbers.mean()

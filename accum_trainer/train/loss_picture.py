@@ -29,7 +29,7 @@ INK = "#24292f"
 # Curves that coincide must both be visible: later ones are dashed.
 _LINES = ("-", "-", (0, (3, 3)))
 # Of a vector picture: each is a point that a reader loads.
-MOST_POINTS = 1500
+MOST_POINTS = 800
 
 
 @contextlib.contextmanager
