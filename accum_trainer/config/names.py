@@ -7,11 +7,14 @@ from collections.abc import Collection, Iterable
 
 from accum_trainer.errors import ConfigError
 
-# Names in transformers.Trainer and its scripts that are too far from ours to match by spelling.
+# Names in transformers.Trainer, TRL and Lightning that are too far from ours to match by spelling.
 _TRAINER_NAMES = {
     "learning_rate": "lr",
     "per_device_train_batch_size": "batch_size",
     "train_batch_size": "batch_size",
+    "per_device_eval_batch_size": "batch_size",
+    "accumulate_grad_batches": "gradient_accumulation_steps",
+    "gradient_clip_val": "max_grad_norm",
     "num_train_epochs": "epochs",
     "max_steps": "steps",
     "warmup_steps": "warmup",
@@ -22,11 +25,27 @@ _TRAINER_NAMES = {
     "bf16": "mixed_precision",
     "fp16": "mixed_precision",
     "attn_implementation": "attention",
+    "precision": "mixed_precision",
+    "torch_dtype": "mixed_precision",
+    "packing": "layout",
+    "group_by_length": "layout",
+    "deepspeed": "zero_stage",
+    "use_cpu": "cpu",
+    "no_cuda": "cpu",
+    "data_seed": "seed",
     "torch_compile": "compile",
     "eval_steps": "eval_every",
+    "eval_strategy": "eval_every",
+    "evaluation_strategy": "eval_every",
+    "do_eval": "eval_every",
+    "load_best_model_at_end": "keep_best",
+    "metric_for_best_model": "keep_best",
     "save_steps": "checkpoint_every",
+    "save_strategy": "checkpoint_every",
     "save_total_limit": "keep_checkpoints",
     "resume_from_checkpoint": "resume",
+    "overwrite_output_dir": "resume",
+    "logging_dir": "log_file",
     "model_name_or_path": "model",
     "dataset_name": "dataset",
     "train_file": "dataset_file",

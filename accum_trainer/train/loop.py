@@ -30,7 +30,7 @@ from accum_trainer.train.rank_agreement import agree_on_checkpoint, agree_on_fol
 from accum_trainer.train.records import Record
 from accum_trainer.train.resume import capture, restore
 from accum_trainer.train.run_folder import CHECKPOINTS, MODEL, RunFolder
-from accum_trainer.train.run_plan import describe_plan, run_plan
+from accum_trainer.train.run_plan import describe_plan, describe_split, run_plan
 from accum_trainer.train.save_times import SaveTimes
 from accum_trainer.train.saved_model import needs_only_trained_weights, save_model
 from accum_trainer.train.setup import assemble, make_accumulator
@@ -353,7 +353,7 @@ class Run:
         """Write result.json and the picture."""
         model = read_origin(self.folder / MODEL)
         training = self.training
-        title = f"{self.folder.name}: {training.schedule.plan.describe()}"
+        title = f"{self.folder.name}: {describe_split(self._plan, training)}"
         ending: dict[str, Any] = {
             "done": training.is_done,
             "stopped_by": self.stopped_by,

@@ -319,8 +319,8 @@ def test_wrong_yaml(train, tmp_path, rows_file, content, says):
         "--output-dir",
         "run",
         "--config",
-        rows_file("run.yaml", content),
-        says=says,
+        file := rows_file("run.yaml", content),
+        says=(*((says,) if isinstance(says, str) else says), str(file)),
     )
 
 
