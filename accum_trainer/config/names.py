@@ -23,6 +23,7 @@ _TRAINER_NAMES = {
     "fp16": "mixed_precision",
     "attn_implementation": "attention",
     "torch_compile": "compile",
+    "logging_steps": "log_every",
     "eval_steps": "eval_every",
     "save_steps": "checkpoint_every",
     "save_total_limit": "keep_checkpoints",

@@ -12,6 +12,12 @@ class OutputOptions(Section):
     output_dir: str | None = option(None, "The run directory. Default: runs/<model>-<date>-<time>.")
     log_file: str | None = option(None, "A second file for the records, besides metrics.jsonl.")
     report_to: str = option("none", "Also send records to a tracker.", needs="experiment trackers")
+    log_every: int | None = option(
+        None,
+        "Updates between two lines of progress where there is no terminal. Default: about ten "
+        "lines in all.",
+        minimum=1,
+    )
     checkpoint_every: int = option(
         500, "Updates between checkpoints (one is always written at the end).", minimum=1
     )

@@ -35,6 +35,7 @@ from accum_trainer.train.save_times import SaveTimes
 from accum_trainer.train.saved_model import needs_only_trained_weights, save_model
 from accum_trainer.train.setup import assemble, make_accumulator
 from accum_trainer.train.stopping import StoppingPolicy
+from accum_trainer.train.utilisation import Utilisation
 from accum_trainer.update import Update
 from accum_trainer.window import Window
 
@@ -101,6 +102,7 @@ class Run:
         self._save_times = SaveTimes(
             self.training.accumulator, config.checkpoint_every, config.checkpoint_minutes
         )
+        self._utilisation = Utilisation.of_training(self.training)
         self._plan = run_plan(self.training, self._resumed_from)
 
     def _best_checkpoint(self, config: TrainConfig) -> BestCheckpoint:
@@ -237,6 +239,7 @@ class Run:
             "data_wait_sec": waited,
             "memory_gb": memory_gb(device),
             "peak_gb": peak_gb(device),
+            "mfu": self._utilisation.of(update, seconds),
         }
 
     def _is_save_due(self, update: Update, is_best: bool) -> bool:
