@@ -119,7 +119,9 @@ def test_no_circles_inside_a_folder():
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_only_engines_the_launcher_and_the_plain_accelerator_know_accelerate(path):
-    if top_of(name_of(path)) not in ("engine", "launch") and path.name != "plain_accelerate.py":
+    """Beside them, the trackers are Accelerate's."""
+    knowing = ("plain_accelerate.py", "trackers.py")
+    if top_of(name_of(path)) not in ("engine", "launch") and path.name not in knowing:
         assert not libraries_of(path) & {"accelerate", "deepspeed"}
 
 
