@@ -64,6 +64,15 @@ class Note:
     id: str
     step: int = 0
 
+    @classmethod
+    def read(cls, found: dict[str, Any]) -> Note:
+        """From JSON, which may be another's; ValueError if it is not a note."""
+        note = cls(found["id"], found["step"])
+        # The id becomes part of names of files.
+        if not re.fullmatch(r"[0-9a-f]{4,64}", note.id) or type(note.step) is not int:
+            raise ValueError("no note")
+        return note
+
 
 @dataclass(frozen=True)
 class TrackedRun:
@@ -247,9 +256,10 @@ class Trackers:
     def _read_notes(self, last: int) -> dict[str, Note]:
         notes: dict[str, Note] = {}
         if last:
-            with contextlib.suppress(OSError, ValueError, TypeError):  # lost: all is sent again
+            # Lost, or not ours: all is sent again, under a new id.
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
                 found = json.loads((self._folder / NOTES).read_text())
-                notes = {name: Note(**found[name]) for name in found if name in KINDS}
+                notes = {name: Note.read(found[name]) for name in KINDS if name in found}
         for name in self._config.trackers:
             known = notes.get(name)
             # A run that was sent back to an earlier update may go another way from there.
@@ -338,6 +348,7 @@ class Trackers:
         # Lost with the machine it is only sent again, so it is not synced to disk at each update.
         with contextlib.suppress(OSError):
             partial = self._folder / f".{NOTES}.partial"
+            partial.unlink(missing_ok=True)  # a link would take the content elsewhere
             partial.write_text(json.dumps(notes, indent=1) + "\n")
             partial.replace(self._folder / NOTES)
 

@@ -9,10 +9,11 @@ import signal
 import sqlite3
 
 import pytest
+from accelerate import PartialState
 
 from accum_trainer.config import TrainConfig
 from accum_trainer.train.records import read_records
-from accum_trainer.train.trackers import KINDS, sent_configuration
+from accum_trainer.train.trackers import KINDS, Trackers, sent_configuration
 from tests.launching import forked, script, torchrun
 from tests.made_runs import write_sums
 
@@ -248,6 +249,33 @@ def _wandb_steps(file):
                     if "_step" in (item.key, *item.nested_key)
                 }
     return steps
+
+
+@needs("tensorboard")
+@pytest.mark.parametrize(
+    "notes",
+    [
+        {"tensorboard": {"id": "../../elsewhere", "step": 2}},
+        {"tensorboard": {"id": "abcd", "step": "2"}},
+        {"tensorboard": [1]},
+        [],
+    ],
+    ids=["path", "text", "list", "other"],
+)
+def test_notes_of_others_are_read_as_data(notes, tmp_path):
+    """Those that are none are made anew; a link does not take them elsewhere."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "skipped": false, "loss": 2.0}\n')
+    (tmp_path / "trackers.json").write_text(json.dumps(notes))
+    (tmp_path / "theirs").write_text("precious")
+    (tmp_path / ".trackers.json.partial").symlink_to(tmp_path / "theirs")
+    trackers = Trackers(tmp_path, TrainConfig(report_to="tensorboard"))
+    PartialState(cpu=True)
+    trackers.start({}, 1, tmp_path / "metrics.jsonl")
+    trackers.close()
+    written = json.loads((tmp_path / "trackers.json").read_text())["tensorboard"]
+    assert len(written["id"]) == 8 and written["step"] == 1
+    assert (tmp_path / "theirs").read_text() == "precious"
+    assert tensorboard_of(tmp_path / "tensorboard")[0]["loss"] == [(1, 2.0)]
 
 
 def test_no_secret_is_sent():
