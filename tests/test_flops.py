@@ -70,6 +70,16 @@ def test_a_frozen_weight_needs_two_thirds():
     assert 0.99 < counted(adapted, 32) / found < 1
 
 
+def test_the_head_counts_at_the_targets():
+    """Nobody needs the logits of the others, and `train` does not compute them."""
+    model = model_of(CONFIGS["llama"]())
+    ids = torch.arange(32)[None]
+    with FlopCounterMode(display=False) as counter:
+        hidden = model.model(ids).last_hidden_state[0, 19:31]  # before tokens 20 to 31
+        torch.nn.functional.cross_entropy(model.lm_head(hidden), ids[0, 20:]).backward()
+    assert training_flops(model, np.array([32])).of(32, 12) == counter.get_total_flops()
+
+
 def test_attention_follows_the_lengths_and_the_window():
     model = model_of(CONFIGS["llama"]())
     # L=2, H=4, Q=8: 12 L H Q = 768 for each token that is attended to.

@@ -128,7 +128,8 @@ def _display(run: Run, progress: Progress) -> Iterator[Callable[[], None]]:
 
     if has_display():
         batch = run.training.schedule.plan.describe()
-        with shown_live(progress, batch, run.config.max_grad_norm):
+        clipped_at = run.config.max_grad_norm
+        with shown_live(progress, batch, clipped_at, lambda: run.stopped_by):
             yield lambda: None
         return
     lines = PlainLines(progress, run.config.log_every, partial(click.echo, err=True))

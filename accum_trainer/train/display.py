@@ -41,16 +41,19 @@ def _has_screen(console: Console) -> bool:
 
 
 @contextlib.contextmanager
-def shown_live(progress: Progress, batch: str, clipped_at: float | None) -> Iterator[None]:
+def shown_live(
+    progress: Progress, batch: str, clipped_at: float | None, stopped_by: Callable[[], str]
+) -> Iterator[None]:
     """Show `progress` on the terminal until the context ends; its last state stays there.
 
     Args:
         batch: the effective batch in words.
         clipped_at: `max_grad_norm`; None for none.
+        stopped_by: gives what asked the run to stop ("SIGINT", "time limit"), else "".
     """
     console = _Console(stderr=True)
     live = Live(
-        TrainingDisplay(progress, batch, clipped_at),
+        TrainingDisplay(progress, batch, clipped_at, stopped_by),
         console=console,
         refresh_per_second=_REFRESHES_PER_SEC,
         # A file that standard output goes to stays what the program writes there.
@@ -111,8 +114,15 @@ class PlainLines:
 class TrainingDisplay:
     """The live display: rows of facts, each with as many facts to a line as the terminal holds."""
 
-    def __init__(self, progress: Progress, batch: str, clipped_at: float | None) -> None:
-        self._progress, self._batch, self._clipped_at = progress, batch, clipped_at
+    def __init__(
+        self,
+        progress: Progress,
+        batch: str,
+        clipped_at: float | None = None,
+        stopped_by: Callable[[], str] = str,
+    ) -> None:
+        self._progress, self._batch = progress, batch
+        self._clipped_at, self._stopped_by = clipped_at, stopped_by
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width, draws = options.max_width, not options.ascii_only
@@ -136,6 +146,9 @@ class TrainingDisplay:
             yield "tokens/s", self._speed()
             yield "memory", self._device(now.last)
         yield "batch", [*self._split(), *self._noise()]
+        if reason := self._stopped_by():
+            # A window may take minutes, and a person who typed Ctrl-C wants to know.
+            yield "stopping", [Text(f"after this window, and saving ({reason})", "bold yellow")]
 
     def _loss(self, draws: bool) -> list[Text]:
         now = self._progress

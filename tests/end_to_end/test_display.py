@@ -132,6 +132,7 @@ def test_resized_and_interrupted_by_a_key(tmp_path, rows):
     assert max(len(line) for line in lines[len(lines) // 2 :]) <= 60
     seen.type("\x03")
     assert seen.ended() == 75, seen.text
+    assert "stopping  after this window, and saving (SIGINT)" in seen.text
     assert "stopped by SIGINT after" in seen.text and "Traceback" not in seen.text
     assert not seen.screen.cursor.hidden
 
