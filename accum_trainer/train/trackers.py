@@ -218,6 +218,7 @@ class Trackers:
         self._active: dict[str, Any] = {}
         self._held: dict[str, Collection[int]] = {}  # updates that are not to be sent again
         self._notes: dict[str, Note] = {}
+        self._was_sent: set[str] = set()  # a record, by this process
         self._skipped = 0
 
     def start(self, plan: dict[str, Any], kept: int, metrics: Path) -> None:
@@ -311,12 +312,13 @@ class Trackers:
         finite = {k: v for k, v in numbers.items() if abs(v) <= sys.float_info.max}
         self._active[name].log(finite, step=record["step"])
         note.step = max(note.step, record["step"])
+        self._was_sent.add(name)
 
     def finish(self, picture: Path) -> None:
         """Send the picture, if there is one, and end each tracker's run."""
         for name in [*self._active]:
             with self._reporting(name), _output_on_stderr():
-                if picture.is_file():
+                if picture.is_file() and name in self._was_sent:
                     KINDS[name].send_picture(self._active[name], picture, self._notes[name].step)
         self.close()
 

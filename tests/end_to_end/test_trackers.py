@@ -66,6 +66,7 @@ def test_tensorboard_holds_the_records_the_configuration_and_the_picture(train, 
     argv = [*SMALL[2:], "--dataset-file", rows, "--steps", "5", "--report-to", "tensorboard"]
     finished = train(*argv, "--output-dir", "run", "--seed", "7")
     assert finished.status == 0, finished.err
+    assert train(*argv, "--output-dir", "run", "--seed", "7").status == 0  # it was complete
     scalars, events = tensorboard_of(tmp_path / "run" / "tensorboard")
     records = read_records(tmp_path / "run" / "metrics.jsonl")
     numbers = {k for k, v in records[0].items() if isinstance(v, int | float) and v is not None}
