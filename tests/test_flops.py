@@ -16,7 +16,7 @@ from transformers.models.qwen3_moe import Qwen3MoeConfig
 from accum_trainer.speed.flops import training_flops
 from accum_trainer.speed.peaks import PEAKS, peak_flops, peak_of
 from accum_trainer.train.records import read_records
-from tests.launching import cli
+from tests.launching import cli, torchrun
 from tests.made_runs import write_sums
 
 LLAMA = dict(
@@ -132,3 +132,26 @@ def test_mfu_of_a_run(tmp_path):
         expected = needed / (record["step_time_sec"] * 0.02e12)
         assert record["mfu"] == pytest.approx(expected, rel=0.02)
     assert {r["mfu"] for r in read_records(tmp_path / "unknown" / "metrics.jsonl")} == {None}
+
+
+def test_sharded_weights_count_whole(tmp_path):
+    """Under FSDP2 and ZeRO-3 a process holds a part of each weight, or a placeholder for it."""
+    rows = write_sums(tmp_path / "rows.jsonl", 70)
+    argv = ["--batch-size", "2", "--global-batch-size", "8", "--max-seq-len", "64", "--steps", "2"]
+    argv += ["--dataset-file", rows, "--peak-tflops", "0.02"]
+    fsdp2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    needed = {}
+    for name, processes, more, env in (
+        ("single", 1, ["--cpu"], {}),
+        ("fsdp2", 2, ["--cpu"], fsdp2),
+        ("zero3", 2, ["--zero-stage", "3"], {}),
+    ):
+        run = [*argv, *more, "--output-dir", tmp_path / name]
+        ended = torchrun(processes, "accum_trainer.train", *run, **env)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        needed[name] = [
+            r["mfu"] * r["step_time_sec"] * processes
+            for r in read_records(tmp_path / name / "metrics.jsonl")
+        ]
+    assert needed["fsdp2"] == pytest.approx(needed["single"], rel=1e-9)
+    assert needed["zero3"] == pytest.approx(needed["single"], rel=1e-9)
