@@ -106,12 +106,23 @@ def test_peaks_of_devices():
         "Tesla T4": (65, 8.1, 8.1),
         "NVIDIA L40S": (362.05, 183, 91.6),
         "NVIDIA L4": (121, 60, 30.3),
+        "NVIDIA GH200 480GB": (989.5, 494.5, 67),
+        "NVIDIA GB200": (2500, 1250, 80),
+        "AMD Instinct MI300X": (1307.4, 653.7, 163.4),
     }
     for name, rates in names.items():
         for arithmetic, rate in zip(("half", "tf32", "single"), rates, strict=True):
             assert peak_of(name, arithmetic) == pytest.approx(rate * 1e12), name
-    assert peak_of("NVIDIA A100-SXM4-40GB MIG 3g.20gb", "half") is None
-    assert peak_of("NVIDIA GeForce GTX 1080", "half") is None
+    for name in (
+        "NVIDIA A100-SXM4-40GB MIG 3g.20gb",
+        "NVIDIA GeForce GTX 1080",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA RTX A4000",  # an A40 is another card
+        "NVIDIA RTX A1000",
+        "NVIDIA A10G",
+    ):
+        assert peak_of(name, "half") is None, name
     assert peak_flops(torch.device("cpu"), "no") is None
     assert all(peak.source and peak.single <= (peak.tf32 or peak.half) for peak in PEAKS)
 

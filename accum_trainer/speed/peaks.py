@@ -6,6 +6,7 @@ states the rate with 2:4 sparsity, half of it stands here. Knows no model.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ class DevicePeak:
     """One kind of device.
 
     Attributes:
-        name: what every name that its driver gives it contains, in lower case.
+        name: whole words of every name that its driver gives it, in lower case.
         half: bf16 and fp16 with float32 accumulation; a device without bf16 runs fp16 at it.
         tf32: float32 matmuls in TF32; None if it has none.
         single: float32.
@@ -32,10 +33,11 @@ class DevicePeak:
 
 # The first row whose name is part of the device's counts, so longer names stand first.
 PEAKS = (
-    DevicePeak("b200", 2250, 1100, 75, "NVIDIA HGX B200 data sheet, per GPU"),
+    DevicePeak("gb200", 2500, 1250, 80, "NVIDIA GB200 NVL72 data sheet, per GPU"),
+    DevicePeak("b200", 2250, 1125, 75, "NVIDIA HGX B200 data sheet, per GPU"),
+    DevicePeak("gh200", 989.5, 494.5, 67, "NVIDIA GH200 data sheet"),
     DevicePeak("h200 nvl", 835.5, 417.5, 60, "NVIDIA H200 data sheet"),
     DevicePeak("h200", 989.5, 494.5, 67, "NVIDIA H200 data sheet"),
-    DevicePeak("gh200", 989.5, 494.5, 67, "NVIDIA GH200 data sheet"),
     DevicePeak("h100 nvl", 835.5, 417.5, 60, "NVIDIA H100 data sheet, NVL"),
     DevicePeak("h100 pcie", 756, 378, 51, "NVIDIA H100 data sheet, PCIe"),
     DevicePeak("h100", 989.5, 494.5, 67, "NVIDIA H100 data sheet, SXM"),
@@ -45,10 +47,10 @@ PEAKS = (
     DevicePeak("rtx a6000", 154.8, 77.4, 38.7, "NVIDIA RTX A6000 data sheet"),
     DevicePeak("l40s", 362.05, 183, 91.6, "NVIDIA L40S data sheet"),
     DevicePeak("l40", 181.05, 90.5, 90.5, "NVIDIA L40 data sheet"),
-    DevicePeak("nvidia l4", 121, 60, 30.3, "NVIDIA L4 data sheet"),
+    DevicePeak("l4", 121, 60, 30.3, "NVIDIA L4 data sheet"),
     DevicePeak("v100-pcie", 112, None, 14, "NVIDIA V100 data sheet, PCIe"),
-    DevicePeak("v100-sxm", 125, None, 15.7, "NVIDIA V100 data sheet, SXM2"),
-    DevicePeak("tesla t4", 65, None, 8.1, "NVIDIA T4 data sheet"),
+    DevicePeak("v100-sxm2", 125, None, 15.7, "NVIDIA V100 data sheet, SXM2"),
+    DevicePeak("t4", 65, None, 8.1, "NVIDIA T4 data sheet"),
     DevicePeak("rtx 5090", 209.5, 104.8, 104.8, "NVIDIA RTX Blackwell GPU architecture, app. A"),
     DevicePeak("rtx 4090", 165.2, 82.6, 82.6, "NVIDIA Ada GPU architecture, appendix A"),
     DevicePeak("rtx 3090 ti", 80, 40, 40, "NVIDIA GA102 architecture, appendix A"),
@@ -56,6 +58,10 @@ PEAKS = (
     DevicePeak("mi325x", 1307.4, 653.7, 163.4, "AMD Instinct MI325X data sheet"),
     DevicePeak("mi300x", 1307.4, 653.7, 163.4, "AMD Instinct MI300X data sheet"),
 )
+
+
+# A share of a device, and others that a table's name is part of.
+_OTHER = r"\bmig\b|\blaptop\b|\bmax-q\b|\bd$"
 
 
 def peak_flops(device: torch.device, mixed_precision: str) -> float | None:
@@ -84,9 +90,9 @@ def peak_of(name: str, arithmetic: str) -> float | None:
         arithmetic: a column of the table, `half`, `tf32` or `single`.
     """
     lower = name.lower()
-    if " mig " in f" {lower} ":
+    if re.search(_OTHER, lower):
         return None
-    row = next((peak for peak in PEAKS if peak.name in lower), None)
+    row = next((p for p in PEAKS if re.search(rf"(?<!\w){p.name}(?!\w)", lower)), None)
     if row is None:
         return None
     rates = {"half": row.half, "tf32": row.tf32 or row.single, "single": row.single}
