@@ -57,7 +57,7 @@ class Note:
     """What trackers.json says of one tracker.
 
     Attributes:
-        id: under which it knows the run; "" before it gave one.
+        id: under which it knows the run: chosen here, or by its server.
         step: the last update of which it was sent a record.
     """
 
@@ -234,7 +234,8 @@ class Trackers:
         """
         if not self._config.trackers:
             return
-        records = read_records(metrics) if kept else []
+        found = read_records(metrics) if kept else []
+        records = [record for record in found if isinstance(record.get("step"), int)]
         self._skipped = sum(bool(record.get("skipped")) for record in records)
         last = max((record["step"] for record in records), default=0)
         self._notes = self._read_notes(last)
@@ -256,11 +257,11 @@ class Trackers:
 
     def _read_notes(self, last: int) -> dict[str, Note]:
         notes: dict[str, Note] = {}
-        if last:
-            # Lost, or not ours: all is sent again, under a new id.
-            with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-                found = json.loads((self._folder / NOTES).read_text())
-                notes = {name: Note.read(found[name]) for name in KINDS if name in found}
+        # Lost, or not ours: all is sent again, under a new id. A run that was killed before its
+        # first checkpoint has notes and no records that are kept.
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+            found = json.loads((self._folder / NOTES).read_text())
+            notes = {name: Note.read(found[name]) for name in KINDS if name in found}
         for name in self._config.trackers:
             known = notes.get(name)
             # A run that was sent back to an earlier update may go another way from there.

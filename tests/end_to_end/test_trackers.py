@@ -121,6 +121,24 @@ def test_a_resumed_run_continues_both_curves_without_doubled_steps(tmp_path, row
     assert [step for step, _ in scalars["loss"]] == [*range(1, 11)]
 
 
+@needs("tensorboard")
+@needs("trackio")
+def test_a_run_that_was_killed_before_its_first_checkpoint(tmp_path, rows):
+    """It trains from the start, to the same numbers, in the same curves."""
+    env = {"TRACKIO_DIR": tmp_path / "trackio"}
+    argv = [*SMALL, "--dataset-file", rows, "--steps", "6", "--output-dir", "run"]
+    argv += ["--report-to", "tensorboard,trackio"]
+    killed = forked(1, "accum_trainer", *argv, cwd=tmp_path, inject={"micro_step": 4}, **env)
+    assert killed.returncode == -signal.SIGKILL
+    assert forked(1, "accum_trainer", *argv, cwd=tmp_path, **env).returncode == 0
+    expected = losses_of(tmp_path / "run")
+    scalars, _ = tensorboard_of(tmp_path / "run" / "tensorboard")
+    assert scalars["loss"] == [(step, pytest.approx(loss)) for step, loss in expected]
+    (logged,) = trackio_of(tmp_path / "trackio").values()
+    assert sorted((s, m["loss"]) for s, m in logged if "loss" in m) == expected
+    assert len([*(tmp_path / "run" / "tensorboard").glob("*/hparams.yml")]) == 1
+
+
 @needs("trackio")
 def test_a_run_sent_back_begins_another_curve(tmp_path, rows):
     """From update 2 on it goes another way, and trackio cannot take records back."""
@@ -265,7 +283,8 @@ def _wandb_steps(file):
 )
 def test_notes_of_others_are_read_as_data(notes, tmp_path):
     """Those that are none are made anew; a link does not take them elsewhere."""
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "skipped": false, "loss": 2.0}\n')
+    lines = ('{"step": 1, "skipped": false, "loss": 2.0}\n', '{"loss": 3}\n', "[1]\n")
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
     (tmp_path / "trackers.json").write_text(json.dumps(notes))
     (tmp_path / "theirs").write_text("precious")
     (tmp_path / ".trackers.json.partial").symlink_to(tmp_path / "theirs")
