@@ -94,12 +94,19 @@ class TrackedRun:
     def name(self) -> str:
         return self.folder.resolve().name
 
+    def check_inside(self, name: str) -> None:
+        """Raise a ConfigError if a folder that a tracker writes to is a link: it may be another's,
+        and lead anywhere."""
+        if (self.folder / name).is_symlink():
+            raise ConfigError(f"{self.folder / name} is a link, and leads out of the run directory")
+
     @property
     def noted_steps(self) -> range:
         return range(1, self.note.step + 1)
 
 
 def _tensorboard(run: TrackedRun) -> dict[str, Any]:
+    run.check_inside("tensorboard")
     later = {"purge_step": run.first_step} if run.note.step else {}
     return {"run_name": "tensorboard", "logging_dir": run.folder, **later}
 
@@ -107,6 +114,7 @@ def _tensorboard(run: TrackedRun) -> dict[str, Any]:
 def _wandb(run: TrackedRun) -> dict[str, Any]:
     import wandb
 
+    run.check_inside("wandb")
     # Catching the console would copy each state of the live display.
     quiet = {} if "WANDB_CONSOLE" in os.environ else {"settings": wandb.Settings(console="off")}
     folder = os.environ.get("WANDB_DIR") or run.folder

@@ -298,6 +298,17 @@ def test_notes_of_others_are_read_as_data(notes, tmp_path):
     assert tensorboard_of(tmp_path / "tensorboard")[0]["loss"] == [(1, 2.0)]
 
 
+@needs("tensorboard")
+def test_a_link_takes_events_nowhere_else(train, tmp_path, rows):
+    (tmp_path / "elsewhere").mkdir()
+    argv = [*SMALL[2:], "--dataset-file", rows, "--output-dir", "run"]
+    assert train(*argv, "--steps", "1").status == 0
+    (tmp_path / "run" / "tensorboard").symlink_to(tmp_path / "elsewhere")
+    linked = train(*argv, "--steps", "2", "--report-to", "tensorboard")
+    assert linked.status == 0 and "is a link, and leads out of the run directory" in linked.err
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_no_secret_is_sent():
     config = TrainConfig(
         dataset_file="https://me:hunter2@data.example/rows.jsonl?token=abc&x=1",
