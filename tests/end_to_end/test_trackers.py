@@ -281,7 +281,7 @@ def _wandb_steps(file):
     ],
     ids=["path", "text", "list", "other"],
 )
-def test_notes_of_others_are_read_as_data(notes, tmp_path):
+def test_notes_of_others_are_read_as_data(notes, tmp_path, fresh_accelerate):
     """Those that are none are made anew; a link does not take them elsewhere."""
     lines = ('{"step": 1, "skipped": false, "loss": 2.0}\n', '{"loss": 3}\n', "[1]\n")
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
