@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderableType, RenderResult
+from rich.control import Control
 from rich.live import Live
+from rich.segment import ControlType, Segment
 from rich.text import Text
 
 from accum_trainer.train.progress import Progress, clock_time, progress_line
@@ -52,7 +55,8 @@ def shown_live(
         stopped_by: gives what asked the run to stop ("SIGINT", "time limit"), else "".
     """
     console = _Console(stderr=True)
-    live = Live(
+    is_shared = os.environ.get("LOCAL_WORLD_SIZE", "1") != "1"
+    live = (_SharedLive if is_shared else Live)(
         TrainingDisplay(progress, batch, clipped_at, stopped_by),
         console=console,
         refresh_per_second=_REFRESHES_PER_SEC,
@@ -62,6 +66,36 @@ def shown_live(
     streams = {stream: name for name in ("stdout", "stderr") if (stream := getattr(sys, name))}
     with live, _handlers_following(streams):
         yield
+
+
+class _SharedLive(Live):
+    """A display on a terminal that other processes write to, such as a traceback of theirs.
+
+    Between two frames the cursor is at the display's top, not at its end. So what they write is
+    over the display, and the next frame is drawn below it: nothing of theirs is erased.
+    """
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        frame = _Frame(self.get_renderable(), is_last=not self.is_started)
+        return [_EraseBelow(), *renderables, frame]
+
+
+class _EraseBelow:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Segment("\r\x1b[J", None, [(ControlType.CLEAR,)])
+
+
+class _Frame:
+    def __init__(self, content: RenderableType, is_last: bool) -> None:
+        self._content, self._is_last = content, is_last
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = console.render_lines(self._content, options, pad=False)[: console.height - 1]
+        for line in lines:
+            yield from line
+            yield Segment.line()
+        if not self._is_last:
+            yield Control((ControlType.CURSOR_UP, len(lines)))
 
 
 @contextlib.contextmanager

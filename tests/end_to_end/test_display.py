@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from accum_trainer.train.records import read_records
-from tests.launching import environment, script, stand_in, torchrun
+from tests.launching import ROOT, environment, script, stand_in, torchrun
 from tests.made_runs import write_sums
 from tests.terminal import Terminal
 
@@ -95,6 +95,45 @@ def test_what_others_write_stays_above_the_display(tmp_path, rows):
         assert seen.text.count(said) - seen.text.count(f'"{said}"') >= 1, seen.text
         assert said in above
     assert seen.text.count("tokens/s") == 1
+
+
+# Process 1 writes to the terminal, past Python, while process 0 draws on it.
+SHARED = """
+import os, sys, time
+import accum_trainer.train.loop as loop
+loss_of, calls = loop.causal_lm_loss, 0
+def noisy(model, batch):
+    global calls
+    calls += 1
+    if calls in (4, 8) and os.environ["RANK"] == "1":
+        time.sleep(0.6)
+        os.write(2, "".join(f"line {n} of process 1 ({calls})\\n" for n in range(12)).encode())
+        time.sleep(0.6)
+    return loss_of(model, batch)
+loop.causal_lm_loss = noisy
+from accum_trainer.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_what_other_processes_write_is_not_erased(tmp_path, rows):
+    (tmp_path / "shared.py").write_text(SHARED)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    argv = [*SMALL, "--global-batch-size", "16", "--dataset-file", rows, "--steps", "10"]
+    argv = [part for part in argv if part not in ("--gradient-accumulation-steps", "2")]
+    seen = Terminal(
+        [*torchrun, "--standalone", "shared.py", *argv],
+        environment(OMP_NUM_THREADS=1, PYTHONPATH=ROOT),
+        tmp_path,
+    )
+    assert seen.ended() == 0, seen.text
+    for calls in (4, 8):
+        lines = [f"line {n} of process 1 ({calls})" for n in range(12)]
+        assert [line for line in lines if line not in seen.text] == [], seen.text
+    assert seen.text.rstrip().splitlines()[-1].startswith("done: 10 updates")
+    last = seen.text[seen.text.rindex("update    10/10") :]
+    assert last.count("tokens/s") == 1 and "effective batch 16" in last
+    assert not seen.screen.cursor.hidden
 
 
 def test_standard_output_in_a_file_is_what_the_program_writes(tmp_path, rows):
