@@ -198,6 +198,12 @@ def _ranks(processes: int, base: dict[str, str]) -> list[dict[str, str]]:
     ]
 
 
+def stand_in(name: str, **more: object) -> tuple[str, dict[str, str]]:
+    """The program that takes the place of the command `name`, which is forked, and its
+    environment."""
+    return str(STAND_INS / name), _with_server(environment(OMP_NUM_THREADS=1, **more))
+
+
 def shell(code: str, cwd: Path, timeout: float = 300) -> Completed:
     """`bash -euo pipefail -c code`, in which accum-trainer, accelerate, torchrun and python are
     forked."""

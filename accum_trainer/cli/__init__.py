@@ -27,6 +27,8 @@ COMMANDS = {
     "launch": "Start training under a launch file: free ports, a log per process, the failed "
     "process's own error.",
     "requeue": "Say whether a stopped batch job goes back into the queue; batch scripts call it.",
+    "doctor": "Say what this machine offers, what would not work here, and the command that mends "
+    "it.",
     "checkpoint": "Write the model of a run's checkpoint for from_pretrained.",
     "compare": "Compare loss curves at equal updates, samples and time, and how noisy they are.",
     "report": "Write runs and their comparison as one HTML file that needs no server.",

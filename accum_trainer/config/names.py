@@ -34,6 +34,7 @@ _TRAINER_NAMES = {
     "no_cuda": "cpu",
     "data_seed": "seed",
     "torch_compile": "compile",
+    "logging_steps": "log_every",
     "eval_steps": "eval_every",
     "eval_strategy": "eval_every",
     "evaluation_strategy": "eval_every",

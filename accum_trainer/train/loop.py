@@ -29,12 +29,14 @@ from accum_trainer.train.model_origin import ModelOrigin, identity_of, read_orig
 from accum_trainer.train.rank_agreement import agree_on_checkpoint, agree_on_folder
 from accum_trainer.train.records import Record
 from accum_trainer.train.resume import capture, restore
-from accum_trainer.train.run_folder import CHECKPOINTS, MODEL, RunFolder
+from accum_trainer.train.run_folder import CHECKPOINTS, METRICS, MODEL, PICTURE, RunFolder
 from accum_trainer.train.run_plan import describe_plan, describe_split, run_plan
 from accum_trainer.train.save_times import SaveTimes
 from accum_trainer.train.saved_model import needs_only_trained_weights, save_model
 from accum_trainer.train.setup import assemble, make_accumulator
 from accum_trainer.train.stopping import StoppingPolicy
+from accum_trainer.train.trackers import Trackers, check_installed
+from accum_trainer.train.utilisation import Utilisation
 from accum_trainer.update import Update
 from accum_trainer.window import Window
 
@@ -73,6 +75,7 @@ class Run:
 
     def __init__(self, config: TrainConfig) -> None:
         started = time.monotonic()
+        check_installed(config)
         accumulator = make_accumulator(config)
         self.engine = accumulator.engine
         self.stopping = StoppingPolicy(accumulator, config, started)
@@ -101,6 +104,8 @@ class Run:
         self._save_times = SaveTimes(
             self.training.accumulator, config.checkpoint_every, config.checkpoint_minutes
         )
+        self._trackers = Trackers(self.folder, self.config)
+        self._utilisation = Utilisation.of_training(self.training)
         self._plan = run_plan(self.training, self._resumed_from)
 
     def _best_checkpoint(self, config: TrainConfig) -> BestCheckpoint:
@@ -178,6 +183,7 @@ class Run:
                     any(evaluation.is_due(update.step + ahead) for ahead in (1, 2)),
                 )
                 with self._hangs.paused():
+                    self._trackers.log(record)
                     if self._is_save_due(update, is_best):
                         self.save()
                     yield record
@@ -243,6 +249,7 @@ class Run:
             "data_wait_sec": waited,
             "memory_gb": memory_gb(device),
             "peak_gb": peak_gb(device),
+            "mfu": self._utilisation.of(update, seconds),
         }
 
     def _is_save_due(self, update: Update, is_best: bool) -> bool:
@@ -268,7 +275,7 @@ class Run:
     def _open_files(self, places: LoopPlaces) -> Iterator[None]:
         """Start the run's files; save the run at the end, even if it was stopped or all processes
         left the caller's loop."""
-        self.engine.on_main(self._files.start, self.config, self._plan)
+        self.engine.on_main(self._start_files)
         reset_peak(self.engine.device)
         self._hangs.start()
         try:
@@ -288,7 +295,12 @@ class Run:
             raise
         finally:
             self._writer.give_up()
+            self._trackers.close()
             self._files.close()
+
+    def _start_files(self) -> None:
+        self._files.start(self.config, self._plan)
+        self._trackers.start(self._plan, self._files.tally.records, self.folder / METRICS)
 
     def _finish_if_all_left(self, places: LoopPlaces) -> None:
         try:
@@ -363,3 +375,4 @@ class Run:
         if self._best.is_wanted:
             ending["best"] = self.best.as_result() if self.best is not None else None
         self._files.finish(title, ending)
+        self._trackers.finish(self.folder / PICTURE)
