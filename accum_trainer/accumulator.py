@@ -57,7 +57,8 @@ class Accumulator:
         allow_batch_norm: in train mode BatchNorm takes statistics over each micro-batch, and
             spectral norm moves with each, so the cut changes the update: refused unless True.
         accelerator: the Accelerator to use; otherwise one is made from `accelerator_kwargs`, which
-            may also name `zero_stage` (0 to 3) and `cpu_offload` for DeepSpeed, or `fsdp=True` for
+            may also name the `engine` that must be in force (`single`, `ddp`, `fsdp2`, `zero0` to
+            `zero3`); or `zero_stage` (0 to 3) and `cpu_offload` for DeepSpeed, `fsdp=True` for
             FSDP2.
 
     Attributes:

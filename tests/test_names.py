@@ -15,7 +15,7 @@ THEIRS = {
     "evaluation_strategy": "eval_every",
     "save_strategy": "checkpoint_every",
     "load_best_model_at_end": "keep_best",
-    "deepspeed": "zero_stage",
+    "deepspeed": "engine",
     "no_cuda": "cpu",
     "precision": "mixed_precision",
     "logging_dir": "log_file",

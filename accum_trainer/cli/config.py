@@ -21,6 +21,7 @@ from accum_trainer.plan.batch_report import batch_report, sized_plan
 _DECIDED = {
     "mixed_precision": "--precision",
     "amp": "--precision",
+    "engine": "--engine",
     "zero_stage": "--engine",
     "cpu_offload": "--cpu-offload",
     "cpu": "--cpu",
@@ -52,10 +53,10 @@ def command() -> None:
 @click.argument("mode", type=click.Choice(MODES), metavar="MODE")
 @click.option(
     "--engine",
-    type=click.Choice(ENGINES),
+    type=click.Choice(("single", *ENGINES)),
     default="ddp",
-    show_default=True,
-    metavar="|".join(ENGINES),
+    show_default="ddp; of one process single",
+    metavar="|".join(("single", *ENGINES)),
     help="Which library shards, and which state.",
 )
 @click.option(
@@ -226,8 +227,8 @@ def _as_train(spec: LaunchSpec) -> list[str]:
     """The settings of the launch files as options of `train`, for the memory and learning-rate
     reports."""
     options = ["--mixed-precision", spec.precision]
-    if spec.zero_stage is not None:
-        options += ["--zero-stage", spec.engine, *(["--cpu-offload"] if spec.cpu_offload else [])]
+    if spec.num_processes > 1 or spec.zero_stage is not None:
+        options += ["--engine", spec.engine, *(["--cpu-offload"] if spec.cpu_offload else [])]
     return [*options, *(["--cpu"] if spec.cpu else [])]
 
 

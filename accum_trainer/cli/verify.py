@@ -13,6 +13,7 @@ import click
 from accum_trainer.cli.options import SectionedCommand, composed_options
 from accum_trainer.cli.output_file import check_output_file
 from accum_trainer.config import Composed, TrainConfig
+from accum_trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from accum_trainer.verify.report import Check, Report
@@ -82,7 +83,14 @@ def _verify(config: TrainConfig, windows: int, loop_spec: str | None) -> Report:
     from accum_trainer.verify.loop import verify_loop_of
     from accum_trainer.verify.loop_file import load_loop
 
-    return verify_loop_of(config, load_loop(loop_spec), launched_processes())
+    loop, processes = load_loop(loop_spec), launched_processes()
+    in_force = "single" if processes == 1 else "ddp"
+    if config.engine not in (None, in_force):
+        raise ConfigError(
+            f"engine={config.engine}, but a loop on plain Accelerate is checked on {in_force} here; "
+            "leave engine out"
+        )
+    return verify_loop_of(config, loop, processes)
 
 
 def _show(report: Report) -> None:

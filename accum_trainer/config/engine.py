@@ -6,15 +6,26 @@ from accum_trainer.batch_plan import parse_shard
 from accum_trainer.config.option import Section, option
 from accum_trainer.errors import ConfigError
 
+ENGINES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
+
 
 @dataclass(frozen=True)
 class EngineOptions(Section):
-    """The device, and what DeepSpeed shards."""
+    """The device, and what is sharded by which library.
+
+    `zero_stage` is another way to write `engine`: if one of them names a ZeRO stage, both do.
+    """
 
     cpu: bool = option(False, "Train on the CPU even if there is a GPU.")
+    engine: str | None = option(
+        None,
+        "The engine that must be in force, or the run ends before it begins. Default: what the "
+        "launcher says, else DDP, or single in one process.",
+        choices=ENGINES,
+    )
     zero_stage: str = option(
         "none",
-        "Shard optimizer, gradients or weights with DeepSpeed ZeRO.",
+        "Shard with DeepSpeed ZeRO: another way to write --engine zero1 to zero3.",
         choices=("none", "zero1", "zero2", "zero3"),
         aliases={"1": "zero1", "2": "zero2", "3": "zero3"},  # as `Accumulator(zero_stage=2)`
     )
@@ -28,10 +39,20 @@ class EngineOptions(Section):
 
     def _check_rules(self) -> None:
         super()._check_rules()
+        if self.zero_stage != "none":
+            if self.engine not in (None, self.zero_stage):
+                raise ConfigError(
+                    f"engine={self.engine} and zero_stage={self.zero_stage} name two engines; give "
+                    "one of them"
+                )
+            self._set("engine", self.zero_stage)
+        elif self.engine is not None and self.engine.startswith("zero"):
+            self._set("zero_stage", self.engine)
         if self.cpu_offload and self.zero_stage == "none":
+            other = f"engine={self.engine} has none" if self.engine else "no engine is named"
             raise ConfigError(
-                "cpu_offload keeps ZeRO's optimizer state in host memory; give zero_stage (zero1 "
-                "to zero3) too"
+                f"cpu_offload keeps ZeRO's optimizer state in host memory, but {other}; give "
+                "engine (zero1 to zero3), or leave cpu_offload out"
             )
 
 

@@ -26,6 +26,7 @@ _ALTERNATIVES = (
     {"batch_size", "max_tokens_per_micro_batch"},
     {"dataset", "dataset_file"},
     {"amp", "mixed_precision"},
+    {"engine", "zero_stage"},
 )
 
 

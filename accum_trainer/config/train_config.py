@@ -71,6 +71,11 @@ class TrainConfig(  # bases from last section to first: dataclasses collect fiel
                 f"max_tokens_per_micro_batch={most} is below max_seq_len={self.max_seq_len}, so "
                 "a long sample fits no micro-batch; raise the former or lower the latter"
             )
+        if self.parallel_independent and self.engine in ("ddp", "fsdp2"):
+            raise ConfigError(
+                f"engine={self.engine} shares a gradient between processes, and each of the "
+                "parallel_independent runs is one process; leave engine out"
+            )
         if self.keep_best and self.eval_every is None and self.eval_file is None:
             data = self.dataset_file or self.dataset
             raise ConfigError(

@@ -14,7 +14,7 @@ its name decides nothing. An engine knows no windows, targets or data. Beside th
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
@@ -41,6 +41,9 @@ class Engine(FullState, abc.ABC):
     Attributes:
         name: in plan.json and in messages; for people only.
         options: arguments of `Accumulator` that ask for this engine.
+        asked_for_as: names for `Accumulator(engine=)`, each with the options that it stands for.
+        library: whose plugin, or variable of accelerate's launcher, asks for this engine; "" if
+            none does.
         grad_sync: the policy in force, `once-per-window` or `every-microbatch`.
         grad_sync_reason: why it is this one.
         weight_sync: the same for gathering sharded weights; None if every process has them whole.
@@ -64,6 +67,8 @@ class Engine(FullState, abc.ABC):
 
     name: str
     options: ClassVar[tuple[str, ...]] = ()
+    asked_for_as: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    library: ClassVar[str] = ""
     grad_sync: str
     grad_sync_reason: str = "asked for"
     weight_sync: str | None = None
@@ -90,6 +95,12 @@ class Engine(FullState, abc.ABC):
     def is_asked_for(cls, request: Request) -> bool:
         """Whether the request names this engine; False for one that runs without a request."""
         return False
+
+    @classmethod
+    def refusal(cls, processes: int) -> str:
+        """Why this engine cannot be the one in force on so many processes, as a clause with the
+        remedy; "" if it can."""
+        return ""
 
     @classmethod
     def accelerator_kwargs(cls, request: Request) -> dict[str, Any]:

@@ -50,11 +50,12 @@ def build_engine(
         accelerator: the user's own; by default one is made from `options`.
         options: of an engine (`Engine.options`: `zero_stage`, 0 to 3; `cpu_offload`, which keeps
             ZeRO's optimizer state in host memory; `fsdp`), each of which the launcher may ask for
-            too; others are for `Accelerator(...)`.
+            too; `engine`, the name of the one that must be in force; others are for
+            `Accelerator(...)`.
 
     Raises:
-        ConfigError: another source says another K; an unknown policy; an Accelerator and arguments
-            for one; two engines.
+        ConfigError: another source says another K; an unknown policy or engine; an Accelerator and
+            arguments for one; two engines.
         EngineError: the engine in force is not the one asked for, or none of ours.
     """
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
@@ -63,17 +64,19 @@ def build_engine(
             "dtype, so they could not accumulate in float32; pip install 'torch>=2.11'"
         )
     syncs = Syncs(grad_sync, weight_sync)
-    request = _request(options)
-    if accelerator is not None and (request.options or request.accelerator_kwargs):
-        given = sorted({*request.options, *request.accelerator_kwargs})
+    given = sorted(name for name, v in options.items() if v is not None and v is not False)
+    if accelerator is not None and given:
         raise ConfigError(
             f"accelerator is given together with {', '.join(given)}; pass these to your "
             "Accelerator(...) instead"
         )
+    request = _request(options)
     _check_environment(gradient_accumulation_steps)
     launched = launched_processes()
     refuse_lost_processes()
     asked_for = [kind for kind in ENGINES if kind.is_asked_for(request)]
+    if request.engine is not None:
+        _check_request(request, asked_for, launched)
     if accelerator is None:
         accelerator = _new_accelerator(request, asked_for)
     else:
@@ -84,7 +87,14 @@ def build_engine(
         atexit.register(_let_gloo_finish)
     for kind in ENGINES:
         if kind.drives(accelerator, request):
-            return kind.on(accelerator, syncs)
+            engine = kind.on(accelerator, syncs)
+            if request.engine not in (None, engine.name):
+                raise EngineError(
+                    f"engine={request.engine} was asked for, but {engine.name} is in force: "
+                    f"accelerate runs {accelerator.distributed_type.value} on "
+                    f"{engine.world_size} process{'es' if engine.world_size > 1 else ''}"
+                )
+            return engine
         if kind in asked_for:
             raise EngineError(
                 f"{kind.name} was asked for, but accelerate runs "
@@ -100,7 +110,7 @@ def check_arguments(given: Iterable[str], taker: type) -> None:
     """Raise a ConfigError, with the nearest known name, for an argument of `taker` that neither it,
     an engine nor `Accelerator(...)` takes."""
     own = [name for name, p in signature(taker).parameters.items() if p.kind is p.KEYWORD_ONLY]
-    own += [name for kind in ENGINES for name in kind.options]
+    own += ["engine", *(name for kind in ENGINES for name in kind.options)]
     known = [*own, *signature(Accelerator).parameters]
     for name in given:
         if name not in known:
@@ -113,12 +123,51 @@ def check_arguments(given: Iterable[str], taker: type) -> None:
 
 
 def _request(options: dict[str, Any]) -> Request:
-    """Options that are given, those of engines apart from those of accelerate."""
+    """Options that are given, those of engines apart from those of accelerate; with those that a
+    named engine stands for.
+
+    Raises:
+        ConfigError: an unknown name, or one that contradicts an option.
+    """
     ours = {name for kind in ENGINES for name in kind.options}
-    return Request(
-        {k: v for k, v in options.items() if k in ours and v is not None and v is not False},
-        {k: v for k, v in options.items() if k not in ours},
-    )
+    name = options.pop("engine", None)
+    given = {k: v for k, v in options.items() if k in ours and v is not None and v is not False}
+    if name is not None:
+        kind = _engine_of(name)
+        for option, value in kind.asked_for_as[name].items():
+            if option in given and str(given[option]).removeprefix("zero") != str(value):
+                raise ConfigError(
+                    f"engine={name}, but {option}={given[option]}; make them agree, or leave one "
+                    "out"
+                )
+            given[option] = value
+    return Request(given, {k: v for k, v in options.items() if k not in ours}, engine=name)
+
+
+def _engine_of(name: Any) -> type[Engine]:
+    known = {text: kind for kind in ENGINES for text in kind.asked_for_as}
+    if name not in known:
+        raise ConfigError(f"engine={name!r} is not known; give one of {', '.join(sorted(known))}")
+    return known[name]
+
+
+def _check_request(request: Request, asked_for: list[type[Engine]], launched: int) -> None:
+    """Raise a ConfigError if the engine named in `request` is not the only one asked for, or cannot
+    be in force on the `launched` processes."""
+    named = _engine_of(request.engine)
+    for other in asked_for:
+        if other is not named:
+            options = [f"{k}={v}" for k, v in request.options.items() if k in other.options]
+            where = request.where(other.library) or ", ".join(options)
+            raise ConfigError(
+                f"engine={request.engine}, but {where} asks for {other.name}; make them agree, or "
+                "leave one out"
+            )
+    if refusal := named.refusal(launched):
+        raise ConfigError(
+            f"engine={request.engine} on {launched} process{'es' if launched > 1 else ''}: "
+            f"{refusal}"
+        )
 
 
 def _new_accelerator(request: Request, asked_for: list[type[Engine]]) -> Accelerator:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ class DDPEngine(TorchEngine):
     each is exchanged."""
 
     name = "ddp"
+    asked_for_as: ClassVar[Mapping[str, Mapping[str, Any]]] = {"ddp": {}}
     can_change_trained = False
     runs_plain_loops = True
 
@@ -48,6 +49,16 @@ class DDPEngine(TorchEngine):
         self._models: list[DistributedDataParallel] = []
         # Parameters that this rank has not used in the window in hand.
         self._only_zeros: set[torch.nn.Parameter] = set()
+
+    @classmethod
+    def refusal(cls, processes: int) -> str:
+        # Also for one that a launcher started: on a GPU accelerate then wraps nothing.
+        if processes > 1:
+            return ""
+        return (
+            "it averages gradients over two or more; start them with `accelerate launch "
+            "--multi_gpu --num_processes N` or `torchrun --nproc_per_node N`, or use single"
+        )
 
     @classmethod
     def drives(cls, accelerator: Accelerator, request: Request) -> bool:

@@ -11,7 +11,7 @@ import contextlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -49,6 +49,8 @@ class FSDPEngine(TorchEngine):
 
     name = "fsdp2"
     options = ("fsdp",)
+    asked_for_as: ClassVar[Mapping[str, Mapping[str, Any]]] = {"fsdp2": {"fsdp": True}}
+    library = "fsdp"
     runs_alone = False  # weights are gathered in every forward
     equal_micro_batches = True
     shards_optimizer = True
@@ -57,7 +59,7 @@ class FSDPEngine(TorchEngine):
 
     @classmethod
     def is_asked_for(cls, request: Request) -> bool:
-        return bool(request.options.get("fsdp")) or request.names("fsdp")
+        return bool(request.options.get("fsdp")) or request.names(cls.library)
 
     @classmethod
     def accelerator_kwargs(cls, request: Request) -> dict[str, Any]:

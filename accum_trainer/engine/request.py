@@ -20,6 +20,7 @@ class Request:
     """The requests of the caller and the launcher.
 
     Attributes:
+        engine: the name of the one that must be in force, of `Engine.asked_for_as`; or None.
         options: of an engine, by the names in `Engine.options`; only those that were given.
         accelerator_kwargs: for `Accelerator(...)`.
         launcher: ACCELERATE_USE_* as the launcher left them; an Accelerator changes them.
@@ -28,10 +29,17 @@ class Request:
     options: Mapping[str, Any] = field(default_factory=dict)
     accelerator_kwargs: Mapping[str, Any] = field(default_factory=dict)
     launcher: Mapping[str, str] = field(default_factory=_launcher_variables)
+    engine: str | None = None
 
     def names(self, library: str) -> bool:
         """Whether a plugin among the arguments, or accelerate's launcher, asks for `library`."""
-        return (
-            self.accelerator_kwargs.get(f"{library}_plugin") is not None
-            or self.launcher.get(f"ACCELERATE_USE_{library.upper()}", "false").lower() == "true"
-        )
+        return bool(self.where(library))
+
+    def where(self, library: str) -> str:
+        """The plugin or the launcher's variable that asks for `library`; "" if none does."""
+        if self.accelerator_kwargs.get(f"{library}_plugin") is not None:
+            return f"{library}_plugin"
+        variable = f"ACCELERATE_USE_{library.upper()}"
+        if self.launcher.get(variable, "false").lower() == "true":
+            return f"accelerate's launcher ({variable}=true)"
+        return ""

@@ -7,7 +7,8 @@ the user's optimizer. `SingleEngine` is that alone: nothing is exchanged, nothin
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -101,7 +102,12 @@ class SingleEngine(TorchEngine):
     """Both `grad_sync` policies are the same here."""
 
     name = "single"
+    asked_for_as: ClassVar[Mapping[str, Mapping[str, Any]]] = {"single": {}}
     runs_plain_loops = True
+
+    @classmethod
+    def refusal(cls, processes: int) -> str:
+        return "" if processes == 1 else "it is one process; start one, or use ddp"
 
     @classmethod
     def drives(cls, accelerator: Accelerator, request: Request) -> bool:

@@ -12,7 +12,7 @@ import contextlib
 import math
 import os
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -61,6 +61,10 @@ class ZeroEngine(Engine):
 
     name = "DeepSpeed ZeRO"
     options = ("zero_stage", "cpu_offload")
+    asked_for_as: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        f"zero{stage}": {"zero_stage": stage} for stage in range(4)
+    }
+    library = "deepspeed"
     can_change_trained = False
     autocasts = False
     rounds_reduced_gradients = True
@@ -71,7 +75,7 @@ class ZeroEngine(Engine):
 
     @classmethod
     def is_asked_for(cls, request: Request) -> bool:
-        return "zero_stage" in request.options or request.names("deepspeed")
+        return "zero_stage" in request.options or request.names(cls.library)
 
     @classmethod
     def accelerator_kwargs(cls, request: Request) -> dict[str, Any]:

@@ -64,9 +64,8 @@ def make_plugin(
     else:
         config = {}
     zero = config.setdefault("zero_optimization", {})
-    _agree(
-        zero, "stage", 2 if zero_stage is None and "stage" not in zero else zero_stage, "zero_stage"
-    )
+    stage = 2 if zero_stage is None and "stage" not in zero else zero_stage
+    _agree(zero, "stage", stage, f"engine=zero{stage}, zero_stage")
     for dtype in ("bf16", "fp16"):  # accelerate would take the file's precision
         if (
             mixed_precision is not None

@@ -21,8 +21,8 @@ class LaunchSpec:
 
     Args:
         mode: `single-gpu`, `multi-gpu` or `parallel-independent`.
-        engine: `ddp`, `fsdp2`, `zero1`, `zero2` or `zero3`; with one process `ddp` is plain
-            training.
+        engine: `ddp`, `fsdp2`, `zero1`, `zero2` or `zero3`; `ddp` of one process is `single`,
+            which may be written too.
         nodes, gpus_per_node: machines, and processes on each (one per GPU).
         precision: `no`, `bf16` or `fp16`.
         cpu: processes on the CPU instead of on GPUs.
@@ -52,6 +52,13 @@ class LaunchSpec:
     slurm: Slurm | None = None
 
     def __post_init__(self) -> None:
+        if self.engine == "single":
+            if self.mode == "multi-gpu":
+                raise ConfigError(
+                    "engine=single is one process, and multi-gpu has several; use ddp, or the mode "
+                    "single-gpu"
+                )
+            object.__setattr__(self, "engine", "ddp")
         _check_processes(self)
         _check_engine(self)
         _check_precision(self)

@@ -62,6 +62,7 @@ _ENGINES = {
     "zero3": _Engine(zero.zero3, zero.zero3_traffic, policy_matters=True, gathers_in_forward=True),
     "fsdp2": _Engine(fsdp.fsdp2, fsdp.fsdp2_traffic, policy_matters=True, gathers_in_forward=True),
 }
+ENGINE_NAMES = tuple(_ENGINES)
 
 
 @dataclass(frozen=True)

@@ -98,8 +98,8 @@ def make_accumulator(config: TrainConfig) -> Accumulator:
     """
     # Options that are not asked for are left to the launcher.
     asked: dict[str, Any] = {"cpu": True} if config.cpu else {}
-    if config.zero_stage != "none":
-        asked["zero_stage"] = int(config.zero_stage.removeprefix("zero"))
+    if config.engine is not None:
+        asked["engine"] = config.engine
     if config.cpu_offload:
         asked["cpu_offload"] = True
     return Accumulator(

@@ -235,9 +235,8 @@ def test_fsdp2_on_an_adapters_folder_trains_as_one_process(tmp_path, rows):
     argv += ["--model", saved / "model", "--global-batch-size", "2"]
     finished = [
         torchrun(
-            *(2, "accum_trainer.train", *argv, "--output-dir", tmp_path / "fsdp2"),
-            ACCELERATE_USE_FSDP="true",
-            FSDP_VERSION="2",
+            *(2, "accum_trainer.train", *argv, "--engine", "fsdp2"),
+            *("--output-dir", tmp_path / "fsdp2"),
         ),
         python("-m", "accum_trainer.train", *argv, "--output-dir", tmp_path / "single"),
     ]
@@ -276,7 +275,7 @@ def test_i23b_fsdp_settings_that_would_be_lost(tmp_path, variables, says):
     [
         ({"gradient_accumulation_steps": 4}, [], "gradient_accumulation_steps=8, but"),
         ({"gradient_clipping": 0.5}, [], "max_grad_norm=1.0, but"),
-        ({"zero_optimization": {"stage": 3}}, ["--zero-stage", "zero2"], "zero_stage=2, but"),
+        ({"zero_optimization": {"stage": 3}}, [], "engine=zero2, zero_stage=2, but"),
         ({"train_micro_batch_size_per_gpu": 2}, [], "micro_batch_size=4, but"),
         ({"bf16": {"enabled": True}}, ["--mixed-precision", "no"], "mixed_precision=no, but"),
     ],
@@ -350,7 +349,7 @@ def test_i37_a_run_moves_between_engines(tmp_path, rows):
     for processes, steps, extra in (
         (2, 2, ["--zero-stage", "zero3"]),
         (1, 4, []),
-        (2, 6, ["--zero-stage", "zero2"]),
+        (2, 6, ["--engine", "zero2"]),
     ):
         arguments = [*argv, "--steps", str(steps), *extra, "--output-dir", tmp_path / "moved"]
         moved = torchrun(processes, "accum_trainer.train", *arguments)
@@ -359,10 +358,34 @@ def test_i37_a_run_moves_between_engines(tmp_path, rows):
         read_records(tmp_path / name / "metrics.jsonl") for name in ("whole", "moved")
     )
     assert [r["world_size"] for r in found] == [2, 2, 1, 1, 2, 2]
+    assert json.loads((tmp_path / "moved" / "plan.json").read_text())["engine"] == "zero2"
     for key in ("num_targets", "loss", "eval_loss"):
         assert [r.get(key) for r in found] == [
             pytest.approx(r[key], rel=1e-4) if key in r else None for r in expected
         ]
+
+
+FSDP_ENVIRONMENT = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+@pytest.mark.parametrize(
+    ("processes", "engine", "variables", "says"),
+    [
+        (2, "single", {}, "engine=single on 2 processes: it is one process"),
+        (2, "zero2", FSDP_ENVIRONMENT, "(ACCELERATE_USE_FSDP=true) asks for fsdp2; make them"),
+        (1, "ddp", {"ACCELERATE_USE_DEEPSPEED": "true"}, "(ACCELERATE_USE_DEEPSPEED=true) asks"),
+    ],
+    ids=["one of two", "FSDP of the launcher", "DeepSpeed of the launcher"],
+)
+def test_an_engine_that_is_not_in_force_is_refused(tmp_path, processes, engine, variables, says):
+    finished = torchrun(
+        *(processes, "accum_trainer.train", "--cpu", "--engine", engine, "--steps", "1"),
+        *("--output-dir", tmp_path / "run"),
+        **variables,
+    )
+    assert finished.returncode and f"engine={engine}" in finished.stderr
+    assert says in finished.stderr and "Traceback" not in finished.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_deepspeed_missing_is_told_with_the_command_that_installs_it(tmp_path):

@@ -125,6 +125,10 @@ VERIFY = {
     "loop in another order": (["--loop", "order.py:update"], "put them in this order"),
     "loop that ends Python": (["--loop", "ends.py:update"], "ends.py cannot be imported"),
     "loop that is a number": (["--loop", "number.py:update"], "has no function update"),
+    "loop on shards": (
+        ["--loop", "loop.py:update", "--engine", "zero2"],
+        "engine=zero2, but a loop on plain Accelerate is checked on single here",
+    ),
     "data missing": (["--dataset-file", "no.csv"], "data file no.csv does not exist"),
     "unknown option": (["--windws", "3"], "No such option '--windws'"),
     "value left out": (["--windows"], "Option '--windows' requires an argument"),

@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 from accum_trainer import TrainConfig
+from accum_trainer.config import compose
 from accum_trainer.errors import ConfigError
 
 GOOD = [{"prompt": f"What is {n}?\n", "completion": f"It is {n}."} for n in range(20)]
@@ -104,7 +105,35 @@ OPTIONS = {
         ["--attention", "flex_attention"],
         "attention=flex_attention gives no gradient on a CPU",
     ),
-    "offload of nothing": (["--cpu-offload"], "give zero_stage (zero1 to zero3) too"),
+    "offload of nothing": (["--cpu-offload"], "give engine (zero1 to zero3)"),
+    "offload without ZeRO": (
+        ["--cpu-offload", "--engine", "fsdp2"],
+        "host memory, but engine=fsdp2 has none; give engine (zero1 to zero3)",
+    ),
+    "engine of nobody": (
+        ["--engine", "deepspeed"],
+        "engine=deepspeed is not known; give one of single, ddp, fsdp2, zero1, zero2, zero3",
+    ),
+    "engine for several": (
+        ["--engine", "ddp"],
+        ("engine=ddp on 1 process: it averages gradients over two or more", "torchrun"),
+    ),
+    "shards for several": (
+        ["--engine", "fsdp2"],
+        "FSDP2 shards over processes, and there is one, which no launcher started",
+    ),
+    "two engines": (
+        ["--engine", "zero2", "--zero-stage", "zero3"],
+        "engine=zero2 and zero_stage=zero3 name two engines; give one of them",
+    ),
+    "engine and stage": (
+        ["--engine", "ddp", "--set", "zero_stage=1"],
+        "engine=ddp and zero_stage=zero1 name two engines",
+    ),
+    "engine of runs apart": (
+        ["--engine", "ddp", "--parallel-independent", "--cuda-ids", "0,1"],
+        "engine=ddp shares a gradient between processes, and each of the parallel_independent",
+    ),
     "tracker of no kind": (
         ["--report-to", "tensorboard,wandbb"],
         "report_to=tensorboard,wandbb: wandbb is no tracker; give one or several of tensorboard",
@@ -222,6 +251,24 @@ OPTIONS = {
 @pytest.mark.parametrize("written", ["2", 2, "zero2"])
 def test_a_zero_stage_may_be_written_as_in_python(written):
     assert TrainConfig(zero_stage=written).zero_stage == "zero2"
+
+
+def test_the_engine_and_the_zero_stage_are_one_choice(tmp_path):
+    assert TrainConfig(zero_stage=3).engine == TrainConfig(engine="zero3").zero_stage == "zero3"
+    assert TrainConfig(engine="fsdp2").zero_stage == "none"
+    # A written configuration has both; either of them alone replaces them.
+    written = tmp_path / "config.yaml"
+    written.write_text(TrainConfig(engine="zero2").to_yaml())
+    for given, expected in (
+        ({}, ("zero2", "zero2")),
+        ({"engine": "ddp"}, ("ddp", "none")),
+        ({"engine": "zero1"}, ("zero1", "zero1")),
+        ({"zero_stage": "none"}, (None, "none")),
+        ({"zero_stage": "3"}, ("zero3", "zero3")),
+    ):
+        config = compose(given, config_file=written).config
+        assert (config.engine, config.zero_stage) == expected
+    assert TrainConfig(engine="zero2").varied(["engine=single"]).zero_stage == "none"
 
 
 def test_a_stage_that_does_not_exist_is_refused():

@@ -49,7 +49,7 @@ CREATE = {
     ),
     "unknown engine": (
         ["multi-gpu", "--gpus-per-node", "2", "--engine", "zero4"],
-        "'zero4' is not one of 'ddp', 'fsdp2', 'zero1', 'zero2', 'zero3'",
+        "'zero4' is not one of 'single', 'ddp', 'fsdp2', 'zero1', 'zero2', 'zero3'",
     ),
     "offload of nothing": (
         ["multi-gpu", "--gpus-per-node", "2", "--cpu-offload"],
@@ -78,6 +78,14 @@ CREATE = {
     "engine in two places": (
         ["multi-gpu", "--gpus-per-node", "2", "--engine", "zero2", "--", "--zero-stage", "zero3"],
         "zero_stage stands after --, but --engine decides it here",
+    ),
+    "engine named twice": (
+        ["single-gpu", "--", "--engine", "single"],
+        "engine stands after --, but --engine decides it here",
+    ),
+    "one process of several": (
+        ["multi-gpu", "--gpus-per-node", "2", "--engine", "single"],
+        "engine=single is one process, and multi-gpu has several; use ddp",
     ),
     "unknown option of train": (
         ["single-gpu", "--", "--batchsize", "4"],

@@ -11,6 +11,7 @@ from accelerate.utils import DistributedType
 
 import accum_trainer
 from accum_trainer import Accumulator
+from accum_trainer.config import engine as config_engine
 from accum_trainer.engine import build, zero_config
 from accum_trainer.engine.base import Engine
 from accum_trainer.engine.ddp import DDPEngine
@@ -19,6 +20,8 @@ from accum_trainer.engine.request import Request
 from accum_trainer.engine.single import SingleEngine
 from accum_trainer.engine.zero import STAGES, ZeroEngine
 from accum_trainer.errors import ConfigError, EngineError
+from accum_trainer.launch import spec
+from accum_trainer.plan import footprint
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 PACKAGE = Path(accum_trainer.__file__).parent
@@ -87,6 +90,37 @@ def test_a_zero_stage_may_be_written_as_on_the_command_line(written, monkeypatch
 def test_a_zero_stage_that_does_not_exist_is_refused(written):
     with pytest.raises(ConfigError, match=f"zero_stage={written!r} is not known; give 0, 1, 2"):
         zero_config.make_plugin(written, False, None, None)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"engine": "ddp"}, "engine=ddp on 1 process: it averages gradients over two or more"),
+        ({"engine": "deepspeed"}, "engine='deepspeed' is not known; give one of ddp, fsdp2, sing"),
+        ({"engine": "single", "fsdp": True}, "engine=single, but fsdp=True asks for fsdp2"),
+        ({"engine": "zero2", "zero_stage": 3}, "engine=zero2, but zero_stage=3; make them agree"),
+        ({"engine": "zero2", "fsdp": True}, "engine=zero2, but fsdp=True asks for fsdp2"),
+        ({"engine": "fsdp2", "accelerator": object()}, "accelerator is given together with engine"),
+    ],
+)
+def test_a_named_engine_that_cannot_be_in_force_is_refused(given, says):
+    with pytest.raises(ConfigError, match=says):
+        Accumulator(micro_batch_size=1, gradient_accumulation_steps=1, **given)
+
+
+def test_a_named_engine_is_in_force_or_an_error(monkeypatch):
+    assert Accumulator(micro_batch_size=1, cpu=True, engine="single").engine.name == "single"
+    monkeypatch.setattr(SingleEngine, "name", "another")
+    with pytest.raises(EngineError, match="engine=single was asked for, but another is in force"):
+        Accumulator(micro_batch_size=1, cpu=True, engine="single")
+
+
+def test_every_engine_has_one_name_everywhere():
+    asked_for = {name for kind in build.ENGINES for name in kind.asked_for_as}
+    in_force = {SingleEngine.name, DDPEngine.name, FSDPEngine.name}
+    assert asked_for == in_force | {kind.name for kind in STAGES.values()}
+    assert {*config_engine.ENGINES, "zero0"} == asked_for
+    assert set(config_engine.ENGINES) == {*spec.ENGINES, "single"} == set(footprint.ENGINE_NAMES)
 
 
 def test_two_engines_are_refused(registered):
