@@ -283,6 +283,22 @@ def parse_shard(shard: str | None) -> tuple[int, int]:
     return int(first), int(every)
 
 
+def samples_of_shard(num_samples: int, shard: str | None) -> int:
+    """How many of an epoch's samples belong to a shard, as `parse_shard` reads it.
+
+    Raises:
+        ConfigError: none.
+    """
+    first, every = parse_shard(shard)
+    share = len(range(first, num_samples, every))
+    if share == 0:
+        raise ConfigError(
+            f"shard={first}/{every} of {num_samples} samples is empty; use at most {num_samples} "
+            "shards"
+        )
+    return share
+
+
 def parse_rank_weights(weights: str | None) -> tuple[float, ...] | None:
     """Read shares per process: `2,1` is (2.0, 1.0); None where they are equal, or to be measured
     (`auto`).

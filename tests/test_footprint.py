@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 
 import pytest
@@ -251,7 +252,7 @@ def engine(name: str, total: float | None, sent: float) -> Footprint:
     )
 
 
-def test_the_least_traffic_that_fits_is_recommended():
+def test_whole_copies_else_the_least_traffic_that_fits_is_recommended():
     found = [
         engine("ddp", 90, 8),
         engine("zero2", 40, 12),
@@ -262,8 +263,10 @@ def test_the_least_traffic_that_fits_is_recommended():
     assert recommend(found, 80e9) is found[1]  # the first of equals
     assert recommend(found, 30e9) is found[3]
     assert (
-        recommend([engine("ddp", 20, 12), engine("zero3", 10, 8)], 100e9).engine == "ddp"
+        recommend([engine("zero1", 20, 12), engine("zero3", 10, 8)], 100e9).engine == "zero1"
     )  # gathers no weights
+    whole = [engine("zero1", 20, 6), engine("ddp", 30, 8)]
+    assert [recommend(whole, size).engine for size in (100e9, 25e9)] == ["ddp", "zero1"]
     assert recommend(found, 10e9) is None
     assert recommend([engine("ddp", None, 8)], 100e9) is None
     assert not engine("ddp", 80 * (1 - RESERVED) + 0.1, 0).fits(80e9)
@@ -283,6 +286,12 @@ def test_lines_say_what_fits_and_what_to_change():
         "more than 2 processes",
     ):
         assert remedy in nothing
+    [asked] = [
+        line
+        for line in memory_report(dataclasses.replace(config, engine="zero2"), plan, 0.001)
+        if line.startswith("asked for")
+    ]
+    assert asked.count("does not fit") == 2 and "zero2: " in asked and "every-microb" in asked
     without = "\n".join(memory_report(config, plan, None))
     assert "fits" not in without and "recommended" not in without
 
@@ -404,3 +413,26 @@ def test_the_measure_is_of_live_bytes():
     found = read(recorded, "here", 1)
     assert found.peak == pytest.approx(4_000_000, rel=1e-3) and found.sent == 0
     assert kept.numel() + another.numel() + later.numel() == 12_000_000
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, "ddp here has weights 4, gradients 4, optimizer 8: the same"),
+        (
+            {"mixed_precision": "bf16"},
+            "weights 6, gradients 4, optimizer 8: float32 weights with 16-bit copies beside them, "
+            "and float32 gradients",
+        ),
+        ({"use_peft": True}, "only trained weights have gradients and optimizer state"),
+    ],
+    ids=["float32", "bf16", "LoRA"],
+)
+def test_the_usual_16_bytes_stand_beside_the_table(options, says):
+    config = TrainConfig(max_seq_len=64, **options)
+    [line] = [
+        line
+        for line in memory_report(config, BatchPlan(4, 2, 2), None)
+        if line.startswith("16 bytes per parameter")
+    ]
+    assert says in line and "GB before activations and other" in line

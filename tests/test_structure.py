@@ -181,6 +181,13 @@ def test_public_names():
         "from accum_trainer.cli import main; main(['--help'])",
         "from accum_trainer.cli import main; main(['train', '--help'])",
         "from accum_trainer.cli import main; main(['plan', '--num-samples', '100'])",
+        "from accum_trainer.cli import main; main(['completion', 'bash'])",
+        *(
+            "import os; os.environ.update(_ACCUM_TRAINER_COMPLETE='bash_complete', "
+            f"COMP_WORDS='accum-trainer {words}', COMP_CWORD='{len(words.split())}'); "
+            "from accum_trainer.cli import main; main()"
+            for words in ("t", "train --eng", "launch a -- --eng", "compare r", "config create m")
+        ),
     ],
 )
 def test_light_programs_do_not_import_torch(program):

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import click
+from click.shell_completion import CompletionItem
 
 from accum_trainer.cli.quiet import quiet_libraries
 from accum_trainer.errors import AccumTrainerError, ConfigError
@@ -33,6 +34,7 @@ COMMANDS = {
     "compare": "Compare loss curves at equal updates, samples and time, and how noisy they are.",
     "report": "Write runs and their comparison as one HTML file that needs no server.",
     "merge": "Average the results of independent runs, weighted by samples trained.",
+    "completion": "Print the script by which bash, zsh or fish complete this command.",
 }
 
 
@@ -70,12 +72,22 @@ class _Commands(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0].lower().replace("_", "-")
-        if args[0] not in COMMANDS and not args[0].startswith("-"):
+        is_wrong = args[0] not in COMMANDS and not args[0].startswith("-")
+        if is_wrong and not ctx.resilient_parsing:
             near = difflib.get_close_matches(name, [*COMMANDS, *_OTHER_NAMES], n=1)
             meant = _OTHER_NAMES.get(near[0], near[0]) if near else None
             hint = f"Did you mean '{meant}'?" if meant else f"There are {', '.join(COMMANDS)}."
             ctx.fail(f"No such command '{args[0]}'. {hint}")
         return super().resolve_command(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """As click's, without loading each command for its line of help."""
+        names = [
+            CompletionItem(name, help=text)
+            for name, text in COMMANDS.items()
+            if name.startswith(incomplete)
+        ]
+        return names + click.Command.shell_complete(self, ctx, incomplete)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from accum_trainer.cli.completion import complete_files
+
 
 @click.group("checkpoint")
 def command() -> None:
@@ -15,8 +17,15 @@ def command() -> None:
 @command.command(
     "export", epilog="Example: accum-trainer checkpoint export runs/first -o runs/first-so-far"
 )
-@click.argument("source", metavar="RUN|CHECKPOINT")
-@click.option("-o", "--output", required=True, metavar="DIR", help="A new folder for the model.")
+@click.argument("source", metavar="RUN|CHECKPOINT", shell_complete=complete_files)
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    metavar="DIR",
+    shell_complete=complete_files,
+    help="A new folder for the model.",
+)
 @click.option(
     "--trust-remote-code",
     is_flag=True,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from accum_trainer.cli.completion import complete_files
 from accum_trainer.cli.output_file import check_output_file, check_replaceable
 from accum_trainer.errors import ConfigError
 
@@ -20,7 +21,9 @@ _JSON_BEGINS = b'{\n "accum_trainer": "comparison"'
 # Columns of a terminal for the figures' names, and for a run.
 _NAMES_WIDTH, _RUN_WIDTH = 30, 22
 
-runs_argument = click.argument("runs", metavar="RUN...", nargs=-1, required=True)
+runs_argument = click.argument(
+    "runs", metavar="RUN...", shell_complete=complete_files, nargs=-1, required=True
+)
 baseline_option = click.option(
     "--baseline",
     metavar="NAME|N",
@@ -68,10 +71,17 @@ batch_size_option = click.option(
     "-o",
     "--output",
     metavar="FILE",
+    shell_complete=complete_files,
     help=f"The picture, .png, .svg or .pdf.  [default: {_PICTURE}]",
 )
 @click.option("--no-picture", is_flag=True, help="Print the table only.")
-@click.option("--json", "json_file", metavar="FILE", help="Also write all figures as JSON.")
+@click.option(
+    "--json",
+    "json_file",
+    metavar="FILE",
+    shell_complete=complete_files,
+    help="Also write all figures as JSON.",
+)
 @baseline_option
 @axis_option
 @batch_size_option

@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from accum_trainer.batch_plan import BatchPlan
-from accum_trainer.cli.options import GIGABYTES, num_samples_option
+from accum_trainer.cli.completion import complete_files, complete_train
+from accum_trainer.cli.options import GIGABYTES, OneShownOption, num_samples_option
 from accum_trainer.cli.train import options_in, parse
 from accum_trainer.errors import ConfigError
 from accum_trainer.launch.files import launch_files, run_command, write_files
@@ -64,12 +65,18 @@ def command() -> None:
 )
 @click.option(
     "--gpus-per-node",
+    "--processes",
+    "gpus_per_node",
+    cls=OneShownOption,
     type=_AT_LEAST_1,
     metavar="N",
     help="GPUs of a machine (with --cpu, processes); for parallel-independent, the number of runs.",
 )
 @click.option(
     "--precision",
+    "--mixed-precision",
+    "precision",
+    cls=OneShownOption,
     type=click.Choice(PRECISIONS),
     default="no",
     show_default=True,
@@ -126,10 +133,17 @@ def command() -> None:
     "-o",
     "--output",
     metavar="FILE",
+    shell_complete=complete_files,
     help="The file to write.  [default: named after mode and engine]",
 )
 @click.option("--force", is_flag=True, help="Overwrite files that exist.")
-@click.argument("train", nargs=-1, type=click.UNPROCESSED, metavar="-- [TRAIN-ARGS]...")
+@click.argument(
+    "train",
+    nargs=-1,
+    type=click.UNPROCESSED,
+    metavar="-- [TRAIN-ARGS]...",
+    shell_complete=complete_train,
+)
 def create(
     mode: str, output: str | None, force: bool, train: tuple[str, ...], **given: Any
 ) -> None:

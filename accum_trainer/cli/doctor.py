@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from accum_trainer.cli.completion import complete_files
+
 if TYPE_CHECKING:
     from accum_trainer.doctor.report import Report
 
@@ -29,6 +31,7 @@ _COLOURS = {"ok": "green", "limit": "yellow", "fail": "red"}
     default="runs",
     show_default=True,
     metavar="DIR",
+    shell_complete=complete_files,
     help="Where the runs are to live.",
 )
 @click.option(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from accum_trainer.cli.completion import complete_files, complete_train
 from accum_trainer.cli.options import is_on_command_line
 from accum_trainer.cli.train import options_in, parse
 from accum_trainer.config.sources import read_yaml
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     epilog="Example: accum-trainer launch launch_configs/cpu_2proc.yaml -- --batch-size 4 "
     "--global-batch-size 32 --steps 100",
 )
-@click.argument("config", metavar="CONFIG")
+@click.argument("config", metavar="CONFIG", shell_complete=complete_files)
 @click.option(
     "--machine-rank",
     type=int,
@@ -63,7 +64,13 @@ if TYPE_CHECKING:
     "processes again from the newest checkpoint, at most N times in a row without a new one; "
     "torchrun's option of this name counts all restarts. On one machine.",
 )
-@click.argument("train", nargs=-1, type=click.UNPROCESSED, metavar="-- [TRAIN-ARGS]...")
+@click.argument(
+    "train",
+    nargs=-1,
+    type=click.UNPROCESSED,
+    metavar="-- [TRAIN-ARGS]...",
+    shell_complete=complete_train,
+)
 def command(
     config: str,
     machine_rank: int | None,

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from accum_trainer.cli.completion import complete_files
+
 if TYPE_CHECKING:
     from accum_trainer.runs.merge import Merged
 
@@ -21,11 +23,12 @@ _RESULTS = {
     epilog="Examples: accum-trainer merge runs/four   |   "
     "accum-trainer merge runs/a runs/b -o runs/a-and-b --eval-file held-out.jsonl",
 )
-@click.argument("runs", metavar="RUN...", nargs=-1, required=True)
+@click.argument("runs", metavar="RUN...", shell_complete=complete_files, nargs=-1, required=True)
 @click.option(
     "-o",
     "--output",
     metavar="DIR",
+    shell_complete=complete_files,
     help="Folder of the merged model. Default: RUN/merged; required if several runs are named.",
 )
 @click.option(
@@ -37,6 +40,7 @@ _RESULTS = {
 @click.option(
     "--eval-file",
     metavar="FILE",
+    shell_complete=complete_files,
     help="Rows to evaluate the runs and the merge on. Default: the runs' eval_file, or the "
     "embedded corpus's evaluation rows.",
 )

@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 
+from accum_trainer.cli.completion import complete_files
 from accum_trainer.config import OPTIONS, SECTIONS, compose, kind_of, nearest_name
 from accum_trainer.config.sources import naming_sources
 from accum_trainer.errors import ConfigError
@@ -25,8 +26,13 @@ _CONFIG = click.option(
     "--config",
     "config_file",
     metavar="FILE",
+    shell_complete=complete_files,
     help="YAML with these options, underscores for dashes.",
 )
+# Options of `train` whose values may be paths.
+_PATHS = {
+    *("model", "dataset_file", "eval_file", "chat_template", "output_dir", "log_file", "resume"),
+}
 _SET = click.option(
     "--set",
     "settings",
@@ -42,31 +48,40 @@ num_samples_option = click.option(
 )
 
 
-def composed_options(
-    names: Iterable[str] = OPTIONS, has_set: bool = True
-) -> Callable[[Callable[..., Any]], Any]:
-    """Decorate a command function with options of `train`, `--config` and `--set`; it is called
+class OneShownOption(click.Option):
+    """Shows the first of its names in `--help`; the others are accepted."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        names = self.opts
+        try:
+            self.opts = names[:1]
+            return super().get_help_record(ctx)
+        finally:
+            self.opts = names
+
+
+def composed_options(shown: Iterable[str] = OPTIONS) -> Callable[[Callable[..., Any]], Any]:
+    """Decorate a command function with the options of `train`, `--config` and `--set`; it is called
     with what they compose to (`Composed`) and with its remaining options.
 
     Args:
-        names: the options it takes.
-        has_set: whether it takes `--set`.
+        shown: the options in its `--help`; the others are accepted too.
     """
-    chosen = [OPTIONS[name] for name in OPTIONS if name in set(names)]
+    listed = set(shown)
 
     def decorate(function: Callable[..., Any]) -> Any:
         @functools.wraps(function)
         def call(config_file: str | None, settings: tuple[str, ...] = (), **given: Any) -> Any:
-            values = {field.name: given.pop(field.name) for field in chosen}
+            values = {name: given.pop(name) for name in OPTIONS}
             named = {name: value for name, value in values.items() if value is not None}
             composed = compose(named, settings, config_file, os.environ)
             with naming_sources(composed.sources):
                 return function(composed, **given)
 
         command: Any = call
-        for field in reversed(chosen):
-            command = _option(field)(command)
-        return _CONFIG(_SET(command) if has_set else command)
+        for field in reversed(OPTIONS.values()):
+            command = _option(field, hidden=field.name not in listed)(command)
+        return _CONFIG(_SET(command))
 
     return decorate
 
@@ -104,18 +119,36 @@ def is_on_command_line(name: str) -> bool:
     return source is click.core.ParameterSource.COMMANDLINE
 
 
-def _option(field: dataclasses.Field[Any]) -> Callable[[Any], Any]:
+def _option(field: dataclasses.Field[Any], hidden: bool) -> Callable[[Any], Any]:
     flag, kind = "--" + field.name.replace("_", "-"), kind_of(field)
     if kind is bool:
         return click.option(
-            f"{flag}/--no-{flag[2:]}", field.name, default=None, help=field.metadata["help"]
+            *(f"{flag}/--no-{flag[2:]}", field.name),
+            default=None,
+            hidden=hidden,
+            help=field.metadata["help"],
         )
     choices = field.metadata.get("choices")
     metavar = "|".join(choices) if choices else {int: "N", float: "X"}.get(kind, "TEXT")
     default = "" if field.default is None else f"  [default: {field.default}]"
     return click.option(
-        flag, field.name, default=None, metavar=metavar, help=field.metadata["help"] + default
+        *(flag, *field.metadata.get("other_flags", ()), field.name),
+        cls=OneShownOption,
+        default=None,
+        shell_complete=complete_files if field.name in _PATHS else _completing(choices),
+        metavar=metavar,
+        hidden=hidden,
+        help=field.metadata["help"] + default,
     )
+
+
+def _completing(choices: Iterable[str] | None) -> Callable[..., list[str]]:
+    """What a shell offers as the value of an option with these choices."""
+
+    def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+        return [choice for choice in choices or () if choice.startswith(incomplete)]
+
+    return complete
 
 
 class SectionedCommand(click.Command):

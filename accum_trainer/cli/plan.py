@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import click
 
 from accum_trainer.cli.options import (
     GIGABYTES,
+    OneShownOption,
     SectionedCommand,
     composed_options,
     is_on_command_line,
@@ -13,16 +16,21 @@ from accum_trainer.cli.options import (
 )
 from accum_trainer.config import Composed, TrainConfig
 from accum_trainer.errors import ConfigError
-from accum_trainer.plan.batch_report import batch_report, sized_plan
+from accum_trainer.launch.spec import combinations
+from accum_trainer.plan.batch_report import batch_report, line, sized_plan
 
+# Options of `train` that its plan depends on. The others are accepted, so that a whole line of
+# `train` can be planned, and change nothing.
 _USED = (
     *("batch_size", "gradient_accumulation_steps", "global_batch_size", "grad_sync"),
     "weight_sync",
+    "max_tokens_per_micro_batch",
     *("accumulation_dtype", "steps", "epochs", "dataset_file", "lr", "lr_scaling"),
     *("lr_base_batch_size", "scheduler", "warmup", "model", "max_seq_len", "mixed_precision"),
     *("revision", "trust_remote_code"),
     *("amp", "gradient_checkpointing", "attention", "use_peft", "lora_r", "lora_dropout"),
-    *("lora_target_modules", "lora_modules_to_save", "zero_stage", "cpu_offload", "cpu"),
+    *("lora_target_modules", "lora_modules_to_save", "engine", "zero_stage"),
+    *("cpu_offload", "cpu", "parallel_independent", "cuda_ids", "vary", "shard"),
 )
 
 
@@ -34,6 +42,9 @@ _USED = (
 )
 @click.option(
     "--processes",
+    "--gpus-per-node",
+    "processes",
+    cls=OneShownOption,
     default=1,
     show_default=True,
     metavar="W",
@@ -46,7 +57,7 @@ _USED = (
     metavar="GB",
     help="Memory of one GPU, 10^9 bytes: say which engines fit. Needs --model.",
 )
-@composed_options(_USED, has_set=False)
+@composed_options(_USED)
 def command(
     composed: Composed, processes: int, num_samples: int | None, gpu_memory: float | None
 ) -> None:
@@ -56,10 +67,22 @@ def command(
     Pure arithmetic: nothing is loaded, and no GPU is needed. With --dataset-file each row counts as
     one sample (a `text` row longer than the model's length becomes several in training).
 
+    Takes a whole line of `train`: options that do not change the plan are accepted. Of
+    --parallel-independent, the plan of each run is printed.
+
     With --model, also what each engine needs on a GPU and sends between GPUs, computed from the
     model's configuration: no weights are read and nothing is allocated.
     """
-    config = composed.config
+    _check_processes(composed.config, processes)
+    lines = []
+    for title, config in _runs(composed.config):
+        lines += [*title, *_lines(config, processes, num_samples, gpu_memory)]
+    click.echo("\n".join(lines))
+
+
+def _lines(
+    config: TrainConfig, processes: int, num_samples: int | None, gpu_memory: float | None
+) -> list[str]:
     plan = sized_plan(config, processes, num_samples)
     lines = batch_report(plan, config)
     if is_on_command_line("model") or (
@@ -72,4 +95,46 @@ def command(
         raise ConfigError(
             f"gpu_memory={gpu_memory:g} is compared with what a model needs; give --model too"
         )
-    click.echo("\n".join(lines))
+    return lines
+
+
+def _check_processes(config: TrainConfig, processes: int) -> None:
+    """Raise a ConfigError if `train` would not run the engine asked for on so many processes."""
+    if processes > 1 and (config.engine == "single" or config.parallel_independent):
+        what = "each of the parallel_independent runs"
+        raise ConfigError(
+            f"{'engine=single' if config.engine == 'single' else what} is one process, but "
+            f"processes={processes}; leave --processes out"
+        )
+    if processes == 1 and config.engine in ("ddp", "fsdp2"):
+        raise ConfigError(
+            f"engine={config.engine} shares the gradient between processes, but processes=1; say "
+            "how many there are with --processes"
+        )
+
+
+def _runs(config: TrainConfig) -> list[tuple[list[str], TrainConfig]]:
+    """The runs to plan, each with lines that name it: one, without a name, unless they are
+    independent. Those on shares of the samples differ by one sample at most: the first is
+    planned."""
+    if not config.parallel_independent:
+        return [([], config)]
+    alone = dataclasses.replace(
+        config,
+        parallel_independent=False,
+        cuda_ids=None,
+        vary=None,
+        max_restarts=TrainConfig.max_restarts,
+    )
+    if config.vary is not None:
+        return [
+            ([line(f"run {n}", "  ".join(settings))], alone.varied(settings))
+            for n, settings in enumerate(combinations(config.vary))
+        ]
+    if config.cuda_ids is None:
+        raise ConfigError(
+            "parallel_independent without cuda_ids trains on all GPUs of the machine, which a plan "
+            "does not know; give cuda_ids, such as 0,1"
+        )
+    count = len(config.cuda_ids.split(","))
+    return [([line("runs", f"{count}, each on its own share")], alone.varied([f"shard=0/{count}"]))]

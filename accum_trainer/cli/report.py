@@ -12,6 +12,7 @@ from accum_trainer.cli.compare import (
     batch_size_option,
     runs_argument,
 )
+from accum_trainer.cli.completion import complete_files
 from accum_trainer.cli.output_file import check_output_file, check_replaceable
 from accum_trainer.errors import ConfigError
 
@@ -28,6 +29,7 @@ _NAME = "report.html"
     "-o",
     "--output",
     metavar="FILE",
+    shell_complete=complete_files,
     help=f"The page. Default: {_NAME} in the run directory; required for anything else.",
 )
 @baseline_option

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from accum_trainer.cli.completion import complete_files
 from accum_trainer.cli.options import SectionedCommand, composed_options
 from accum_trainer.cli.output_file import check_output_file
 from accum_trainer.config import Composed, TrainConfig
@@ -40,6 +41,7 @@ _HEADER = ("check", "result", "error", "tolerance", "meaning")
     "--loop",
     "loop_spec",
     metavar="FILE.py:FUNCTION",
+    shell_complete=complete_files,
     help="Check your own step on plain Accelerate instead: function(accelerator, model, optimizer, "
     "scheduler, batches).",
 )
@@ -47,6 +49,7 @@ _HEADER = ("check", "result", "error", "tolerance", "meaning")
     "--json",
     "json_file",
     metavar="FILE",
+    shell_complete=complete_files,
     help="Also write the report as JSON; nothing else is written.",
 )
 @composed_options()
@@ -87,8 +90,8 @@ def _verify(config: TrainConfig, windows: int, loop_spec: str | None) -> Report:
     in_force = "single" if processes == 1 else "ddp"
     if config.engine not in (None, in_force):
         raise ConfigError(
-            f"engine={config.engine}, but a loop on plain Accelerate is checked on {in_force} here; "
-            "leave engine out"
+            f"engine={config.engine}, but a loop on plain Accelerate is checked on {in_force} "
+            "here; leave engine out"
         )
     return verify_loop_of(config, loop, processes)
 

@@ -27,6 +27,7 @@ class ModelOptions(Section):
         None,
         "Autocast dtype of the forward pass. Default: what the launcher says, else no.",
         choices=("no", "bf16", "fp16"),
+        other_flags=("--precision",),  # as in `config create`
     )
     amp: bool = option(False, "Mixed precision in the best dtype of this device (bf16, else fp16).")
     gradient_checkpointing: bool = option(

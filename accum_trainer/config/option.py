@@ -29,7 +29,8 @@ def option(default: Any, help: str, **limits: Any) -> Any:
         limits: `choices`, `minimum`, `above` and `below` bound the value; `aliases` maps other
             spellings of choices to them; `word` is a text that is accepted beside numbers;
             `only_with` names the option without which this one has no effect; with
-            `not_from_files`, a file that came from others cannot set it.
+            `not_from_files`, a file that came from others cannot set it; `other_flags` are accepted
+            on the command line too, and not shown in `--help`.
     """
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 

@@ -5,7 +5,7 @@ Imports no torch; knows neither models nor engines.
 
 from __future__ import annotations
 
-from accum_trainer.batch_plan import BatchPlan, scale_lr, warmup_updates
+from accum_trainer.batch_plan import BatchPlan, samples_of_shard, scale_lr, warmup_updates
 from accum_trainer.config import TrainConfig
 from accum_trainer.data.counting import count_rows
 from accum_trainer.errors import ConfigError
@@ -25,6 +25,8 @@ def sized_plan(config: TrainConfig, processes: int, num_samples: int | None) -> 
         )
     if config.dataset_file is not None:
         num_samples = count_rows(config.dataset_file)
+    if num_samples is not None and num_samples > 0:  # else the plan refuses it
+        num_samples = samples_of_shard(num_samples, config.shard)
     if isinstance(config.batch_size, str):
         raise ConfigError(
             f"batch_size={config.batch_size} is found on the device when training starts; give a "

@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 from accum_trainer.batch_plan import BatchPlan
 from accum_trainer.config import TrainConfig
 from accum_trainer.engine.sync import AUTO, EVERY, ONCE, Syncs
+from accum_trainer.errors import ConfigError
 from accum_trainer.plan import fsdp, unsharded, zero
 from accum_trainer.plan.job import DeepSpeedSizes, Job, Need
 from accum_trainer.plan.shapes import PHASES, Shapes
@@ -46,17 +47,19 @@ class _Engine:
         policy_matters: its memory depends on `grad_sync`.
         gathers_in_forward: forwards wait for weights from the network, and its memory depends on
             `weight_sync`.
+        shards: something is split between the processes.
     """
 
     need: Callable[[Job, Syncs], Need]
     sent: Callable[[Job, Syncs], int]
     policy_matters: bool = False
     gathers_in_forward: bool = False
+    shards: bool = True
 
 
 _ENGINES = {
-    "single": _Engine(unsharded.single, unsharded.single_traffic),
-    "ddp": _Engine(unsharded.ddp, unsharded.ddp_traffic),
+    "single": _Engine(unsharded.single, unsharded.single_traffic, shards=False),
+    "ddp": _Engine(unsharded.ddp, unsharded.ddp_traffic, shards=False),
     "zero1": _Engine(zero.zero1, zero.zero1_traffic),
     "zero2": _Engine(zero.zero2, zero.zero2_traffic, policy_matters=True),
     "zero3": _Engine(zero.zero3, zero.zero3_traffic, policy_matters=True, gathers_in_forward=True),
@@ -104,6 +107,11 @@ class Footprint:
         return _ENGINES[self.engine].policy_matters
 
     @property
+    def shards(self) -> bool:
+        """Whether something is split between the processes."""
+        return _ENGINES[self.engine].shards
+
+    @property
     def gathers_in_forward(self) -> bool:
         """Whether forwards wait for weights from the network: each, or a window's first."""
         return _ENGINES[self.engine].gathers_in_forward
@@ -144,6 +152,11 @@ def footprints(
     if plan.world_size == 1 and config.zero_stage != "none":
         engines.append(config.zero_stage)
     if job.precision == "fp16":
+        if config.engine == "fsdp2":
+            raise ConfigError(
+                "mixed_precision=fp16 needs a loss scaler, and there is none for engine=fsdp2; use "
+                "bf16, or zero2"
+            )
         engines = [engine for engine in engines if engine != "fsdp2"]
     rows = [
         _footprint(job, engine, Syncs(grad_sync, weight_sync))
@@ -155,14 +168,19 @@ def footprints(
 
 
 def recommend(found: Sequence[Footprint], gpu_memory: float) -> Footprint | None:
-    """The fastest that fits into `gpu_memory` bytes, or None: the one that sends least, the first
-    of equals.
+    """The engine to take on `gpu_memory` bytes, or None if none fits: whole copies if they fit (the
+    exchange overlaps the backward, and there is nothing to shard or to install), else the one that
+    sends least, the first of equals.
 
     Engines that gather weights in forwards come after those that do not: they wait for the
     network there, even if they send less.
     """
     fitting = [f for f in found if f.fits(gpu_memory)]
-    return min(fitting, key=lambda f: (f.gathers_in_forward, f.traffic[f.grad_sync]), default=None)
+    return min(
+        fitting,
+        key=lambda f: (f.shards, f.gathers_in_forward, f.traffic[f.grad_sync]),
+        default=None,
+    )
 
 
 def _policies(engine: str, asked: str) -> list[str]:

@@ -17,13 +17,6 @@ from accum_trainer.plan.footprint import (
 )
 from accum_trainer.plan.job import DeepSpeedSizes
 
-# How to ask for an engine that is not a ZeRO stage.
-_ASK_FOR = {
-    "single": "one process",
-    "ddp": "torchrun, or `config create multi-gpu --engine ddp`",
-    "fsdp2": "`config create multi-gpu --engine fsdp2`",
-}
-
 
 def memory_report(
     config: TrainConfig,
@@ -51,6 +44,7 @@ def memory_report(
         "update, with gradients exchanged once per window or with every micro-batch; weight_sync: "
         "when sharded weights are gathered, once per window keeping them whole through it",
     ]
+    lines.append(line("16 bytes per parameter", _beside_the_usual(config, found)))
     if found.unknown is not None:
         lines.append(
             f"activations are unknown: the model cannot be run without values ({found.unknown})"
@@ -61,6 +55,8 @@ def memory_report(
     lines += [
         f"{engine} needs most while the model is placed, before it is sharded" for engine in placing
     ]
+    if config.engine is not None:
+        lines.append(line("asked for", _asked_for(config.engine, found, limit)))
     if limit is not None:
         lines.append(line("recommended", _recommended(config, plan, found, limit)))
     return lines
@@ -74,6 +70,40 @@ def _described(config: TrainConfig, found: Footprints) -> str:
         f"vocabulary {s.vocabulary:,}" if s.vocabulary is not None else "vocabulary unknown",
     ]
     return f"{config.model}: {s.parameters:,} parameters, {s.trained:,} trained; {', '.join(sizes)}"
+
+
+def _beside_the_usual(config: TrainConfig, found: Footprints) -> str:
+    """The rule of thumb for mixed precision (Rajbhandari et al. 2020, section 3), and the first
+    row beside it, which shards nothing."""
+    s, row = found.shapes, found.rows[0]
+    weights, gradients, optimizer = (
+        size / s.parameters for size in (row.weights, row.gradients, row.optimizer)
+    )
+    why = "the same" if found.precision == "no" else "float32 weights with 16-bit copies beside"
+    if s.trained < s.parameters:
+        why = "only trained weights have gradients and optimizer state"
+    elif config.accumulation_dtype == "bfloat16":
+        why += " them; gradients in 16 bits" if found.precision != "no" else ", less 2 of gradients"
+    elif found.precision != "no":
+        why += " them, and float32 gradients"
+    return (
+        f"the usual figure (weights 2, gradients 2, optimizer 12; in float32 4, 4, 8) is "
+        f"{_short(16 * s.parameters)} before activations and other; {row.engine} here has weights "
+        f"{weights:.3g}, gradients {gradients:.3g}, optimizer {optimizer:.3g}: {why}"
+    )
+
+
+def _asked_for(engine: str, found: Footprints, limit: float | None) -> str:
+    """The memory of the engine that `train` is to run on, under each policy."""
+    needs = []
+    for row in found.rows:
+        if row.engine == engine:
+            policies = [row.grad_sync, *([row.weight_sync] if row.weight_sync else [])]
+            text = "unknown" if row.total is None else _short(row.total)
+            if limit is not None and row.total is not None:
+                text += " fits" if row.fits(limit) else " does not fit"
+            needs.append(f"{text} ({', '.join(policies)})")
+    return f"{engine}: {'; '.join(needs)}"
 
 
 def _table(rows: list[Footprint], limit: float | None) -> list[str]:
@@ -116,15 +146,16 @@ def _recommended(config: TrainConfig, plan: BatchPlan, found: Footprints, limit:
             f"more than fits {room}; {', or '.join(_remedies(config, plan))}"
         )
     fitting = sum(bool(row.fits(limit)) for row in found.rows)
-    ask = _ASK_FOR.get(best.engine, f"--zero-stage {best.engine}")
+    ask = f"--engine {best.engine}"
     if best.policy_matters:
         ask += f", --grad-sync {best.grad_sync}"
     if best.weight_sync is not None:
         ask += f", --weight-sync {best.weight_sync}"
     why = "it fits"
     if fitting > 1:
-        why = f"of the {fitting} that fit it sends least"
-        if not best.gathers_in_forward:
+        why = f"of the {fitting} that fit "
+        why += "it sends least" if best.shards else "it alone shards nothing"
+        if best.shards and not best.gathers_in_forward:
             why += ", and gathers no weights in the forward"
     return (
         f"{best.engine}, {best.grad_sync} ({ask}): {why} "
@@ -152,8 +183,6 @@ def _remedies(config: TrainConfig, plan: BatchPlan) -> list[str]:
     if not config.use_peft:
         remedies.append("train adapters (--use-peft)")
     if not config.cpu_offload:
-        remedies.append(
-            "keep the optimizer's state in host memory (--zero-stage zero2 --cpu-offload)"
-        )
+        remedies.append("keep the optimizer's state in host memory (--engine zero2 --cpu-offload)")
     remedies.append(f"use more than {plan.world_size} process{'es' if plan.world_size > 1 else ''}")
     return remedies

@@ -9,11 +9,11 @@ from accum_trainer.batch_plan import (
     BatchPlan,
     lr_factor,
     parse_shard,
+    samples_of_shard,
     scale_lr,
     warmup_updates,
 )
 from accum_trainer.config import TrainConfig
-from accum_trainer.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,14 @@ def make_schedule(config: TrainConfig, plan: BatchPlan, num_samples: int) -> Sch
     Raises:
         ConfigError: an empty share, or a warm-up longer than the run.
     """
-    shard = parse_shard(config.shard)
-    plan = plan.for_samples(_share(num_samples, shard))
+    plan = plan.for_samples(samples_of_shard(num_samples, config.shard))
     per_epoch = plan.updates_per_epoch
     assert per_epoch is not None
     total = config.steps if config.steps is not None else per_epoch * (config.epochs or 1)
     warmup = warmup_updates(config.warmup, total, per_epoch)
     return Schedule(
         plan=plan,
-        shard=shard,
+        shard=parse_shard(config.shard),
         total_updates=total,
         warmup=warmup,
         peak_lr=scale_lr(
@@ -64,14 +63,3 @@ def make_schedule(config: TrainConfig, plan: BatchPlan, num_samples: int) -> Sch
         ),
         shape=config.scheduler,
     )
-
-
-def _share(num_samples: int, shard: tuple[int, int]) -> int:
-    """Samples of an epoch that belong to `shard`."""
-    share = len(range(num_samples)[shard[0] :: shard[1]])
-    if share == 0:
-        raise ConfigError(
-            f"shard={shard[0]}/{shard[1]} of {num_samples} samples is empty; use at most "
-            f"{num_samples} shards"
-        )
-    return share

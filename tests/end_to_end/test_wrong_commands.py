@@ -78,7 +78,31 @@ PLAN = {
     ),
     "no such model": (["--model", "no/such"], "model=no/such"),
     "a folder without model": (["--model", "folder"], "model=folder"),
-    "an option of train only": (["--output-dir", "run"], "No such option '--output-dir'"),
+    "engine for several": (
+        ["--engine", "ddp"],
+        "engine=ddp shares the gradient between processes, but processes=1; say how many there are",
+    ),
+    "engine for one": (
+        ["--engine", "single", "--gpus-per-node", "2"],
+        "engine=single is one process, but processes=2; leave --processes out",
+    ),
+    "runs apart on several": (
+        ["--parallel-independent", "--cuda-ids", "0,1", "--processes", "2"],
+        "each of the parallel_independent runs is one process, but processes=2",
+    ),
+    "runs apart on who knows what": (
+        ["--parallel-independent"],
+        "parallel_independent without cuda_ids trains on all GPUs of the machine",
+    ),
+    "share of nothing": (
+        ["--shard", "3/9", "--num-samples", "2"],
+        "shard=3/9 of 2 samples is empty; use at most 2 shards",
+    ),
+    "fp16 with FSDP": (
+        ["--model", "tiny", "--engine", "fsdp2", "--precision", "fp16", "--processes", "2"],
+        "mixed_precision=fp16 needs a loss scaler, and there is none for engine=fsdp2",
+    ),
+    "an option of train with a wrong value": (["--log-every", "0"], "log_every=0 is below 1"),
     "its name in a Trainer": (["--max-steps", "5"], "Did you mean '--steps'?"),
     "a contradiction in a file": (
         ["--config", "both.yaml"],
@@ -103,6 +127,10 @@ PLAN = {
     "config of a launcher": (["--config", "launch.yaml"], "unknown option 'compute_environment'"),
     "config with options of nobody": (["--config", "extra.yaml"], "unknown option 'a'"),
     "lengths both": (["--steps", "5", "--epochs", "2"], "steps=5 and epochs=2 both say how long"),
+}
+COMPLETION = {
+    "no shell": ([], "Missing argument 'bash|zsh|fish'"),
+    "a shell of others": (["tcsh"], "'tcsh' is not one of 'bash', 'zsh', 'fish'"),
 }
 VERIFY = {
     "windows zero": (["--windows", "0"], "'--windows': 0 is not in the range x>=1"),
@@ -327,6 +355,7 @@ ANY = {
 }
 TABLES = {
     "plan": PLAN,
+    "completion": COMPLETION,
     "verify": VERIFY,
     "checkpoint export": EXPORT,
     "requeue": REQUEUE,
