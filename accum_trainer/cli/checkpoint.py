@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from accum_trainer.cli.completion import complete_files
+from accum_trainer.cli.file_completion import complete_files
 
 
 @click.group("checkpoint")

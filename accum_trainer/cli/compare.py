@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from accum_trainer.cli.completion import complete_files
+from accum_trainer.cli.file_completion import complete_files
 from accum_trainer.cli.output_file import check_output_file, check_replaceable
 from accum_trainer.errors import ConfigError
 

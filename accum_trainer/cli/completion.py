@@ -1,7 +1,7 @@
 """`accum-trainer completion`: the script by which a shell completes this command.
 
-click writes the script and answers the shell. The functions here say what an option or argument
-that only `compose` or a command understands may be: a file, or an option of `train`.
+click writes the script and answers the shell; here is what it does not know of arguments that are
+passed on to `train`.
 """
 
 from __future__ import annotations
@@ -30,13 +30,6 @@ def command(shell: str) -> None:
     script = kind(cli, {}, PROGRAM, VARIABLE)
     # `source()` would start bash to ask for its version.
     click.echo(script.source_template % script.source_vars())
-
-
-def complete_files(
-    context: click.Context, parameter: click.Parameter, incomplete: str
-) -> list[CompletionItem]:
-    """Let the shell offer files and folders."""
-    return [CompletionItem(incomplete, type="file")]
 
 
 def complete_train(

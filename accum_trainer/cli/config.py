@@ -9,8 +9,14 @@ from typing import Any
 import click
 
 from accum_trainer.batch_plan import BatchPlan
-from accum_trainer.cli.completion import complete_files, complete_train
-from accum_trainer.cli.options import GIGABYTES, OneShownOption, num_samples_option
+from accum_trainer.cli.completion import complete_train
+from accum_trainer.cli.file_completion import complete_files
+from accum_trainer.cli.options import (
+    GIGABYTES,
+    BeforeTrainArguments,
+    OneShownOption,
+    num_samples_option,
+)
 from accum_trainer.cli.train import options_in, parse
 from accum_trainer.errors import ConfigError
 from accum_trainer.launch.files import launch_files, run_command, write_files
@@ -46,6 +52,7 @@ def command() -> None:
 
 @command.command(
     "create",
+    cls=BeforeTrainArguments,
     epilog="Example: accum-trainer config create multi-gpu --engine zero2 --gpus-per-node 8 "
     "--precision bf16 --slurm "
     "--global-batch-size 256 -o launch_configs/zero2_8gpu.yaml -- --dataset-file rows.jsonl "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from accum_trainer.cli.completion import complete_files
+from accum_trainer.cli.file_completion import complete_files
 
 if TYPE_CHECKING:
     from accum_trainer.doctor.report import Report

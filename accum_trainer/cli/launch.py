@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from accum_trainer.cli.completion import complete_files, complete_train
-from accum_trainer.cli.options import is_on_command_line
+from accum_trainer.cli.completion import complete_train
+from accum_trainer.cli.file_completion import complete_files
+from accum_trainer.cli.options import BeforeTrainArguments, is_on_command_line
 from accum_trainer.cli.train import options_in, parse
 from accum_trainer.config.sources import read_yaml
 from accum_trainer.errors import AccumTrainerError, ConfigError
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 @click.command(
     "launch",
+    cls=BeforeTrainArguments,
     epilog="Example: accum-trainer launch launch_configs/cpu_2proc.yaml -- --batch-size 4 "
     "--global-batch-size 32 --steps 100",
 )

@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from accum_trainer.cli.completion import complete_files
+from accum_trainer.cli.file_completion import complete_files
 from accum_trainer.config import OPTIONS, SECTIONS, compose, kind_of, nearest_name
 from accum_trainer.config.sources import naming_sources
 from accum_trainer.errors import ConfigError
@@ -75,7 +75,7 @@ def composed_options(shown: Iterable[str] = OPTIONS) -> Callable[[Callable[..., 
             values = {name: given.pop(name) for name in OPTIONS}
             named = {name: value for name, value in values.items() if value is not None}
             composed = compose(named, settings, config_file, os.environ)
-            with naming_sources(composed.sources):
+            with naming_sources(composed.sources, lambda: vars(composed.config)):
                 return function(composed, **given)
 
         command: Any = call
@@ -149,6 +149,24 @@ def _completing(choices: Iterable[str] | None) -> Callable[..., list[str]]:
         return [choice for choice in choices or () if choice.startswith(incomplete)]
 
     return complete
+
+
+class BeforeTrainArguments(click.Command):
+    """A command that passes arguments after `--` on to `train`, and says so if an option of `train`
+    stands before it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            near = nearest_name(error.option_name, OPTIONS, cutoff=0.85)
+            if near is None or ctx.resilient_parsing:
+                raise
+            raise click.UsageError(
+                f"No such option '{error.option_name}'. Options of `train` go after `--`: "
+                f"-- --{near.replace('_', '-')}",
+                ctx,
+            ) from None
 
 
 class SectionedCommand(click.Command):

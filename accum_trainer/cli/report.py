@@ -12,7 +12,7 @@ from accum_trainer.cli.compare import (
     batch_size_option,
     runs_argument,
 )
-from accum_trainer.cli.completion import complete_files
+from accum_trainer.cli.file_completion import complete_files
 from accum_trainer.cli.output_file import check_output_file, check_replaceable
 from accum_trainer.errors import ConfigError
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from accum_trainer.cli.completion import complete_files
+from accum_trainer.cli.file_completion import complete_files
 from accum_trainer.cli.options import SectionedCommand, composed_options
 from accum_trainer.cli.output_file import check_output_file
 from accum_trainer.config import Composed, TrainConfig

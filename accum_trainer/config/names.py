@@ -56,12 +56,13 @@ _TRAINER_NAMES = {
 }
 
 
-def nearest_name(written: str, names: Iterable[str]) -> str | None:
-    """The option among `names` that `written` (with dashes or underscores) most likely means."""
+def nearest_name(written: str, names: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """The option among `names` that `written` (with dashes or underscores) most likely means; None
+    if none is as near as `cutoff` (1 is the same)."""
     name = str(written).lstrip("-").replace("-", "_")
     if name in _TRAINER_NAMES:
         return _TRAINER_NAMES[name]
-    return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)), None)
+    return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)), None)
 
 
 def check_names(written: Iterable[str], names: Collection[str], source: str) -> None:

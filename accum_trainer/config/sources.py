@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from accum_trainer.errors import ConfigError, first_line
+from accum_trainer.errors import ConfigError, DataError, first_line
 
 ENVIRONMENT_PREFIX = "ACCUM_TRAINER_"
 # Variables with this prefix that are not options of `train`.
@@ -128,27 +128,43 @@ def merge_settings(command_line: Mapping[str, Any], settings: Sequence[str]) -> 
 
 
 COMMAND_LINE = "command line"
+# Options whose value is a file, by which messages about it name it.
+_FILES = ("dataset_file", "eval_file", "chat_template")
 
 
 @contextlib.contextmanager
-def naming_sources(sources: Mapping[str, str]) -> Iterator[None]:
-    """Begin a ConfigError with where the options that it names were written, if not only on the
-    command line.
+def naming_sources(
+    sources: Mapping[str, str], values: Callable[[], Mapping[str, Any]] | None = None
+) -> Iterator[None]:
+    """Begin a ConfigError or DataError with where the options that it names were written, if not
+    only on the command line. One that names a file and no option is of the options whose value that
+    file is.
 
     Args:
         sources: option -> its source.
+        values: option -> its value, if known.
     """
     try:
         yield
-    except ConfigError as error:
+    except (ConfigError, DataError) as error:
+        said = str(error)
         named = [
             source
             for name, source in sources.items()
-            if re.search(rf"(?<![\w/.-])(?:micro_)?{name}=", str(error))
+            if re.search(rf"(?<![\w/.-])(?:micro_)?{name}=", said)
         ]
+        if not named and values is not None:
+            known = values()
+            files = {name: known.get(name) for name in _FILES if name in sources}
+            named = [
+                sources[name]
+                for name, file in files.items()
+                if file and re.search(rf"(?<![\w/.-]){re.escape(str(file))}(?![\w/-])", said)
+            ]
         if not set(named) - {COMMAND_LINE}:
             raise
-        raise ConfigError(f"{' and '.join(dict.fromkeys(named))}: {error}") from None
+        kind = type(error)
+        raise kind(f"{' and '.join(dict.fromkeys(named))}: {error}") from None
 
 
 def displaced(values: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:

@@ -50,6 +50,14 @@ PLAN = {
         "num_samples=5 and dataset_file=rows.txt both say how much data there is; give one",
     ),
     "data missing": (["--dataset-file", "no.jsonl"], "data file no.jsonl does not exist"),
+    "data missing that a file names": (
+        ["--config", "data.yaml"],
+        "error: data.yaml: data file no.jsonl does not exist",
+    ),
+    "data of the command line over a file": (
+        ["--config", "data.yaml", "--dataset-file", "gone.csv"],
+        "error: data file gone.csv does not exist",
+    ),
     "data a folder": (["--dataset-file", "folder"], "data file folder is a folder; name one file"),
     "data empty": (["--dataset-file", "empty.jsonl"], "data file empty.jsonl is empty"),
     "data of no kind": (["--dataset-file", "launch.yaml"], "ends in '.yaml'; give .txt, .jsonl"),
@@ -300,6 +308,10 @@ LAUNCH = {
     "kind unknown": (["kind.yaml"], "cannot read kind.yaml: 'GPUS' is not a valid Distributed"),
     "an option twice": (["twice.yaml"], "line 2 is not YAML: num_processes has two values"),
     "nested without end": (["deep.yaml"], "deep.yaml cannot be read: its values are nested too"),
+    "option of train before --": (
+        ["launch.yaml", "--batch-size", "4"],
+        "No such option '--batch-size'. Options of `train` go after `--`: -- --batch-size",
+    ),
     "port word": (["launch.yaml", "--main-process-port", "x"], "'x' is not a valid integer"),
     "node word": (["launch.yaml", "--machine-rank", "first"], "'first' is not a valid integer"),
     "node negative": (
@@ -396,6 +408,7 @@ def place(tmp_path_factory):
         "extra.yaml": EXTRA,
         "both.yaml": "steps: 5\nepochs: 2\n",
         "three.yaml": "batch_size: 3\n",
+        "data.yaml": "dataset_file: no.jsonl\n",
         "loop.py": LOOP,
         "bad.py": "1 / 0\n",
         "broken.py": "def update(:\n",

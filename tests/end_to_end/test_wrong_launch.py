@@ -79,6 +79,15 @@ CREATE = {
         ["multi-gpu", "--gpus-per-node", "2", "--engine", "zero2", "--", "--zero-stage", "zero3"],
         "zero_stage stands after --, but --engine decides it here",
     ),
+    "option of train before --": (
+        ["single-gpu", "--epochs", "3"],
+        "No such option '--epochs'. Options of `train` go after `--`: -- --epochs",
+    ),
+    "name of a Trainer before --": (
+        ["single-gpu", "--learning-rate", "3"],
+        "No such option '--learning-rate'. Options of `train` go after `--`: -- --lr",
+    ),
+    "nothing of train": (["single-gpu", "--forse"], "No such option '--forse'. Did you mean '--f"),
     "engine named twice": (
         ["single-gpu", "--", "--engine", "single"],
         "engine stands after --, but --engine decides it here",
