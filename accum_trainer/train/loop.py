@@ -18,6 +18,7 @@ from accum_trainer.engine.ranks import StoreLostError, is_lost_connection
 from accum_trainer.errors import AccumTrainerError, DivergedError
 from accum_trainer.launch.rank import end_at_once
 from accum_trainer.losses.causal_lm import causal_lm_loss
+from accum_trainer.plan.advice import advice_of_run
 from accum_trainer.train.best_checkpoint import Best, BestCheckpoint
 from accum_trainer.train.checkpoint_folder import folder_name
 from accum_trainer.train.checkpoint_writer import CheckpointWriter
@@ -33,7 +34,7 @@ from accum_trainer.train.run_folder import CHECKPOINTS, MODEL, RunFolder
 from accum_trainer.train.run_plan import describe_plan, run_plan
 from accum_trainer.train.save_times import SaveTimes
 from accum_trainer.train.saved_model import needs_only_trained_weights, save_model
-from accum_trainer.train.setup import assemble, make_accumulator
+from accum_trainer.train.setup import Training, assemble, make_accumulator
 from accum_trainer.train.stopping import StoppingPolicy
 from accum_trainer.update import Update
 from accum_trainer.window import Window
@@ -129,6 +130,11 @@ class Run:
         """The lines that are shown before training."""
         return f"{describe_plan(self._plan, self.training)}\nrun directory: {self.folder}"
 
+    def describe_noise(self) -> str | None:
+        """What the measured noise of the gradient says of the effective batch; None if nothing is
+        known yet."""
+        return advice_of_run(self._plan, _noise_scale(self.training))
+
     def describe_stop(self) -> str:
         """Name the commands that continue the stopped run and that export its model."""
         done = self.training.accumulator.num_updates
@@ -220,6 +226,7 @@ class Run:
             "loss": update.loss,
             "lr": lr,
             "grad_norm": update.grad_norm,
+            **_noise_scale(training),
             "skipped": update.skipped,
             "skip_reason": update.reason,
             "oom_splits": update.num_splits,
@@ -357,3 +364,13 @@ class Run:
         if self._best.is_wanted:
             ending["best"] = self.best.as_result() if self.best is not None else None
         self._files.finish(title, ending)
+
+
+def _noise_scale(training: Training) -> Record:
+    """The part of a record that the noise of the gradient fills."""
+    noise = training.windows.noise.estimate
+    return {
+        "noise_scale": noise.samples,
+        "noise_scale_low": noise.low,
+        "noise_scale_high": noise.high,
+    }

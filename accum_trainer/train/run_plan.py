@@ -56,6 +56,7 @@ def run_plan(training: Training, resumed_from: Path | None) -> dict[str, Any]:
         "compiled_blocks": prepared.compiled_blocks,
         "cost": dataclasses.asdict(cut.cost),
         "rank_weights": cut.rank_weights,
+        "noise_every": training.noise_every,
         "engine": engine.name,
         "grad_sync": engine.grad_sync,
         "grad_sync_reason": engine.grad_sync_reason,
