@@ -28,6 +28,7 @@ COMMANDS = {
     "process's own error.",
     "requeue": "Say whether a stopped batch job goes back into the queue; batch scripts call it.",
     "checkpoint": "Write the model of a run's checkpoint for from_pretrained.",
+    "sweep": "Find the largest effective batch that loses nothing per sample: branches of a run.",
     "merge": "Average the results of independent runs, weighted by samples trained.",
 }
 

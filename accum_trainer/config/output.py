@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from accum_trainer.config.option import Section, option
+from accum_trainer.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class OutputOptions(Section):
         "auto: continue the run in the run directory; never: refuse to; anew: replace it; or a "
         "checkpoint's PATH.",
     )
+    branch_from: str | None = option(
+        None,
+        "Begin a new run from the weights, optimizer state and place in the data of another run's "
+        "checkpoint (a PATH), with an effective batch and schedule of its own.",
+    )
     save_dtype: str = option(
         "auto",
         "The dtype of the weights in model/. auto: that of the model's own checkpoint, or float32 "
@@ -35,3 +41,11 @@ class OutputOptions(Section):
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     dry_run: bool = option(False, "Check everything, print the plan, train nothing, write nothing.")
+
+    def _check_rules(self) -> None:
+        super()._check_rules()
+        if self.branch_from is not None and self.resume not in ("auto", "never", "anew"):
+            raise ConfigError(
+                f"resume={self.resume} continues a run and branch_from={self.branch_from} begins "
+                "one; give one of them"
+            )

@@ -20,6 +20,7 @@ from accum_trainer.launch.rank import end_at_once
 from accum_trainer.losses.causal_lm import causal_lm_loss
 from accum_trainer.plan.advice import advice_of_run
 from accum_trainer.train.best_checkpoint import Best, BestCheckpoint
+from accum_trainer.train.branch import branch
 from accum_trainer.train.checkpoint_folder import folder_name
 from accum_trainer.train.checkpoint_writer import CheckpointWriter
 from accum_trainer.train.diagnosis import describe_window
@@ -27,7 +28,7 @@ from accum_trainer.train.evaluation import Evaluation
 from accum_trainer.train.hang_watch import HangWatch
 from accum_trainer.train.leaving import LoopPlaces
 from accum_trainer.train.model_origin import ModelOrigin, identity_of, read_origin
-from accum_trainer.train.rank_agreement import agree_on_checkpoint, agree_on_folder
+from accum_trainer.train.rank_agreement import agree_on_checkpoint, agree_on_folder, agree_on_origin
 from accum_trainer.train.records import Record
 from accum_trainer.train.resume import capture, restore
 from accum_trainer.train.run_folder import CHECKPOINTS, MODEL, RunFolder
@@ -89,6 +90,8 @@ class Run:
             if self._resumed_from is not None:
                 self.training, tally = restore(self.training, self._resumed_from)
                 self._files.continue_from(self._resumed_from, tally)
+            elif (origin := agree_on_origin(self.engine, config)) is not None:
+                self.training = branch(self.training, origin)
             self._best = self._best_checkpoint(config)
         except BaseException:
             self._files.close()
