@@ -14,8 +14,9 @@ from accum_trainer.errors import ConfigError, DataError
 from accum_trainer.noise import Fit, GradientNoise
 from accum_trainer.plan.advice import batch_size_advice
 from accum_trainer.speed.noise_every import affordable_noise_every
+from accum_trainer.train.records import read_records
 from accum_trainer.window_plan import Cost, Cut
-from tests.launching import python, torchrun
+from tests.launching import cli, python, torchrun
 from tests.noise_worker import closed_form
 
 
@@ -188,3 +189,31 @@ def test_windows_that_cannot_be_measured_say_why(monkeypatch):
 )
 def test_advice(numbers, said):
     assert batch_size_advice(*numbers) == said
+
+
+def test_a_run_says_its_noise_scale_and_a_resumed_one_goes_on(tmp_path):
+    """Rows whose completions follow the prompts: a gradient that stands out of its noise."""
+    rows = [{"prompt": f"{n % 7}:", "completion": " x" * (1 + n % 5)} for n in range(96)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--cpu", "--dataset-file", "rows.jsonl", "--batch-size", 2, "--lr", 1e-3]
+    options += ["--global-batch-size", 12, "--noise-every", 2, "--scheduler", "constant"]
+
+    def train(name, *more):
+        run = cli("train", *options, "--output-dir", name, *more, cwd=tmp_path)
+        assert run.returncode == 0, run.stderr[-3000:]
+        return run.stdout, read_records(tmp_path / name / "metrics.jsonl")
+
+    said, whole = train("whole", "--steps", 16)
+    train("halves", "--steps", 7)
+    resumed_said, halves = train("halves", "--steps", 16)
+    keys = ("noise_scale", "noise_scale_low", "noise_scale_high", "loss", "num_micro_batches")
+    assert [[r[k] for k in keys] for r in whole] == [[r[k] for k in keys] for r in halves]
+    assert [r["num_micro_batches"] for r in whole] == [6] * 16
+    assert whole[6]["noise_scale"] is None  # three windows
+    last = whole[-1]
+    assert 0 <= last["noise_scale_low"] < last["noise_scale"] < last["noise_scale_high"] < 12
+    assert f"noise scale about {last['noise_scale']:.1f}".removesuffix(".0") in said
+    assert said.splitlines()[-1] == resumed_said.splitlines()[-1]
+    assert json.loads((tmp_path / "whole/plan.json").read_text())["noise_every"] == 2
+    off, records = train("off", "--steps", 8, "--noise-every", 0)
+    assert "noise" not in off and records[-1]["noise_scale_low"] is None

@@ -146,7 +146,7 @@ def plan_sweep(
     length = _samples_per_epoch(run)
     position = (length, int(state["windows"]["samples_consumed"]))
     wanted = samples if samples is not None else _UPDATES * sizes[-1]
-    total = _common_end(wanted, sizes, *position)
+    total = common_end(wanted, sizes, *position)
     _check_folder(folder)
     branches = {
         size: dataclasses.replace(
@@ -158,7 +158,7 @@ def plan_sweep(
             batch_size=min(config.batch_size, size)
             if isinstance(config.batch_size, int)
             else config.batch_size,
-            steps=_updates(total, size, *position),
+            steps=updates_of(total, size, *position),
             epochs=None,
             lr=scale_lr(rate, lr_scaling, size, base),
             lr_scaling="none",
@@ -202,7 +202,7 @@ def _samples_per_epoch(run: Path) -> int:
         ) from None
 
 
-def _common_end(wanted: int, sizes: list[int], length: int, consumed: int) -> int:
+def common_end(wanted: int, sizes: list[int], length: int, consumed: int) -> int:
     """The fewest samples, at least `wanted`, after which all sizes have ended a window together."""
     step, rest = math.lcm(*sizes), length - consumed
     found = -(-wanted // step) * step
@@ -211,7 +211,7 @@ def _common_end(wanted: int, sizes: list[int], length: int, consumed: int) -> in
     return rest + max(0, -(-(wanted - rest) // length)) * length
 
 
-def _updates(total: int, size: int, length: int, consumed: int) -> int:
+def updates_of(total: int, size: int, length: int, consumed: int) -> int:
     """Windows of `size` in `total` samples, after `consumed` of an epoch of `length`; the last of
     each epoch may be short."""
     rest = length - consumed
