@@ -277,8 +277,11 @@ class WindowNorms:
         )
         rest_x, rest_y = num_samples**2 - n2, num_samples - n
         rest = (grad_norm * num_targets) ** 2 - squares
-        if not known or rest_x <= 0 or not math.isfinite(rest):
-            self._noise.obstacle = "the window was not cut into two micro-batches"
+        if not math.isfinite(rest):
+            self._noise.obstacle = "accelerate's own optimizer does not say the gradient's norm"
+            return
+        if not known or rest_x <= 0:
+            self._noise.obstacle = "no process has two micro-batches of it"
             return
         matrix = np.array([[n2 + rest_x, n + rest_y], [n + rest_y, known + rest_y**2 / rest_x]])
         signal, noise = np.linalg.solve(

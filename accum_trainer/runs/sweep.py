@@ -170,10 +170,11 @@ def plan_sweep(
             keep_best=False,
             eval_every=None,
             noise_every=0,
+            max_hours=None,
+            merge_adapter=False,
             checkpoint_every=10**9,
             keep_checkpoints=1,
             rank_weights=None,
-            shard=config.shard,
         )
         for size in sizes
     }

@@ -134,8 +134,11 @@ class Run:
         return f"{describe_plan(self._plan, self.training)}\nrun directory: {self.folder}"
 
     def describe_noise(self) -> str | None:
-        """What the measured noise of the gradient says of the effective batch; None if nothing is
-        known yet."""
+        """What the measured noise of the gradient says of the effective batch, or why it was not
+        measured; None if nothing is known yet."""
+        noise = self.training.windows.noise
+        if noise.obstacle and not noise.num_windows:
+            return f"the noise of the gradient was not measured: {noise.obstacle}"
         return advice_of_run(self._plan, _noise_scale(self.training))
 
     def describe_stop(self) -> str:
