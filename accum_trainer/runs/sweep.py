@@ -167,6 +167,7 @@ def plan_sweep(
             warmup="0",
             resume="auto",
             log_file=None,
+            report_to="none",
             keep_best=False,
             eval_every=None,
             noise_every=0,

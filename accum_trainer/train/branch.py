@@ -31,12 +31,13 @@ def branch(training: Training, path: Path) -> Training:
         EngineError: the processes would start from different states.
     """
     acc, engine = training.accumulator, training.accumulator.engine
-    saved: Checkpoint = engine.together(checkpoints.load_checkpoint, path)
+    share = engine.share_of_machine
+    saved: Checkpoint = engine.together(checkpoints.load_checkpoint, path, share)
     before = saved.state["identity"]
     expected = before | {"global_batch_size": training.identity["global_batch_size"]}
     notes = engine.on_main(check_same_run, expected, training.identity, path)
-    weights = engine.full_weights(training.model, trained_only=True)
-    engine.together(checkpoints.check_same_weights, saved.model, weights)
+    shapes = engine.shapes_of_weights(training.model)
+    engine.together(checkpoints.check_same_weights, saved.model.shapes(), shapes)
     engine.load_full_weights(training.model, saved.model)
     optimizer = training.optimizer.accelerated
     own = engine.optimizer_groups(optimizer)
