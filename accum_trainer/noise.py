@@ -77,7 +77,8 @@ class Fit(NamedTuple):
 
 class GradientNoise:
     """Fits of measured windows, smoothed. Window i of m has weight i / m, up to `_MOST_WINDOWS`:
-    the last half of a run counts three times the first.
+    the last half of a run counts three times the first. Early windows, whose |mu|^2 is larger,
+    still pull the ratio down while the loss falls fast.
 
     Attributes:
         obstacle: why the last window that was to be measured was not; "" if it was.
