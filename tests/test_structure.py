@@ -18,6 +18,7 @@ CORE = {
     *(
         "exchanged",
         "window_reader",
+        "noise",
         "oom",
         "window",
         "windows",
