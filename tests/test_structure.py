@@ -28,7 +28,10 @@ CORE = {
     ),
 }
 # Rooms on top of it; each imports from the core and from rooms before it.
-ROOMS = ["config", "data", "lm", "speed", "plan", "launch", "train", "verify", "runs", "cli"]
+ROOMS = [
+    *("config", "data", "lm", "speed", "plan", "launch", "train", "verify", "runs"),
+    *("panel", "cli"),
+]
 # What the core may import beside the standard library and itself; deepspeed in its engine only.
 CORE_LIBRARIES = {"torch", "numpy", "accelerate", "psutil"}
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -29,6 +29,7 @@ COMMANDS = {
     "requeue": "Say whether a stopped batch job goes back into the queue; batch scripts call it.",
     "checkpoint": "Write the model of a run's checkpoint for from_pretrained.",
     "merge": "Average the results of independent runs, weighted by samples trained.",
+    "panel": "Open a local web page that sets up, starts, stops and watches trainings.",
 }
 
 
