@@ -192,6 +192,14 @@ def _ranks(processes: int, base: dict[str, str]) -> list[dict[str, str]]:
 STAND_INS = Path(__file__).parent / "stand_ins"
 
 
+def stand_in(*arguments: object) -> tuple[list[object], dict[str, str]]:
+    """The command `accum-trainer arguments`, forked as all that it starts, and the variables that
+    it needs."""
+    # Libraries behave otherwise under pytest, and this is no part of it.
+    command = ["env", "-u", "PYTEST_CURRENT_TEST", STAND_INS / "accum-trainer", *arguments]
+    return command, _with_server({})
+
+
 def shell(code: str, cwd: Path, timeout: float = 300) -> Completed:
     """`bash -euo pipefail -c code`, in which accum-trainer, accelerate, torchrun and python are
     forked."""

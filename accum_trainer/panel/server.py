@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import sys
 from collections.abc import Callable
@@ -57,7 +58,8 @@ def serve(runs: Path, host: str, port: int, password: str | None) -> None:
     if not is_loopback(host):
         print("note: passwords and pages travel unencrypted; use it in a network that you trust")
     sys.stdout.flush()
-    server.run(sockets=[listener])
+    with contextlib.suppress(KeyboardInterrupt):  # that is how it is ended
+        server.run(sockets=[listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -66,6 +68,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
+        listener.listen(128)  # now: who reads the address may use it at once
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(

@@ -31,6 +31,7 @@ from accum_trainer.panel.shell import Control, Panel, command_html, markup, shel
 _K = "gradient_accumulation_steps"
 # Most cells of the drawn window.
 _MOST_ROWS = 8
+_REFRESH_SEC = 2.0
 
 
 class SetupPage:
@@ -39,6 +40,7 @@ class SetupPage:
     def __init__(self, panel: Panel) -> None:
         self._panel, self._form = panel, panel.form
         self._controls: dict[str, Control] = {}
+        self._not_started = ""  # why the last start was refused
         with shell(panel, "/"):
             text("Set up a training", "h1", "sr")
             self._batch_scaling()
@@ -48,8 +50,8 @@ class SetupPage:
                 with ui.element("section").classes("plan").props('aria-label="Plan"'):
                     self._plan()
         self._show()
-        end = self._form.on_change(self._changed)
-        context.client.on_delete(end)
+        context.client.on_delete(self._form.on_change(self._changed))
+        ui.timer(_REFRESH_SEC, self._show)  # files and runs change meanwhile
 
     def _control(self, name: str, classes: str = "") -> Control:
         control = self._controls[name] = Control(self._form, FIELDS[name], classes)
@@ -152,6 +154,7 @@ class SetupPage:
             self._memory = markup("", "div", "memory").props("role=status")
 
     def _changed(self, name: str) -> None:
+        self._not_started = ""
         if name in self._controls:
             self._controls[name].show()
         self._show()
@@ -172,7 +175,7 @@ class SetupPage:
         self._lora.set_visibility(bool(self._form.values["use_peft"]))
         for name, control in self._controls.items():
             control.show_error(shown.error if shown.at == name else "")
-        self._wrong.set_content(html.escape(shown.error))
+        self._wrong.set_content(html.escape(shown.error or self._not_started))
         self._controls[RUN_NAME].show_placeholder(shown.folder.name if shown.folder else "")
         self._figures.set_content(
             "".join(
@@ -193,15 +196,17 @@ class SetupPage:
             self._start.props(remove="aria-disabled")
 
     def _pressed_start(self) -> None:
-        shown = self._preview()  # a file may have changed since
+        shown = self._preview()
         if shown.command is None or shown.folder is None:
             self._show()
             return
         try:
             start(shown.command, shown.folder)
         except ConfigError as error:
-            self._wrong.set_content(html.escape(str(error)))
+            self._not_started = str(error)
+            self._show()
             return
+        self._form.changed()  # on other pages too: the name is taken
         ui.navigate.to(f"/watch?run={quote(shown.folder.name)}")
 
     def _copy(self) -> None:

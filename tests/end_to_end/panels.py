@@ -1,0 +1,74 @@
+"""A panel that is under way, and a real browser that looks at it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.end_to_end.started import Started
+from tests.launching import ROOT, stand_in
+
+# Where this is set, a missing browser is a failure. `.ci/run` sets it.
+NEEDED = "TESTS_NEED_CHROMIUM"
+# Pictures of each state, to be looked at.
+PICTURES = ROOT / ".pytest_cache" / "panel"
+
+
+class StartedPanel(Started):
+    """`accum-trainer panel runs` in `folder`, on a free port."""
+
+    def __init__(self, folder: Path, *arguments: object, **env: object) -> None:
+        command, variables = stand_in("panel", "runs", "--port", 0, *arguments)
+        logs = folder / "panel-output"
+        logs.mkdir(exist_ok=True)
+        super().__init__(command, logs, cwd=folder, **variables, **env)
+        self.runs = folder / "runs"
+        self.until(lambda: "\n" in self.out)
+        found = re.search(r"http://\S+?(:\d+)/", self.out)
+        assert found is not None, self.out
+        self.url = f"http://127.0.0.1{found[1]}"
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    def end(self) -> None:
+        self.signal(signal.SIGTERM)
+        self.ended()
+
+
+@contextlib.contextmanager
+def panel_in(folder: Path, *arguments: object, **env: object) -> Iterator[StartedPanel]:
+    panel = StartedPanel(folder, *arguments, **env)
+    try:
+        yield panel
+    finally:
+        panel.end()
+
+
+@contextlib.contextmanager
+def chromium() -> Iterator[Any]:
+    """The system's browser without a window; skips, or fails where it is needed, if there is
+    none."""
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+    if found is None:
+        why = "no chromium here: the panel is not tested in a browser (`apt install chromium`)"
+        if os.environ.get(NEEDED):
+            pytest.fail(why)
+        pytest.skip(why)
+    from playwright.sync_api import sync_playwright
+
+    # root has no sandbox to give.
+    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=arguments)
+        yield browser
+        browser.close()
