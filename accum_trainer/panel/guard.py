@@ -115,11 +115,9 @@ class Guard:
         if not self._is_this_host(host):
             return f"host {host or 'missing'} is not this panel's"
         origin = headers.get("origin")
-        if origin is not None and (
-            urlsplit(origin).scheme not in ("http", "https")
-            or urlsplit(origin).netloc.lower() != host.lower()
-        ):
-            return f"a page of {origin} may not use this panel"
+        own = (f"http://{host}".lower(), f"https://{host}".lower())
+        if origin is not None and origin.lower() not in own:
+            return f"a page of {origin or 'no origin'} may not use this panel"
         # A request without an origin: a link is followed, nothing else is fetched for other pages.
         is_link = (
             headers.get("sec-fetch-mode") == "navigate"

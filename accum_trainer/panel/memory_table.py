@@ -54,6 +54,9 @@ def _as_table(report: str, used: str) -> str:
     for line in lines[first + 1 :]:
         cells = re.split(r"\s{2,}", line.strip())
         (rows if len(cells) == len(head) else notes).append(cells)
+    # The total first: the rest explains it, and may lie beyond a narrow page.
+    order = [0, head.index("total"), *(i for i in range(1, len(head)) if head[i] != "total")]
+    head, rows = [head[i] for i in order], [[cells[i] for i in order] for cells in rows]
     body = "".join(
         f"<tr{' class=used' if cells[0] == used else ''}>"
         + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)

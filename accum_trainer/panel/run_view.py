@@ -29,7 +29,8 @@ STARTING, TRAINING, STOPPING, STOPPED, DONE, FAILED, ENDED = (
 ACTIVE = (STARTING, TRAINING, STOPPING)
 _MOST_RUNS = 300
 _TAIL_BYTES = 64_000
-_TERMINAL_CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r(?!\n)")
+# Colours, and what a bar overwrote.
+_OF_TERMINALS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[^\n]*\r(?!\n)")
 
 
 def find_runs(root: Path) -> list[str]:
@@ -191,7 +192,7 @@ class RunView:
             size = log.stat().st_size
             with open(log, "rb") as file:
                 file.seek(max(begins, size - _TAIL_BYTES))
-                return _TERMINAL_CODES.sub("", file.read().decode(errors="replace"))
+                return _OF_TERMINALS.sub("", file.read().decode(errors="replace"))
         except OSError:
             return ""
 

@@ -59,7 +59,7 @@ def markup(content: str, tag: str = "div", classes: str = "") -> ui.html:
 
 def command_html(lines: Sequence[str]) -> str:
     """Command lines that break between words only: a break inside `--` would be misread."""
-    return "\n".join(
+    return "".join(
         "<span>" + " ".join(f"<b>{html.escape(word)}</b>" for word in line.split(" ")) + "</span>"
         for line in lines
     )
