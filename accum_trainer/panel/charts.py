@@ -3,9 +3,10 @@ charts are drawn as SVG, in which CSS variables hold."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from accum_trainer.panel.curves import RecordReader, points, smoothed
+from accum_trainer.panel.curves import Numbers, RecordReader, points, smoothed
 
 _SHORT = (
     "function(v){var a=Math.abs(v);return a!==0&&(a<0.001||a>=1e5)?v.toExponential(1):"
@@ -54,33 +55,64 @@ def _line(name: str, data: list[list[float]], color: str, **more: Any) -> dict[s
     } | more
 
 
-def draw_loss(options: dict[str, Any], records: RecordReader, log: bool, weight: float) -> None:
-    """Put loss, smoothed loss and evaluations into a chart's options.
+# Most runs beside the one that is shown, each in its colour.
+OTHERS = ("var(--second)", "var(--third)", "var(--fourth)")
+
+
+def draw_loss(
+    options: dict[str, Any],
+    records: RecordReader,
+    log: bool,
+    weight: float,
+    others: Mapping[str, RecordReader],
+) -> None:
+    """Put loss, smoothed loss, evaluations and the smoothed loss of other runs into a chart's
+    options.
 
     Args:
         log: a logarithmic axis.
         weight: of the past in the smoothed curve, 0 (no smoothing) to below 1.
+        others: name -> records, at most as many as `OTHERS`.
     """
-    steps, loss = records.columns["step"], records.columns["loss"]
-    positive = [value if value is None or not log or value > 0 else None for value in loss]
     series = []
+    for (name, other), color in zip(others.items(), OTHERS, strict=False):
+        values = smoothed(_drawable(other, log), weight)
+        series.append(_line(name, points(other.columns["step"], values), color))
+    steps, positive = records.columns["step"], _drawable(records, log)
+    mine = "this run" if others else "smoothed" if weight > 0 else "loss"
     if weight > 0:
         faint = {"width": 1, "opacity": 0.35}
         series.append(_line("loss", points(steps, positive), "var(--accent)", lineStyle=faint))
-        series.append(_line("smoothed", points(steps, smoothed(positive, weight)), "var(--accent)"))
+        series.append(_line(mine, points(steps, smoothed(positive, weight)), "var(--accent)"))
     else:
-        series.append(_line("loss", points(steps, positive), "var(--accent)"))
+        series.append(_line(mine, points(steps, positive), "var(--accent)"))
     evaluated = points(steps, records.columns["eval_loss"])
     if evaluated:
         series.append(
             _line(
-                *("evaluation", evaluated, "var(--second)"),
+                *("evaluation", evaluated, "var(--ink)"),
                 showSymbol=True,
                 lineStyle={"type": "dashed", "width": 1.2},
             )
         )
     options["yAxis"]["type"] = "log" if log else "value"
+    options["legend"] = {
+        "show": bool(others),
+        "data": [*others, mine],
+        "top": 0,
+        "right": 8,
+        "icon": "roundRect",
+        "itemHeight": 3,
+        "itemWidth": 18,
+        "textStyle": {"color": "var(--soft)", "fontSize": 12},
+    }
+    options["grid"]["top"] = 30 if others else 12
     options["series"] = series
+
+
+def _drawable(records: RecordReader, log: bool) -> Numbers:
+    loss = records.columns["loss"]
+    return [value if value is None or not log or value > 0 else None for value in loss]
 
 
 def draw_column(options: dict[str, Any], records: RecordReader, key: str, name: str) -> None:

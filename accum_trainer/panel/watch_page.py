@@ -9,7 +9,7 @@ from urllib.parse import quote
 from nicegui import ui
 
 from accum_trainer.errors import ConfigError
-from accum_trainer.panel.charts import base, draw_column, draw_loss
+from accum_trainer.panel.charts import OTHERS, base, draw_column, draw_loss
 from accum_trainer.panel.curves import number
 from accum_trainer.panel.processes import how_to_continue, start_again, stop, stop_now
 from accum_trainer.panel.run_view import (
@@ -94,6 +94,12 @@ class WatchPage:
         with ui.element("section").classes("chart large").props('aria-label="Loss"'):
             with ui.element("div").classes("head"):
                 text("Loss", "h2")
+                with ui.element("div").classes("field choice"):
+                    text("Compare with", "label").props("for=compare")
+                    self._others = ui.select([], multiple=True, on_change=self._show).props(
+                        "for=compare borderless dense options-dense behavior=menu "
+                        f"max-values={len(OTHERS)}"
+                    )
                 ui.switch(
                     "Log axis", value=bool(self._form.view["log_axis"]), on_change=self._set_log
                 ).props("dense")
@@ -124,6 +130,10 @@ class WatchPage:
         names = find_runs(self._panel.runs)
         self._list.set_content("".join(self._listed(name) for name in names[:_LISTED]))
         view = self._view
+        others = [name for name in names if view is not None and name != view.name]
+        if view is not None and self._others.options != others:
+            kept = [name for name in self._others.value if name in others]
+            self._others.set_options(others, value=kept)
         if view is None:
             if names and self._panel.view(names[0]).is_active:
                 ui.navigate.to(f"/watch?run={quote(names[0])}")
@@ -158,13 +168,15 @@ class WatchPage:
 
     def _draw(self, view: RunView) -> None:
         log, weight = bool(self._form.view["log_axis"]), float(self._form.view["smoothing"])
+        others = {name: self._panel.view(name).records for name in self._others.value}
         # A run that went back to an earlier checkpoint has new records of the same number.
-        now = (len(view.records), view.records.last, log, weight)
+        seen = [(len(one), one.last) for one in (view.records, *others.values())]
+        now = (seen, list(others), log, weight)
         if now == self._drawn:
             return
         self._drawn = now
         self._curves.set_visibility(len(view.records) > 0)
-        draw_loss(self._loss.options, view.records, log, weight)
+        draw_loss(self._loss.options, view.records, log, weight, others)
         self._loss.update()
         for key, (place, chart, name) in self._columns.items():
             has_any = any(value is not None for value in view.records.columns[key])
@@ -246,13 +258,19 @@ def _tiles(view: RunView) -> str:
         tile("Effective batch", f"{batch[2]}", parts)
     elif steps is not None:
         tile("Effective batch", figure("effective_batch_size", "{:.0f}"))
-    tile("Loss", figure("loss", "{:.4f}"))
-    tile("Learning rate", figure("lr", "{:.3g}"))
+    evaluated = [value for value in view.records.columns["eval_loss"] if value is not None]
+    tile("Loss", figure("loss", "{:.4f}"), f"evaluation {evaluated[-1]:.4f}" if evaluated else "")
+    peak = number(plan.get("lr"))
+    tile("Learning rate", figure("lr", "{:.3g}"), f"peak {peak:g}" if peak is not None else "")
     tile("Gradient norm", figure("grad_norm", "{:.3f}"), "before clipping")
     tile("Noise scale", figure("noise_scale", "{:,.0f} samples"), _interval(last))
     tile("Speed", figure("tokens_per_sec", "{:,.0f} tokens/s"), _waiting(last))
     tile("Useful positions", figure("padding_efficiency", "{:.1%}"), "the rest is padding")
-    tile("Memory", figure("memory_gb", "{:.2f} GB"), f"peak {figure('peak_gb') or 'unknown'} GB")
+    tile(
+        "Memory",
+        figure("memory_gb", "{:.2f} GB"),
+        f"peak {figure('peak_gb', '{:.2f}') or 'unknown'} GB",
+    )
     tile("MFU", figure("mfu", "{:.1%}"), "of the device's peak")
     return "".join(
         f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import re
 import shutil
@@ -16,10 +17,17 @@ import pytest
 from tests.end_to_end.started import Started
 from tests.launching import ROOT, stand_in
 
-# Where this is set, a missing browser is a failure. `.ci/run` sets it.
+# Where this is set, a missing browser or package is a failure. `.ci/run` sets it.
 NEEDED = "TESTS_NEED_CHROMIUM"
 # Pictures of each state, to be looked at.
 PICTURES = ROOT / ".pytest_cache" / "panel"
+
+
+def need(module: str) -> Any:
+    """The module; skips, or fails where it is needed, if it is not installed."""
+    if os.environ.get(NEEDED):
+        return importlib.import_module(module)
+    return pytest.importorskip(module, reason="not installed: the extras [panel] and [dev]")
 
 
 class StartedPanel(Started):

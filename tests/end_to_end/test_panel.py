@@ -14,14 +14,13 @@ import pytest
 
 from accum_trainer.train.records import read_records
 from accum_trainer.train.run_lock import owner_of
-from tests.end_to_end.panels import PICTURES, StartedPanel, chromium
+from tests.end_to_end.panels import PICTURES, StartedPanel, chromium, need
 from tests.end_to_end.started import Started, wait_for_end
 from tests.launching import shell, stand_in
 from tests.made_runs import write_sums
 
-pytest.importorskip("nicegui", reason="the extra [panel] is not installed")
-playwright = pytest.importorskip("playwright.sync_api")
-expect = playwright.expect
+need("nicegui")
+expect = need("playwright.sync_api").expect
 expect.set_options(timeout=40_000)
 LONG = 1_000_000  # updates: a run that a test stops
 COMPARED = ("step", "loss", "lr", "grad_norm", "num_targets", "effective_batch_size")
@@ -413,21 +412,37 @@ def test_keyboard_alone(open_page, panels):
     assert (plan["effective_batch_size"], plan["mixed_precision"]) == (16, "bf16")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
-def test_looks(open_page, panels, width, scheme):
-    page = open_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
+def test_looks(open_page, panels):
+    page = open_page()
     set_up(page, "looks", updates=100)
     fill(page, Batch_size="2")
     page.get_by_role("radio", name="16", exact=True).check()
     expect(page.locator(".warnings")).to_contain_text("B = 2 leaves a device mostly idle")
+    page.get_by_role("heading", name="Batch Scaling").click()  # no tooltip in the pictures
+    page.mouse.move(0, 0)
     for name, path in (("set-up", None), ("watch", "/watch?run=first")):
         if path is not None:
             page.goto(panels.now.url + path)
             curves(page, "Loss").first.wait_for()
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        assert least_contrast(page) >= 4.5
-        picture(page, f"{name}-{width}-{scheme}")
+            choose(page, "Compare with", "two")
+            page.keyboard.press("Escape")
+            expect(page.get_by_role("img", name="Loss")).to_contain_text("two")
+            others = page.get_by_role("img", name="Loss").locator("path[stroke='var(--second)']")
+            expect(others).not_to_have_count(0)
+        for width in (1280, 390):
+            page.set_viewport_size({"width": width, "height": 844})
+            for scheme in ("light", "dark"):
+                page.emulate_media(color_scheme=scheme)
+                expect(page.locator(".body--dark")).to_have_count(int(scheme == "dark"))
+                picture(page, f"{name}-{width}-{scheme}")
+                assert page.evaluate("document.documentElement.scrollWidth") <= width
+                assert least_contrast(page) >= 4.5, (name, width, scheme)
+    page.get_by_role("button", name="Theme: auto").click()
+    expect(page.get_by_role("button", name="Theme: light")).to_be_visible()
+    expect(page.locator(".body--dark")).to_have_count(0)
+    page.get_by_role("button", name="Theme: light").click()
+    page.reload()  # the choice is kept
+    expect(page.locator(".body--dark")).to_have_count(1)
 
 
 def least_contrast(page):

@@ -13,10 +13,10 @@ import time
 
 import pytest
 
-from tests.end_to_end.panels import StartedPanel, panel_in
+from tests.end_to_end.panels import StartedPanel, need, panel_in
 from tests.launching import cli, script
 
-pytest.importorskip("nicegui", reason="the extra [panel] is not installed")
+need("nicegui")
 SOCKET = "/_nicegui_ws/socket.io/?EIO=4&transport="
 PASSWORD = "correct horse battery"
 
