@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -17,16 +19,32 @@ from hypothesis import strategies as st
 
 from accum_trainer.cli.train import parse
 from accum_trainer.config import OPTIONS, TrainConfig
-from accum_trainer.errors import ConfigError
+from accum_trainer.errors import CheckpointError, ConfigError
 from accum_trainer.launch.process import start_of
 from accum_trainer.panel.curves import RecordReader, points, smoothed
 from accum_trainer.panel.form import ACCUMULATION_STEPS, FIELDS, Form, k_help, other_fields
 from accum_trainer.panel.preview import preview
-from accum_trainer.panel.processes import LOG, STARTED, Start, how_to_continue
+from accum_trainer.panel.processes import (
+    LOG,
+    Start,
+    changed,
+    how_to_continue,
+    note_of,
+    read_start,
+    start_again,
+    stop_now,
+)
 from accum_trainer.panel.row_counts import RowCounts
 from accum_trainer.panel.run_view import RunView, find_runs
 from accum_trainer.train.run_lock import owner_of
 from tests.made_runs import make_run, write_sums
+
+
+@pytest.fixture(autouse=True, scope="module")
+def notes_of_these_tests(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCUM_TRAINER_CACHE", str(tmp_path_factory.mktemp("cache") / "new"))
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -37,13 +55,9 @@ def no_options_in_the_environment(monkeypatch):
 
 
 def shown(tmp_path, **values):
-    form = Form(tmp_path / "state.json")
-    form.values |= values
-    rows = RowCounts(lambda: None)
-    rows.of(str(write_sums(tmp_path / "rows.jsonl", 70)))
-    return preview(
-        {"dataset_file": str(tmp_path / "rows.jsonl")} | form.values | values, tmp_path, rows
-    )
+    rows = write_sums(tmp_path / "rows.jsonl", 70)
+    typed = Form(tmp_path / "state.json").values | {"dataset_file": str(rows)} | values
+    return preview(typed, tmp_path, RowCounts(lambda: None))
 
 
 class TestTheBatch:
@@ -78,8 +92,9 @@ class TestTheCommand:
         assert two.words[at + 1] == "2"
 
     def test_defaults_are_not_named(self, tmp_path):
-        found = shown(tmp_path, dataset_file="").command
-        assert found.words[:3] == ["accum-trainer", "train", "--output-dir"]
+        found = shown(tmp_path).command
+        assert found.words[:3] == ["accum-trainer", "train", "--dataset-file"]
+        assert found.words[4] == "--output-dir" and len(found.words) == 6
 
     def test_what_the_environment_sets_is_a_default(self, tmp_path, monkeypatch):
         monkeypatch.setenv("ACCUM_TRAINER_SEED", "7")
@@ -228,8 +243,10 @@ class TestRuns:
         gone.wait()
         (folder / "logs").mkdir(parents=True)
         (folder / "logs" / LOG).write_text(log)
-        known = Start(gone.pid, start, ["accum-trainer", "train"], ["x"], time.time(), 0)
-        (folder / "logs" / STARTED).write_text(json.dumps(vars(known) | more))
+        words = ["accum-trainer", "train"]
+        before = [changed(folder / name) for name in ("plan.json", "result.json")]
+        known = Start(str(folder), gone.pid, start, words, ["x"], 0, before)
+        note_of(folder).write_text(json.dumps(vars(known) | more))
 
     def test_are_found_with_those_in_their_folders(self, tmp_path):
         make_run(tmp_path / "a")
@@ -259,7 +276,6 @@ class TestRuns:
 
     def test_that_were_refused_show_the_last_start_s_error(self, tmp_path):
         run = make_run(tmp_path / "a")  # it was done once, and was started again
-        os.utime(run / "result.json", (1, 1))
         earlier = "error: an earlier start\n"
         self.started(run, earlier + "a note\nerror: data file x does not exist\n", log_begins=24)
         assert self.state(run) == ("failed", "error: data file x does not exist")
@@ -271,9 +287,58 @@ class TestRuns:
     @pytest.mark.parametrize("text", ["", "[]", '{"process": "x"}', '{"a": 1}'])
     def test_with_a_damaged_note_are_as_started_elsewhere(self, tmp_path, text):
         run = make_run(tmp_path / "a")
-        (run / "logs").mkdir()
-        (run / "logs" / STARTED).write_text(text)
+        note_of(run).write_text(text)
         assert self.state(run)[0] == "done"
+
+    def test_cannot_name_a_process_or_a_command(self, tmp_path):
+        """A directory of others, with all that a panel writes and could be taken to read."""
+        run = make_run(tmp_path / "a")
+        (run / "plan.json").write_text('{"world_size": 1}')
+        mine = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        theirs = {
+            "process": mine.pid,
+            "started": start_of(mine.pid),
+            "log_begins": 0,
+            "before": [0, 0],
+        }
+        theirs |= {"folder": str(run), "lines": ["evil"], "words": ["accum-trainer", "evil"]}
+        lock = theirs | {"host": socket.gethostname(), "since": "now", "machine": "theirs"}
+        (run / "logs").mkdir()
+        for place in (run / "panel.json", run / "logs" / "panel.json", run.parent / ".panel.json"):
+            place.write_text(json.dumps(theirs))
+        (run / "run.lock").write_text(json.dumps(lock))
+        os.utime(run / "run.lock", (1, 1))
+        words, _ = how_to_continue(run)
+        assert words[:2] == ["accum-trainer", "train"] and "--trust-remote-code" not in words
+        with pytest.raises(ConfigError, match="does not run, so there is nothing to stop"):
+            stop_now(run)
+        assert mine.poll() is None
+        mine.kill()
+        mine.wait()
+
+    def test_whose_log_leads_out_are_not_started(self, tmp_path):
+        run = make_run(tmp_path / "a")
+        (run / "plan.json").write_text('{"world_size": 1}')
+        (tmp_path / "mine").write_text("mine")
+        (run / "logs").mkdir()
+        (run / "logs" / LOG).symlink_to(tmp_path / "mine")
+        with pytest.raises(CheckpointError, match="is a link to .*mine, outside"):
+            start_again(run)
+        assert (tmp_path / "mine").read_text() == "mine"
+
+    def test_that_are_gone_leave_no_notes(self, tmp_path):
+        self.started(tmp_path / "gone")
+        note = note_of(tmp_path / "gone")
+        shutil.rmtree(tmp_path / "gone")
+        run = make_run(tmp_path / "refused")
+        (run / "config.yaml").write_text("batch_size: 0\n")
+        (run / "plan.json").write_text('{"world_size": 1}')
+        start_again(run)
+        assert not note.exists() and note_of(run).exists()
+        while (start := read_start(run)) is None or start.status is None:
+            time.sleep(0.05)
+        assert start.status == 2
+        assert self.state(run)[1].startswith("error: batch_size=0 is below 1")
 
     def test_of_elsewhere_continue_by_their_configuration(self, tmp_path):
         run = make_run(tmp_path / "a")

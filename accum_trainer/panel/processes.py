@@ -1,35 +1,38 @@
 """Start and stop runs: each is a process in a session of its own, which outlives page and panel.
 
-`logs/panel.json` in the run directory names the process, so that a panel that is started later, or
-beside this one, finds it. Knows no page; asks nothing of a run but its lock.
+A note in the user's cache names the process, so that a panel that is started later, or beside this
+one, finds it. It is not in the run directory, which may come from anyone: what it said would be
+started and signalled. Knows no page; asks nothing of a run but its lock.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
 
+from accum_trainer.data.files import private_cache
 from accum_trainer.errors import ConfigError
 from accum_trainer.launch.files import launch_files, write_files
 from accum_trainer.launch.folders import make_folder, private
 from accum_trainer.launch.process import import_places, send_signal, start_of
 from accum_trainer.launch.quoting import words as quoted
 from accum_trainer.panel.commands import PROGRAM, Command
+from accum_trainer.runs.inside import check_inside
 from accum_trainer.train import durable
-from accum_trainer.train.run_folder import CONFIG, LOGS, PLAN
+from accum_trainer.train.run_folder import CONFIG, LOGS, PLAN, RESULT
 from accum_trainer.train.run_lock import one_at_a_time, owner_of
 
-LOG, STARTED = "panel.log", "panel.json"
+LOG = "panel.log"
 PASSWORD = "ACCUM_TRAINER_PANEL_PASSWORD"
 # Processes that this panel started: waited for, so that they do not stay as zombies.
 _children: dict[int, subprocess.Popen[bytes]] = {}
@@ -40,20 +43,22 @@ class Start:
     """The last start of a run by a panel.
 
     Attributes:
+        folder: the run directory.
         process, started: its process (`start_of` tells it from a later one with its number).
         words: of the command; lines: the same as typed, with the one that writes a launch file.
-        at: seconds since the epoch.
         log_begins: bytes of the log that earlier starts wrote.
+        before: `changed` of plan.json and result.json: what was there is of an earlier start.
         asked_to_stop: the stop was asked for.
         status: the exit status, if the panel that started it saw its end.
     """
 
+    folder: str
     process: int
     started: int | None
     words: list[str]
     lines: list[str]
-    at: float
     log_begins: int
+    before: list[int]
     asked_to_stop: bool = False
     status: int | None = None
 
@@ -74,16 +79,39 @@ class Start:
 def read_start(folder: Path) -> Start | None:
     """The last start by a panel; None if there was none. Notes the exit status, once known."""
     try:
-        found = Start(**json.loads((folder / LOGS / STARTED).read_text(encoding="utf-8")))
-        found = replace(found, process=int(found.process), at=float(found.at))
+        found = Start(**json.loads(note_of(folder).read_text(encoding="utf-8")))
+        found = replace(found, process=int(found.process), before=[*map(int, found.before)])
     except (OSError, ValueError, TypeError, RecursionError):
         return None
     child = _children.get(found.process)
     if found.status is None and child is not None and child.poll() is not None:
         found = replace(found, status=child.returncode)
-        _write(folder, found)
+        _write(found)
         del _children[found.process]
     return found
+
+
+def changed(file: Path) -> int:
+    """When it was written last, in nanoseconds of its own clock; 0 if there is none."""
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def note_of(folder: Path) -> Path:
+    """The file that says how a run was started."""
+    place = os.path.realpath(folder)
+    return private_cache("panel") / f"{hashlib.sha256(place.encode()).hexdigest()[:32]}.json"
+
+
+def _write(start: Start) -> None:
+    note = note_of(Path(start.folder))
+    durable.write_text(note, json.dumps(asdict(start)) + "\n")
+    for other in note.parent.glob("*.json"):  # of runs that are gone
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            if not Path(json.loads(other.read_text(encoding="utf-8"))["folder"]).exists():
+                other.unlink()
 
 
 def start(command: Command, folder: Path) -> None:
@@ -91,6 +119,7 @@ def start(command: Command, folder: Path) -> None:
 
     Raises:
         ConfigError: the run trains or starts already, here or elsewhere; or nothing can be written.
+        CheckpointError: its log is a link that leads out of its folder.
     """
     if command.launch is not None:
         write_files(launch_files(*command.launch), force=True)
@@ -130,11 +159,13 @@ def how_to_continue(folder: Path) -> tuple[list[str], list[str]]:
 
 def _start(words: Sequence[str], lines: Sequence[str], folder: Path) -> None:
     make_folder(folder / LOGS)
+    check_inside(folder / LOGS / LOG, folder, "remove the link")
     try:
         with one_at_a_time(folder):  # of two panels, and of two pages of one
             _check_is_idle(folder)
             log = folder / LOGS / LOG
             begins = log.stat().st_size if log.exists() else 0
+            before = [changed(folder / name) for name in (PLAN, RESULT)]
             with open(log, "ab", opener=private) as output:
                 child = subprocess.Popen(
                     [sys.executable, "-m", "accum_trainer", *words[1:]],
@@ -145,13 +176,9 @@ def _start(words: Sequence[str], lines: Sequence[str], folder: Path) -> None:
                     start_new_session=True,
                 )
             _children[child.pid] = child
-            _write(
-                folder,
-                Start(
-                    *(child.pid, start_of(child.pid), list(words), list(lines)),
-                    *(time.time(), begins),
-                ),
-            )
+            place = os.path.realpath(folder)
+            known = (place, child.pid, start_of(child.pid), list(words), list(lines))
+            _write(Start(*known, begins, before))
     except OSError as error:
         raise ConfigError(
             f"{folder} cannot be started: {error.strerror or error}; look at its folder, or choose "
@@ -178,10 +205,6 @@ def _environment() -> dict[str, str]:
     return kept | import_places()
 
 
-def _write(folder: Path, start: Start) -> None:
-    durable.write_text(folder / LOGS / STARTED, json.dumps(asdict(start)) + "\n")
-
-
 def stop(folder: Path) -> None:
     """Ask the run to save and stop after its update (SIGTERM).
 
@@ -192,7 +215,7 @@ def stop(folder: Path) -> None:
     if started is not None and started.is_alive:
         assert started.started is not None
         send_signal(started.process, started.started, signal.SIGTERM)
-        _write(folder, replace(started, asked_to_stop=True))
+        _write(replace(started, asked_to_stop=True))
         return
     process, start = _owner(folder)
     send_signal(process, start, signal.SIGTERM)
@@ -212,7 +235,7 @@ def stop_now(folder: Path) -> None:
             for child in psutil.Process(started.process).children(recursive=True):
                 if (began := start_of(child.pid)) is not None:
                     family.append((child.pid, began))
-        _write(folder, replace(started, asked_to_stop=True))
+        _write(replace(started, asked_to_stop=True))
     else:
         family = [_owner(folder)]
     for process, began in family:

@@ -13,7 +13,7 @@ from typing import Any
 
 from accum_trainer.launch.last_words import last_words
 from accum_trainer.panel.curves import RecordReader, number
-from accum_trainer.panel.processes import LOG, STARTED, Start, read_start
+from accum_trainer.panel.processes import LOG, Start, changed, read_start
 from accum_trainer.train.run_folder import DIVERGENCE, LOGS, METRICS, PLAN, RESULT, holds_run
 from accum_trainer.train.run_lock import Owner, owner_of
 
@@ -36,8 +36,11 @@ _OF_TERMINALS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[^\n]*\r(?!\n)")
 def find_runs(root: Path) -> list[str]:
     """Names (paths below `root`) of the runs in a folder, and of those in its folders, the one that
     changed last first."""
-    found = sorted(((_changed(folder), folder) for folder in _runs_in(root)), reverse=True)
-    return [str(folder.relative_to(root)) for _, folder in found[:_MOST_RUNS]]
+    found = sorted(
+        (max(changed(folder / name) for name in (METRICS, PLAN, f"{LOGS}/{LOG}")), folder)
+        for folder in _runs_in(root)
+    )
+    return [str(folder.relative_to(root)) for _, folder in reversed(found[-_MOST_RUNS:])]
 
 
 def _runs_in(root: Path, depth: int = 2) -> Iterator[Path]:
@@ -47,20 +50,10 @@ def _runs_in(root: Path, depth: int = 2) -> Iterator[Path]:
         return
     for entry in entries:
         folder = Path(entry.path)
-        if holds_run(folder) or (folder / LOGS / STARTED).is_file():
+        if holds_run(folder) or (folder / LOGS / LOG).is_file():
             yield folder
         elif depth > 1 and not entry.name.startswith("."):
             yield from _runs_in(folder, depth - 1)
-
-
-def _changed(folder: Path) -> float:
-    times = [0.0]
-    for name in (METRICS, f"{LOGS}/{STARTED}", PLAN):
-        try:
-            times.append((folder / name).stat().st_mtime)
-        except OSError:
-            continue
-    return max(times)
 
 
 class RunView:
@@ -145,7 +138,7 @@ class RunView:
         """Whether the plan is of the present start."""
         if self.start is None or not self.start.is_alive:
             return bool(self.plan)
-        return _mtime(self.folder / PLAN) >= self.start.at - 1
+        return changed(self.folder / PLAN) not in (0, self.start.before[0])
 
     def _has_result(self) -> bool:
         """Whether result.json is of the last start. A run that was complete already writes none
@@ -154,9 +147,8 @@ class RunView:
         return self._is_newer_result() or (bool(self.result) and was_complete)
 
     def _is_newer_result(self) -> bool:
-        # A second for clocks of file systems that count whole ones.
-        started = self.start.at - 1 if self.start is not None else 0.0
-        return bool(self.result) and _mtime(self.folder / RESULT) >= started
+        before = self.start.before[1] if self.start is not None else 0
+        return bool(self.result) and changed(self.folder / RESULT) != before
 
     def _message(self) -> str:
         words = last_words(self.log).strip()
@@ -203,10 +195,3 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _mtime(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0

@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 from nicegui import context, ui
 
-from accum_trainer.errors import ConfigError
+from accum_trainer.errors import AccumTrainerError
 from accum_trainer.panel.form import (
     ACCUMULATION_STEPS,
     DATA,
@@ -202,7 +202,7 @@ class SetupPage:
             return
         try:
             start(shown.command, shown.folder)
-        except ConfigError as error:
+        except AccumTrainerError as error:
             self._not_started = str(error)
             self._show()
             return

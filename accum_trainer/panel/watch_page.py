@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from nicegui import ui
 
-from accum_trainer.errors import ConfigError
+from accum_trainer.errors import AccumTrainerError
 from accum_trainer.panel.charts import OTHERS, base, draw_column, draw_loss
 from accum_trainer.panel.curves import number
 from accum_trainer.panel.processes import how_to_continue, start_again, stop, stop_now
@@ -220,7 +220,7 @@ class WatchPage:
         assert self._view is not None
         try:
             action(self._view.folder)
-        except ConfigError as error:
+        except AccumTrainerError as error:
             ui.notify(str(error), type="negative", multi_line=True, close_button="Close")
         self._view.refresh(at_most_every_sec=0)
         self._show()
@@ -292,7 +292,7 @@ def _waiting(last: dict[str, Any]) -> str:
 def _command(view: RunView) -> str:
     try:
         return command_html(how_to_continue(view.folder)[1])
-    except ConfigError as error:
+    except AccumTrainerError as error:
         return html.escape(str(error))
 
 

@@ -6,8 +6,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import time
+from urllib.parse import quote
 
 import psutil
 import pytest
@@ -17,7 +19,7 @@ from accum_trainer.train.run_lock import owner_of
 from tests.end_to_end.panels import PICTURES, StartedPanel, chromium, need
 from tests.end_to_end.started import Started, wait_for_end
 from tests.launching import shell, stand_in
-from tests.made_runs import write_sums
+from tests.made_runs import make_run, write_sums
 
 need("nicegui")
 expect = need("playwright.sync_api").expect
@@ -134,7 +136,7 @@ def curves(page, name):
 
 
 def state(page):
-    return page.get_by_role("status")
+    return page.locator(".state[role=status]")
 
 
 def picture(page, name):
@@ -168,6 +170,10 @@ def test_from_8_by_4_reading_32_to_the_curve_of_the_command_run_by_hand(open_pag
     expect(command_of(page)).not_to_contain_text("accumulation")
     page.get_by_role("radio", name="4", exact=True).check()
     expect(command_of(page)).to_have_text(typed)
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    press(page, "Copy")
+    expect(page.get_by_text("Copied")).to_be_visible()
+    assert page.evaluate("navigator.clipboard.readText()") == typed
     picture(page, "set-up")
     press(page, "Start training")
 
@@ -204,6 +210,11 @@ def test_two_processes_are_launched_as_the_two_commands_say(open_page, panels, p
     expect(page.locator("output")).to_have_text("Effective Batch: 32")
     expect(page.locator(".window .rows > div")).to_have_count(2)
     lines = command_of(page).inner_text().splitlines()
+    page.get_by_text("Memory per engine").click()
+    press(page, "Estimate")
+    for engine in ("ddp", "zero3", "fsdp2"):
+        expect(page.get_by_role("cell", name=engine, exact=True).first).to_be_visible()
+    assert page.locator("tr.used").first.inner_text().split()[0] == "ddp"
     press(page, "Start training")
     expect(state(page)).to_have_text("done")
     plan = json.loads((panels.runs / "two" / "plan.json").read_text())
@@ -369,6 +380,27 @@ def test_a_run_that_fails_says_why(open_page, panels, place):
         for child in psutil.Process(panels.now.process.pid).children()
         if child.status() == psutil.STATUS_ZOMBIE
     ]
+
+
+def test_what_a_run_directory_holds_is_shown_as_text(open_page, panels):
+    evil = "<img src=x onerror=alert(1)>"
+    run = make_run(panels.runs / f"of-others {evil}", done=False, stopped_by=evil)
+    (run / "logs").mkdir()
+    (run / "logs" / "rank-0.log").write_text(f"a log {evil}\n")
+    plan = {"effective_batch_size": evil, "physical_batch_size": evil, "total_updates": evil}
+    (run / "plan.json").write_text(json.dumps(plan))
+    record = {"step": 1, "loss": 1.0, "lr": evil, "epoch": evil, "num_tokens": evil}
+    (run / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    page = open_page(f"/watch?run={quote(run.name)}")
+    dialogs = []
+    page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+    expect(page.get_by_role("heading", name=run.name)).to_be_visible()
+    for said in (f"Stopped by {evil} after 10 updates", f"a log {evil}", f"B {evil} × K"):
+        expect(page.get_by_text(said)).to_be_visible()
+    page.goto(f"{panels.now.url}/watch?run={quote(evil)}")
+    expect(page.get_by_text(f"There is no run {evil} in runs.")).to_be_visible()
+    assert page.locator("img[src=x]").count() == 0 and not dialogs
+    shutil.rmtree(run)
 
 
 def test_keyboard_alone(open_page, panels):
