@@ -210,6 +210,18 @@ class TestCurves:
         (tmp_path / "new").replace(path)
         assert reader.read() and reader.columns["loss"] == [2.0]
 
+    def test_a_long_file_is_taken_in_over_several_reads(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("accum_trainer.panel.curves._MOST_BYTES", 1000)
+        path = tmp_path / "metrics.jsonl"
+        path.write_text("".join(f'{{"step": {n}, "loss": 1}}\n' for n in range(1, 101)))
+        reader = RecordReader(path)
+        reader.read_last()
+        assert reader.last["step"] == 100 and len(reader) == 0
+        reads = 0
+        while reader.read():
+            reads += 1
+        assert reads > 1 and reader.columns["step"] == [*range(1, 101)]
+
     def test_numbers_that_are_none_leave_gaps(self, tmp_path):
         path = tmp_path / "metrics.jsonl"
         path.write_text(

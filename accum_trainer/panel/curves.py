@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,9 @@ from typing import Any
 KEPT = ("step", "loss", "lr", "grad_norm", "eval_loss", "noise_scale")
 _MOST_POINTS = 400
 _LONGEST_LINE = 1 << 20
+# Read at a time, within a few tenths of a second: a longer file is taken in over several.
+_MOST_BYTES = 8_000_000
+_TAIL_BYTES = 32_000
 Numbers = list[float | None]
 
 
@@ -49,26 +54,41 @@ class RecordReader:
             self._file = stat.st_ino
         if stat.st_size == self._offset:
             return False
-        before = len(self)
+        before, began = len(self), self._offset
         with open(self._path, "rb") as file:
             file.seek(self._offset)
             for line in file:
                 if not line.endswith(b"\n"):
                     break  # still being written
                 self._offset += len(line)
-                self._add(line)
+                record = _record(line)
+                if record is not None:
+                    for key, column in self.columns.items():
+                        column.append(number(record.get(key)))
+                    self.last = record
+                if self._offset - began >= _MOST_BYTES:
+                    break
         return len(self) != before
 
-    def _add(self, line: bytes) -> None:
-        try:
-            record = json.loads(line) if len(line) <= _LONGEST_LINE else None
-        except (ValueError, RecursionError):
-            return
-        if not isinstance(record, dict) or number(record.get("step")) is None:
-            return
-        for key, column in self.columns.items():
-            column.append(number(record.get(key)))
-        self.last = record
+    def read_last(self) -> None:
+        """Take in the last record only, whatever the length of the file."""
+        with contextlib.suppress(OSError), open(self._path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            for line in reversed(file.read().split(b"\n")[:-1]):
+                record = _record(line)
+                if record is not None:
+                    self.last = record
+                    return
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line) if len(line) <= _LONGEST_LINE else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or number(record.get("step")) is None:
+        return None
+    return record
 
 
 def number(value: object) -> float | None:

@@ -80,15 +80,23 @@ class RunView:
         self.state = ENDED
         self._read_at = 0.0
 
-    def refresh(self, at_most_every_sec: float = 0.4) -> None:
-        """Read what is new; pages that ask for one run share the answer."""
-        if time.monotonic() - self._read_at < at_most_every_sec:
+    def refresh(self, at_most_every_sec: float = 0.4, whole: bool = True) -> None:
+        """Read what is new; pages that ask for one run share the answer.
+
+        Args:
+            whole: all records; else the last one only, unless the others are known already.
+        """
+        is_read = len(self.records) > 0 or not whole
+        if is_read and time.monotonic() - self._read_at < at_most_every_sec:
             return
         self._read_at = time.monotonic()
         self.owner, self.start = owner_of(self.folder), read_start(self.folder)
         # After the lock: an ending that is written between the two is then not taken for none.
         self.plan, self.result = _json(self.folder / PLAN), _json(self.folder / RESULT)
-        self.records.read()
+        if whole or len(self.records):
+            self.records.read()
+        else:
+            self.records.read_last()
         self.log = self._tail()
         self.state = self._state()
         self.message = self._message()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import time
 from typing import Any
 from urllib.parse import quote
 
@@ -61,7 +62,8 @@ class WatchPage:
                     text(f"There is no run {name} in {panel.runs}.", "p", "nothing")
                 else:
                     markup('No runs yet. <a href="/">Set one up.</a>', "p", "nothing")
-        self._drawn: tuple[Any, ...] = ()
+        self._drawn: tuple[Any, Any] = ((), ())
+        self._drawn_at = 0.0
         self._show()
         ui.timer(_REFRESH_SEC, self._show)
 
@@ -169,12 +171,16 @@ class WatchPage:
     def _draw(self, view: RunView) -> None:
         log, weight = bool(self._form.view["log_axis"]), float(self._form.view["smoothing"])
         others = {name: self._panel.view(name).records for name in self._others.value}
+        for name in others:
+            self._panel.view(name).refresh()
         # A run that went back to an earlier checkpoint has new records of the same number.
         seen = [(len(one), one.last) for one in (view.records, *others.values())]
-        now = (seen, list(others), log, weight)
-        if now == self._drawn:
+        settings = (list(others), log, weight)
+        # A long curve changes little in a second, and takes longer to draw.
+        is_soon = time.monotonic() - self._drawn_at < len(view.records) / 10_000
+        if (seen, settings) == self._drawn or (is_soon and settings == self._drawn[1]):
             return
-        self._drawn = now
+        self._drawn, self._drawn_at = (seen, settings), time.monotonic()
         self._curves.set_visibility(len(view.records) > 0)
         draw_loss(self._loss.options, view.records, log, weight, others)
         self._loss.update()
@@ -186,10 +192,8 @@ class WatchPage:
 
     def _listed(self, name: str) -> str:
         view = self._panel.view(name)
-        if view.state in ACTIVE or view is self._view or not len(view.records):
-            view.refresh()
-        else:
-            view.refresh(at_most_every_sec=5.0)
+        is_settled = view.state not in ACTIVE and bool(view.records.last)
+        view.refresh(at_most_every_sec=5.0 if is_settled else 0.4, whole=False)
         here = ' aria-current="page"' if view is self._view else ""
         loss = number(view.records.last.get("loss"))
         total = f"/{view.total:,}" if view.total else ""

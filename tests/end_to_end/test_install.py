@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from pathlib import Path
 
 import pytest
 
@@ -85,5 +86,6 @@ def test_every_module_is_in_the_wheel(installed):
         cwd=installed,
     ).stdout.strip()  # fmt: skip
     ours = {p.relative_to(ROOT) for p in (ROOT / "accum_trainer").rglob("*.py")}
-    for path in ours | {(ROOT / "accum_trainer" / "py.typed").relative_to(ROOT)}:
+    data = {Path("accum_trainer", "py.typed"), Path("accum_trainer", "panel", "panel.css")}
+    for path in ours | data:
         assert os.path.exists(os.path.join(packages, path)), path
