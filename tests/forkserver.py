@@ -4,19 +4,20 @@ start: real ones, without the seconds of imports.
 python -m tests.forkserver ADDRESS
 
 A client connects to the UNIX socket ADDRESS and sends one message for one process: {"module",
-"argv", "cwd", "env", "inject"}, with the descriptors of its stdin, stdout and stderr. The process
-runs `python -m module argv`, or the code in argv if the module is "-c". The client may send numbers
-of signals for it; gets its exit status, negative for a signal; and kills it by closing the
-connection. tests/stand_ins/command is a client that is a program, and takes the place of python for
-all that a forked process starts.
+"argv", "cwd", "env", "inject"} and maybe {"cpus"}, with the descriptors of its stdin, stdout and
+stderr. The process runs `python -m module argv`, or the code in argv if the module is "-c". The
+client may send numbers of signals for it; gets its exit status, negative for a signal; and kills it
+by closing the connection. tests/stand_ins/command is a client that is a program, and takes the
+place of python for all that a forked process starts.
 
 It does not know what a test wants, and imports no module that runs as a program. A process from
 here differs from a fresh one: a forgotten import does not show, and variables that libraries read
 when they are imported have no effect. Tests of these start fresh processes.
 
-`inject` makes a process send itself SIGKILL: {"micro_step": n} before its n-th micro-batch,
-{"sync": n} before the n-th file of a checkpoint is synced to disk. {"nan": n} makes the gradient of
-one in n micro-batches NaN: always the same ones, by their content.
+The code in the file ACCUM_TESTS_HOOK runs before the program, in each process from here. `inject`
+makes a process send itself SIGKILL: {"micro_step": n} before its n-th micro-batch, {"sync": n}
+before the n-th file of a checkpoint is synced to disk. {"nan": n} makes the gradient of one in n
+micro-batches NaN: always the same ones, by their content.
 """
 
 from __future__ import annotations
@@ -101,11 +102,12 @@ def with_nan_gradients(
 
 def run_program(module: str, argv: list[str]) -> None:
     """Run what follows `python`: `-m module argv`, or `-c code` if that is the module."""
+    sys.argv = [module, *argv] if module != "-c" else ["-c", *argv[1:]]
+    if hook := os.environ.get("ACCUM_TESTS_HOOK"):
+        exec(compile(Path(hook).read_text(), hook, "exec"), {})
     if module != "-c":
-        sys.argv = [module, *argv]
         runpy.run_module(module, run_name="__main__", alter_sys=True)
         return
-    sys.argv = ["-c", *argv[1:]]
     sys.path.insert(0, "")
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     exec(compile(argv[0], "<string>", "exec"), main.__dict__)
@@ -118,6 +120,8 @@ def become(request: dict[str, Any], descriptors: list[int]) -> None:
         os.dup2(descriptor, number)
         os.close(descriptor)
     os.chdir(request["cwd"])
+    if "cpus" in request:
+        os.sched_setaffinity(0, request["cpus"])
     os.environ.clear()
     os.environ.update(request["env"])
     sys.executable = str(STAND_IN)

@@ -95,10 +95,19 @@ def _server() -> str:
     return address
 
 
+STAND_INS = Path(__file__).parent / "stand_ins"
+
+
 def _with_server(env: dict[str, str]) -> dict[str, str]:
     """`env` in which the stand-ins find the fork server."""
     known = [sys.executable, _server(), os.environ.get("PYTHONPATH")]
     return env | {"ACCUM_TESTS_FORKSERVER": json.dumps(known)}
+
+
+def with_stand_ins(env: dict[str, str]) -> dict[str, str]:
+    """`env` in which accum-trainer, accelerate, torchrun and python are forked."""
+    path = os.pathsep.join([str(STAND_INS), str(Path(sys.executable).parent), env["PATH"]])
+    return _with_server(env | {"PATH": path})
 
 
 def forked(
@@ -189,20 +198,15 @@ def _ranks(processes: int, base: dict[str, str]) -> list[dict[str, str]]:
     ]
 
 
-STAND_INS = Path(__file__).parent / "stand_ins"
-
-
-def stand_in(*arguments: object) -> tuple[list[object], dict[str, str]]:
-    """The command `accum-trainer arguments`, forked as all that it starts, and the variables that
-    it needs."""
-    # Libraries behave otherwise under pytest, and this is no part of it.
-    command = ["env", "-u", "PYTEST_CURRENT_TEST", STAND_INS / "accum-trainer", *arguments]
-    return command, _with_server({})
+def stand_in(name: str, **more: object) -> tuple[str, dict[str, str]]:
+    """The program that takes the place of the command `name`, which is forked, and its
+    environment."""
+    return str(STAND_INS / name), _with_server(environment(OMP_NUM_THREADS=1, **more))
 
 
 def shell(code: str, cwd: Path, timeout: float = 300) -> Completed:
     """`bash -euo pipefail -c code`, in which accum-trainer, accelerate, torchrun and python are
     forked."""
-    path = os.pathsep.join([str(STAND_INS), str(Path(sys.executable).parent), os.environ["PATH"]])
-    bash = ["bash", "-euo", "pipefail", "-c", code]
-    return run(bash, timeout, cwd, **_with_server({"PATH": path}))
+    return run(
+        ["bash", "-euo", "pipefail", "-c", code], timeout, cwd, **with_stand_ins(environment())
+    )

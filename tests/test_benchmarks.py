@@ -101,3 +101,11 @@ def test_a_checkpoint_in_parts_takes_no_more_memory_than_the_part_twice(engine):
     *_, whole, parts = run.stdout.strip().splitlines()
     assert whole.startswith("| whole, by one process | 1 | 1 |")
     assert float(parts.split("|")[-2]) <= 2.0
+
+
+@pytest.mark.long
+def test_r24_the_larger_batch_halves_the_variance_after_as_many_updates_and_samples():
+    run = python("-m", "benchmarks.variance", "--seeds", 0, "--updates", 50)
+    assert run.returncode == 0, run.stderr[-3000:]  # it fails unless every row says yes
+    *_, updates, samples = run.stdout.strip().splitlines()
+    assert "| 50 updates |" in updates and "| 1,600 samples |" in samples

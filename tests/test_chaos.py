@@ -16,7 +16,7 @@ TRIALS = 15
     "kinds, trials",
     [
         (("single", "ddp"), TRIALS),
-        pytest.param(("zero2", "fsdp2"), 2 * len(FAULTS), marks=pytest.mark.long),
+        pytest.param(("zero2", "fsdp2"), len(FAULTS), marks=pytest.mark.long),
     ],
 )
 def test_broken_runs_end_whole(kinds, trials):

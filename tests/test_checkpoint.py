@@ -6,15 +6,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from accum_trainer.engine.own_parts import Part, whole_tensors
+from accum_trainer.engine.own_parts import Part, WholeTensors
 from accum_trainer.engine.ranks import Ranks
 from accum_trainer.errors import AccumTrainerError, CheckpointError
 from accum_trainer.train import durable
@@ -99,12 +101,36 @@ def test_every_dtype_comes_back_to_the_bit(tmp_path, dtype):
     assert torch.equal(found.view(torch.uint8), values.view(torch.uint8))
 
 
+def held():
+    """Bytes in memory of this process that no file backs."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+) kB", status)[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_one_tensor_at_a_time_is_in_memory(folder):
+    """Of 32 of 4 MB each, in whatever order they are read."""
+    size = 1_000_000
+    many = [Part(f"model/{i:02}", (size,), 0, torch.full((size,), float(i))) for i in range(32)]
+    saving = writer(folder.parent, 1)
+    saving.save(1, snapshot(1.0, *many))
+    assert not saving.wait()
+    del many
+    before = most = held()
+    found = load_checkpoint(folder / "step-00000001").model
+    for name in [*found, *reversed([*found])]:
+        tensor = found[name]
+        most = max(most, held())
+        assert name == "w" or tensor.eq(float(name)).all()
+    assert len(found) == 33 and most - before < 16_000_000
+
+
 def part(begin, count, shape=(2, 3)):
     return Part("model/w", shape, begin, torch.arange(begin, begin + count, dtype=torch.float32))
 
 
 def test_parts_in_any_order_are_the_tensor():
-    found = whole_tensors([part(4, 2), part(0, 1), part(1, 3)])["model/w"]
+    found = WholeTensors([part(4, 2), part(0, 1), part(1, 3)])["model/w"]
     assert torch.equal(found, torch.arange(6.0).reshape(2, 3))
 
 
@@ -123,7 +149,7 @@ def test_parts_in_any_order_are_the_tensor():
 )
 def test_parts_that_are_not_the_tensor_are_refused(parts):
     with pytest.raises(ValueError, match="model/w"):
-        whole_tensors(parts)
+        WholeTensors(parts)
 
 
 def test_the_newest_is_the_one_written_last_not_the_highest_step(folder):

@@ -350,7 +350,9 @@ class TestRuns:
         while (start := read_start(run)) is None or start.status is None:
             time.sleep(0.05)
         assert start.status == 2
-        assert self.state(run)[1].startswith("error: batch_size=0 is below 1")
+        assert self.state(run)[1].endswith(
+            "batch_size=0 is below 1; give a whole number of at least 1"
+        )
 
     def test_of_elsewhere_continue_by_their_configuration(self, tmp_path):
         run = make_run(tmp_path / "a")

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from accum_trainer.data.files import private_cache
 from accum_trainer.errors import AccumTrainerError, CheckpointError
 from accum_trainer.runs.merge import merge
+from accum_trainer.train import durable
+from accum_trainer.train.loss_picture import draw_loss
 from accum_trainer.train.records import RecordWriter
 from tests.launching import ROOT, run
 from tests.made_runs import list_runs, make_run
@@ -264,6 +266,24 @@ class TestCache:
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="PYTHONSAFEPATH came with Python 3.11")
+@pytest.mark.parametrize("name", ["{}", ".{}.partial"], ids=["itself", "its new content"])
+def test_no_file_is_written_through_a_link(tmp_path, name):
+    """Pages, plans and pictures in a run directory of others."""
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    record = {"step": 1, "skipped": False, "loss": 1.0, "lr": 1.0}
+    writers = {
+        "report.html": lambda path: durable.write_text(path, "theirs"),
+        "loss.png": lambda path: draw_loss({"run": [record]}, path, "title"),
+    }
+    for file, write in writers.items():
+        (tmp_path / name.format(file)).symlink_to(mine)
+        write(tmp_path / file)
+        assert (tmp_path / file).is_file() and not (tmp_path / file).is_symlink()
+    assert mine.read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["mine", *writers])
+
+
 def test_modules_of_the_current_folder_are_not_imported(tmp_path):
     """`accum-trainer` does not import them; the processes that it starts would, as `python -m`."""
     started, ran = tmp_path / "bin" / "start.py", tmp_path / "ran"

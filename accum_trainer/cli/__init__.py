@@ -27,9 +27,32 @@ COMMANDS = {
     "launch": "Start training under a launch file: free ports, a log per process, the failed "
     "process's own error.",
     "requeue": "Say whether a stopped batch job goes back into the queue; batch scripts call it.",
+    "doctor": "Say what this machine offers, what would not work here, and the command that mends "
+    "it.",
     "checkpoint": "Write the model of a run's checkpoint for from_pretrained.",
+    "compare": "Compare loss curves at equal updates, samples and time, and how noisy they are.",
+    "report": "Write runs and their comparison as one HTML file that needs no server.",
     "merge": "Average the results of independent runs, weighted by samples trained.",
     "panel": "Open a local web page that sets up, starts, stops and watches trainings.",
+}
+
+
+# What the same is called elsewhere.
+_OTHER_NAMES = {
+    "fit": "train",
+    "finetune": "train",
+    "run": "train",
+    "resume": "train",
+    "export": "checkpoint export",
+    "save": "checkpoint export",
+    "create": "config create",
+    "init": "config create",
+    "check": "verify",
+    "test": "verify",
+    "diff": "compare",
+    "plot": "compare",
+    "average": "merge",
+    "estimate": "plan",
 }
 
 
@@ -47,9 +70,12 @@ class _Commands(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        near = difflib.get_close_matches(args[0], COMMANDS, n=1)
-        if args[0] not in COMMANDS and near:
-            ctx.fail(f"No such command '{args[0]}'. Did you mean '{near[0]}'?")
+        name = args[0].lower().replace("_", "-")
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            near = difflib.get_close_matches(name, [*COMMANDS, *_OTHER_NAMES], n=1)
+            meant = _OTHER_NAMES.get(near[0], near[0]) if near else None
+            hint = f"Did you mean '{meant}'?" if meant else f"There are {', '.join(COMMANDS)}."
+            ctx.fail(f"No such command '{args[0]}'. {hint}")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

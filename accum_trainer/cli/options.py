@@ -18,6 +18,7 @@ from typing import Any
 import click
 
 from accum_trainer.config import OPTIONS, SECTIONS, compose, kind_of, nearest_name
+from accum_trainer.config.sources import naming_sources
 from accum_trainer.errors import ConfigError
 
 _CONFIG = click.option(
@@ -58,7 +59,9 @@ def composed_options(
         def call(config_file: str | None, settings: tuple[str, ...] = (), **given: Any) -> Any:
             values = {field.name: given.pop(field.name) for field in chosen}
             named = {name: value for name, value in values.items() if value is not None}
-            return function(compose(named, settings, config_file, os.environ), **given)
+            composed = compose(named, settings, config_file, os.environ)
+            with naming_sources(composed.sources):
+                return function(composed, **given)
 
         command: Any = call
         for field in reversed(chosen):

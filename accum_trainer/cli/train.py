@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,6 +19,7 @@ from accum_trainer.launch.signals import STOPPED_AND_SAVED
 
 if TYPE_CHECKING:
     from accum_trainer.train.loop import Run
+    from accum_trainer.train.progress import Progress
     from accum_trainer.train.records import Record
 
 
@@ -102,43 +105,32 @@ def parse(arguments: Sequence[str]) -> Composed:
 
 
 def _show_progress(run: Run) -> Record | None:
-    """Run the training under a progress bar, or with about ten lines if there is no terminal."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    """Run the training and show how it goes: live on a terminal, else in lines; only the main
+    process shows anything."""
+    from accum_trainer.train.progress import Progress
 
-    console = Console(stderr=True)
-    total, record = run.training.schedule.total_updates, None
-    with Progress(
-        TextColumn("update"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not (run.engine.is_main and console.is_terminal),
-    ) as bar:
-        task = bar.add_task(
-            "train", total=total, completed=run.training.accumulator.num_updates, status=""
-        )
+    record, plan = None, run.training.schedule
+    progress = Progress(plan.total_updates, run.training.accumulator.num_updates)
+    with _display(run, progress) as show_last:
         for record in run.updates():
-            bar.update(task, completed=record["step"], status=_status(record))
-            is_due = record["step"] % max(1, total // 10) == 0 or record["skipped"]
-            if run.engine.is_main and is_due and not console.is_terminal:
-                click.echo(f"update {record['step']}/{total}  {_status(record)}", err=True)
+            progress.add(record)
+            show_last()
     return record
 
 
-def _status(record: Record) -> str:
-    if record["skipped"]:
-        return f"SKIPPED ({record['skip_reason']})"
-    evaluated = f"  eval {record['eval_loss']:.4f}" if record.get("eval_loss") is not None else ""
-    splits = (
-        f"  {record['oom_splits']} split in two (out of memory)" if record["oom_splits"] else ""
-    )
-    return f"loss {record['loss']:.4f}{evaluated}  {record['tokens_per_sec']:,.0f} tokens/s{splits}"
+@contextlib.contextmanager
+def _display(run: Run, progress: Progress) -> Iterator[Callable[[], None]]:
+    """A context in which `progress` is shown; gives what to call after each record."""
+    if not run.engine.is_main:
+        yield lambda: None
+        return
+    from accum_trainer.train.display import PlainLines, has_display, shown_live
+
+    if has_display():
+        batch = run.training.schedule.plan.describe()
+        clipped_at = run.config.max_grad_norm
+        with shown_live(progress, batch, clipped_at, lambda: run.stopped_by):
+            yield lambda: None
+        return
+    lines = PlainLines(progress, run.config.log_every, partial(click.echo, err=True))
+    yield lines.show_last

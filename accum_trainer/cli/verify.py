@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import click
 
 from accum_trainer.cli.options import SectionedCommand, composed_options
+from accum_trainer.cli.output_file import check_output_file
 from accum_trainer.config import Composed, TrainConfig
-from accum_trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from accum_trainer.verify.report import Check, Report
@@ -59,7 +59,7 @@ def command(composed: Composed, windows: int, loop_spec: str | None, json_file: 
     processes: `accelerate launch --multi_gpu --num_processes N -m accum_trainer.verify`.
     """
     if json_file is not None:
-        _check_json_file(Path(json_file))
+        check_output_file("json", Path(json_file))  # before the minutes it takes
     is_main = os.environ.get("RANK", "0") == "0"
     if is_main:
         for line in composed.overridden:
@@ -70,19 +70,6 @@ def command(composed: Composed, windows: int, loop_spec: str | None, json_file: 
             Path(json_file).write_text(json.dumps(report.to_dict(), indent=1) + "\n")
         _show(report)
     sys.exit(0 if report.passed else 1)
-
-
-def _check_json_file(path: Path) -> None:
-    """Raise a ConfigError if the report cannot be written there: before the minutes it takes."""
-    reason = None
-    if path.is_dir():
-        reason = "it is a folder; name a file"
-    elif not path.absolute().parent.is_dir():
-        reason = f"there is no folder {path.parent}"
-    elif not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        reason = "no permission"
-    if reason is not None:
-        raise ConfigError(f"json={path} cannot be written: {reason}")
 
 
 def _verify(config: TrainConfig, windows: int, loop_spec: str | None) -> Report:

@@ -3,6 +3,7 @@ defaults."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 
 from accum_trainer.config.names import check_names
 from accum_trainer.config.sources import (
+    COMMAND_LINE,
     displaced,
     merge_settings,
+    naming_sources,
     read_environment,
     read_options,
 )
@@ -24,10 +27,12 @@ class Composed:
 
     Attributes:
         overridden: one line for each value that a stronger source replaced or dropped.
+        sources: option -> where its value was written, for those that are not at their default.
     """
 
     config: TrainConfig
     overridden: list[str]
+    sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def compose(
@@ -53,7 +58,7 @@ def compose(
     for source, values in (
         (str(config_file), read_options(config_file) if config_file is not None else {}),
         ("environment", read_environment(environment or {})),
-        ("command line", merge_settings(command_line or {}, settings)),
+        (COMMAND_LINE, merge_settings(command_line or {}, settings)),
     ):
         check_names(values, OPTIONS, source)
         for key in displaced(values, given):
@@ -68,7 +73,9 @@ def compose(
                     f"{key}={value} ({source}) over {given[key][0]} ({given[key][1]})"
                 )
             given[key] = (value, source)
-    config = TrainConfig(**{key: value for key, (value, _) in given.items()})
+    sources = {key: source for key, (_, source) in given.items()}
+    with naming_sources(sources):
+        config = TrainConfig(**{key: value for key, (value, _) in given.items()})
     in_file = [key for key, (_, source) in given.items() if source == str(config_file)]
     check_not_from_file(config, in_file, str(config_file))
-    return Composed(config, overridden)
+    return Composed(config, overridden, sources)

@@ -19,6 +19,12 @@ class EngineOptions(Section):
         aliases={"1": "zero1", "2": "zero2", "3": "zero3"},  # as `Accumulator(zero_stage=2)`
     )
     cpu_offload: bool = option(False, "Keep ZeRO's optimizer state in host memory.")
+    peak_tflops: float | None = option(
+        None,
+        "What one device could do at most, in 10^12 operations per second, for `mfu` in the "
+        "records. Default: its maker's figure, if it is known.",
+        above=0,
+    )
 
     def _check_rules(self) -> None:
         super()._check_rules()

@@ -18,6 +18,12 @@ class LengthOptions(Section):
     max_hours: float | None = option(
         None, "Save and stop cleanly before this many hours have passed.", above=0
     )
+    notice_seconds: float | None = option(
+        None,
+        "Seconds from the signal that asks for a save to the end, as in SLURM's --signal=USR1@180. "
+        "A run whose save takes longer says so.",
+        above=0,
+    )
     max_skips: int = option(
         50,
         "End the run when N of its last 2 N windows gave no update: it has diverged. fp16 needs "

@@ -27,10 +27,9 @@ def option(default: Any, help: str, **limits: Any) -> Any:
     Args:
         help: its line in `--help`.
         limits: `choices`, `minimum`, `above` and `below` bound the value; `aliases` maps other
-            spellings of choices to them; `word` is a text that is accepted beside numbers; `needs`
-            names the missing feature that any value but the default requires; `only_with` names
-            the option without which this one has no effect; with `not_from_files`, a file that came
-            from others cannot set it.
+            spellings of choices to them; `word` is a text that is accepted beside numbers;
+            `only_with` names the option without which this one has no effect; with
+            `not_from_files`, a file that came from others cannot set it.
     """
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
@@ -187,8 +186,3 @@ def _check_limits(field: Field, value: Any) -> None:
         raise ConfigError(f"{name}={value:g} must be above {limits['above']}")
     if "below" in limits and value >= limits["below"]:
         raise ConfigError(f"{name}={value:g} must be below {limits['below']}")
-    if "needs" in limits and value != field.default:
-        raise ConfigError(
-            f"{name}={value} needs {limits['needs']}, which this version of accum_trainer does not "
-            f"have; leave {name} at {field.default}"
-        )

@@ -1,8 +1,12 @@
 """The section Output: the run directory and its contents."""
 
+import difflib
 from dataclasses import dataclass
 
 from accum_trainer.config.option import Section, option
+from accum_trainer.errors import ConfigError
+
+TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
 
 
 @dataclass(frozen=True)
@@ -11,7 +15,21 @@ class OutputOptions(Section):
 
     output_dir: str | None = option(None, "The run directory. Default: runs/<model>-<date>-<time>.")
     log_file: str | None = option(None, "A second file for the records, besides metrics.jsonl.")
-    report_to: str = option("none", "Also send records to a tracker.", needs="experiment trackers")
+    report_to: str = option(
+        "none",
+        f"Also send records to trackers, separated by commas: {', '.join(TRACKERS)}.",
+    )
+    report_project: str = option(
+        "accum-trainer",
+        "The project of the runs that trackers show.",
+        only_with="report_to",
+    )
+    log_every: int | None = option(
+        None,
+        "Updates between two lines of progress where there is no terminal. Default: about ten "
+        "lines in all.",
+        minimum=1,
+    )
     checkpoint_every: int = option(
         500, "Updates between checkpoints (one is always written at the end).", minimum=1
     )
@@ -35,3 +53,24 @@ class OutputOptions(Section):
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     dry_run: bool = option(False, "Check everything, print the plan, train nothing, write nothing.")
+
+    def _check_rules(self) -> None:
+        super()._check_rules()
+        for name in self.trackers:
+            if name not in TRACKERS:
+                near = difflib.get_close_matches(name[:100], TRACKERS, n=1)
+                hint = f" (did you mean {near[0]}?)" if near else ""
+                raise ConfigError(
+                    f"report_to={self.report_to[:100]}: {name[:100] or 'nothing'} is no tracker; "
+                    f"give one or several of {', '.join(TRACKERS)}, separated by commas, or none"
+                    f"{hint}"
+                )
+        if not self.report_project.strip():
+            raise ConfigError("report_project is empty; give the name of a project")
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The trackers that records are sent to, each once."""
+        if self.report_to == "none":
+            return ()
+        return tuple(dict.fromkeys(name.strip() for name in self.report_to.split(",")))

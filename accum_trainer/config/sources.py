@@ -5,7 +5,9 @@ Also which options are alternatives of each other. Knows no option's type or lim
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,30 @@ def merge_settings(command_line: Mapping[str, Any], settings: Sequence[str]) -> 
             )
         merged[key] = text
     return merged
+
+
+COMMAND_LINE = "command line"
+
+
+@contextlib.contextmanager
+def naming_sources(sources: Mapping[str, str]) -> Iterator[None]:
+    """Begin a ConfigError with where the options that it names were written, if not only on the
+    command line.
+
+    Args:
+        sources: option -> its source.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        named = [
+            source
+            for name, source in sources.items()
+            if re.search(rf"(?<![\w/.-])(?:micro_)?{name}=", str(error))
+        ]
+        if not set(named) - {COMMAND_LINE}:
+            raise
+        raise ConfigError(f"{' and '.join(dict.fromkeys(named))}: {error}") from None
 
 
 def displaced(values: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:

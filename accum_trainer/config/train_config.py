@@ -23,7 +23,12 @@ from accum_trainer.config.names import check_names
 from accum_trainer.config.optimisation import LengthOptions, OptimisationOptions
 from accum_trainer.config.option import Field, Section
 from accum_trainer.config.output import OutputOptions
-from accum_trainer.config.sources import displaced, merge_settings, read_options
+from accum_trainer.config.sources import (
+    displaced,
+    merge_settings,
+    naming_sources,
+    read_options,
+)
 from accum_trainer.errors import ConfigError
 
 # In the order of `--help` and of a written configuration.
@@ -103,7 +108,8 @@ class TrainConfig(  # bases from last section to first: dataclasses collect fiel
         check_names(values, OPTIONS, str(path))
         if trust_remote_code is not None:
             values["trust_remote_code"] = trust_remote_code
-        config = cls(**values)
+        with naming_sources(dict.fromkeys(values, str(path))):
+            config = cls(**values)
         if trust_remote_code is None:
             check_not_from_file(config, values, str(path))
         return config

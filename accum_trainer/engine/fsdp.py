@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -277,21 +277,27 @@ class FSDPEngine(TorchEngine):
         _reshard(model)
         return super().own_parts(model, optimizer)
 
-    def full_weights(
+    def each_full_weight(
         self, model: torch.nn.Module, trained_only: bool = False
-    ) -> dict[str, torch.Tensor]:
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         _reshard(model)
-        return super().full_weights(model, trained_only)
+        yield from super().each_full_weight(model, trained_only)
 
-    def load_full_weights(self, model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    def shapes_of_weights(self, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+        _reshard(model)
+        return super().shapes_of_weights(model)
+
+    def load_full_weights(
+        self, model: torch.nn.Module, weights: Mapping[str, torch.Tensor]
+    ) -> None:
         _reshard(model)
         super().load_full_weights(model, weights)
 
-    def full_optimizer_state(
+    def each_parameter_state(
         self, model: torch.nn.Module, optimizer: AcceleratedOptimizer
-    ) -> dict[str, Any]:
+    ) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         _reshard(model)
-        return super().full_optimizer_state(model, optimizer)
+        yield from super().each_parameter_state(model, optimizer)
 
     def load_full_optimizer_state(
         self, model: torch.nn.Module, optimizer: AcceleratedOptimizer, saved: dict[str, Any]

@@ -12,6 +12,7 @@ or invents, the state of a parameter that no micro-batch used; on the CPU only r
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -52,15 +53,28 @@ class FullState(Ranks):
             model: as `prepare` returned it.
             trained_only: leave out frozen parameters, which are as the model was loaded.
         """
-        plain = self.unwrap(model)
-        weights = {
-            name: self._whole_weight(p).detach().cpu()
-            for name, p in plain.named_parameters()
-            if p.requires_grad or not trained_only
-        }
-        return weights | {name: b.detach().cpu() for name, b in persistent_buffers(plain).items()}
+        return dict(self.each_full_weight(model, trained_only))
 
-    def load_full_weights(self, model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    def each_full_weight(
+        self, model: torch.nn.Module, trained_only: bool = False
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """`full_weights`, one at a time; every rank takes all of them."""
+        plain = self.unwrap(model)
+        for name, p in plain.named_parameters():
+            if p.requires_grad or not trained_only:
+                yield name, self._whole_weight(p).detach().cpu()
+        for name, b in persistent_buffers(plain).items():
+            yield name, b.detach().cpu()
+
+    def shapes_of_weights(self, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+        """The shape of each trained weight and persistent buffer. Not collective."""
+        plain = self.unwrap(model)
+        trained = {n: self._shape(p) for n, p in plain.named_parameters() if p.requires_grad}
+        return trained | {n: tuple(b.shape) for n, b in persistent_buffers(plain).items()}
+
+    def load_full_weights(
+        self, model: torch.nn.Module, weights: Mapping[str, torch.Tensor]
+    ) -> None:
         """Copy weights that `full_weights` gave; the caller has compared names and shapes."""
         plain = self.unwrap(model)
         parameters, buffers = dict(plain.named_parameters()), dict(plain.named_buffers())
@@ -75,17 +89,24 @@ class FullState(Ranks):
     ) -> dict[str, Any]:
         """{"state": {parameter name: {key: tensor}}, "groups": [options of each group]}, tensors
         on the CPU; a parameter that was never stepped has no entry."""
-        state = {}
+        state = dict(self.each_parameter_state(model, optimizer))
+        return {"state": state, "groups": self.optimizer_groups(optimizer)}
+
+    def each_parameter_state(
+        self, model: torch.nn.Module, optimizer: AcceleratedOptimizer
+    ) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """(parameter name, {key: tensor}) of `full_optimizer_state`, one at a time; every rank
+        takes all of them."""
         for name, p in self.unwrap(model).named_parameters():
             found = self._parameter_state(optimizer, p)
             if found:
-                state[name] = {key: value.detach().cpu().clone() for key, value in found.items()}
-        return {"state": state, "groups": self.optimizer_groups(optimizer)}
+                yield name, {key: value.detach().cpu().clone() for key, value in found.items()}
 
     def load_full_optimizer_state(
         self, model: torch.nn.Module, optimizer: AcceleratedOptimizer, saved: dict[str, Any]
     ) -> None:
-        """Restore state that `full_optimizer_state` gave, on this engine or another."""
+        """Restore state that `full_optimizer_state` gave, on this engine or another. Of tensors
+        that are read when they are asked for, one parameter's are in memory."""
         for group, options in zip(optimizer.param_groups, saved["groups"], strict=True):
             group.update(options)
         for name, p in self.unwrap(model).named_parameters():

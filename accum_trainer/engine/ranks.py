@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -67,6 +68,16 @@ class Ranks:
     @property
     def world_size(self) -> int:
         return int(self.accelerator.num_processes)
+
+    @property
+    def share_of_machine(self) -> tuple[int, int]:
+        """(i, n): this is the i-th of n processes of its machine, as the launcher says; (0, 1) if
+        it says nothing."""
+        of = os.environ.get("LOCAL_RANK"), os.environ.get("LOCAL_WORLD_SIZE")
+        if self.world_size == 1 or not all(text and text.isdecimal() for text in of):
+            return 0, 1
+        rank, count = (int(text) for text in of if text)
+        return (rank, count) if rank < count <= self.world_size else (0, 1)
 
     @property
     def is_main(self) -> bool:

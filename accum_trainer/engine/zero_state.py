@@ -6,6 +6,7 @@ parameter of them through its `safe_*` functions. It knows no windows.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -32,11 +33,11 @@ class ShardedState(FullState):
             name: gradient for name, p in named if (gradient := safe_get_full_grad(p)) is not None
         }
 
-    def full_optimizer_state(
+    def each_parameter_state(
         self, model: torch.nn.Module, optimizer: AcceleratedOptimizer
-    ) -> dict[str, Any]:
+    ) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         self._link_states()
-        return super().full_optimizer_state(model, optimizer)
+        yield from super().each_parameter_state(model, optimizer)
 
     def own_parts(self, model: torch.nn.Module, optimizer: AcceleratedOptimizer) -> list[Part]:
         self._link_states()

@@ -63,6 +63,15 @@ class Slurm:
             if value is not None and not re.fullmatch(r"[\w.,@+-]+", value):
                 raise ConfigError(f"{name}={value!r} is not a name that SLURM takes")
 
+    @property
+    def notice(self) -> str:
+        """The line that tells the run how long it has from the signal to the end."""
+        seconds = int(self.signal.rpartition("@")[2])
+        return (
+            "# The seconds of --signal: a run whose save takes longer says so.\n"
+            f"export ACCUM_TRAINER_NOTICE_SECONDS={max(1, seconds)}\n"
+        )
+
 
 def batch_script(
     slurm: Slurm, config: Path, nodes: int, gpus_per_node: int, train: Sequence[str], cpu: bool
@@ -84,6 +93,7 @@ def batch_script(
             f"config={word(config)}",
             f'train=(--output-dir "$run"{_quoted(train, cpu)} "$@")',
             f"{rendezvous}{_caches(on_each_node=nodes > 1)}",
+            slurm.notice,
             "status=0",
             "# A node that fails ends the others. One that is stopped must not: it ends with 0.",
             f"srun {_TASK_CPUS} --kill-on-bad-exit=1 \\",
@@ -121,6 +131,7 @@ def array_script(
             f'train=(--output-dir "$run/part-$SLURM_ARRAY_TASK_ID"{_quoted(train, cpu)} '
             '"${mine[@]}" "$@")',
             f"{_caches(on_each_node=False)}",
+            slurm.notice,
             "status=0",
             f"srun {_TASK_CPUS} \\",
             '    accum-trainer train "${train[@]}" || status=$?',

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -274,13 +274,13 @@ def fingerprint(model: torch.nn.Module) -> str | None:
     """
     if any(hasattr(p, "ds_id") or p.is_meta for p in model.parameters()):
         return None
-    return checksum(dict(model.named_parameters()))
+    return checksum(model.named_parameters())
 
 
-def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Eight hex digits over named tensors, from at most 4,096 evenly spaced numbers of each."""
+def checksum(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Eight hex digits over (name, tensor), from at most 4,096 evenly spaced numbers of each."""
     found = 0
-    for name, tensor in tensors.items():
+    for name, tensor in tensors:
         flat = tensor.detach().flatten()
         spaced = flat[:: max(1, flat.numel() // 4096)].double().cpu().contiguous()
         found = zlib.crc32(f"{name} {tuple(tensor.shape)}".encode(), found)

@@ -29,7 +29,7 @@ SAME = ""  # the choice that leaves an option at its default
 _DECIDED = {
     *("steps", "epochs", "zero_stage", "output_dir", "global_batch_size", "resume", "dry_run"),
     *("max_tokens_per_micro_batch", "rank_weights", "shard", "cuda_ids", "vary", "max_restarts"),
-    *("parallel_independent", "amp", "report_to"),
+    *("parallel_independent", "amp"),
 }
 _LABELS = {
     "batch_size": "Batch size",

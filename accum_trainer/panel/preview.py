@@ -249,7 +249,9 @@ def _warnings(
 
 def _field_of(message: str) -> str:
     """The field that a message is about, or ""."""
-    named = re.match(r"(\w+)=|(data file) ", message)
-    name = (named[1] or named[2]) if named else message.split(" ", 1)[0]
-    name = _OTHER_NAMES.get(name, name)
-    return name if name in FIELDS else ""
+    for named in re.finditer(r"(\w+)=|(data file) |^(cpu_offload) ", message):
+        name = named[1] or named[2] or named[3]
+        name = _OTHER_NAMES.get(name, name)
+        if name in FIELDS:
+            return name
+    return ""

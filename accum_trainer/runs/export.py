@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
+
 from accum_trainer.config import TrainConfig
 from accum_trainer.engine.full_state import persistent_buffers
 from accum_trainer.errors import CheckpointError, ConfigError
@@ -37,8 +39,7 @@ def export(source: Path, target: Path, trust_remote_code: bool = False) -> Path:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"output={target} exists already; name a new or empty folder")
     check_writable("output", target)
-    checkpoint, identity, loaded = _newest_of(source)
-    saved = loaded.model
+    checkpoint, identity, loaded, saved = _newest_of(source)
     run = checkpoint.absolute().parent.parent
     if not (run / CONFIG).is_file():
         raise CheckpointError(
@@ -49,8 +50,9 @@ def export(source: Path, target: Path, trust_remote_code: bool = False) -> Path:
     tokenizer = load_tokenizer(config)
     model = load_model(config, tokenizer)
     named = dict(model.named_parameters()) | dict(model.named_buffers())
+    shapes = {name: tuple(tensor.shape) for name, tensor in named.items() if name in saved}
     try:
-        check_same_weights(saved, {name: t for name, t in named.items() if name in saved})
+        check_same_weights(loaded.model.shapes(), shapes)
     except CheckpointError as error:
         raise CheckpointError(
             f"{checkpoint} is not of model={config.model}, which {run / CONFIG} names: {error}; "
@@ -69,15 +71,18 @@ def export(source: Path, target: Path, trust_remote_code: bool = False) -> Path:
     return checkpoint
 
 
-def _newest_of(source: Path, tries: int = _MOST_TRIES) -> tuple[Path, str, Checkpoint]:
-    """The checkpoint that `source` names, its identity and its content; looked for again if the run
-    has others by the time that it cannot be read."""
+def _newest_of(
+    source: Path, tries: int = _MOST_TRIES
+) -> tuple[Path, str, Checkpoint, dict[str, torch.Tensor]]:
+    """The checkpoint that `source` names, its identity, its content and its weights; looked for
+    again if the run has others by the time that it cannot be read."""
     before = list_checkpoints(source / CHECKPOINTS)
     try:
         # A path, also if the folder has the name of a mode, such as `auto`.
         checkpoint = find_checkpoint(os.path.join(os.curdir, source), None, option="source")
         assert checkpoint is not None
-        return checkpoint, identity_of(checkpoint), load_checkpoint(checkpoint)
+        loaded = load_checkpoint(checkpoint)
+        return checkpoint, identity_of(checkpoint), loaded, dict(loaded.model)
     except CheckpointError:
         if tries == 1 or list_checkpoints(source / CHECKPOINTS) == before:
             raise

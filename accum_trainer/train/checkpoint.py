@@ -18,23 +18,35 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from accum_trainer.engine.own_parts import MODEL, OPTIMIZER, Part, whole_tensors
+from accum_trainer.engine.own_parts import (
+    MODEL,
+    OPTIMIZER,
+    NamedTensors,
+    Part,
+    StoredPart,
+    WholeTensors,
+)
 from accum_trainer.errors import CheckpointError, first_line
 
 MANIFEST, STATE = "manifest.json", "state.json"
 _FORMAT = 3
 _PART = re.compile(r"part-(\d{5})-of-(\d{5})\.safetensors")
 _RNG = "rng"
+# That hash files at the same time.
+_MOST_THREADS = 8
 # safetensors' names of dtypes.
 _DTYPES = {
     torch.float64: "F64",
@@ -54,6 +66,7 @@ _DTYPES = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
+_BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -77,7 +90,8 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The contents of a checkpoint.
+    """The contents of a checkpoint. A tensor is read when it is asked for: a process that shards
+    weights and optimizer state need not have room for the whole.
 
     Attributes:
         model: trained parameters and buffers by name.
@@ -86,25 +100,30 @@ class Checkpoint:
         state: everything else, as JSON values.
     """
 
-    model: dict[str, torch.Tensor]
+    model: NamedTensors
     optimizer: dict[str, Any]
     rng: list[dict[str, Any]]
     state: dict[str, Any]
 
 
-def check_same_weights(saved: dict[str, torch.Tensor], current: dict[str, torch.Tensor]) -> None:
-    """Raise a CheckpointError if the names or shapes of two sets of weights differ."""
+def check_same_weights(
+    saved: Mapping[str, tuple[int, ...]], current: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise a CheckpointError if the names or shapes of two sets of weights differ.
+
+    Args:
+        saved, current: name -> shape.
+    """
     if saved.keys() != current.keys():
         differing = sorted(saved.keys() ^ current.keys())
         raise CheckpointError(
             f"the checkpoint's weights are not this model's: {len(differing)} names differ, such "
             f"as {differing[0]}"
         )
-    for name, tensor in saved.items():
-        if current[name].shape != tensor.shape:
+    for name, shape in saved.items():
+        if current[name] != shape:
             raise CheckpointError(
-                f"the checkpoint's {name} has shape {tuple(tensor.shape)}, this model's "
-                f"{tuple(current[name].shape)}"
+                f"the checkpoint's {name} has shape {shape}, this model's {current[name]}"
             )
 
 
@@ -227,21 +246,30 @@ def _parts_of(names: Any) -> list[str]:
     return [part_name(rank, world_size) for rank in range(world_size)]
 
 
-def check_manifest(path: Path) -> None:
-    """Raise a CheckpointError unless every file has the size and SHA-256 in the manifest."""
-    for name, expected in read_manifest(path)["files"].items():
-        file = path / name
-        try:
-            size = file.stat().st_size
-            is_whole = size == expected["size"] and _digest(file) == expected["sha256"]
-        except FileNotFoundError:
-            raise CheckpointError(f"checkpoint {path} is damaged: {name} is missing") from None
-        except OSError as error:
-            raise CheckpointError(f"checkpoint {path}: {name} cannot be read ({error})") from None
-        if not is_whole:
-            raise CheckpointError(
-                f"checkpoint {path} is damaged: {name} is not what its manifest lists"
-            )
+def check_manifest(path: Path, share: tuple[int, int] = (0, 1)) -> None:
+    """Raise a CheckpointError unless every file has the size and SHA-256 in the manifest.
+
+    Args:
+        share: (i, n): this is one of n processes of a machine that each read every n-th file.
+    """
+    files = list(read_manifest(path)["files"].items())[share[0] :: share[1]]
+    with ThreadPoolExecutor(_MOST_THREADS) as threads:  # hashing leaves Python's lock
+        list(threads.map(lambda entry: _check_file(path, *entry), files))
+
+
+def _check_file(path: Path, name: str, expected: dict[str, Any]) -> None:
+    file = path / name
+    try:
+        size = file.stat().st_size
+        is_whole = size == expected["size"] and _digest(file) == expected["sha256"]
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint {path} is damaged: {name} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path}: {name} cannot be read ({error})") from None
+    if not is_whole:
+        raise CheckpointError(
+            f"checkpoint {path} is damaged: {name} is not what its manifest lists"
+        )
 
 
 def _fault(error: Exception) -> str:
@@ -250,16 +278,19 @@ def _fault(error: Exception) -> str:
     return f"cannot be read ({error})" if isinstance(error, OSError) else "is damaged"
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint after checking its manifest.
+def load_checkpoint(path: Path, share: tuple[int, int] = (0, 1)) -> Checkpoint:
+    """Open a checkpoint after checking its manifest.
+
+    Args:
+        share: of the files to check here, as `check_manifest` takes it.
 
     Raises:
         CheckpointError: it is damaged or missing, or something else wrote it.
     """
-    check_manifest(path)
+    check_manifest(path, share)
     parts = [path / name for name in _parts_of(read_manifest(path)["files"])]
     try:
-        tensors = whole_tensors(part for file in parts for part in _read_parts(file))
+        tensors = WholeTensors(part for file in parts for part in _stored_parts(file))
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         groups = [_group(options) for options in state["optimizer_groups"]]
         rng = [_read_rng(file) for file in parts]
@@ -267,16 +298,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path} was not written by accum_trainer: {type(error).__name__}: {first_line(error)}"
         ) from None
-    model: dict[str, torch.Tensor] = {}
-    states: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        kind, _, rest = name.partition("/")
-        if kind == MODEL:
-            model[rest] = tensor
-        elif kind == OPTIMIZER:
-            parameter, _, key = rest.rpartition("/")
-            states.setdefault(parameter, {})[key] = tensor
-    return Checkpoint(model, {"state": states, "groups": groups}, rng, state)
+    optimizer = {"state": tensors.below(OPTIMIZER), "groups": groups}
+    return Checkpoint(tensors.named(MODEL), optimizer, rng, state)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -296,13 +319,16 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def _read_parts(file: Path) -> Iterator[Part]:
-    with safe_open(file, "pt") as opened:
-        shapes = json.loads(opened.metadata()["shapes"])
-        for key in opened.keys():  # noqa: SIM118 - no mapping
-            if not key.startswith(f"{_RNG}/"):
-                name, _, begin = key.rpartition("@")
-                yield Part(name, tuple(shapes[name]), int(begin), opened.get_tensor(key))
+def _stored_parts(file: Path) -> Iterator[StoredPart]:
+    opened = safe_open(file, "pt")  # mapped into memory until no part of it is left
+    shapes = json.loads(opened.metadata()["shapes"])
+    for key in opened.keys():  # noqa: SIM118 - no mapping
+        if not key.startswith(f"{_RNG}/"):
+            name, _, begin = key.rpartition("@")
+            entry = opened.get_slice(key)
+            numel, dtype = math.prod(entry.get_shape()), _BY_NAME[entry.get_dtype()]
+            read = partial(opened.get_tensor, key)
+            yield StoredPart(name, tuple(shapes[name]), int(begin), numel, dtype, read)
 
 
 def _read_rng(file: Path) -> dict[str, Any]:

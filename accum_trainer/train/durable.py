@@ -6,8 +6,10 @@ Knows no run and no checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 _REPLACED = ".replaced-"
@@ -24,12 +26,23 @@ def sync(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write `path` anew. If that fails, the file that was there before is as it was."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new file to write; at the end of the `with` it takes the place of `path`. After an error
+    the file that was there before is as it was."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(
+        missing_ok=True
+    )  # in a folder of others, a link would take the content elsewhere
+    try:
+        yield partial
         sync(partial)
         partial.replace(path)
-    except OSError:
+    except BaseException:
         partial.unlink(missing_ok=True)
         raise
     sync(path.parent)

@@ -29,12 +29,14 @@ from accum_trainer.train.model_origin import ModelOrigin, identity_of, read_orig
 from accum_trainer.train.rank_agreement import agree_on_checkpoint, agree_on_folder
 from accum_trainer.train.records import Record
 from accum_trainer.train.resume import capture, restore
-from accum_trainer.train.run_folder import CHECKPOINTS, MODEL, RunFolder
-from accum_trainer.train.run_plan import describe_plan, run_plan
+from accum_trainer.train.run_folder import CHECKPOINTS, METRICS, MODEL, PICTURE, RunFolder
+from accum_trainer.train.run_plan import describe_plan, describe_split, run_plan
 from accum_trainer.train.save_times import SaveTimes
 from accum_trainer.train.saved_model import needs_only_trained_weights, save_model
 from accum_trainer.train.setup import assemble, make_accumulator
 from accum_trainer.train.stopping import StoppingPolicy
+from accum_trainer.train.trackers import Trackers, check_installed
+from accum_trainer.train.utilisation import Utilisation
 from accum_trainer.update import Update
 from accum_trainer.window import Window
 
@@ -73,9 +75,10 @@ class Run:
 
     def __init__(self, config: TrainConfig) -> None:
         started = time.monotonic()
+        check_installed(config)
         accumulator = make_accumulator(config)
         self.engine = accumulator.engine
-        self.stopping = StoppingPolicy(accumulator, config.max_hours, config.max_skips, started)
+        self.stopping = StoppingPolicy(accumulator, config, started)
         self.folder, lock = agree_on_folder(self.engine, config)
         self._files = RunFolder(self.folder, lock)
         self._hangs = HangWatch(self.engine, config.timeout, self._end_at_once)
@@ -101,6 +104,8 @@ class Run:
         self._save_times = SaveTimes(
             self.training.accumulator, config.checkpoint_every, config.checkpoint_minutes
         )
+        self._trackers = Trackers(self.folder, self.config)
+        self._utilisation = Utilisation.of_training(self.training)
         self._plan = run_plan(self.training, self._resumed_from)
 
     def _best_checkpoint(self, config: TrainConfig) -> BestCheckpoint:
@@ -164,14 +169,21 @@ class Run:
                 record = self._record(update, lr, seconds, waited)
                 is_best = False
                 if not update.skipped and evaluation.is_due(update.step):
+                    began = time.perf_counter()
                     loss = record["eval_loss"] = evaluation.mean_loss(self._hangs.progress)
+                    self.stopping.note_evaluation(time.perf_counter() - began)
                     with self._hangs.paused():  # it waits for the checkpoint before
                         is_best = self._best.is_beaten_by(update.step, loss)
                 self._files.write(record)
+                self.stopping.note_save(self._writer.longest_sec)
                 self.stopping.check(
-                    update, seconds, partial(describe_window, training, window, update)
+                    update,
+                    seconds,
+                    partial(describe_window, training, window, update),
+                    any(evaluation.is_due(update.step + ahead) for ahead in (1, 2)),
                 )
                 with self._hangs.paused():
+                    self._trackers.log(record)
                     if self._is_save_due(update, is_best):
                         self.save()
                     yield record
@@ -237,6 +249,7 @@ class Run:
             "data_wait_sec": waited,
             "memory_gb": memory_gb(device),
             "peak_gb": peak_gb(device),
+            "mfu": self._utilisation.of(update, seconds),
         }
 
     def _is_save_due(self, update: Update, is_best: bool) -> bool:
@@ -262,7 +275,7 @@ class Run:
     def _open_files(self, places: LoopPlaces) -> Iterator[None]:
         """Start the run's files; save the run at the end, even if it was stopped or all processes
         left the caller's loop."""
-        self.engine.on_main(self._files.start, self.config, self._plan)
+        self.engine.on_main(self._start_files)
         reset_peak(self.engine.device)
         self._hangs.start()
         try:
@@ -282,7 +295,12 @@ class Run:
             raise
         finally:
             self._writer.give_up()
+            self._trackers.close()
             self._files.close()
+
+    def _start_files(self) -> None:
+        self._files.start(self.config, self._plan)
+        self._trackers.start(self._plan, self._files.tally.records, self.folder / METRICS)
 
     def _finish_if_all_left(self, places: LoopPlaces) -> None:
         try:
@@ -347,7 +365,7 @@ class Run:
         """Write result.json and the picture."""
         model = read_origin(self.folder / MODEL)
         training = self.training
-        title = f"{self.folder.name}: {training.schedule.plan.describe()}"
+        title = f"{self.folder.name}: {describe_split(self._plan, training)}"
         ending: dict[str, Any] = {
             "done": training.is_done,
             "stopped_by": self.stopped_by,
@@ -357,3 +375,4 @@ class Run:
         if self._best.is_wanted:
             ending["best"] = self.best.as_result() if self.best is not None else None
         self._files.finish(title, ending)
+        self._trackers.finish(self.folder / PICTURE)

@@ -79,11 +79,12 @@ def restore(training: Training, path: Path) -> tuple[Training, Tally]:
         EngineError: the processes would start from different states.
     """
     acc, engine = training.accumulator, training.accumulator.engine
-    saved: Checkpoint = engine.together(checkpoints.load_checkpoint, path)
+    share = engine.share_of_machine
+    saved: Checkpoint = engine.together(checkpoints.load_checkpoint, path, share)
     notes = engine.on_main(_check_same_run, saved.state["identity"], training.identity, path)
     _check_not_past_its_end(training, saved.state, path)
-    weights = engine.full_weights(training.model, trained_only=True)
-    engine.together(checkpoints.check_same_weights, saved.model, weights)
+    shapes = engine.shapes_of_weights(training.model)
+    engine.together(checkpoints.check_same_weights, saved.model.shapes(), shapes)
     training = _with_kept_options(
         training, saved.state["options"], saved.optimizer["groups"][0], notes or []
     )
@@ -222,16 +223,16 @@ def _check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) 
 def _checksums(training: Training) -> dict[str, Any]:
     """The state that must be the same on every process before the first update."""
     engine = training.accumulator.engine
-    optimizer = engine.full_optimizer_state(training.model, training.optimizer.accelerated)
-    states = {
-        f"{name} {key}": value
-        for name, state in optimizer["state"].items()
+    model = training.model
+    states = (
+        (f"{name} {key}", value)
+        for name, state in engine.each_parameter_state(model, training.optimizer.accelerated)
         for key, value in state.items()
-    }
+    )
     return {
         "updates": training.accumulator.num_updates,
         **training.windows.state_dict(),
         "lr": training.scheduler.get_last_lr()[0],
-        "weights": checksum(engine.full_weights(training.model, trained_only=True)),
+        "weights": checksum(engine.each_full_weight(model, trained_only=True)),
         "optimizer state": checksum(states),
     }

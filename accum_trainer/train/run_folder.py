@@ -8,6 +8,8 @@ result.json           how the run ended: done or stopped, updates, samples
 logs/                 one log per process, if `accum-trainer launch` or a panel started it
 checkpoints/          see `checkpoint`
 last-checkpoint.json  which of them was written last
+trackers.json         under which ids trackers know the run, see `trackers`
+tensorboard/, wandb/  what these trackers write, if --report-to names them
 model/                for `from_pretrained`; with LoRA the adapter
 model-merged/         the base model with the adapter merged in, if asked for
 run.lock              the process that trains in this directory, see `run_lock`
@@ -173,12 +175,12 @@ class RunFolder:
 
     def _remove_run(self) -> None:
         """Remove what an earlier run here has written, but for its logs."""
-        for name in (CHECKPOINTS, MODEL, MERGED):
+        for name in (CHECKPOINTS, MODEL, MERGED, "tensorboard"):
             if (self.path / name).is_symlink():
                 (self.path / name).unlink()
             elif (self.path / name).is_dir():
                 shutil.rmtree(self.path / name)
-        for name in (METRICS, PICTURE, LAST):
+        for name in (METRICS, PICTURE, LAST, "trackers.json"):
             (self.path / name).unlink(missing_ok=True)
 
     def check_lock(self) -> None:

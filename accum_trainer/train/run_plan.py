@@ -82,6 +82,23 @@ def run_plan(training: Training, resumed_from: Path | None) -> dict[str, Any]:
     }
 
 
+def describe_split(plan: dict[str, Any], training: Training) -> str:
+    """How the effective batch is cut and spread: `B 2 x K 16 x W 1 = effective batch 32`, or the
+    limit of tokens in force.
+
+    Args:
+        plan: `run_plan(training, ...)`.
+    """
+    batch = training.schedule.plan.describe()
+    if plan["max_tokens_per_micro_batch"] is not None:
+        limit = f"at most {plan['max_tokens_per_micro_batch']:,} tokens per micro-batch"
+        batch = f"{limit}, W {plan['world_size']}, effective batch {plan['effective_batch_size']}"
+    if plan["rank_weights"] is not None:
+        shares = ", ".join(f"{weight:g}" for weight in plan["rank_weights"])
+        batch += f"; shares of the processes {shares}"
+    return batch
+
+
 def describe_plan(plan: dict[str, Any], training: Training) -> str:
     """The lines that are shown before training.
 
@@ -90,18 +107,11 @@ def describe_plan(plan: dict[str, Any], training: Training) -> str:
     """
     sized = f"{plan['updates_per_epoch']} updates per epoch of {plan['num_samples']} samples"
     tail = f", the last of {plan['tail_samples']} samples" if plan["tail_samples"] else ""
-    batch = training.schedule.plan.describe()
-    if plan["max_tokens_per_micro_batch"] is not None:
-        limit = f"at most {plan['max_tokens_per_micro_batch']:,} tokens per micro-batch"
-        batch = f"{limit}, W {plan['world_size']}, effective batch {plan['effective_batch_size']}"
-    if plan["rank_weights"] is not None:
-        shares = ", ".join(f"{weight:g}" for weight in plan["rank_weights"])
-        batch += f"; shares of the processes {shares}"
     syncs = f"grad_sync {plan['grad_sync']}"
     if plan["weight_sync"] is not None:
         syncs += f", weight_sync {plan['weight_sync']}"
     lines = [
-        batch,
+        describe_split(plan, training),
         f"{sized}{tail}; {plan['total_updates']} updates in all, {plan['warmup_updates']} of them "
         f"warm-up, lr {plan['lr']:g}",
         f"engine {plan['engine']}, {syncs}, {plan['device']}, precision "

@@ -5,7 +5,9 @@ Runs on the main process; `weights` are gathered before. Knows no engine.
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +83,8 @@ def _write(
     partial = target.with_name(f".{target.name}.partial")
     durable.remove(partial)
     try:
-        model.save_pretrained(partial, state_dict=_cast(weights, dtype or torch.float32))
+        with _without_bar():
+            model.save_pretrained(partial, state_dict=_cast(weights, dtype or torch.float32))
         if dtype is not None:
             _state_dtype(partial / "config.json", dtype)
         tokenizer.save_pretrained(partial)
@@ -90,6 +93,23 @@ def _write(
     except (OSError, SafetensorError) as error:
         durable.remove(partial)
         raise OSError(f"{target} could not be written: {error}") from error
+
+
+@contextlib.contextmanager
+def _without_bar() -> Iterator[None]:
+    """Leave out transformers' bar over the files that it writes; bars of others stay."""
+    from transformers.utils import logging
+
+    def make(factory: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("desc") == "Writing model shards":
+            kwargs = {**kwargs, "disable": True}
+        return factory(*args, **kwargs)
+
+    before = logging.set_tqdm_hook(make)
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
 
 
 def _saved_dtype(config: TrainConfig) -> torch.dtype:

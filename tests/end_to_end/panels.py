@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import os
 import re
-import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,18 +13,17 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.started import Started
-from tests.launching import ROOT, stand_in
+from tests.browser import CHROMIUM, IS_NEEDED, MISSING
+from tests.end_to_end.started import Started, accum_trainer
+from tests.launching import ROOT
 
-# Where this is set, a missing browser or package is a failure. `.ci/run` sets it.
-NEEDED = "TESTS_NEED_CHROMIUM"
 # Pictures of each state, to be looked at.
 PICTURES = ROOT / ".pytest_cache" / "panel"
 
 
 def need(module: str) -> Any:
     """The module; skips, or fails where it is needed, if it is not installed."""
-    if os.environ.get(NEEDED):
+    if IS_NEEDED:
         return importlib.import_module(module)
     return pytest.importorskip(module, reason="not installed: the extras [panel] and [dev]")
 
@@ -34,10 +32,12 @@ class StartedPanel(Started):
     """`accum-trainer panel runs` in `folder`, on a free port."""
 
     def __init__(self, folder: Path, *arguments: object, **env: object) -> None:
-        command, variables = stand_in("panel", "runs", "--port", 0, *arguments)
+        # Libraries behave otherwise under pytest, and this is no part of it.
+        outside = ["env", "-u", "PYTEST_CURRENT_TEST"]
+        command = [*outside, *accum_trainer("panel", "runs", "--port", 0, *arguments)]
         logs = folder / "panel-output"
         logs.mkdir(exist_ok=True)
-        super().__init__(command, logs, cwd=folder, **variables, **env)
+        super().__init__(command, logs, cwd=folder, **env)
         self.runs = folder / "runs"
         self.until(lambda: "\n" in self.out)
         found = re.search(r"http://\S+?(:\d+)/", self.out)
@@ -66,17 +66,13 @@ def panel_in(folder: Path, *arguments: object, **env: object) -> Iterator[Starte
 def chromium() -> Iterator[Any]:
     """The system's browser without a window; skips, or fails where it is needed, if there is
     none."""
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
-    if found is None:
-        why = "no chromium here: the panel is not tested in a browser (`apt install chromium`)"
-        if os.environ.get(NEEDED):
-            pytest.fail(why)
-        pytest.skip(why)
+    if CHROMIUM is None:
+        (pytest.fail if IS_NEEDED else pytest.skip)(MISSING)
     from playwright.sync_api import sync_playwright
 
     # root has no sandbox to give.
     arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=arguments)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
         yield browser
         browser.close()

@@ -11,23 +11,36 @@ from collections.abc import Callable
 from pathlib import Path
 
 from accum_trainer.train.records import read_records
-from tests.launching import ROOT, environment
+from tests.launching import ROOT, STAND_INS, environment, with_stand_ins
 
 DEADLINE = 240  # seconds until a test gives up on something that must happen
 
 
 class Started:
-    """`Started(["accum-trainer's arguments"], folder)`: output goes to files in `folder`."""
+    """`Started(["accum-trainer's arguments"], folder)`: output goes to files in `folder`.
+
+    It and all that it starts are forked from one process (tests/forkserver.py), unless they must be
+    `fresh`, as where a test looks at who started whom.
+    """
 
     def __init__(
-        self, command: list[object], folder: Path, cwd: Path = ROOT, **env: object
+        self,
+        command: list[object],
+        folder: Path,
+        cwd: Path = ROOT,
+        fresh: bool = False,
+        **more: object,
     ) -> None:
+        env = environment(OMP_NUM_THREADS=1, **more)
+        if not fresh:
+            env = with_stand_ins(env)
+            command = [STAND_INS / "python" if c == sys.executable else c for c in command]
         self._out, self._err = folder / "out", folder / "err"
         with open(self._out, "w") as out, open(self._err, "w") as err:
             self.process = subprocess.Popen(
                 [str(part) for part in command],
                 cwd=cwd,
-                env=environment(OMP_NUM_THREADS=1, **env),
+                env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,

@@ -153,7 +153,7 @@ def test_a_checkpoint_copied_alone_is_enough(train, run, tmp_path):
 def test_a_checkpoint_that_cannot_be_written_is_told_and_tried_again(tmp_path):
     """The kernel refuses files above a limit for a while; the run ends whole."""
     command = accum_trainer("train", "--cpu", *STEPS, "--checkpoint-every", "2", "--steps", "60")
-    started = Started([*command, "--keep-checkpoints", "1"], tmp_path, cwd=tmp_path)
+    started = Started([*command, "--keep-checkpoints", "1"], tmp_path, cwd=tmp_path, fresh=True)
     run = tmp_path / "run"
     started.until(lambda: (run / "last-checkpoint.json").exists())
     process = psutil.Process(started.process.pid)
@@ -176,7 +176,9 @@ def test_a_run_that_cannot_be_saved_at_its_end_says_so_and_continues_later(train
     started = None
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-        started = Started(accum_trainer("train", "--cpu", *SHORT), tmp_path, cwd=tmp_path)
+        started = Started(
+            accum_trainer("train", "--cpu", *SHORT), tmp_path, cwd=tmp_path, fresh=True
+        )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert started.ended() == 1
@@ -220,7 +222,7 @@ def test_a_second_command_in_the_same_directory_is_refused(train, tmp_path):
     command = accum_trainer(
         "train", "--cpu", *STEPS, "--checkpoint-every", "2", "--steps", "100000"
     )
-    started = Started(command, tmp_path, cwd=tmp_path)
+    started = Started(command, tmp_path, cwd=tmp_path, fresh=True)
     try:
         started.until(lambda: (tmp_path / "run" / "last-checkpoint.json").exists())
         refused = train(*SHORT)

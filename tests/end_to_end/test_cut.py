@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from PIL import Image
 
 from accum_trainer.lm.packed_attention import PACKED_SDPA
 from accum_trainer.train.records import read_records
@@ -205,6 +206,13 @@ def test_r53_the_micro_batch_that_fits_keeps_the_effective_batch(train, tmp_path
     assert train(*common, "--batch-size", "4", "--output-dir", "four").status == 0
     losses = [curve(read_records(tmp_path / name / "metrics.jsonl")) for name in ("auto", "four")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    # The pictures are titled with the split in force, not with the one that was asked for.
+    titles = [Image.open(tmp_path / name / "loss.png").text["Title"] for name in ("auto", "four")]
+    limit = f"at most {found['max_tokens']:,} tokens per micro-batch"
+    assert titles == [
+        f"auto: {limit}, W 1, effective batch 16",
+        "four: B 4 x K 4 x W 1 = effective batch 16",
+    ]
 
 
 def test_a_plan_needs_a_number(command, tmp_path):

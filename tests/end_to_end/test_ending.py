@@ -103,6 +103,7 @@ def under_torchrun(tmp_path, rows, run):
             *("--steps", "100000", "--output-dir", run),
         ],
         tmp_path,
+        fresh=True,
     )
     started.until_update(run, 2)
     pid = started.process.pid

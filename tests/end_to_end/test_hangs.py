@@ -40,7 +40,9 @@ EITHER = [0, pytest.param(1, marks=pytest.mark.long)]
 @pytest.mark.parametrize("frozen", EITHER)
 def test_a_frozen_process_is_named(tmp_path, frozen):
     """The store that the processes meet at is torchrun's here, so that rank 0 may freeze, too."""
-    started = Started(launched("-m", "accum_trainer.train", *OPTIONS), tmp_path, cwd=tmp_path)
+    started = Started(
+        launched("-m", "accum_trainer.train", *OPTIONS), tmp_path, cwd=tmp_path, fresh=True
+    )
     try:
         started.until_update(tmp_path / "run", 3)
         process = worker(started, frozen)
@@ -68,7 +70,9 @@ def test_the_launcher_shows_which_process_is_frozen(tmp_path, command, frozen):
         cwd=tmp_path,
     )
     assert made.status == 0, made.err
-    started = Started(accum_trainer("launch", "two.yaml", "--", *OPTIONS), tmp_path, cwd=tmp_path)
+    started = Started(
+        accum_trainer("launch", "two.yaml", "--", *OPTIONS), tmp_path, cwd=tmp_path, fresh=True
+    )
     try:
         started.until_update(tmp_path / "run", 3)
         worker(started, frozen).suspend()
@@ -98,7 +102,7 @@ print("done")
 @pytest.mark.long
 def test_code_between_windows_that_keeps_one_process_is_named(tmp_path):
     (tmp_path / "loop.py").write_text(textwrap.dedent(LOOP))
-    started = Started(launched("loop.py"), tmp_path, cwd=tmp_path)
+    started = Started(launched("loop.py"), tmp_path, cwd=tmp_path, fresh=True)
     assert started.ended() == 1
     host = socket.gethostname()
     words = "between windows (saving, or the caller's own code)"
@@ -110,7 +114,7 @@ def test_code_between_windows_that_keeps_one_process_is_named(tmp_path):
 def test_time_in_the_callers_own_code_on_all_processes_is_not_a_hang(tmp_path):
     everywhere = LOOP.replace(' and os.environ["RANK"] == "1"', "").replace("100", "8")
     (tmp_path / "loop.py").write_text(textwrap.dedent(everywhere))
-    started = Started(launched("loop.py"), tmp_path, cwd=tmp_path)
+    started = Started(launched("loop.py"), tmp_path, cwd=tmp_path, fresh=True)
     assert started.ended() == 0, started.err
     assert started.out.count("done") == 2
 
@@ -119,7 +123,9 @@ def test_time_in_the_callers_own_code_on_all_processes_is_not_a_hang(tmp_path):
 def test_a_job_that_was_stopped_as_a_whole_goes_on(tmp_path):
     """A batch system suspends and resumes a job with SIGSTOP and SIGCONT: the clocks go on, and no
     process hangs."""
-    started = Started(launched("-m", "accum_trainer.train", *OPTIONS), tmp_path, cwd=tmp_path)
+    started = Started(
+        launched("-m", "accum_trainer.train", *OPTIONS), tmp_path, cwd=tmp_path, fresh=True
+    )
     try:
         started.until_update(tmp_path / "run", 3)
         both = [worker(started, rank) for rank in (0, 1)]

@@ -22,6 +22,7 @@ from accum_trainer.sources.options import SourceOptions
 from accum_trainer.train.records import read_records
 from accum_trainer.window_plan import global_order
 from tests.end_to_end.started import Started, accum_trainer, process_of
+from tests.end_to_end.test_launch import hooked
 from tests.launching import cli, environment
 
 SIDE_BY_SIDE = ["--cpu", "--parallel-independent"]
@@ -192,12 +193,12 @@ def test_runs_that_are_stopped_before_they_save_do_not_say_that_they_saved(tmp_p
 
 
 def test_a_run_that_keeps_crashing_is_given_up_and_the_other_ends(tmp_path, rows):
-    folder, hooks = tmp_path / "set", tmp_path / "hooks"
-    hooks.mkdir()
-    (hooks / "sitecustomize.py").write_text(
-        "import sys\nif any('part-1.yaml' in argument for argument in sys.orig_argv):\n    import "
-        "accum_trainer.losses.causal_lm as loss\n    def failing(model, batch):\n        raise "
-        "RuntimeError('device 1 went away')\n    loss.causal_lm_loss = failing\n"
+    folder = tmp_path / "set"
+    hook = hooked(
+        tmp_path,
+        "import sys\nif any('part-1.yaml' in argument for argument in sys.argv):\n    import "
+        "accum_trainer.train.loop as train\n    def failing(model, batch):\n        raise "
+        "RuntimeError('device 1 went away')\n    train.causal_lm_loss = failing\n",
     )
     arguments = [
         *SIDE_BY_SIDE,
@@ -210,7 +211,9 @@ def test_a_run_that_keeps_crashing_is_given_up_and_the_other_ends(tmp_path, rows
         "--steps",
         4,
     ]
-    finished = cli("train", *arguments, "--output-dir", folder, PYTHONPATH=hooks, OMP_NUM_THREADS=1)
+    finished = cli(
+        "train", *arguments, "--output-dir", folder, ACCUM_TESTS_HOOK=hook, OMP_NUM_THREADS=1
+    )
     assert finished.returncode == 1, finished.stderr
     assert "part-1 failed: RuntimeError: device 1 went away" in finished.stderr
     assert "Traceback" not in finished.stderr

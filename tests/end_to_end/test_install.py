@@ -9,7 +9,6 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from pathlib import Path
 
 import pytest
 
@@ -80,12 +79,13 @@ def test_launch_runs_from_a_wheel(installed, tmp_path):
     assert json.loads((tmp_path / "run" / "plan.json").read_text())["world_size"] == 2
 
 
-def test_every_module_is_in_the_wheel(installed):
+def test_every_module_and_template_is_in_the_wheel(installed):
     packages = run(
         installed / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))",
         cwd=installed,
     ).stdout.strip()  # fmt: skip
     ours = {p.relative_to(ROOT) for p in (ROOT / "accum_trainer").rglob("*.py")}
-    data = {Path("accum_trainer", "py.typed"), Path("accum_trainer", "panel", "panel.css")}
-    for path in ours | data:
+    for name in ("py.typed", "runs/report.html", "panel/panel.css"):
+        ours.add((ROOT / "accum_trainer" / name).relative_to(ROOT))
+    for path in ours:
         assert os.path.exists(os.path.join(packages, path)), path

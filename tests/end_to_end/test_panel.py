@@ -17,8 +17,8 @@ import pytest
 from accum_trainer.train.records import read_records
 from accum_trainer.train.run_lock import owner_of
 from tests.end_to_end.panels import PICTURES, StartedPanel, chromium, need
-from tests.end_to_end.started import Started, wait_for_end
-from tests.launching import shell, stand_in
+from tests.end_to_end.started import Started, accum_trainer, wait_for_end
+from tests.launching import shell
 from tests.made_runs import make_run, write_sums
 
 need("nicegui")
@@ -310,8 +310,8 @@ def test_a_run_that_was_started_in_a_terminal_is_watched_and_stopped(
     open_page, panels, place, tmp_path
 ):
     options = ("--cpu", "--dataset-file", "rows.jsonl", "--max-seq-len", 32, "--steps", LONG)
-    command, env = stand_in("train", *options, "--output-dir", "runs/terminal")
-    started = Started(command, tmp_path, cwd=place, **env)
+    command = accum_trainer("train", *options, "--output-dir", "runs/terminal")
+    started = Started(command, tmp_path, cwd=place)
     started.until(lambda: (panels.runs / "terminal" / "metrics.jsonl").exists())
     page = open_page("/watch?run=terminal")
     expect(state(page)).to_have_text("training")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -344,6 +345,22 @@ def test_r26_time_limit_ends_saved_and_within_it(train, argv, tmp_path):
     begun = (tmp_path / "run" / "config.yaml").stat().st_mtime
     saved = (checkpoint / "manifest.json").stat().st_mtime
     assert saved - begun < 4 + max(record["step_time_sec"] for record in records)
+
+
+def test_a_run_that_may_need_more_than_its_notice_says_so_once(train, argv):
+    """Its windows, checkpoints and evaluations are measured."""
+    options = ("--eval-file", argv[argv.index("--dataset-file") + 1], "--eval-every", "2")
+    short = train(*argv, *options, "--notice-seconds", "0.001")
+    assert short.status == 0, short.err
+    said = [line for line in short.err.splitlines() if "notice_seconds" in line]
+    assert len(said) == 1 and said[0].startswith("notice_seconds=0.001 is too short"), short.err
+    found = re.search(r"need (.*) s \(a window (.*) s, .* (.*) s, an evaluation (.*) s\)", said[0])
+    needed, window, save, evaluation = map(float, found.groups())
+    assert needed == pytest.approx(window + 2 * save + evaluation, rel=0.02) and window > 0
+    earlier = int(re.search(r"--signal=USR1@(\d+)$", said[0])[1])
+    assert earlier >= needed
+    enough = train(*argv, *options, "--notice-seconds", "3600", "--resume", "anew")
+    assert enough.status == 0 and "notice_seconds" not in enough.err
 
 
 def test_i37_two_processes_killed_then_continued_on_one_and_back(argv, tmp_path):

@@ -10,7 +10,6 @@ import re
 import signal
 import stat
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,9 +18,11 @@ import yaml
 from accum_trainer import TrainConfig
 from accum_trainer.launch.launch_file import read_launch_file
 from accum_trainer.train.records import read_records
+from tests.end_to_end.read_runs import weights_in
 from tests.end_to_end.started import Started
-from tests.end_to_end.test_launch import equal, hooked, pid_of, weights
+from tests.end_to_end.test_launch import hooked, pid_of
 from tests.launching import ROOT, torchrun
+from tests.reference import equal
 
 STAND_INS = ROOT / "tests" / "cluster"
 
@@ -35,7 +36,7 @@ def rows(rows_file):
 
 def submit(folder: Path, script: str, *arguments: object, **job: object) -> Started:
     """What `sbatch SCRIPT ARGUMENTS` starts on the first node, in `folder`."""
-    path = os.pathsep.join([str(STAND_INS), str(Path(sys.executable).parent), os.environ["PATH"]])
+    path = os.pathsep.join([str(STAND_INS), os.environ["PATH"]])
     job = {"SLURM_JOB_ID": 4711, "SLURM_JOB_NAME": "job", "SLURM_JOB_NODELIST": "node[1-2]"} | job
     cpus = re.search(r"^#SBATCH --cpus-per-task=(\d+)", (folder / script).read_text(), re.MULTILINE)
     (folder / "tmp").mkdir(exist_ok=True)
@@ -84,7 +85,7 @@ def test_two_nodes_are_requeued_on_the_signal_and_resume(tmp_path, command, rows
         "'--output-dir' in sys.argv and 'RANK' not in os.environ and sys.argv[1] == 'launch':\n"
         "    atexit.register(time.sleep, 5)\n",
     )
-    job = submit(tmp_path, "job.sbatch", *train, SLURM_NNODES=2, PYTHONPATH=slow)
+    job = submit(tmp_path, "job.sbatch", *train, SLURM_NNODES=2, ACCUM_TESTS_HOOK=slow)
     run = tmp_path / "runs" / "job-4711"
     job.until_update(run, 3)
     stop(tmp_path)
@@ -108,11 +109,13 @@ def test_two_nodes_are_requeued_on_the_signal_and_resume(tmp_path, command, rows
         OMP_NUM_THREADS=1,
     )
     assert whole.returncode == 0, whole.stderr[-3000:]
-    assert equal(weights(run), weights(tmp_path / "whole"))
+    assert equal(weights_in(run / "model"), weights_in(tmp_path / "whole" / "model"))
 
 
 def test_a_failure_is_not_requeued(tmp_path, command):
-    create(command, tmp_path, "multi-gpu", "--gpus-per-node", "2", "-o", "job.yaml")
+    signal_at = ["--signal", "USR1@77"]
+    create(command, tmp_path, "multi-gpu", "--gpus-per-node", "2", *signal_at, "-o", "job.yaml")
+    assert "export ACCUM_TRAINER_NOTICE_SECONDS=77\n" in (tmp_path / "job.sbatch").read_text()
     job = submit(tmp_path, "job.sbatch", "--dataset-file", "nowhere.jsonl", SLURM_NNODES=1)
     assert job.ended() == 2
     assert (
@@ -176,7 +179,7 @@ def test_what_one_node_refuses_is_not_requeued(tmp_path, command, rows):
         "    os.environ['ACCUM_TRAINER_MAX_GRAD_NORM'] = 'much'\n",
     )
     train = ["--dataset-file", rows, "--steps", 3]
-    job = submit(tmp_path, "job.sbatch", *train, SLURM_NNODES=2, PYTHONPATH=hooks)
+    job = submit(tmp_path, "job.sbatch", *train, SLURM_NNODES=2, ACCUM_TESTS_HOOK=hooks)
     assert job.ended() == 2, job.err
     assert "max_grad_norm='much' is not a number" in job.err
     assert requeued(tmp_path) == 0
@@ -254,6 +257,8 @@ def test_an_array_of_independent_runs_trains_every_sample_once(tmp_path, command
             submit(folder, script, "--dataset-file", rows, "--batch-size", 8, "--epochs", 1, **ids)
         )
     assert [job.ended() for job in jobs] == [0, 0], jobs[0].err + jobs[1].err
+    options = yaml.safe_load((tmp_path / "runs" / "job-17" / "part-0" / "config.yaml").read_text())
+    assert options["notice_seconds"] == 180  # of --signal
     parts = [
         read_records(tmp_path / "runs" / "job-17" / f"part-{task}" / "metrics.jsonl")
         for task in (0, 1)

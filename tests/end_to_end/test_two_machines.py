@@ -17,9 +17,10 @@ import sys
 import pytest
 
 from accum_trainer.train.records import read_records
+from tests.end_to_end.read_runs import weights_in
 from tests.end_to_end.started import Started
-from tests.end_to_end.test_launch import equal, weights
 from tests.grids import thinned
+from tests.reference import equal
 
 SIDES = ("accum-left", "accum-right")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
@@ -139,7 +140,7 @@ def test_a_lost_machine_changes_nothing(tmp_path, command, rows_file, cable, eng
     assert [record["step"] for record in read_records(tmp_path / "run" / "metrics.jsonl")] == list(
         range(1, 11)
     )
-    assert equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert equal(weights_in(tmp_path / "run" / "model"), weights_in(tmp_path / "whole" / "model"))
     losses = [
         [record["loss"] for record in read_records(tmp_path / name / "metrics.jsonl")]
         for name in ("run", "whole")

@@ -80,6 +80,25 @@ PLAN = {
     "a folder without model": (["--model", "folder"], "model=folder"),
     "an option of train only": (["--output-dir", "run"], "No such option '--output-dir'"),
     "its name in a Trainer": (["--max-steps", "5"], "Did you mean '--steps'?"),
+    "a contradiction in a file": (
+        ["--config", "both.yaml"],
+        "error: both.yaml: steps=5 and epochs=2 both say how long to train",
+    ),
+    "a value in a file": (
+        ["--config", "both.yaml", "--epochs", "3", "--warmup", "9%x"],
+        "error: warmup='9%x' is not a warm-up",
+    ),
+    "a size in a file": (
+        [
+            "--config",
+            "three.yaml",
+            "--global-batch-size",
+            "8",
+            "--gradient-accumulation-steps",
+            "4",
+        ],
+        "error: three.yaml and command line: global_batch_size=8 contradicts micro_batch_size=3",
+    ),
     "config missing": (["--config", "no.yaml"], "cannot read the configuration no.yaml: No such"),
     "config of a launcher": (["--config", "launch.yaml"], "unknown option 'compute_environment'"),
     "config with options of nobody": (["--config", "extra.yaml"], "unknown option 'a'"),
@@ -146,6 +165,59 @@ REQUEUE = {
         "cannot read the configuration no.yaml",
     ),
     "help": (["0", "--", "--help"], "run `accum-trainer train --help` instead"),
+}
+COMPARE = {
+    "nothing": ([], "Missing argument 'RUN...'"),
+    "no such run": (["logs/one.jsonl", "nowhere"], "nowhere does not exist; name a run directory"),
+    "a folder of none": (["folder"], "folder is a folder without metrics.jsonl, and so are those"),
+    "an empty log": (["empty.jsonl"], "empty.jsonl has no update: it is empty; name a run direc"),
+    "rows": (["rows.txt"], "rows.txt has no update (lines that are no JSON object: 2)"),
+    "twice": (["logs/one.jsonl", "logs/../logs/one.jsonl"], "is named twice; name each run once"),
+    "twice by its folder": (["logs", "logs/b"], "b/metrics.jsonl is named twice"),
+    "baseline of none": (
+        ["logs/one.jsonl", "logs/b", "--baseline", "c"],
+        "baseline=c is none of the runs; give a number from 1 to 2, or one of one, b",
+    ),
+    "baseline beyond": (["logs/b", "--baseline", "2"], "baseline=2 is none of the runs"),
+    "axis unknown": (["logs/b", "--axis", "time"], "'time' is not one of 'auto', 'updates'"),
+    "axis of no log": (
+        ["logs/one.jsonl", "--axis", "samples"],
+        ("one.jsonl has no effective_batch_size", "choose the axis updates"),
+    ),
+    "batch word": (
+        ["logs/b", "--effective-batch-size", "2,x"],
+        "effective_batch_size=2,x is no list of samples per update; give whole numbers above 0",
+    ),
+    "batch zero": (["logs/b", "--effective-batch-size", "0"], "effective_batch_size=0 is no list"),
+    "batches too many": (
+        ["logs/b", "logs/one.jsonl", "--effective-batch-size", "1,2,3"],
+        "effective_batch_size=1,2,3 gives 3 numbers for 2 runs; give one for all, or one for each",
+    ),
+    "picture of no kind": (["logs/b", "-o", "a.gif"], "output=a.gif is no name of a picture"),
+    "picture nowhere": (["logs/b", "-o", "no/a.png"], "output=no/a.png cannot be written: there"),
+    "picture and none": (["logs/b", "-o", "a.png", "--no-picture"], "no_picture asks for none"),
+    "picture of somebody": (["logs/b", "-o", "mine.png"], "output=mine.png exists and is no PNG"),
+    "json of somebody": (
+        ["logs/b", "--no-picture", "--json", "rows.txt"],
+        "json=rows.txt exists and is no comparison; name another file",
+    ),
+    "json over a log": (
+        ["logs/one.jsonl", "--no-picture", "--json", "logs/one.jsonl"],
+        "json=logs/one.jsonl cannot be written: it is one of the runs; name another file",
+    ),
+    "json in a folder": (["logs/b", "--json", "folder"], "json=folder cannot be written: it is a"),
+    "json and picture": (["logs/b", "-o", "a.png", "--json", "./a.png"], "is the picture's name"),
+    "unknown option": (["logs/b", "--base-line", "1"], "No such option '--base-line'"),
+}
+REPORT = {
+    "nothing": ([], "Missing argument 'RUN...'"),
+    "no place": (["logs/one.jsonl"], "name the page with -o FILE.html; only that of one run"),
+    "no place for two": (["logs/b", "logs/one.jsonl"], "name the page with -o FILE.html"),
+    "no such run": (["nowhere", "-o", "a.html"], "nowhere does not exist; name a run directory"),
+    "page of somebody": (["logs/b", "-o", "rows.txt"], "rows.txt exists and is no report"),
+    "page in a folder": (["logs/b", "-o", "folder"], "output=folder cannot be written: it is a"),
+    "page nowhere": (["logs/b", "-o", "no/a.html"], "there is no folder no"),
+    "baseline of none": (["logs/b", "-o", "a.html", "--baseline", "x"], "baseline=x is none of"),
 }
 MERGE = {
     "nothing": ([], "Missing argument 'RUN...'"),
@@ -240,7 +312,11 @@ INDEPENDENT = {
 }
 ANY = {
     "no such command": (["trian"], "No such command 'trian'. Did you mean 'train'?"),
-    "nothing like a command": (["zzz"], "No such command 'zzz'"),
+    "a command in capitals": (["Compare"], "Did you mean 'compare'?"),
+    "a command cut short": (["cmp"], "Did you mean 'compare'?"),
+    "a command of others": (["finetune"], "Did you mean 'train'?"),
+    "a part of a command": (["export"], "Did you mean 'checkpoint export'?"),
+    "nothing like a command": (["zzz"], "No such command 'zzz'. There are train, verify, plan"),
     "an option of none": (["--verbose"], "No such option '--verbose'"),
     "config without a verb": (["config", "make"], "No such command 'make'"),
     "checkpoint without a verb": (["checkpoint", "import"], "No such command 'import'"),
@@ -250,6 +326,8 @@ TABLES = {
     "verify": VERIFY,
     "checkpoint export": EXPORT,
     "requeue": REQUEUE,
+    "compare": COMPARE,
+    "report": REPORT,
     "merge": MERGE,
     "launch": LAUNCH,
     "train --cpu --parallel-independent": INDEPENDENT,
@@ -283,6 +361,8 @@ def place(tmp_path_factory):
         "twice.csv": "a,a\n1,2\n",
         "no.parquet": "PAR1xxxxPAR1",
         "extra.yaml": EXTRA,
+        "both.yaml": "steps: 5\nepochs: 2\n",
+        "three.yaml": "batch_size: 3\n",
         "loop.py": LOOP,
         "bad.py": "1 / 0\n",
         "broken.py": "def update(:\n",
@@ -295,6 +375,12 @@ def place(tmp_path_factory):
         (folder / name).write_text(text)
     for name in ("binary.txt", "binary.yaml"):
         (folder / name).write_bytes(b"caf\xe9\n")
+
+    (folder / "mine.png").write_text("mine")
+    (folder / "logs" / "b").mkdir(parents=True)
+    updates = "".join(f'{{"step": {n}, "loss": {n}}}\n' for n in range(1, 4))
+    for name in ("one.jsonl", "b/metrics.jsonl"):
+        (folder / "logs" / name).write_text(updates)
 
     weights = {"w": torch.ones(2)}
     for name in ("a", "b", "listed", "planless", "worded", "sharded", "run", "empty-run"):
@@ -374,6 +460,7 @@ def test_wrong_command(refused, words, name):
 
 
 VARIABLES = {
+    "an option of words": ({"ACCUM_TRAINER_LR": "x"}, "error: environment: lr='x' is not a number"),
     "processes of words": ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two is no number of processes"),
     "a port of words": ({"MASTER_PORT": "x"}, "'x' is not a valid integer"),
     "a node of words": ({"SLURM_NODEID": "x"}, "'x' is not a valid integer"),

@@ -105,7 +105,16 @@ OPTIONS = {
         "attention=flex_attention gives no gradient on a CPU",
     ),
     "offload of nothing": (["--cpu-offload"], "give zero_stage (zero1 to zero3) too"),
-    "tracker of later": (["--report-to", "wandb"], "report_to=wandb needs experiment trackers"),
+    "tracker of no kind": (
+        ["--report-to", "tensorboard,wandbb"],
+        "report_to=tensorboard,wandbb: wandbb is no tracker; give one or several of tensorboard",
+    ),
+    "project of nothing": (
+        ["--report-project", "mine"],
+        "report_project=mine has an effect only with report_to",
+    ),
+    "peak of nothing": (["--peak-tflops", "0"], "peak_tflops=0 must be above 0"),
+    "lines of nothing": (["--log-every", "0"], "log_every=0 is below 1"),
     "shares of two": (
         ["--rank-weights", "2,1"],
         "rank_weights=2,1 are 2 shares, but there is 1 process",
@@ -319,8 +328,8 @@ def test_wrong_yaml(train, tmp_path, rows_file, content, says):
         "--output-dir",
         "run",
         "--config",
-        rows_file("run.yaml", content),
-        says=says,
+        file := rows_file("run.yaml", content),
+        says=(*((says,) if isinstance(says, str) else says), str(file)),
     )
 
 

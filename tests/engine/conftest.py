@@ -39,7 +39,8 @@ OF_ACCELERATE = (
     "test_two_players",
 )
 # Cases in which a sharded engine does nothing that it does not do in the others too: they vary the
-# model's loss, the data source or the plan. Single and DDP run them; the others in the long grid.
+# model's loss, the data source or the plan. Single and DDP run them; ZeRO-3 and FSDP2, which differ
+# most from these, in the long grid.
 OF_ANY_ENGINE = {
     "planned_gpt2",
     "planned_with_workers",
@@ -70,7 +71,7 @@ OF_ANY_ENGINE = {
     "r52_global_batch_that_does_not_divide",
 }
 # Stage 0 is DDP inside DeepSpeed; stage 1 reduces as stage 0 and shards as stage 2. Of these two,
-# only the cases in which a stage matters.
+# only the cases in which a stage matters; of stage 0, which few ask for, in the long grid.
 OF_A_STAGE = {
     "planned_llama",
     "planned_every_microbatch",
@@ -88,6 +89,12 @@ OF_A_STAGE = {
     "state_survives_a_round_trip",
     "parts_of_all_ranks_are_the_whole_state",
 }
+# The rest of three grids, of which another case has one point of each situation.
+MORE_POINTS = {
+    "more_combinations",
+    "weight_sync_changes_no_bit_in_more_variants",
+    "host_reads_of_packed_batches",
+}
 
 
 def _engine_of(item):
@@ -104,11 +111,20 @@ def _cases_of(item):
 
 def _is_long(item):
     engine, cases = _engine_of(item), _cases_of(item)
-    if engine in ("single", "ddp"):
+    if engine == "single":
         return False
-    if engine == "zero0":  # from Python only, and one that few ask for
+    if cases & MORE_POINTS:
         return True
-    return bool(cases & OF_ANY_ENGINE) or (engine == "zero1" and not cases & OF_A_STAGE)
+    if engine == "ddp":
+        return False
+    return engine == "zero0" or bool(cases & OF_ANY_ENGINE)
+
+
+def _is_left_to_others(item):
+    engine, cases = _engine_of(item), _cases_of(item)
+    if engine in ("zero0", "zero1"):
+        return not cases & OF_A_STAGE
+    return engine == "zero2" and bool(cases & OF_ANY_ENGINE)
 
 
 def pytest_itemcollected(item):
@@ -119,6 +135,8 @@ def pytest_itemcollected(item):
 def pytest_collection_modifyitems(config, items):
     def belongs(item):
         if ONLY and not _cases_of(item) & {*ONLY["cases"]}:
+            return False
+        if not ONLY and "engine_results" in item.fixturenames and _is_left_to_others(item):
             return False
         in_one = _engine_of(item) in ("single", "ddp")
         return in_one or not any(name in item.name for name in OF_ACCELERATE)
@@ -134,7 +152,7 @@ def engine_results(request, tmp_path_factory):
     """case name -> one result per rank, for one engine: the cases of the tests that are run."""
     out = tmp_path_factory.mktemp(request.param)
     processes, options = ENGINES[request.param]
-    unknown = (OF_ANY_ENGINE | OF_A_STAGE) - {*_all_cases()}
+    unknown = (OF_ANY_ENGINE | OF_A_STAGE | MORE_POINTS) - {*_all_cases()}
     assert not unknown, f"no cases have these names: {unknown}"
     using = [i for i in request.session.items if "engine_results" in getattr(i, "fixturenames", ())]
     asked = set().union(*(_cases_of(item) for item in using if _engine_of(item) == request.param))

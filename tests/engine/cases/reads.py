@@ -109,27 +109,37 @@ LOSSES: dict[str, Any] = {
 
 @case
 def host_reads() -> dict[str, Any]:
-    """In the micro-batches and in the step of a second window, by loss path and layout; one
+    return _reads_of([*(("padded", name) for name in LOSSES), ("packed", "causal_lm_loss")])
+
+
+@case
+def host_reads_of_packed_batches() -> dict[str, Any]:
+    return _reads_of([("packed", name) for name in LOSSES if name != "causal_lm_loss"])
+
+
+def _reads_of(asked: list[tuple[str, str]]) -> dict[str, Any]:
+    """In the micro-batches and in the step of a second window, by layout and loss path; one
     micro-batch of the padded ones has no target."""
     found: dict[str, Any] = {}
-    for layout, collate in {"padded": pad, "packed": PackingCollator()}.items():
-        for name, (loss, said, counted) in LOSSES.items():
-            acc = accumulator(2, global_batch_size=8 * world_size(), max_grad_norm=1.0)
-            model = make_model("llama")
-            model.config.use_cache = False
-            probe = Probe(acc, model)
-            # In the second window, which is the one that is looked at: the first proves the loss.
-            begin = 8 * world_size() + 2
-            masked = tuple(range(begin, begin + 4)) if layout == "padded" else ()
-            rows = make_rows(16 * world_size(), all_masked=masked)
-            windows = acc.windows(rows, collate_fn=collate, count_targets=counted, shuffle=False)
-            for window in windows:
-                inside: Counter[str] = Counter()
-                for batch in window:
-                    with Reads() as read, acc.accumulate(probe.model):
-                        acc.backward(loss(probe.model, batch), **said)
-                    inside += read
-                with Reads() as in_step:
-                    acc.step(probe.optimizer)
-            found[f"{layout}, {name}"] = {"inside": inside, "step": in_step}
+    for layout, name in asked:
+        loss, said, counted = LOSSES[name]
+        acc = accumulator(2, global_batch_size=8 * world_size(), max_grad_norm=1.0)
+        model = make_model("llama")
+        model.config.use_cache = False
+        probe = Probe(acc, model)
+        # In the second window, which is the one that is looked at: the first proves the loss.
+        begin = 8 * world_size() + 2
+        masked = tuple(range(begin, begin + 4)) if layout == "padded" else ()
+        rows = make_rows(16 * world_size(), all_masked=masked)
+        collate = pad if layout == "padded" else PackingCollator()
+        windows = acc.windows(rows, collate_fn=collate, count_targets=counted, shuffle=False)
+        for window in windows:
+            inside: Counter[str] = Counter()
+            for batch in window:
+                with Reads() as read, acc.accumulate(probe.model):
+                    acc.backward(loss(probe.model, batch), **said)
+                inside += read
+            with Reads() as in_step:
+                acc.step(probe.optimizer)
+        found[f"{layout}, {name}"] = {"inside": inside, "step": in_step}
     return found

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from accum_trainer import causal_lm_loss
-from accum_trainer.engine.own_parts import whole_tensors
+from accum_trainer.engine.own_parts import WholeTensors
 from tests.engine.cases.probing import ENGINE, Probe, accumulator, case, compare, planned
 from tests.reference import big_batch, equal, make_model, make_rows, pad, relative_error
 
@@ -74,7 +74,7 @@ def parts_of_all_ranks_are_the_whole_state() -> dict[str, Any]:
         acc.step(optimizer)
         parts = [part.on_host() for part in acc.engine.own_parts(prepared, optimizer.accelerated)]
         gathered = acc.engine.gather_objects(parts)
-        whole = whole_tensors(part for own in gathered for part in own)
+        whole = WholeTensors(part for own in gathered for part in own)
         full = acc.engine.full_optimizer_state(prepared, optimizer.accelerated)["state"]
         weights = acc.engine.full_weights(prepared, trained_only=True)
         expected = {f"model/{name}": weight for name, weight in weights.items()}
