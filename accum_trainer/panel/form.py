@@ -17,7 +17,6 @@ from typing import Any
 
 from accum_trainer.config import OPTIONS, SECTIONS, kind_of
 from accum_trainer.launch.spec import ENGINES
-from accum_trainer.train import durable
 
 logger = logging.getLogger(__name__)
 
@@ -238,7 +237,10 @@ class Form:
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             state = {"values": self.values, "view": self.view}
-            durable.write_text(self._file, json.dumps(state, indent=1) + "\n")
+            # Whole or not at all, without waiting for the disk: this is at each key.
+            partial = self._file.with_name(f"{self._file.name}.partial")
+            partial.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+            partial.replace(self._file)
         except OSError as error:
             logger.warning("the panel's state could not be kept in %s (%s)", self._file, error)
 

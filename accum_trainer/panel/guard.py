@@ -41,7 +41,8 @@ _HEADERS = [
     ),
     (b"x-frame-options", b"DENY"),
     (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
+    # Not no-referrer, with which a browser sends the login from the origin "null".
+    (b"referrer-policy", b"same-origin"),
 ]
 
 

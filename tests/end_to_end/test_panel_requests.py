@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from tests.end_to_end.panels import StartedPanel, need, panel_in
+from tests.end_to_end.panels import StartedPanel, chromium, need, panel_in
 from tests.launching import cli, script
 
 need("nicegui")
@@ -171,6 +171,22 @@ class TestOtherMachines:
         assert ask(guarded, **known, Host="evil.example")[0] == 403
         assert ask(guarded, **known, Host="10.1.2.3", Origin="http://10.1.2.3")[0] == 200
         assert handshake(guarded, **known, Origin="http://evil.example") == 403
+
+
+def test_a_browser_logs_in_and_stays(tmp_path):
+    (tmp_path / "password").write_text(PASSWORD)
+    with chromium() as browser, panel_in(tmp_path, "--password-file", "password") as panel:
+        page = browser.new_page()
+        page.goto(own(panel))
+        page.keyboard.type("not the password")
+        page.keyboard.press("Enter")
+        page.get_by_role("alert").get_by_text("This is not the password.").wait_for()
+        page.get_by_label("Password").fill(PASSWORD)
+        page.keyboard.press("Enter")
+        page.get_by_role("textbox", name="Batch size").fill("8")
+        page.get_by_text("Effective Batch: 8").wait_for()  # by its websocket
+        page.goto(f"{own(panel)}/watch")
+        page.get_by_text("No runs yet.").wait_for()
 
 
 def test_runs_do_not_get_the_password(tmp_path):
