@@ -433,6 +433,7 @@ def test_keyboard_alone(open_page, panels):
     expect(page.locator("output")).to_have_text("Effective Batch: 16")
     go_to("Precision")
     keys.press("Enter")
+    page.get_by_role("option", name="bf16").wait_for()  # the list is open
     keys.press("ArrowDown")
     keys.press("ArrowDown")
     keys.press("Enter")
