@@ -34,6 +34,7 @@ COMMANDS = {
     "report": "Write runs and their comparison as one HTML file that needs no server.",
     "sweep": "Find the largest effective batch that loses nothing per sample: branches of a run.",
     "merge": "Average the results of independent runs, weighted by samples trained.",
+    "panel": "Open a local web page that sets up, starts, stops and watches trainings.",
 }
 
 
