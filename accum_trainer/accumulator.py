@@ -21,6 +21,7 @@ from accum_trainer.engine.settings import Settings
 from accum_trainer.errors import AccumTrainerError, EngineError
 from accum_trainer.guards import LoopGuard, refuse_unprepared
 from accum_trainer.losses.contract import LossContract, Passed
+from accum_trainer.losses.counter import Counter
 from accum_trainer.losses.objective import MEAN, SUM
 from accum_trainer.losses.targets import CountTargets
 from accum_trainer.oom import OomRecovery, releasing_graph_on_failure
@@ -31,7 +32,7 @@ from accum_trainer.sources.progress import Progress, Remembered
 from accum_trainer.update import Update, conclude, end_row
 from accum_trainer.window import Window
 from accum_trainer.window_plan import Cut
-from accum_trainer.window_reader import CountedWindow, Counter, WindowReader
+from accum_trainer.window_reader import CountedWindow, WindowReader
 from accum_trainer.windows import Batches, Windows
 
 
@@ -165,6 +166,7 @@ class Accumulator:
         shard: tuple[int, int] = (0, 1),
         cut: Cut | None = None,
         prefetch: bool = False,
+        noise_every: int = 0,
     ) -> Windows:
         """The windows of a data set, DataLoader or stream; each is one optimizer update.
 
@@ -184,6 +186,8 @@ class Accumulator:
             cut: how windows of a data set become micro-batches; default: by B.
             prefetch: make the next window of a data set in a thread; its `__getitem__` must not
                 use the global random generators.
+            noise_every: measure the noise of the gradient (`Windows.noise`) in every so many
+                windows: they are cut at random, with the same update. 0 measures none.
 
         Returns:
             `Windows`: iterate once per epoch; `len()` where known; `state_dict()` and
@@ -191,7 +195,7 @@ class Accumulator:
             with the same one (and seed, shuffle and shard), this goes on with the next epoch.
 
         Raises:
-            DataError: no source of windows, or an empty one.
+            DataError: no source of windows, an empty one, or one whose noise cannot be measured.
         """
         share = (seed, shuffle, shard)
         progress = Progress() if hasattr(source, "__next__") else self._sources.of(source, share)
@@ -204,6 +208,7 @@ class Accumulator:
             cut=cut,
             num_workers=num_workers,
             prefetch=prefetch,
+            noise_every=noise_every,
             pin_memory=self.device.type == "cuda",
             already_sharded=gives_this_ranks_batches(source),
             read_together=reads_with_the_others(source),
@@ -274,6 +279,7 @@ class Accumulator:
                 "the wrong weight"
             )
         self._guard.after_micro_batch(window, models)
+        window.norms.take(self.engine, models)
         if micro_batch.is_last and not self._optimizers:
             self._finish_for_accelerate(window)
         run_all(calls)

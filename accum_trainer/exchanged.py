@@ -139,10 +139,10 @@ class WindowEnd(NamedTuple):
     num_micro_batches: float
     position: float
 
-    def to_row(self, counts_ahead: list[float]) -> list[float | torch.Tensor]:
-        """The row; `counts_ahead`, the counts of the next window, travel behind it."""
+    def to_row(self, behind: list[float | torch.Tensor]) -> list[float | torch.Tensor]:
+        """The row; norms of this window and counts of the next may travel `behind` it."""
         loss_sum, *rest = self
-        return [loss_sum, *map(float, rest), *counts_ahead]
+        return [loss_sum, *map(float, rest), *behind]
 
     @classmethod
     def from_rows(cls, table: np.ndarray) -> tuple[list[WindowEnd], np.ndarray]:

@@ -20,13 +20,10 @@ class Update:
     Attributes:
         step: optimizer updates made so far, this one included; a skipped window makes none.
         loss: mean over the window's targets over all ranks, unscaled; nan for an empty window.
-        grad_norm: 2-norm of the averaged, unscaled gradient before clipping; nan for an empty
-            window.
-        num_targets: N, targets of the window over all ranks; the sum of their weights if the loss
-            weighs them.
+        grad_norm: 2-norm of the averaged, unscaled gradient before clipping; nan if empty.
+        num_targets: N, over all ranks: targets, or the sum of their weights if the loss has some.
         num_samples: samples of the window over all ranks.
-        num_tokens: tokens of `input_ids` over all ranks, without padding; 0 for batches without
-            `input_ids`.
+        num_tokens: tokens of `input_ids` over all ranks, without padding; 0 if there are none.
         num_positions: the same with padding: the positions that were computed.
         num_micro_batches: micro-batches of the window over all ranks.
         gradient_accumulation_steps: the most micro-batches that one rank ran: K, fewer in a tail
@@ -66,7 +63,8 @@ def end_row(window: Window, stop: bool, save: bool) -> list[float | torch.Tensor
         num_micro_batches=len(window),
         position=window.position.checksum(),
     )
-    return end.to_row(window.reader.counts_ahead())
+    norms = window.norms.to_row(window.num_splits)
+    return end.to_row([*norms, *window.reader.counts_ahead()])
 
 
 def conclude(
@@ -77,10 +75,13 @@ def conclude(
     Raises:
         EngineError: on all ranks, if one was in another window than rank 0.
     """
-    ends, counts_ahead = WindowEnd.from_rows(table)
+    ends, behind = WindowEnd.from_rows(table)
     if len({end.position for end in ends}) > 1:
         refuse_other_windows(engine.gather_objects(tuple(window.position)))
+    norms, counts_ahead = np.split(behind, [window.norms.size], axis=1)
     window.reader.learn_ahead(counts_ahead)
+    if stepped:
+        window.norms.learn(norms, window.num_samples, window.num_targets, grad_norm)
     num_splits = int(sum(end.num_splits for end in ends))
     loss_sum = float(sum(end.loss_sum for end in ends))
     return Update(

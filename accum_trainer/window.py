@@ -25,6 +25,7 @@ import torch
 from accum_trainer.batch import Batch, halve, num_positions, num_samples
 from accum_trainer.errors import AccumTrainerError, DataError
 from accum_trainer.losses.targets import note_move, targets_in
+from accum_trainer.noise import WindowNorms
 from accum_trainer.oom import OomRecovery
 from accum_trainer.sources.progress import Progress
 from accum_trainer.window_reader import CountedWindow, WindowReader
@@ -96,6 +97,7 @@ class Window:
         is_finished: the optimizer has stepped or skipped.
         was_left: the loop broke out before the window was finished.
         reader: read and counted this window, and counts the next.
+        norms: of the gradients of its micro-batches, if its noise is measured.
     """
 
     def __init__(
@@ -128,6 +130,8 @@ class Window:
         self._was_begun = self._ran_out = False
         self._num_to_read_early = max(1, len(counted.share.batches))
         self._planned = self._cut_to_fit(self._weighted(counted))
+        measured = self._planned if counted.share.is_random else []
+        self.norms = WindowNorms(progress.noise, measured, engine.gradient_divisor)
 
     def _weighted(self, counted: CountedWindow) -> list[Planned]:
         divisor = self._engine.gradient_divisor

@@ -18,6 +18,8 @@ import numpy as np
 Costs = Callable[[int, int], float]
 # window[rank][step] -> positions of that micro-batch's samples inside the window
 Dealt = list[list[np.ndarray]]
+# Micro-batches of a window whose noise is measured, over all ranks.
+_LEAST_PARTS = 4
 
 
 def global_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
@@ -116,6 +118,33 @@ class Cut:
         for rank, begin, end in zip(ranks, [0, *ends], ends, strict=False):
             dealt[rank].append(order[begin:end])
         return dealt
+
+    def assign_at_random(self, lengths: np.ndarray, world_size: int) -> Dealt | None:
+        """Cut a window whose order is random so that each micro-batch is a random sample, too, to
+        measure the noise of the gradient; None if it has too few samples.
+
+        Sizes do not depend on which samples fall where, else short micro-batches would be those of
+        long samples. At least `_LEAST_PARTS` micro-batches in all, as few as B and `max_tokens`
+        allow. On several ranks the last of each is one sample: engines exchange gradients in its
+        backward, so that its own norm is not known, and the smaller it is, the less is lost.
+        """
+        weights = np.array(self.rank_weights or (1.0,) * world_size, dtype=float)
+        ends = np.rint(np.cumsum(weights) / weights.sum() * len(lengths)).astype(int)
+        shares = np.split(np.arange(len(lengths)), ends[:-1])
+        largest = min(self.micro_batch_size or len(lengths), len(lengths))
+        if self.max_tokens is not None:
+            largest = min(largest, max(1, self.max_tokens // int(self.padded(lengths).max())))
+        last = int(world_size > 1)
+        parts = -(-_LEAST_PARTS // world_size)
+        counts = [max(parts, -(-(len(share) - last) // largest)) for share in shares]
+        if self.equal_counts:
+            counts = [max(counts)] * world_size
+        if any(len(share) < count + last for share, count in zip(shares, counts, strict=True)):
+            return None
+        return [
+            np.array_split(share[: len(share) - last], count) + [share[len(share) - last :]] * last
+            for share, count in zip(shares, counts, strict=True)
+        ]
 
     def _dealt(
         self, costs: Costs, ends: list[int], weights: Sequence[float]

@@ -5,13 +5,12 @@ Knows a source, how targets are counted, and one exchange of a few numbers. It t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from accum_trainer.batch import Batch, num_samples, num_tokens
+from accum_trainer.batch import num_samples, num_tokens
 from accum_trainer.errors import DataError
 from accum_trainer.exchanged import (
     WindowCounts,
@@ -20,9 +19,7 @@ from accum_trainer.exchanged import (
     check_read,
     check_same_sample,
 )
-from accum_trainer.losses.contract import LossContract
-from accum_trainer.losses.objective import Objective
-from accum_trainer.losses.targets import CountTargets
+from accum_trainer.losses.counter import Counter
 from accum_trainer.sources.shares import Source, WindowShare
 
 
@@ -51,32 +48,6 @@ class CountedWindow:
     def most_micro_batches(self) -> int:
         """Of one rank."""
         return int(max(counts.num_micro_batches for counts in self.counts))
-
-
-class Counter:
-    """Counts a batch's targets: as the user said, or as the model's own loss was proven to.
-
-    Attributes:
-        given: the user's function, or None.
-        objective: what the model's own loss sums over; None until it is decided.
-    """
-
-    def __init__(self, losses: LossContract, given: CountTargets | None) -> None:
-        self._losses = losses
-        self.given = given
-        self.objective: Objective | None = None
-
-    def decide(self, batches: Sequence[Batch]) -> None:
-        """Find the objective, on the micro-batch with most to prove it on. Collective."""
-        # None if no rank had a batch: at the end of an epoch that was resumed.
-        self.objective = self._losses.decide(batches, self.given)
-
-    def __call__(self, batch: Batch) -> float:
-        if self.given is not None:
-            return self.given(batch)
-        assert self.objective is not None
-        self.objective.check_length(batch)
-        return self.objective.counting.count(batch)
 
 
 class WindowReader:

@@ -11,11 +11,13 @@ from typing import Any
 
 from accum_trainer.batch import Batch
 from accum_trainer.errors import DataError
+from accum_trainer.losses.counter import Counter
 from accum_trainer.losses.objective import Objective
+from accum_trainer.noise import GradientNoise
 from accum_trainer.sources.progress import Passed, Progress
 from accum_trainer.sources.shares import Source
 from accum_trainer.window import Window
-from accum_trainer.window_reader import CountedWindow, Counter, WindowReader
+from accum_trainer.window_reader import CountedWindow, WindowReader
 
 
 class Windows:
@@ -63,6 +65,11 @@ class Windows:
         """The epoch of the position: epochs that are finished, or were left for a later one."""
         return self._progress.epoch
 
+    @property
+    def noise(self) -> GradientNoise:
+        """The noise of the gradient, from the windows that `noise_every` has measured."""
+        return self._progress.noise
+
     def __len__(self) -> int:
         """Windows in one epoch; TypeError if the source has no length."""
         length = self._source.num_windows()
@@ -88,7 +95,7 @@ class Windows:
     def state_dict(self) -> dict[str, Any]:
         """The position: the epoch, and the samples (batches of a loader or stream) that its updates
         consumed; also of a loader `order`, the states of its own generators when its epoch began,
-        and `consumed_crc`, a checksum of what was consumed."""
+        and `consumed_crc`, a checksum of what was consumed; `noise`, if a window was measured."""
         progress = self._progress
         order = self._source.order() if progress.order is None else progress.order
         position: dict[str, Any] = {
@@ -99,6 +106,8 @@ class Windows:
             position["order"] = order
         if progress.passed is not None:
             position["consumed_crc"] = tuple(progress.passed)
+        if self.noise.num_windows:
+            position["noise"] = self.noise.state_dict()
         return position
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -112,6 +121,8 @@ class Windows:
         crc = state.get("consumed_crc")
         passed = None if crc is None else Passed(*map(int, crc))
         self._progress.load(int(state["epoch"]), int(state[key]), state.get("order"), passed)
+        if "noise" in state:
+            self.noise.load_state_dict(state["noise"])
 
     def __iter__(self) -> Iterator[Window]:
         epoch, consumed = self._progress.begin(self._source.is_read_once)

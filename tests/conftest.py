@@ -38,6 +38,7 @@ LONG = (
     "end_to_end/test_launch_files",
     "test_footprint",
     "end_to_end/test_launch",
+    "end_to_end/test_panel",
     "end_to_end/test_independent",
     "end_to_end/test_demo",
     "end_to_end/test_cut",

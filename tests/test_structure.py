@@ -18,6 +18,7 @@ CORE = {
     *(
         "exchanged",
         "window_reader",
+        "noise",
         "oom",
         "window",
         "windows",
@@ -39,6 +40,7 @@ ROOMS = [
     "verify",
     "runs",
     "doctor",
+    "panel",
     "cli",
 ]
 # What the core may import beside the standard library and itself; deepspeed in its engine only.
@@ -137,6 +139,12 @@ def test_only_engines_the_launcher_and_the_plain_accelerator_know_accelerate(pat
         assert not libraries_of(path) & {"accelerate", "deepspeed"}
 
 
+def test_only_pages_and_their_server_know_the_page_library():
+    of_pages = {"nicegui", "fastapi", "starlette", "uvicorn"}
+    knowing = {path.stem for path in MODULES if libraries_of(path) & of_pages}
+    assert knowing == {"server", "shell", "setup_page", "watch_page"}
+
+
 def test_importing_the_accumulator_brings_nothing_that_accelerate_does_not_bring():
     heavy = (
         "{'transformers', 'datasets', 'peft', 'matplotlib', 'rich', 'yaml', 'click', "
@@ -181,6 +189,7 @@ def test_public_names():
         "from accum_trainer.cli import main; main(['--help'])",
         "from accum_trainer.cli import main; main(['train', '--help'])",
         "from accum_trainer.cli import main; main(['plan', '--num-samples', '100'])",
+        "from accum_trainer.cli import main; main(['panel', '--help'])",
         "from accum_trainer.cli import main; main(['completion', 'bash'])",
         *(
             "import os; os.environ.update(_ACCUM_TRAINER_COMPLETE='bash_complete', "

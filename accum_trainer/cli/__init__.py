@@ -33,7 +33,9 @@ COMMANDS = {
     "checkpoint": "Write the model of a run's checkpoint for from_pretrained.",
     "compare": "Compare loss curves at equal updates, samples and time, and how noisy they are.",
     "report": "Write runs and their comparison as one HTML file that needs no server.",
+    "sweep": "Find the largest effective batch that loses nothing per sample: branches of a run.",
     "merge": "Average the results of independent runs, weighted by samples trained.",
+    "panel": "Open a local web page that sets up, starts, stops and watches trainings.",
     "completion": "Print the script by which bash, zsh or fish complete this command.",
 }
 

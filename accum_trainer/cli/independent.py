@@ -43,7 +43,7 @@ def train_independent_runs(composed: Composed) -> int:
         click.echo("dry run: nothing was trained and nothing written", err=True)
         return 0
     runner = IndependentRunner(runs, devices, on_gpu, folder, config.max_restarts)
-    status = _show_while(runner)
+    status = show_while(runner)
     if status == 2:
         for reason in dict.fromkeys(run.reason for run in runs):
             click.echo(reason if reason.startswith("error") else f"error: {reason}", err=True)
@@ -52,7 +52,7 @@ def train_independent_runs(composed: Composed) -> int:
     return status
 
 
-def _show_while(runner: IndependentRunner) -> int:
+def show_while(runner: IndependentRunner) -> int:
     """Run under a live table, or with a line for each change if there is no terminal."""
     from rich.console import Console
     from rich.live import Live

@@ -63,7 +63,7 @@ def command(composed: Composed) -> None:
     done = run.training.accumulator.num_updates
     if run.stopped_by:
         click.echo(run.describe_stop())
-        _show_best(run)
+        _show_results(run)
         sys.exit(STOPPED_AND_SAVED)
     loss = (
         f", loss {last['loss']:.4f}"
@@ -71,10 +71,12 @@ def command(composed: Composed) -> None:
         else " (the run was complete already; raise --steps or --epochs to go on)"
     )
     click.echo(f"done: {done} updates{loss}; {run.folder}")
-    _show_best(run)
+    _show_results(run)
 
 
-def _show_best(run: Run) -> None:
+def _show_results(run: Run) -> None:
+    if (advice := run.describe_noise()) is not None:
+        click.echo(advice)
     if run.best is not None:
         click.echo(
             f"best evaluation: {run.best.eval_loss:.4f} after update {run.best.updates}; `accum-"

@@ -46,6 +46,11 @@ class OutputOptions(Section):
         "auto: continue the run in the run directory; never: refuse to; anew: replace it; or a "
         "checkpoint's PATH.",
     )
+    branch_from: str | None = option(
+        None,
+        "Begin a new run from the weights, optimizer state and place in the data of another run's "
+        "checkpoint (a PATH), with an effective batch and schedule of its own.",
+    )
     save_dtype: str = option(
         "auto",
         "The dtype of the weights in model/. auto: that of the model's own checkpoint, or float32 "
@@ -56,6 +61,11 @@ class OutputOptions(Section):
 
     def _check_rules(self) -> None:
         super()._check_rules()
+        if self.branch_from is not None and self.resume not in ("auto", "never", "anew"):
+            raise ConfigError(
+                f"resume={self.resume} continues a run and branch_from={self.branch_from} begins "
+                "one; give one of them"
+            )
         for name in self.trackers:
             if name not in TRACKERS:
                 near = difflib.get_close_matches(name[:100], TRACKERS, n=1)

@@ -17,7 +17,7 @@ from accum_trainer.errors import ConfigError, DataError, first_line
 
 ENVIRONMENT_PREFIX = "ACCUM_TRAINER_"
 # Variables with this prefix that are not options of `train`.
-OTHER_ENVIRONMENT = {"ACCUM_TRAINER_CACHE"}
+OTHER_ENVIRONMENT = {"ACCUM_TRAINER_CACHE", "ACCUM_TRAINER_PANEL_PASSWORD"}
 # Options that express the same thing in different ways: naming one drops the others if a weaker
 # source named them.
 _ALTERNATIVES = (

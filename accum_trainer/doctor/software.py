@@ -31,7 +31,7 @@ from accum_trainer.errors import first_line
 
 _PACKAGE = "accum-trainer"
 # Extras that are features of training; the others serve development.
-_EXTRAS = ("deepspeed", "hydra", "tensorboard", "trackio", "wandb", "mlflow")
+_EXTRAS = ("deepspeed", "hydra", "panel", "tensorboard", "trackio", "wandb", "mlflow")
 _SOURCE = "#include <vector>\nint main() { return (int)std::vector<int>(3).size() - 3; }\n"
 
 

@@ -179,6 +179,11 @@ class Engine(FullState, abc.ABC):
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate the gradient of an already weighted loss, shape ()."""
 
+    def local_gradients(self, models: Sequence[torch.nn.Module]) -> dict[Any, torch.Tensor]:
+        """This rank's gradient of the window so far, by parameter, before its last micro-batch;
+        empty if the engine has exchanged it, or has scaled it by a number that it keeps."""
+        return {}
+
     @abc.abstractmethod
     def finish(
         self, optimizer: AcceleratedOptimizer, numbers: Sequence[float | torch.Tensor]

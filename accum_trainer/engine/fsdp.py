@@ -242,6 +242,17 @@ class FSDPEngine(TorchEngine):
                 self._sharded[name].grad = None
         return table[:, 1:]
 
+    def _gradients_of(self, models: Sequence[torch.nn.Module]) -> dict[Any, torch.Tensor]:
+        found = {}
+        for model in models:
+            for p in _fsdp_parameters(model):
+                gradient = p.unsharded_accumulated_grad
+                if gradient is None and hasattr(p, "_unsharded_param"):
+                    gradient = p.unsharded_param.grad
+                if gradient is not None:
+                    found[p] = gradient
+        return found
+
     def begin_window(self, models: Iterable[torch.nn.Module]) -> None:
         # Weights left whole, by an evaluation or a window that was broken off, may not be as their
         # shards are now, nor whole on every rank: then some would wait for the others' gather.

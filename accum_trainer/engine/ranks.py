@@ -93,11 +93,11 @@ class Ranks:
         One that is a tensor, shape (), on the device is read after the exchange, with the others:
         each read waits for the device.
         """
-        if self.world_size == 1:
+        tensors = {i: v for i, v in enumerate(values) if isinstance(v, torch.Tensor)}
+        if self.world_size == 1 and len(tensors) < 2:
             return np.asarray([[float(value) for value in values]], dtype=np.float64)
         # MPS and some accelerators lack float64; whole numbers up to 2**53 need it.
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        tensors = {i: v for i, v in enumerate(values) if isinstance(v, torch.Tensor)}
         known = [0.0 if i in tensors else value for i, value in enumerate(values)]
         mine = torch.tensor([known], dtype=dtype, device=self.device)
         for index, value in tensors.items():

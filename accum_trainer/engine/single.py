@@ -60,6 +60,15 @@ class TorchEngine(Engine):
     def backward(self, loss: torch.Tensor) -> None:
         self.accelerator.backward(loss)
 
+    def local_gradients(self, models: Sequence[torch.nn.Module]) -> dict[Any, torch.Tensor]:
+        if self.accelerator.scaler is not None or (self.world_size > 1 and self.grad_sync == EVERY):
+            return {}
+        return self._gradients_of(models)
+
+    def _gradients_of(self, models: Sequence[torch.nn.Module]) -> dict[Any, torch.Tensor]:
+        parameters = [p for model in models for p in model.parameters()]
+        return {p: p.grad for p in parameters if p.grad is not None}
+
     def finish(
         self, optimizer: AcceleratedOptimizer, numbers: Sequence[float | torch.Tensor]
     ) -> tuple[float, bool, np.ndarray]:

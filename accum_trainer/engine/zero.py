@@ -233,6 +233,12 @@ class ZeroEngine(Engine):
         self._usage.watch(loss, self._compare_usage if reduces_now else None)
         self._deepspeed.backward(loss, scale_wrt_gas=False)
 
+    def local_gradients(self, models: Sequence[torch.nn.Module]) -> dict[Any, torch.Tensor]:
+        if self.mixed_precision != "no" or (self.shards_gradients and self.grad_sync == EVERY):
+            return {}  # in buffers of DeepSpeed's own, by stage and precision
+        parameters = self._deepspeed.module.parameters()
+        return {p: p.grad for p in parameters if p.grad is not None}
+
     def finish(
         self, optimizer: AcceleratedOptimizer, numbers: Sequence[float | torch.Tensor]
     ) -> tuple[float, bool, np.ndarray]:

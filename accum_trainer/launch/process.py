@@ -1,4 +1,5 @@
-"""One process, told apart from a later one with the same PID, and signals that reach only it.
+"""One process, told apart from a later one with the same PID, and signals that reach only it; and
+where a process that is started imports from.
 
 A PID is used again after its process has ended. Knows nothing of trainings.
 """
@@ -53,3 +54,9 @@ def send_signal(pid: int, start: int, number: int) -> bool:
     finally:
         os.close(process)
     return True
+
+
+def import_places() -> dict[str, str]:
+    """Environment in which `python -m` does not import from the current folder, which may be
+    someone else's, unless this process does (Python 3.11 and later)."""
+    return {} if {"", os.getcwd()} & set(sys.path) else {"PYTHONSAFEPATH": "1"}

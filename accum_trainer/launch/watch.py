@@ -16,17 +16,16 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from accum_trainer.errors import AccumTrainerError
+from accum_trainer.launch.last_words import last_words
 from accum_trainer.launch.placement import NodePlacement
 from accum_trainer.launch.rank import RankStatus, log_of, read_statuses
 from accum_trainer.launch.signals import POLL_INTERVAL_SEC, STOPPED_AND_SAVED
 
 LAUNCHER_LOG = "launcher.log"
 _GRACE_SEC = 60.0  # for processes without a launcher to save
-_LAST_LINES = 40
 _SCREEN = 100_000  # characters of what was printed that are kept
 
 
@@ -101,7 +100,7 @@ class RankWatch:
         if first is None:
             raise AccumTrainerError(
                 f"accelerate's launcher ended with status {launcher_status}; its last lines "
-                f"({self._launcher_log}):\n{self._last_words(self._launcher_log)}"
+                f"({self._launcher_log}):\n{last_words(self._since_start(self._launcher_log))}"
             )
         if not self._is_shown(first):
             self._print_failure(first)
@@ -121,7 +120,7 @@ class RankWatch:
         if process.status is None or (process.rank == 0 and self._node == 0):
             return True
         # "error (process 1): ..." there is "error: process 1 on HOST: ..." here.
-        message = self._last_words(log_of(self._logs, process.rank)).partition(": ")[2]
+        message = last_words(self._since_start(log_of(self._logs, process.rank))).partition(": ")[2]
         return bool(message) and message in self._screen
 
     def _raise_if_killed(self) -> None:
@@ -140,7 +139,7 @@ class RankWatch:
 
     def _print_failure(self, process: RankStatus) -> None:
         log = log_of(self._logs, process.rank)
-        words = self._last_words(log) or "(it wrote nothing)"
+        words = last_words(self._since_start(log)) or "(it wrote nothing)"
         # Another node's process may have failed before, and this one have lost it: their clocks
         # and what they say do not tell.
         first = (
@@ -157,15 +156,6 @@ class RankWatch:
         self._screen = (self._screen + text)[-_SCREEN:]
         sys.stderr.write(text)
         sys.stderr.flush()
-
-    def _last_words(self, log: Path) -> str:
-        """Its error message, or its last traceback, or its last lines."""
-        lines: Sequence[str] = self._since_start(log).splitlines()
-        errors = [line for line in lines if line.startswith("error")]
-        if errors:
-            return errors[-1]
-        starts = [i for i, line in enumerate(lines) if line.startswith("Traceback")]
-        return "\n".join((lines[starts[-1] :] if starts else lines)[-_LAST_LINES:])
 
     def _since_start(self, log: Path) -> str:
         if not log.exists():

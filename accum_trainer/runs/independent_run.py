@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -18,17 +17,12 @@ from typing import Any
 
 from accum_trainer.config import TrainConfig
 from accum_trainer.launch.folders import private
+from accum_trainer.launch.process import import_places
 from accum_trainer.launch.rank import follow_parent
 from accum_trainer.train import run_folder as files
 from accum_trainer.train.records import Record
 
 WAITING, RUNNING, DONE, STOPPED, FAILED = "waiting", "running", "done", "stopped", "failed"
-
-
-def _import_places() -> dict[str, str]:
-    """Environment in which `python -m` does not import from the current folder, which may be
-    someone else's, unless this process does (Python 3.11 and later)."""
-    return {} if {"", os.getcwd()} & set(sys.path) else {"PYTHONSAFEPATH": "1"}
 
 
 @dataclass
@@ -80,7 +74,7 @@ class IndependentRun:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=dict(environment) | _import_places(),
+                env=dict(environment) | import_places(),
                 start_new_session=True,
                 preexec_fn=follow_parent,
             )

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from accum_trainer.batch_plan import BatchPlan
-from accum_trainer.errors import DataError
+from accum_trainer.errors import ConfigError, DataError
 from accum_trainer.seeds import seed_of
 from accum_trainer.sources.dataset import PlannedSource
 from accum_trainer.sources.loader import LoaderSource
@@ -44,6 +44,8 @@ def as_source(
         DataError: `data` is no source of windows, or does not fit the plan or the options.
     """
     progress = progress or Progress()
+    if options.noise_every:
+        _check_random(data, plan, options)
     if isinstance(data, DataLoader):
         return _loader_source(data, plan, rank, options, progress)
     if hasattr(data, "__getitem__") and isinstance(data, Sized):
@@ -84,7 +86,34 @@ def _loader_source(
         return StreamSource(
             loader, plan, lambda epoch: seed_of("workers", seed, epoch=epoch, rank=rank)
         )
-    return LoaderSource(loader, plan, rank, options.seed, progress)
+    return LoaderSource(loader, plan, rank, options.seed, progress, options.noise_every)
+
+
+def _check_random(data: Any, plan: BatchPlan, options: SourceOptions) -> None:
+    """Refuse a source whose micro-batches may be no random samples of the data."""
+    every = options.noise_every
+    if isinstance(every, bool) or not isinstance(every, int) or every < 0:
+        raise ConfigError(
+            f"noise_every={options.noise_every} is not a number of windows; give 1 or more, or 0 "
+            "to measure no noise"
+        )
+    reason = ""
+    if isinstance(data, DataLoader):
+        is_plain = type(data.batch_sampler) is BatchSampler and not options.already_sharded
+        if not is_plain or type(data.sampler) is not RandomSampler:
+            reason = "this DataLoader does not draw its batches at random as shuffle=True does"
+        elif plan.gradient_accumulation_steps == 1:
+            reason = "the batches of a DataLoader cannot be cut, and K is 1"
+    elif not (hasattr(data, "__getitem__") and isinstance(data, Sized)):
+        reason = "the order of a stream is not known"
+    elif not options.shuffle:
+        reason = "shuffle=False keeps the data set's own order"
+    if reason:
+        raise DataError(
+            f"noise_every={options.noise_every} measures the noise of the gradient on "
+            f"micro-batches that are random samples, and {reason}; pass a data set, shuffled, or "
+            "leave noise_every out"
+        )
 
 
 def _check_whole(plan: BatchPlan) -> None:

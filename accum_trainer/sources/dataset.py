@@ -25,7 +25,7 @@ from accum_trainer.sources.lengths import find_lengths
 from accum_trainer.sources.options import SourceOptions
 from accum_trainer.sources.progress import Progress
 from accum_trainer.sources.shares import Announced, Reading, WindowShares, read_shares
-from accum_trainer.window_plan import Cut, global_order, windows_of
+from accum_trainer.window_plan import Cut, Dealt, global_order, windows_of
 
 
 class CountedRows:
@@ -103,6 +103,8 @@ class PlannedSource:
 
     def micro_batches(self, epoch: int) -> tuple[int, list[int], list[int]] | None:
         plan = self._plan
+        if self._options.noise_every:
+            return None  # windows that are cut at random may have more
         if self._cut.max_tokens is not None or self._cut.rank_weights is not None:
             return None
         if not (plan.is_whole or plan.world_size == 1 or self._cut.equal_counts):
@@ -156,7 +158,9 @@ class PlannedSource:
         plan = self._plan
         for window in windows_of(self._order(epoch), plan.global_batch_size, start=consumed):
             lengths = self._lengths[window]
-            by_rank = self._cut.assign_to_ranks(lengths, plan.world_size)
+            by_rank = self._cut_at_random(epoch, consumed, lengths)
+            is_random = by_rank is not None
+            by_rank = by_rank or self._cut.assign_to_ranks(lengths, plan.world_size)
             mine = by_rank[self._rank]
             begin, consumed = consumed, consumed + len(window)
             counts = None
@@ -166,7 +170,9 @@ class PlannedSource:
             sample = self._sample(int(window[0]))
             # Ranks that know other lengths would cut and deal the same window differently.
             fingerprint = zlib.crc32(lengths.tobytes(), zlib.crc32(window.tobytes()))
-            announced.append(Announced(len(mine), consumed, fingerprint, counts, sample))
+            announced.append(
+                Announced(len(mine), consumed, fingerprint, counts, sample, is_random=is_random)
+            )
             filler = [[int(window[lengths.argmin()])]]
             batches = [window[micro_batch].tolist() for micro_batch in mine] or filler
             if self._draws_here or self.reads_ahead:
@@ -176,6 +182,18 @@ class PlannedSource:
                     for i, b in enumerate(batches)
                 ]
             yield from batches
+
+    def _cut_at_random(self, epoch: int, consumed: int, lengths: np.ndarray) -> Dealt | None:
+        """The cut of the window after `consumed` samples if its noise is measured; else None.
+
+        By its number, so that a resumed run measures the same windows. One that is short, or too
+        small to be cut, is not measured.
+        """
+        size, every = self._plan.global_batch_size, self._options.noise_every
+        number = epoch * self.num_windows() + consumed // size + 1
+        if not every or number % every or len(lengths) < size:
+            return None
+        return self._cut.assign_at_random(lengths, self._plan.world_size)
 
     def _sample(self, index: int) -> int:
         """The digest of this sample in the source's first window; 0 later."""

@@ -40,6 +40,8 @@ class LoaderSource:
         rank: of this process.
         seed: replaces that of a loader without a generator.
         progress: the position in the loader; it keeps the workers of persistent ones.
+        noise_every: the noise of the gradient is measured in every so many windows, whose batches
+            are random samples; 0 for none.
     """
 
     unit = "batches"
@@ -47,10 +49,16 @@ class LoaderSource:
     is_read_once = False
 
     def __init__(
-        self, loader: DataLoader[Any], plan: BatchPlan, rank: int, seed: int, progress: Progress
+        self,
+        loader: DataLoader[Any],
+        plan: BatchPlan,
+        rank: int,
+        seed: int,
+        progress: Progress,
+        noise_every: int = 0,
     ) -> None:
         self._loader, self._plan, self._rank, self._seed = loader, plan, rank, seed
-        self._progress = progress
+        self._progress, self._noise_every = progress, noise_every
         self._per_window = plan.gradient_accumulation_steps * plan.world_size
         # A stateful loader counts its reads, so it must do the reading.
         is_map_style = loader.batch_sampler is not None and not isinstance(
@@ -135,11 +143,20 @@ class LoaderSource:
             own = numbered[self._rank :: self._plan.world_size]
             fingerprint = zlib.crc32(repr(window).encode())
             sample = self._sample(window[0])
-            announced.append(Announced(len(own), used, fingerprint, sample=sample, passed=passed))
+            is_random = self._is_measured(epoch, used, len(window))
+            announced.append(
+                Announced(len(own), used, fingerprint, None, sample, passed, is_random)
+            )
             for number, indices in own or numbered[:1]:
                 if isinstance(indices, (list, tuple)):
                     indices = SeededIndices(indices, self._seed_of("data", epoch, number))
                 yield indices
+
+    def _is_measured(self, epoch: int, used: int, size: int) -> bool:
+        """Whether the noise is measured in the window of `size` batches that ends at `used`."""
+        every, windows = self._noise_every, self.num_windows()
+        number = epoch * (windows or 0) + used // self._per_window
+        return bool(every) and size == self._per_window and number % every == 0
 
     def _sample(self, batch: Any) -> int:
         """The digest of the first sample of this batch in the first window; 0 later."""
@@ -220,7 +237,14 @@ class LoaderSource:
                 passed = passed._replace(crc=crc_of_batches(window, passed.crc))
             if used > consumed:
                 own = window[self._rank :: self._plan.world_size]
-                yield WindowShare(own, window[0], used, crc_of_batches(window), passed=passed)
+                yield WindowShare(
+                    own,
+                    window[0],
+                    used,
+                    crc_of_batches(window),
+                    passed=passed,
+                    is_random=self._is_measured(epoch, used, len(window)),
+                )
             elif used == consumed:
                 _check_skipped(passed, skipped, epoch, used)
 

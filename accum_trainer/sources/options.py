@@ -21,7 +21,8 @@ Collate = Callable[[list[Any]], Batch]
 
 @dataclass(frozen=True, eq=False)
 class SourceOptions:
-    """How a source is read. Options up to `pin_memory` apply to data sets, except for `seed`.
+    """How a source is read. Options up to `pin_memory` apply to data sets, except for `seed`
+    and `noise_every`.
 
     Attributes:
         collate_fn: samples to one batch; None for torch's default.
@@ -35,6 +36,8 @@ class SourceOptions:
         num_workers: processes that load samples.
         prefetch: make each window in a thread while the previous one is trained on. The data set's
             `__getitem__` must not use the global random generators.
+        noise_every: every so many windows are cut at random, so that the noise of the gradient can
+            be measured; 0 for none.
         pin_memory: copy batches to page-locked memory.
         already_sharded: a DataLoader yields this rank's batches only.
         read_together: each batch that is read takes a collective of all ranks.
@@ -48,6 +51,7 @@ class SourceOptions:
     cut: Cut | None = None
     num_workers: int = 0
     prefetch: bool = False
+    noise_every: int = 0
     pin_memory: bool = False
     already_sharded: bool = False
     read_together: bool = False

@@ -10,6 +10,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from accum_trainer.noise import GradientNoise
+
 # Lists and tuples allow no weak references: at most this many are kept alive, the last ones used.
 MOST_HELD = 16
 
@@ -46,6 +48,7 @@ class Progress:
         passed: what this epoch has consumed; None if nothing is known about it.
         loaded_passed: the same of a loaded position, until its epoch begins.
         has_compared: a sample of the source was compared between the ranks.
+        noise: of the gradient, over the windows that were measured.
     """
 
     def __init__(self, workers: Workers | None = None) -> None:
@@ -56,6 +59,7 @@ class Progress:
         self.passed: Passed | None = None
         self.loaded_passed: Passed | None = None
         self.has_compared = False
+        self.noise = GradientNoise()
         self._next: tuple[int, int] | None = None  # start of the next loop, if not here
 
     def begin(self, goes_on: bool) -> tuple[int, int]:

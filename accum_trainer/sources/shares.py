@@ -31,6 +31,8 @@ class WindowShare:
             needed before the window.
         sample: digest of the content of one sample, the same index on all ranks; 0 means nothing.
         passed: what this epoch has consumed once this window is done; see `Passed`.
+        is_random: each micro-batch is a random sample of the data, and the noise of the gradient
+            is to be measured; the same on all ranks.
     """
 
     batches: list[Batch]
@@ -40,6 +42,7 @@ class WindowShare:
     counts: list[WindowCounts] | None = None
     sample: int = 0
     passed: Passed | None = None
+    is_random: bool = False
 
 
 class Reading(Iterator[Batch]):
@@ -168,6 +171,7 @@ class Announced:
     counts: list[WindowCounts] | None = None
     sample: int = 0
     passed: Passed | None = None
+    is_random: bool = False
 
 
 def read_shares(
@@ -212,4 +216,5 @@ def _next_share(batches: Iterator[Batch], announced: deque[Announced]) -> Window
         window.counts,
         window.sample,
         window.passed,
+        window.is_random,
     )

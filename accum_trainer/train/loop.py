@@ -18,7 +18,9 @@ from accum_trainer.engine.ranks import StoreLostError, is_lost_connection
 from accum_trainer.errors import AccumTrainerError, DivergedError
 from accum_trainer.launch.rank import end_at_once
 from accum_trainer.losses.causal_lm import causal_lm_loss
+from accum_trainer.plan.advice import advice_of_run
 from accum_trainer.train.best_checkpoint import Best, BestCheckpoint
+from accum_trainer.train.branch import branch
 from accum_trainer.train.checkpoint_folder import folder_name
 from accum_trainer.train.checkpoint_writer import CheckpointWriter
 from accum_trainer.train.diagnosis import describe_window
@@ -26,14 +28,14 @@ from accum_trainer.train.evaluation import Evaluation
 from accum_trainer.train.hang_watch import HangWatch
 from accum_trainer.train.leaving import LoopPlaces
 from accum_trainer.train.model_origin import ModelOrigin, identity_of, read_origin
-from accum_trainer.train.rank_agreement import agree_on_checkpoint, agree_on_folder
+from accum_trainer.train.rank_agreement import agree_on_checkpoint, agree_on_folder, agree_on_origin
 from accum_trainer.train.records import Record
 from accum_trainer.train.resume import capture, restore
 from accum_trainer.train.run_folder import CHECKPOINTS, METRICS, MODEL, PICTURE, RunFolder
 from accum_trainer.train.run_plan import describe_plan, describe_split, run_plan
 from accum_trainer.train.save_times import SaveTimes
 from accum_trainer.train.saved_model import needs_only_trained_weights, save_model
-from accum_trainer.train.setup import assemble, make_accumulator
+from accum_trainer.train.setup import Training, assemble, make_accumulator
 from accum_trainer.train.stopping import StoppingPolicy
 from accum_trainer.train.trackers import Trackers, check_installed
 from accum_trainer.train.utilisation import Utilisation
@@ -91,6 +93,8 @@ class Run:
             if self._resumed_from is not None:
                 self.training, tally = restore(self.training, self._resumed_from)
                 self._files.continue_from(self._resumed_from, tally)
+            elif (origin := agree_on_origin(self.engine, config)) is not None:
+                self.training = branch(self.training, origin)
             self._best = self._best_checkpoint(config)
         except BaseException:
             self._files.close()
@@ -133,6 +137,14 @@ class Run:
     def describe(self) -> str:
         """The lines that are shown before training."""
         return f"{describe_plan(self._plan, self.training)}\nrun directory: {self.folder}"
+
+    def describe_noise(self) -> str | None:
+        """What the measured noise of the gradient says of the effective batch, or why it was not
+        measured; None if nothing is known yet."""
+        noise = self.training.windows.noise
+        if noise.obstacle and not noise.num_windows:
+            return f"the noise of the gradient was not measured: {noise.obstacle}"
+        return advice_of_run(self._plan, _noise_scale(self.training))
 
     def describe_stop(self) -> str:
         """Name the commands that continue the stopped run and that export its model."""
@@ -232,6 +244,7 @@ class Run:
             "loss": update.loss,
             "lr": lr,
             "grad_norm": update.grad_norm,
+            **_noise_scale(training),
             "skipped": update.skipped,
             "skip_reason": update.reason,
             "oom_splits": update.num_splits,
@@ -376,3 +389,13 @@ class Run:
             ending["best"] = self.best.as_result() if self.best is not None else None
         self._files.finish(title, ending)
         self._trackers.finish(self.folder / PICTURE)
+
+
+def _noise_scale(training: Training) -> Record:
+    """The part of a record that the noise of the gradient fills."""
+    noise = training.windows.noise.estimate
+    return {
+        "noise_scale": noise.samples,
+        "noise_scale_low": noise.low,
+        "noise_scale_high": noise.high,
+    }

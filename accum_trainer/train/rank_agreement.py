@@ -142,7 +142,22 @@ def agree_on_checkpoint(engine: Any, config: TrainConfig) -> Path | None:
         CheckpointError: the given path holds none, or a rank does not have the same one there.
     """
     given = Path(config.output_dir) if config.output_dir else None
-    found = engine.on_main(find_checkpoint, config.resume, given)
+    return _agreed(engine, engine.on_main(find_checkpoint, config.resume, given))
+
+
+def agree_on_origin(engine: Any, config: TrainConfig) -> Path | None:
+    """The checkpoint that `branch_from` names, on every rank; None without the option.
+
+    Raises:
+        CheckpointError: as `agree_on_checkpoint`.
+    """
+    if config.branch_from is None:
+        return None
+    return _agreed(engine, engine.on_main(find_checkpoint, config.branch_from, None, "branch_from"))
+
+
+def _agreed(engine: Any, found: Path | None) -> Path | None:
+    """The checkpoint that rank 0 has `found`, on every rank that has the same one there."""
     mine = (found, socket.gethostname(), _digest(found / MANIFEST) if found is not None else "")
     chosen, writer, digest = engine.gather_objects(mine)[0]
     if chosen is not None:

@@ -26,6 +26,9 @@ from accum_trainer.train.setup import Training
 
 # Options that the optimizer's saved state overrides.
 _KEPT = ("lr", "lr_scaling", "lr_base_batch_size", "weight_decay")
+# In the identity of a run that branched: what `branch_from` was, the checkpoint that it named then,
+# and the checkpoint's own identity.
+BRANCHED_FROM = "branched_from"
 # Options that a continued run may change.
 _NEW = (
     "max_grad_norm",
@@ -81,7 +84,7 @@ def restore(training: Training, path: Path) -> tuple[Training, Tally]:
     acc, engine = training.accumulator, training.accumulator.engine
     share = engine.share_of_machine
     saved: Checkpoint = engine.together(checkpoints.load_checkpoint, path, share)
-    notes = engine.on_main(_check_same_run, saved.state["identity"], training.identity, path)
+    notes = engine.on_main(check_same_run, saved.state["identity"], training.identity, path)
     _check_not_past_its_end(training, saved.state, path)
     shapes = engine.shapes_of_weights(training.model)
     engine.together(checkpoints.check_same_weights, saved.model.shapes(), shapes)
@@ -96,7 +99,7 @@ def restore(training: Training, path: Path) -> tuple[Training, Tally]:
     training.scheduler.load_state_dict(saved.state["scheduler"])
     training.windows.load_state_dict(saved.state["windows"])
     tally = Tally(**saved.state["tally"])
-    check_same_start(engine, _checksums(training) | {"records": tally.records})
+    check_start(training, records=tally.records)
     if len(saved.rng) == engine.world_size:
         engine.set_rng_state(saved.rng[engine.rank])
     else:
@@ -105,7 +108,35 @@ def restore(training: Training, path: Path) -> tuple[Training, Tally]:
             "same windows; dropout, if any, draws anew"
         )
     training.notes.append(f"continued from {path} after {acc.num_updates} updates")
-    return training, tally
+    return _of_same_branch(training, saved.state["identity"], path), tally
+
+
+def _of_same_branch(training: Training, saved: dict[str, Any], path: Path) -> Training:
+    """`training` with the origin of a run that branched, which its checkpoint at `path` notes.
+
+    Raises:
+        CheckpointError: the command names another origin.
+    """
+    asked, origin = training.config.branch_from, saved.get(BRANCHED_FROM)
+    began = origin["asked"] if origin is not None else None
+    if asked is not None and asked != began:
+        raise CheckpointError(
+            f"branch_from={asked}, but the run of {path} "
+            f"{f'branched from {began}' if began else 'did not branch from another'}; leave "
+            "branch_from out to continue it, or begin the branch in another output_dir"
+        )
+    if origin is None:
+        return training
+    return dataclasses.replace(
+        training,
+        config=dataclasses.replace(training.config, branch_from=began),
+        identity=training.identity | {BRANCHED_FROM: origin},
+    )
+
+
+def check_start(training: Training, **counters: int) -> None:
+    """Raise an EngineError unless all processes start from the same state. Collective."""
+    check_same_start(training.accumulator.engine, _checksums(training) | counters)
 
 
 def _check_not_past_its_end(training: Training, saved: dict[str, Any], path: Path) -> None:
@@ -175,7 +206,7 @@ def _with_kept_options(
     )
 
 
-def _check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -> list[str]:
+def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: Path) -> list[str]:
     """Compare two runs' identities; return notes on differences that do not matter.
 
     A model or a data file may have moved: its content is compared. Weights that no process has

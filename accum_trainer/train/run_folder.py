@@ -5,7 +5,7 @@ plan.json             B, K, W, B_eff, updates per epoch, engine, versions, seed
 metrics.jsonl         one record per update
 loss.png              loss and learning rate over updates
 result.json           how the run ended: done or stopped, updates, samples
-logs/                 one log per process, if `accum-trainer launch` started it
+logs/                 one log per process, if `accum-trainer launch` or a panel started it
 checkpoints/          see `checkpoint`
 last-checkpoint.json  which of them was written last
 trackers.json         under which ids trackers know the run, see `trackers`

@@ -21,6 +21,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ class RunLock:
         path, owner = folder / LOCK, _this_process()
         gone: dict[str, Any] | None = None  # an owner that is known to be dead
         while True:
-            with _one_at_a_time(folder):
+            with one_at_a_time(folder):
                 if _create(path, owner):
                     return cls(path, owner)
                 found = _read(path)
@@ -89,6 +90,44 @@ class RunLock:
         while not self._ended.wait(BEAT_SEC):
             with contextlib.suppress(OSError):
                 os.utime(self._path)
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The process that trains in a run directory.
+
+    Attributes:
+        since: when it began, as text.
+        started: `start_of` the process, on its machine.
+        is_here: it is a process of this machine, which can be signalled.
+    """
+
+    process: int
+    host: str
+    since: str
+    started: int | None
+    is_here: bool
+
+
+def owner_of(folder: Path) -> Owner | None:
+    """Who trains in `folder` now; None if nobody does. Only looks, and does not wait: an owner on
+    another host counts as alive for `SILENT_SEC` after its last touch, by this host's clock."""
+    path = folder / LOCK
+    found = _read(path)
+    if not found or not _is_its_own(path, found):
+        return None
+    is_here = found.get("host") == socket.gethostname() and found.get("machine") == this_machine()
+    if is_here and not _runs_here(found):
+        return None
+    if not is_here and time.time() - _touched(path) > SILENT_SEC:
+        return None
+    try:
+        return Owner(
+            int(found["process"]),
+            *(str(found["host"]), str(found["since"]), found["started"], is_here),
+        )
+    except (KeyError, TypeError, ValueError):  # damaged
+        return None
 
 
 def _this_process() -> dict[str, Any]:
@@ -197,7 +236,7 @@ def _is_its_own(path: Path, owner: dict[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
+def one_at_a_time(folder: Path) -> Iterator[None]:
     """Keep others from taking a lock over at the same moment: two that remove a dead owner's lock
     could remove each other's. The system frees this at once if the process dies; where a file
     system cannot do it, the moment is a few milliseconds."""

@@ -12,6 +12,7 @@ import torch
 
 from accum_trainer import __version__
 from accum_trainer.lm.model import count_parameters
+from accum_trainer.train.resume import BRANCHED_FROM
 from accum_trainer.train.setup import Training
 
 
@@ -56,6 +57,7 @@ def run_plan(training: Training, resumed_from: Path | None) -> dict[str, Any]:
         "compiled_blocks": prepared.compiled_blocks,
         "cost": dataclasses.asdict(cut.cost),
         "rank_weights": cut.rank_weights,
+        "noise_every": training.noise_every,
         "engine": engine.name,
         "grad_sync": engine.grad_sync,
         "grad_sync_reason": engine.grad_sync_reason,
@@ -72,6 +74,7 @@ def run_plan(training: Training, resumed_from: Path | None) -> dict[str, Any]:
         "skipped_rows": training.data.train.num_skipped,
         "skipped_eval_rows": getattr(training.data.evaluation, "num_skipped", None),
         "shard": config.shard,
+        "branched_from": training.identity.get(BRANCHED_FROM),
         "resumed_from": str(resumed_from) if resumed_from else None,
         "versions": {
             "accum_trainer": __version__,

@@ -18,6 +18,7 @@ from accum_trainer.engine.build import choose_precision
 from accum_trainer.engine.lost_processes import note_on_lost_processes
 from accum_trainer.lm.model import stored_dtype
 from accum_trainer.seeds import seed_of
+from accum_trainer.speed.noise_every import affordable_noise_every
 from accum_trainer.train.model import PreparedModel, prepare_model
 from accum_trainer.train.rows import Data, load_data
 from accum_trainer.train.schedule import Schedule, make_schedule
@@ -38,6 +39,7 @@ class Training:
         identity: all that decides the windows and the objective; a run is continued only if these
             agree.
         notes: for people, before training starts.
+        noise_every: the noise of the gradient is measured in every so many windows; 0 for none.
     """
 
     config: TrainConfig
@@ -48,6 +50,7 @@ class Training:
     windows: Windows
     identity: dict[str, Any]
     notes: list[str]
+    noise_every: int
 
     @property
     def model(self) -> Any:
@@ -135,6 +138,7 @@ def assemble(config: TrainConfig, accumulator: Accumulator | None = None) -> Tra
     torch.manual_seed(
         seed_of("dropout", config.seed, rank=accumulator.engine.rank, shard=schedule.shard[0])
     )
+    noise_every = _noise_every(config, accumulator, prepared, data.train)
     return Training(
         config=config,
         accumulator=accumulator,
@@ -148,12 +152,28 @@ def assemble(config: TrainConfig, accumulator: Accumulator | None = None) -> Tra
             shard=schedule.shard,
             cut=prepared.cutting.cut,
             prefetch=True,
+            noise_every=noise_every,
         ),
+        noise_every=noise_every,
         identity=_identity(config, schedule, data.train, prepared),
         notes=[
             *_notes(config, accumulator, data.train, schedule, prepared),
             *_evaluation_notes(config, data),
         ],
+    )
+
+
+def _noise_every(
+    config: TrainConfig, accumulator: Accumulator, prepared: PreparedModel, rows: TokenizedRows
+) -> int:
+    """Windows of which one is measured: as asked for, or what costs little here."""
+    if not isinstance(config.noise_every, str):
+        return config.noise_every
+    engine, plan = accumulator.engine, accumulator.plan
+    if engine.mixed_precision == "fp16":  # a loss scaler's gradients are not measured
+        return 0
+    return affordable_noise_every(
+        prepared.cutting.cut, rows.lengths, plan.global_batch_size, engine.world_size
     )
 
 

@@ -85,7 +85,7 @@ def test_every_module_and_template_is_in_the_wheel(installed):
         cwd=installed,
     ).stdout.strip()  # fmt: skip
     ours = {p.relative_to(ROOT) for p in (ROOT / "accum_trainer").rglob("*.py")}
-    for name in ("py.typed", "runs/report.html"):
+    for name in ("py.typed", "runs/report.html", "panel/panel.css"):
         ours.add((ROOT / "accum_trainer" / name).relative_to(ROOT))
     for path in ours:
         assert os.path.exists(os.path.join(packages, path)), path

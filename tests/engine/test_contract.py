@@ -356,6 +356,16 @@ def test_nothing_on_the_way_of_a_micro_batch_reads_a_value(case, name, loss_path
             assert 1 <= step <= 2, (path, found["step"])
 
 
+def test_measuring_the_noise_changes_no_update_and_finds_the_norms_of_float64(case):
+    for result in case("noise_is_measured"):
+        assert result["num_windows"] == 2, result["obstacle"]
+        assert max(result["norms"]) < 2e-5
+        assert max(result["errors"]) < 2e-6
+        assert result["same"] == [True, True]
+        assert not {k for k in result["inside"] if "transformers/masking_utils" not in k}
+        assert sum(n for k, n in result["step"].items() if "zero/stage" not in k) <= 2
+
+
 def test_a_model_that_the_last_micro_batch_leaves_out_is_exact_or_refused(case, engine):
     exact = [pytest.approx([1 - 0.1 * 0.5] * 4), pytest.approx([1 - 0.1 * 1.5] * 2)]
     for result in case("a_model_that_the_last_micro_batch_leaves_out"):

@@ -14,6 +14,7 @@ from tests.engine.cases import (  # noqa: F401 - importing a module registers it
     gathers,
     loops,
     losses,
+    noise,
     precision,
     reads,
     state,

@@ -1,0 +1,110 @@
+"""The command line that a form stands for, as one would type it.
+
+An option is named only if it differs from what holds without it, so K only above 1. Several
+processes, FSDP2 and ZeRO need a launch file, so a first command writes it. Starts nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from accum_trainer.config import TrainConfig
+from accum_trainer.launch.quoting import words
+from accum_trainer.launch.spec import LaunchSpec
+
+PROGRAM = "accum-trainer"
+# Beside the runs: launch files that the panel writes.
+LAUNCH_FILES = "launch-files"
+# Options of `train` that a launch file decides.
+_IN_LAUNCH_FILE = {"mixed_precision", "zero_stage", "cpu_offload"}
+
+
+@dataclass(frozen=True)
+class Command:
+    """How to start a run by hand.
+
+    Attributes:
+        words: of the command that trains, the program's name first.
+        launch: what its launch file is made of, and where it is; None without one.
+        yaml: the same options of `train` as a file for `--config`.
+    """
+
+    words: list[str]
+    launch: tuple[LaunchSpec, Path] | None
+    yaml: str
+
+    @property
+    def lines(self) -> list[str]:
+        """One or two commands of bash."""
+        first = [] if self.launch is None else [words(_create(*self.launch))]
+        return [*first, words(self.words)]
+
+
+def command_for(
+    given: Mapping[str, Any],
+    config: TrainConfig,
+    without: TrainConfig,
+    launch: LaunchSpec | None,
+    folder: Path,
+) -> Command:
+    """The command that trains as `config` says, in the run directory `folder`.
+
+    Args:
+        given: names of the options that were typed.
+        config: what they compose to.
+        without: the configuration that holds if none of them is named.
+        launch: the processes; None for plain `train`.
+    """
+    stated = {
+        name: getattr(config, name)
+        for name in given
+        if getattr(config, name) != getattr(without, name)
+        and (launch is None or name not in _IN_LAUNCH_FILE)
+    }
+    arguments = [word for name, value in stated.items() for word in _option(name, value)]
+    arguments += ["--output-dir", str(folder)]
+    # A file may not allow a model's code; the command line does.
+    text = yaml.safe_dump(
+        {name: value for name, value in stated.items() if name != "trust_remote_code"},
+        sort_keys=False,
+        allow_unicode=True,
+    )
+    shown = text if stated else "# Every option is at its default.\n"
+    if launch is None:
+        return Command([PROGRAM, "train", *arguments], None, shown)
+    file = folder.parent / LAUNCH_FILES / _file_name(launch)
+    return Command([PROGRAM, "launch", str(file), "--", *arguments], (launch, file), shown)
+
+
+def _option(name: str, value: Any) -> list[str]:
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    text = f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+    # A value that begins with a dash would be read as an option.
+    return [f"--{flag}={text}"] if text.startswith("-") else [f"--{flag}", text]
+
+
+def _create(spec: LaunchSpec, file: Path) -> list[str]:
+    """The command that writes the launch file."""
+    options = [] if spec.engine == "ddp" else ["--engine", spec.engine]
+    if spec.mode == "multi-gpu":
+        options += ["--gpus-per-node", str(spec.gpus_per_node)]
+    if spec.precision != "no":
+        options += ["--precision", spec.precision]
+    options += [
+        f"--{flag}" for flag, on in (("cpu", spec.cpu), ("cpu-offload", spec.cpu_offload)) if on
+    ]
+    return [PROGRAM, "config", "create", spec.mode, *options, "--force", "-o", str(file)]
+
+
+def _file_name(spec: LaunchSpec) -> str:
+    parts = [spec.engine, f"{spec.gpus_per_node}{'proc' if spec.cpu else 'gpu'}"]
+    parts += [spec.precision] if spec.precision != "no" else []
+    parts += ["offload"] if spec.cpu_offload else []
+    return "_".join(parts) + ".yaml"
