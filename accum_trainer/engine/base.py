@@ -28,11 +28,9 @@ from accum_trainer.batch_plan import BatchPlan
 from accum_trainer.engine import memory
 from accum_trainer.engine.full_state import FullState
 from accum_trainer.engine.request import Request
+from accum_trainer.engine.retry import retry_blocker
 from accum_trainer.engine.settings import Settings
 from accum_trainer.engine.sync import AUTO, ONCE, Syncs
-
-# The remedy if a micro-batch that ran out of memory cannot be run again.
-LOWER = "lower the micro-batch (the effective batch stays)"
 
 
 class Engine(FullState, abc.ABC):
@@ -215,23 +213,7 @@ class Engine(FullState, abc.ABC):
     def retry_blocker(self, is_last: bool) -> str:
         """Why this rank alone cannot run a failed micro-batch again in the same window; "" if it
         can."""
-        if not self.runs_alone:
-            return (
-                f"{self.name} gathers weights from all processes in every forward, so none can run "
-                f"one alone; {LOWER}"
-            )
-        if self.equal_micro_batches:
-            return (
-                f"with grad_sync={self.grad_sync} {self.name} reduces each micro-batch on all "
-                f"processes, and the other processes wait for its gradients; {LOWER}, or use "
-                f"grad_sync={ONCE}"
-            )
-        if is_last and self.reduces_in_last_backward:
-            return (
-                "it is the last of its window, whose backward exchanges gradients with the other "
-                f"processes; {LOWER}, or use recover_from_oom=always, which exchanges after it"
-            )
-        return ""
+        return retry_blocker(self, is_last)
 
     def abort_micro_batch(self, error: Exception) -> None:
         """Be ready for another micro-batch after `error` ended one."""

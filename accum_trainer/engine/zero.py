@@ -22,8 +22,9 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 
 from accum_trainer.batch_plan import BatchPlan
-from accum_trainer.engine.base import LOWER, Engine
+from accum_trainer.engine.base import Engine
 from accum_trainer.engine.request import Request
+from accum_trainer.engine.retry import LOWER
 from accum_trainer.engine.settings import Settings
 from accum_trainer.engine.step import refuse_data_parallel, set_gradient_dtype, square_sums
 from accum_trainer.engine.sync import (

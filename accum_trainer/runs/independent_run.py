@@ -147,4 +147,6 @@ class IndependentRun:
             file.seek(self._log_begins)
             lines = [line.strip() for line in file.read().splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("error")]
-        return (errors or lines or [""])[-1]
+        # Its configuration is ours: named in an error, it would make the same one differ by run.
+        own = f"error: {self.log.with_suffix('.yaml')}: "
+        return (errors or lines or [""])[-1].replace(own, "error: ")

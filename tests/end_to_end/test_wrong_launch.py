@@ -22,7 +22,7 @@ CREATE = {
     ),
     "gpus zero": (
         ["multi-gpu", "--gpus-per-node", "0"],
-        "'--gpus-per-node': 0 is not in the range x>=1",
+        "0 is not in the range x>=1",
     ),
     "how many gpus": (["multi-gpu"], "needs --gpus-per-node: how many GPUs a machine has"),
     "how many runs": (["parallel-independent"], "needs --gpus-per-node: how many independent runs"),
