@@ -1,7 +1,7 @@
 """accelerate_before.py with exact accumulation: the lines that differ are marked.
 
-`python accelerate_after.py 4` and `... 16` cut the same effective batch of 16 in two ways, and print
-the same loss.
+`python accelerate_after.py 4` and `... 16` cut the same effective batch of 16 in two ways, and
+print the same loss.
 """
 
 import sys
@@ -36,7 +36,7 @@ acc = Accumulator(
 )
 model, optimizer, scheduler = acc.prepare(model, optimizer, scheduler)  # without the loader
 
-for epoch in range(3):
+for _ in range(3):
     for batch in acc.batches(loader):  # was: for batch in loader
         with acc.accumulate(model):  # was: accelerator.accumulate(model)
             loss = model(**batch).loss

@@ -1,7 +1,7 @@
-"""A loop for Accelerate, as its documentation writes it. accelerate_after.py is the same loop, exact.
+"""A loop as Accelerate's documentation writes it. accelerate_after.py is the same loop, exact.
 
-Run it with a micro-batch size: `python accelerate_before.py 4` and `... 16` name the same effective
-batch of 16, and print different losses.
+Run it with a micro-batch size: `python accelerate_before.py 4` and `... 16` name the same
+effective batch of 16, and print different losses.
 """
 
 import sys
@@ -32,7 +32,7 @@ loader = DataLoader(rows, batch_size=micro_batch_size, collate_fn=collate)
 accelerator = Accelerator(gradient_accumulation_steps=16 // micro_batch_size, cpu=True)
 model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
 
-for epoch in range(3):
+for _ in range(3):
     for batch in loader:
         with accelerator.accumulate(model):
             loss = model(**batch).loss

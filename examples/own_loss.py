@@ -1,7 +1,7 @@
 """A loss of your own: rows with importance weights, and label smoothing.
 
-A window's loss is sum(weight * loss) / sum(weight) over all its rows. So `count_targets` returns the
-sum of the weights of a batch, and the loss is passed on as a sum. No cut changes the update.
+A window's loss is sum(weight * loss) / sum(weight) over all its rows. So `count_targets` returns
+the sum of the weights of a batch, and the loss is passed on as a sum. No cut changes the update.
 """
 
 import sys
