@@ -26,7 +26,8 @@ PROCESSES, ENGINE, RUN_NAME, UNIT, LENGTH = "processes", "engine", "run_name", "
 SAME = ""  # the choice that leaves an option at its default
 # Options that other controls of the panel decide, or that make no run to watch.
 _DECIDED = {
-    *("steps", "epochs", "zero_stage", "output_dir", "global_batch_size", "resume", "dry_run"),
+    *("steps", "epochs", "engine", "zero_stage", "output_dir", "global_batch_size"),
+    *("resume", "dry_run"),
     *("max_tokens_per_micro_batch", "rank_weights", "shard", "cuda_ids", "vary", "max_restarts"),
     *("parallel_independent", "amp"),
 }
