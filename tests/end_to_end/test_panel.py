@@ -407,7 +407,7 @@ def test_keyboard_alone(open_page, panels):
     page = open_page()
     set_up(page, "keys", updates=2)
     page.reload()
-    page.get_by_role("textbox", name="Batch size").wait_for()
+    expect(command_of(page)).to_contain_text("accum-trainer train")  # the page is connected
     keys = page.keyboard
 
     def go_to(name):
@@ -426,6 +426,7 @@ def test_keyboard_alone(open_page, panels):
     go_to("Batch size")
     keys.press("Control+A")
     keys.type("2")
+    expect(page.locator("output")).to_have_text("Effective Batch: 8")
     expect(page.get_by_text("samples in one forward and backward")).to_be_visible()  # its tooltip
     keys.press("Tab")  # the radio group, where K = 4 is chosen
     expect(page.get_by_text("4 micro-batches of each process make one update.")).to_be_visible()
