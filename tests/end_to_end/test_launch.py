@@ -210,7 +210,8 @@ def test_wrong_input_of_another_process_than_rank_0_is_shown(tmp_path, train, st
         ended = torchrun(2, "accum_trainer.train", *arguments, ACCUM_TESTS_HOOK=hooks)
         status, err = ended.returncode, ended.stderr
         assert status == 1
-    assert err.count("error (process 1): environment: max_grad_norm='much' is not a number") == 1, err
+    said = "error (process 1): environment: max_grad_norm='much' is not a number"
+    assert err.count(said) == 1, err
 
 
 def test_an_error_that_rank_0_takes_for_wrong_input_is_shown_and_its_log_kept(tmp_path, train):
