@@ -2,7 +2,8 @@
 # make test       run the tests: every situation, up to 20 minutes on 2 cores
 # make quick      arithmetic, windows, single, DDP, wrong input: at most 90 seconds
 # make test-long  measurements of memory and traffic, many launchers, the rest of the long grids
-# make check      ruff and mypy
+# make check      ruff, mypy and a strict build of the site
+# make docs       the documentation as a site in build/site, which needs no server and no network
 # make bench      benchmarks against peers (installs them)
 # make gpu        what only a GPU can show, in 20 minutes at most: benchmarks/results/gpu-<name>.md
 # make clean      remove what was built; runs/ stays
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test quick test-long check bench gpu clean
+.PHONY: demo test quick test-long check docs bench gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -31,6 +32,10 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python docs/site.py
+
+docs: $(INSTALLED)
+	$(BIN)/python docs/site.py
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'

@@ -9,7 +9,10 @@ import pytest
 
 from tests.launching import ROOT, cli, script, shell
 
+# Peers that pages show beside this library; a machine may do without them.
+OPTIONAL = {"lightning", "hydra", "deepspeed", "trl"}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINKED = [ROOT / name / "README.md" for name in ("examples", "launch_configs")]
 
 
 def examples():
@@ -33,6 +36,9 @@ def examples():
 
 @pytest.mark.parametrize(("language", "code"), list(examples()))
 def test_example_runs(language, code, tmp_path):
+    for module in re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE):
+        if module in OPTIONAL:
+            pytest.importorskip(module)
     shutil.copytree(
         ROOT / "launch_configs", tmp_path / "launch_configs"
     )  # as in the clone that a reader stands in
@@ -44,10 +50,23 @@ def test_example_runs(language, code, tmp_path):
     assert len(list(tmp_path.iterdir())) > 1 or not writes
 
 
+def anchors(page):
+    """What `#anchor` may name: the headings, as GitHub and the site spell them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {
+        re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings
+    }
+
+
 def test_links_between_pages_lead_somewhere():
-    for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    for page in [*PAGES, *LINKED]:
+        text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", text):
+            file = page.parent / target if target else page
+            assert file.exists(), f"{page.name} links to {target}"
+            if anchor:
+                assert anchor in anchors(file), f"{page.name} links to {target}#{anchor}"
 
 
 def test_readme_shows_what_plan_prints():
