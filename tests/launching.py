@@ -29,7 +29,9 @@ def environment(**more: object) -> dict[str, str]:
         for name, value in os.environ.items()
         if not name.startswith(("ACCELERATE_", "ACCUM_TRAINER_")) or name == "ACCUM_TRAINER_CACHE"
     }
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    # pytest's workers set the last two, which are taken for a terminal's size.
+    left = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "COLUMNS", "LINES")
+    for name in left:
         kept.pop(name, None)
     return kept | {name: str(value) for name, value in more.items()}
 

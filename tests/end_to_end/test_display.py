@@ -70,7 +70,7 @@ def test_a_terminal_shows_the_state_of_the_run(tmp_path, rows):
         f"evaluation {last['eval_loss']:.4f} after update 20",
         f"lr {last['lr']:.3g}",
         rf"gradient norm {last['grad_norm']:.3g}, (not )?clipped at 0.5",
-        r"[\d,]+ useful   [\d,]+ without waiting for data   padding [\d.]+%   MFU [\d.]+%",
+        r"[\d,]+ useful   [\d,]+ without waiting for data   padding [\d.]+%\s+MFU [\d.]+%",
         rf"[\d.]+ GB in use   {last['peak_gb']:.2f} GB at most",
         "B 4 x K 2 x W 1   = effective batch 8",
     ]

@@ -93,7 +93,10 @@ class Machine(Started):
         folder = folder / f"machine-{number}"
         folder.mkdir(exist_ok=True)
         super().__init__(
-            ["ip", "netns", "exec", self.side, *launcher, *train], folder, GLOO_SOCKET_IFNAME=DEVICE
+            ["ip", "netns", "exec", self.side, *launcher, *train],
+            folder,
+            fresh=True,  # a forked process would be outside the namespace
+            GLOO_SOCKET_IFNAME=DEVICE,
         )
 
     def lose(self):
