@@ -43,6 +43,14 @@ def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(model):
         load_tokenizer(TrainConfig(model=model))
 
 
+def test_what_may_be_a_folder_or_a_hub_id_is_said_to_be_looked_for_there(caplog):
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="^model=nobody/nothing cannot be found|gives no"):
+            load_tokenizer(TrainConfig(model="nobody/nothing"))
+    said = "model=nobody/nothing is no folder here; it is looked for on the hub"
+    assert caplog.messages.count(said) == 1
+
+
 def test_samples_packed_for_flex_attention_do_not_see_each_other():
     """Its loss against each sample alone in float64; only a GPU computes the gradient."""
     config = TrainConfig(attention="flex_attention")

@@ -5,6 +5,9 @@ Knows transformers, peft and the configuration of `train`, but no engine and no 
 
 from __future__ import annotations
 
+import functools
+import logging
+import os
 import re
 import zlib
 from collections.abc import Iterable
@@ -15,6 +18,8 @@ import torch
 
 from accum_trainer.config import TrainConfig
 from accum_trainer.errors import ConfigError, first_line
+
+logger = logging.getLogger(__name__)
 
 TINY = "tiny"
 _MODEL_REMEDY = f"; give a folder that save_pretrained wrote, a hub id, or `{TINY}`"
@@ -78,6 +83,8 @@ def source_of(config: TrainConfig) -> dict[str, Any]:
     is_path = config.model.startswith((".", "/", "~")) or config.model.count("/") > 1
     if is_path and not Path(config.model).is_dir():
         raise ConfigError(f"model={config.model}: there is no such folder{_MODEL_REMEDY}")
+    if not Path(config.model).is_dir():
+        _say_where_it_is_looked_for(config.model)
     if config.revision is None:
         return {"trust_remote_code": config.trust_remote_code}
     if Path(config.model).is_dir():
@@ -86,6 +93,17 @@ def source_of(config: TrainConfig) -> dict[str, Any]:
             "folder; leave it out"
         )
     return {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
+
+
+@functools.cache
+def _say_where_it_is_looked_for(model: str) -> None:
+    """Say once that a model is asked of the hub, which may take long to answer, or not answer: the
+    name of a folder that is not here looks the same."""
+    from huggingface_hub import try_to_load_from_cache
+
+    is_cached = isinstance(try_to_load_from_cache(model, "config.json"), str)
+    if not is_cached and os.environ.get("RANK", "0") == "0":
+        logger.warning("model=%s is no folder here; it is looked for on the hub", model)
 
 
 def _not_loaded(config: TrainConfig, what: str, error: Exception) -> ConfigError:
