@@ -18,10 +18,11 @@ from accum_trainer.cli.options import (
     num_samples_option,
 )
 from accum_trainer.cli.train import options_in, parse
+from accum_trainer.config.engine import ENGINES
 from accum_trainer.errors import ConfigError
 from accum_trainer.launch.files import launch_files, run_command, write_files
 from accum_trainer.launch.slurm import Slurm
-from accum_trainer.launch.spec import ENGINES, MODES, PRECISIONS, LaunchSpec, combinations
+from accum_trainer.launch.spec import MODES, PRECISIONS, LaunchSpec, combinations
 from accum_trainer.plan.batch_report import batch_report, sized_plan
 
 # Options of `train` that the launch files decide, and the option of this command for each.
@@ -61,10 +62,10 @@ def command() -> None:
 @click.argument("mode", type=click.Choice(MODES), metavar="MODE")
 @click.option(
     "--engine",
-    type=click.Choice(("single", *ENGINES)),
+    type=click.Choice(ENGINES),
     default="ddp",
     show_default="ddp; of one process single",
-    metavar="|".join(("single", *ENGINES)),
+    metavar="|".join(ENGINES),
     help="Which library shards, and which state.",
 )
 @click.option(
