@@ -40,3 +40,12 @@ def complete_train(
 
     words = list(context.params.get(parameter.name or "") or ())
     return ShellComplete(train, {}, PROGRAM, VARIABLE).get_completions(words, incomplete)
+
+
+train_arguments = click.argument(
+    "train",
+    nargs=-1,
+    type=click.UNPROCESSED,
+    metavar="-- [TRAIN-ARGS]...",
+    shell_complete=complete_train,
+)

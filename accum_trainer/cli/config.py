@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from accum_trainer.batch_plan import BatchPlan
-from accum_trainer.cli.completion import complete_train
-from accum_trainer.cli.file_completion import complete_files
+from accum_trainer.cli.completion import train_arguments
+from accum_trainer.cli.file_completion import path_option
 from accum_trainer.cli.options import (
     GIGABYTES,
     BeforeTrainArguments,
@@ -137,21 +137,14 @@ def command() -> None:
     default=None,
     help="SLURM: go back into the queue when stopped.  [default: requeue]",
 )
-@click.option(
+@path_option(
     "-o",
     "--output",
     metavar="FILE",
-    shell_complete=complete_files,
     help="The file to write.  [default: named after mode and engine]",
 )
 @click.option("--force", is_flag=True, help="Overwrite files that exist.")
-@click.argument(
-    "train",
-    nargs=-1,
-    type=click.UNPROCESSED,
-    metavar="-- [TRAIN-ARGS]...",
-    shell_complete=complete_train,
-)
+@train_arguments
 def create(
     mode: str, output: str | None, force: bool, train: tuple[str, ...], **given: Any
 ) -> None:

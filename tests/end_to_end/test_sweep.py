@@ -121,7 +121,7 @@ def test_a_sweep_that_was_stopped_goes_on_and_names_a_batch(trained, tmp_path, m
     ("options", "said"),
     [
         (["--global-batch-size", "8"], "compares two or more different effective batches"),
-        (["--global-batch-size", "a,b"], "is not a list of effective batches"),
+        (["--global-batch-size", "a,b"], "is no list of samples per update"),
         (["--from", "nowhere"], "from=nowhere is no folder; give a run directory"),
         (["--samples", "0"], "samples=0 is below 1"),
         (["--lr", "-1"], "lr=-1.0 must be above 0"),
