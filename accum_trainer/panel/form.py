@@ -1,4 +1,4 @@
-"""What was typed in the panel: one text per option, kept in a file and shared by all pages.
+"""The form of the panel: one text per option, kept in a file and shared by all pages.
 
 The options, their help, choices and limits are those of `TrainConfig`; only the number of
 processes, the engine, the unit of length and the run's name are the panel's own. Knows neither
@@ -61,7 +61,7 @@ _HELP = {
     "gradient_accumulation_steps": "K, micro-batches per update on one process. Memory does not "
     "grow with it.",
 }
-# What an empty field stands for.
+# Shown in an empty field.
 _PLACEHOLDERS = {
     "dataset_file": "Text that comes with Python, or rows.jsonl, .csv, .parquet, …",
     "lora_target_modules": "all linear layers",
@@ -149,7 +149,7 @@ OWN = tuple(field.name for field in _OWN)
 FIELDS: dict[str, Field] = {field.name: field for field in _OWN} | {
     name: _of_option(name) for name in OPTIONS if name not in _DECIDED
 }
-# What a form begins with: the batch is shown as numbers, not left to defaults.
+# The values of a new form: the batch is shown as numbers, not left to defaults.
 _FIRST = {name: field.default for name, field in FIELDS.items()} | {
     "batch_size": "4",
     "gradient_accumulation_steps": "1",
@@ -166,7 +166,7 @@ _SHOWN = {
 
 
 def other_fields() -> dict[str, list[Field]]:
-    """Section title -> its fields that have no place of their own on the page."""
+    """Section title -> its fields that the page does not place itself."""
     found = {
         title: [
             FIELDS[name]
@@ -189,7 +189,7 @@ def k_help(steps: int) -> str:
 
 
 class Form:
-    """What was typed, in `values`: field name -> text (bool of a switch).
+    """The typed `values`: field name -> text (bool of a switch).
 
     Args:
         file: keeps the values; read now, and written with each change.

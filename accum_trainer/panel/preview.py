@@ -1,4 +1,4 @@
-"""What a form means: the effective batch, the plan, warnings and the command, or what is wrong.
+"""From a form to the effective batch, the plan, warnings and the command, or to an error.
 
 Everything here is arithmetic and the checks of `TrainConfig` and `LaunchSpec`; nothing is loaded,
 and torch is not imported.
@@ -40,7 +40,7 @@ _OTHER_NAMES = {
 
 @dataclass(frozen=True)
 class Preview:
-    """What the values of a form stand for.
+    """The meaning of a form's values.
 
     Attributes:
         effective: B x K x W, if all three are numbers; it does not wait for the rest to be right.
