@@ -136,6 +136,14 @@ def test_a_sweep_that_cannot_be_is_refused(trained, options, said, monkeypatch, 
     assert not (trained / "unborn").exists()
 
 
+def test_a_damaged_sweep_is_refused(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    (trained / "damaged").mkdir()
+    (trained / "damaged" / "sweep.json").write_text("{")
+    assert main_of(*SWEEP, "-o", "damaged") == 2
+    assert "damaged/sweep.json cannot be read: " in capsys.readouterr().err
+
+
 def test_a_run_whose_schedule_has_ended_is_refused_with_the_remedy(trained, monkeypatch, capsys):
     options = [*RUN, "--dataset-file", "rows.jsonl", "--output-dir", "ended", "--steps", 2]
     assert cli("train", *options, "--scheduler", "linear", cwd=trained).returncode == 0
