@@ -97,7 +97,7 @@ def _lines(
 
 
 def _check_processes(config: TrainConfig, processes: int) -> None:
-    """Raise a ConfigError if `train` would not run the engine asked for on so many processes."""
+    """Raise a ConfigError if `train` would not run this engine on this number of processes."""
     single = "engine=single" if config.engine == "single" else ""
     if config.parallel_independent:
         single = "each of the parallel_independent runs"

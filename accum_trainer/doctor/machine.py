@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from accum_trainer.doctor.report import FAIL, LIMIT, OK, Finding
-from accum_trainer.engine.memory import free_in_cgroup
+from accum_trainer.engine.memory import free_bytes, free_in_cgroup
 from accum_trainer.errors import first_line
 
 _SHARED_MEMORY = Path("/dev/shm")  # where loaders' workers and NCCL exchange data
@@ -89,8 +89,7 @@ def _nvidia_driver() -> str | None:
 
 def memory() -> Iterator[Finding]:
     """Host memory, in the container's limits; memory shared between processes; open files."""
-    free = min(float(psutil.virtual_memory().available), free_in_cgroup())
-    total = float(psutil.virtual_memory().total)
+    free, total = free_bytes(torch.device("cpu")), float(psutil.virtual_memory().total)
     limited = " (limited by the container)" if free_in_cgroup() < math.inf else ""
     yield Finding(
         "memory",

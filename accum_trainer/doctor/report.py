@@ -19,7 +19,7 @@ class Finding:
         says: what was found, in words.
         state: OK, LIMIT or FAIL.
         remedy: a command, or what to do, that mends it; "" if all is well.
-        lacks: what does not work because of it. It may be nothing that people miss: then all is OK.
+        lacks: what does not work because of it. A finding that lacks something optional may be OK.
         data: the same for programs.
     """
 

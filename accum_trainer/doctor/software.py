@@ -114,7 +114,7 @@ def compiler() -> Iterator[Finding]:
     lacks: tuple[str, ...] = ("compile",) if built else ("compile", "deepspeed")
     if name is None or shutil.which(name) is None:
         said = "no C++ compiler is on the PATH" if name is None else f"CXX={name} is not there"
-        yield Finding("compiler", f"{said}", LIMIT, remedy, lacks)
+        yield Finding("compiler", said, LIMIT, remedy, lacks)
     elif (error := _compile_error(name)) is not None:
         yield Finding("compiler", f"{name} does not compile: {error}", LIMIT, remedy, lacks)
     elif torch.cuda.is_available() and _version("triton") is None:

@@ -97,7 +97,7 @@ class Engine(FullState, abc.ABC):
 
     @classmethod
     def refusal(cls, processes: int) -> str:
-        """Why this engine cannot be the one in force on so many processes, as a clause with the
+        """Why this engine cannot be in force on this number of processes, as a clause with the
         remedy; "" if it can."""
         return ""
 
