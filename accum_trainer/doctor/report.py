@@ -30,6 +30,21 @@ class Finding:
     lacks: tuple[str, ...] = ()
     data: dict[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def limit_if(
+        cls,
+        is_limited: bool,
+        name: str,
+        says: str,
+        remedy: str,
+        lacks: tuple[str, ...],
+        data: dict[str, Any],
+    ) -> Finding:
+        """A limit with its remedy and what it lacks; OK without them if there is none."""
+        if is_limited:
+            return cls(name, says, LIMIT, remedy, lacks, data)
+        return cls(name, says, data=data)
+
 
 @dataclass(frozen=True)
 class Report:
