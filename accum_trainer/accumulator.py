@@ -186,8 +186,8 @@ class Accumulator:
             cut: how windows of a data set become micro-batches; default: by B.
             prefetch: make the next window of a data set in a thread; its `__getitem__` must not
                 use the global random generators.
-            noise_every: measure the noise of the gradient (`Windows.noise`) in every so many
-                windows: they are cut at random, with the same update. 0 measures none.
+            noise_every: measure the noise of the gradient (`Windows.noise`) in every N-th window:
+                it is cut at random, with the same update. 0 measures none.
 
         Returns:
             `Windows`: iterate once per epoch; `len()` where known; `state_dict()` and

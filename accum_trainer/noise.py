@@ -38,7 +38,7 @@ from accum_trainer.engine.memory import free_bytes
 _NORMAL_QUANTILE = 1.96
 # Measured windows without which nothing is said.
 _LEAST_WINDOWS = 4
-# Beyond so many measured windows old ones are forgotten, so that the estimate follows training.
+# Measured windows beyond which old ones are forgotten, so that the estimate follows training.
 _MOST_WINDOWS = 1000
 
 
@@ -47,8 +47,8 @@ class NoiseScale:
     """An estimate of the noise scale, in samples.
 
     Attributes:
-        samples: tr(Sigma) / |mu|^2; None while the interval has no upper end: the gradient cannot
-            be told from noise yet.
+        samples: tr(Sigma) / |mu|^2; None while the interval has no upper end: the gradient does
+            not stand out of the noise yet.
         low, high: ends of the 95 % interval (Fieller 1954); None if unknown.
         num_windows: measured windows.
     """

@@ -19,10 +19,21 @@ from hypothesis import strategies as st
 
 from accum_trainer.cli.train import parse
 from accum_trainer.config import OPTIONS, TrainConfig
+from accum_trainer.config.engine import ENGINES
 from accum_trainer.errors import CheckpointError, ConfigError
 from accum_trainer.launch.process import start_of
 from accum_trainer.panel.curves import RecordReader, points, smoothed
-from accum_trainer.panel.form import ACCUMULATION_STEPS, FIELDS, Form, k_help, other_fields
+from accum_trainer.panel.form import (
+    ACCUMULATION_STEPS,
+    ENGINE,
+    FIELDS,
+    OWN,
+    PROCESSES,
+    RUN_NAME,
+    Form,
+    k_help,
+    other_fields,
+)
 from accum_trainer.panel.preview import preview
 from accum_trainer.panel.processes import (
     LOG,
@@ -67,8 +78,8 @@ class TestTheBatch:
     def test_r32_is_the_product(self, tmp_path, sizes, effective):
         batch, steps, processes = map(str, sizes)
         found = shown(
-            tmp_path, batch_size=batch, gradient_accumulation_steps=steps, processes=processes,
-            cpu=True,
+            tmp_path, batch_size=batch, gradient_accumulation_steps=steps, cpu=True,
+            **{PROCESSES: processes},
         )  # fmt: skip
         assert found.effective == effective and not found.error
 
@@ -122,7 +133,7 @@ class TestTheCommand:
         again = parse(arguments).config
         decided = {"output_dir"}
         if found.command.launch:
-            decided |= {"mixed_precision", "zero_stage", "cpu_offload"}
+            decided |= {"mixed_precision", "engine", "zero_stage", "cpu_offload"}
         for name in set(OPTIONS) - decided:
             assert getattr(again, name) == getattr(found.config, name), name
         spec = found.command.launch and found.command.launch[0]
@@ -134,7 +145,7 @@ class TestTheCommand:
             assert getattr(of_file, name) == getattr(found.config, name), name
 
 
-_DRAWN = sorted(set(FIELDS) - {"dataset", "dataset_file", "model", "run_name", "chat_template"})
+_DRAWN = sorted(set(FIELDS) - {"dataset", "dataset_file", "model", RUN_NAME, "chat_template"})
 
 
 def _value(name):
@@ -170,11 +181,31 @@ class TestTheState:
         assert Form(tmp_path / "state.json").values == Form(tmp_path / "none.json").values
 
     def test_what_this_version_does_not_know_is_left_out(self, tmp_path):
-        values = {"lr": "1e-2", "gone": "1", "cpu": "yes", "engine": "magic"}
+        values = {"lr": "1e-2", "gone": "1", "cpu": "yes", ENGINE: "magic"}
         (tmp_path / "state.json").write_text(json.dumps({"values": values, "view": {"a": 1}}))
         form = Form(tmp_path / "state.json")
         assert form.values["lr"] == "1e-2" and "gone" not in form.values
-        assert form.values["cpu"] is False and form.values["engine"] == "ddp"
+        assert form.values["cpu"] is False and form.values[ENGINE] == "ddp"
+
+    def test_the_panels_own_controls_have_names_that_no_option_can_have(self):
+        assert set(OWN) <= set(FIELDS)
+        assert not any(name.isidentifier() for name in OWN)
+        assert all(name.isidentifier() for name in OPTIONS)
+
+    def test_every_engine_can_be_chosen(self):
+        assert {*FIELDS[ENGINE].choices, "single"} == set(ENGINES)
+
+    @pytest.mark.parametrize(
+        ("name", "value", "said"),
+        [
+            (PROCESSES, "0", "processes=0 is below 1"),
+            (RUN_NAME, "../out", "run_name=../out is no name of a run"),
+            (ENGINE, "zero2", "engine=zero2 shards over processes"),
+        ],
+    )
+    def test_a_message_is_shown_at_the_control_that_it_is_about(self, tmp_path, name, value, said):
+        found = shown(tmp_path, **{name: value})
+        assert found.at == name and found.error.startswith(said)
 
     def test_every_option_is_on_the_page_or_decided_by_it(self):
         folded = {field.name for fields in other_fields().values() for field in fields}

@@ -40,7 +40,7 @@ COMMANDS = {
 }
 
 
-# What the same is called elsewhere.
+# Names of other tools, and what to run here.
 _OTHER_NAMES = {
     "fit": "train",
     "finetune": "train",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from accum_trainer.cli.file_completion import complete_files
+from accum_trainer.cli.file_completion import path_argument, path_option
 
 
 @click.group("checkpoint")
@@ -17,13 +17,12 @@ def command() -> None:
 @command.command(
     "export", epilog="Example: accum-trainer checkpoint export runs/first -o runs/first-so-far"
 )
-@click.argument("source", metavar="RUN|CHECKPOINT", shell_complete=complete_files)
-@click.option(
+@path_argument("source", metavar="RUN|CHECKPOINT")
+@path_option(
     "-o",
     "--output",
     required=True,
     metavar="DIR",
-    shell_complete=complete_files,
     help="A new folder for the model.",
 )
 @click.option(

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from accum_trainer.cli.file_completion import complete_files
+from accum_trainer.cli.file_completion import path_argument, path_option
+from accum_trainer.cli.options import whole_numbers
 from accum_trainer.cli.output_file import check_output_file, check_replaceable
 from accum_trainer.errors import ConfigError
 
@@ -21,9 +22,7 @@ _JSON_BEGINS = b'{\n "accum_trainer": "comparison"'
 # Columns of a terminal for the figures' names, and for a run.
 _NAMES_WIDTH, _RUN_WIDTH = 30, 22
 
-runs_argument = click.argument(
-    "runs", metavar="RUN...", shell_complete=complete_files, nargs=-1, required=True
-)
+runs_argument = path_argument("runs", metavar="RUN...", nargs=-1, required=True)
 baseline_option = click.option(
     "--baseline",
     metavar="NAME|N",
@@ -41,14 +40,7 @@ axis_option = click.option(
 
 
 def _numbers(ctx: click.Context, param: click.Parameter, text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    if not all(part.strip().isdecimal() and 0 < int(part) < 1 << 31 for part in text.split(",")):
-        raise ConfigError(
-            f"effective_batch_size={text} is no list of samples per update; give whole numbers "
-            "above 0, such as 32 or 2,32"
-        )
-    return [int(part) for part in text.split(",")]
+    return None if text is None else whole_numbers("effective_batch_size", text, "32 or 2,32")
 
 
 batch_size_option = click.option(
@@ -67,19 +59,17 @@ batch_size_option = click.option(
     "--effective-batch-size 32",
 )
 @runs_argument
-@click.option(
+@path_option(
     "-o",
     "--output",
     metavar="FILE",
-    shell_complete=complete_files,
     help=f"The picture, .png, .svg or .pdf.  [default: {_PICTURE}]",
 )
 @click.option("--no-picture", is_flag=True, help="Print the table only.")
-@click.option(
+@path_option(
     "--json",
     "json_file",
     metavar="FILE",
-    shell_complete=complete_files,
     help="Also write all figures as JSON.",
 )
 @baseline_option

@@ -35,8 +35,17 @@ def command(shell: str) -> None:
 def complete_train(
     context: click.Context, parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """What `train` would take next, for arguments that are passed on to it."""
+    """Complete arguments that are passed on to `train` as `train` does."""
     from accum_trainer.cli.train import command as train
 
     words = list(context.params.get(parameter.name or "") or ())
     return ShellComplete(train, {}, PROGRAM, VARIABLE).get_completions(words, incomplete)
+
+
+train_arguments = click.argument(
+    "train",
+    nargs=-1,
+    type=click.UNPROCESSED,
+    metavar="-- [TRAIN-ARGS]...",
+    shell_complete=complete_train,
+)

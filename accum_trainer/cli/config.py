@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from accum_trainer.batch_plan import BatchPlan
-from accum_trainer.cli.completion import complete_train
-from accum_trainer.cli.file_completion import complete_files
+from accum_trainer.cli.completion import train_arguments
+from accum_trainer.cli.file_completion import path_option
 from accum_trainer.cli.options import (
     GIGABYTES,
     BeforeTrainArguments,
@@ -18,10 +18,11 @@ from accum_trainer.cli.options import (
     num_samples_option,
 )
 from accum_trainer.cli.train import options_in, parse
+from accum_trainer.config.engine import ENGINES
 from accum_trainer.errors import ConfigError
 from accum_trainer.launch.files import launch_files, run_command, write_files
 from accum_trainer.launch.slurm import Slurm
-from accum_trainer.launch.spec import ENGINES, MODES, PRECISIONS, LaunchSpec, combinations
+from accum_trainer.launch.spec import MODES, PRECISIONS, LaunchSpec, combinations
 from accum_trainer.plan.batch_report import batch_report, sized_plan
 
 # Options of `train` that the launch files decide, and the option of this command for each.
@@ -61,10 +62,10 @@ def command() -> None:
 @click.argument("mode", type=click.Choice(MODES), metavar="MODE")
 @click.option(
     "--engine",
-    type=click.Choice(("single", *ENGINES)),
+    type=click.Choice(ENGINES),
     default="ddp",
     show_default="ddp; of one process single",
-    metavar="|".join(("single", *ENGINES)),
+    metavar="|".join(ENGINES),
     help="Which library shards, and which state.",
 )
 @click.option(
@@ -136,21 +137,14 @@ def command() -> None:
     default=None,
     help="SLURM: go back into the queue when stopped.  [default: requeue]",
 )
-@click.option(
+@path_option(
     "-o",
     "--output",
     metavar="FILE",
-    shell_complete=complete_files,
     help="The file to write.  [default: named after mode and engine]",
 )
 @click.option("--force", is_flag=True, help="Overwrite files that exist.")
-@click.argument(
-    "train",
-    nargs=-1,
-    type=click.UNPROCESSED,
-    metavar="-- [TRAIN-ARGS]...",
-    shell_complete=complete_train,
-)
+@train_arguments
 def create(
     mode: str, output: str | None, force: bool, train: tuple[str, ...], **given: Any
 ) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from accum_trainer.cli.file_completion import complete_files
+from accum_trainer.cli.file_completion import path_option
 
 if TYPE_CHECKING:
     from accum_trainer.doctor.report import Report
@@ -26,12 +26,11 @@ _COLOURS = {"ok": "green", "limit": "yellow", "fail": "red"}
     "doctor",
     epilog="Example: accum-trainer doctor --output-dir runs --need deepspeed --need bf16",
 )
-@click.option(
+@path_option(
     "--output-dir",
     default="runs",
     show_default=True,
     metavar="DIR",
-    shell_complete=complete_files,
     help="Where the runs are to live.",
 )
 @click.option(

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from accum_trainer.cli.completion import complete_train
-from accum_trainer.cli.file_completion import complete_files
+from accum_trainer.cli.completion import train_arguments
+from accum_trainer.cli.file_completion import path_argument
 from accum_trainer.cli.options import BeforeTrainArguments, is_on_command_line
 from accum_trainer.cli.train import options_in, parse
 from accum_trainer.config.sources import read_yaml
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     epilog="Example: accum-trainer launch launch_configs/cpu_2proc.yaml -- --batch-size 4 "
     "--global-batch-size 32 --steps 100",
 )
-@click.argument("config", metavar="CONFIG", shell_complete=complete_files)
+@path_argument("config", metavar="CONFIG")
 @click.option(
     "--machine-rank",
     type=int,
@@ -66,13 +66,7 @@ if TYPE_CHECKING:
     "processes again from the newest checkpoint, at most N times in a row without a new one; "
     "torchrun's option of this name counts all restarts. On one machine.",
 )
-@click.argument(
-    "train",
-    nargs=-1,
-    type=click.UNPROCESSED,
-    metavar="-- [TRAIN-ARGS]...",
-    shell_complete=complete_train,
-)
+@train_arguments
 def command(
     config: str,
     machine_rank: int | None,

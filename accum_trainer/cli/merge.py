@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from accum_trainer.cli.file_completion import complete_files
+from accum_trainer.cli.file_completion import path_argument, path_option
 
 if TYPE_CHECKING:
     from accum_trainer.runs.merge import Merged
@@ -23,12 +23,11 @@ _RESULTS = {
     epilog="Examples: accum-trainer merge runs/four   |   "
     "accum-trainer merge runs/a runs/b -o runs/a-and-b --eval-file held-out.jsonl",
 )
-@click.argument("runs", metavar="RUN...", shell_complete=complete_files, nargs=-1, required=True)
-@click.option(
+@path_argument("runs", metavar="RUN...", nargs=-1, required=True)
+@path_option(
     "-o",
     "--output",
     metavar="DIR",
-    shell_complete=complete_files,
     help="Folder of the merged model. Default: RUN/merged; required if several runs are named.",
 )
 @click.option(
@@ -37,10 +36,9 @@ _RESULTS = {
     help="How to merge LoRA adapters: concat (default), into one adapter of all their ranks; "
     "product, into a whole model, the base plus the mean of their products.",
 )
-@click.option(
+@path_option(
     "--eval-file",
     metavar="FILE",
-    shell_complete=complete_files,
     help="Rows to evaluate the runs and the merge on. Default: the runs' eval_file, or the "
     "embedded corpus's evaluation rows.",
 )

@@ -17,22 +17,17 @@ from typing import Any
 
 import click
 
-from accum_trainer.cli.file_completion import complete_files
+from accum_trainer.cli.file_completion import complete_files, path_option
 from accum_trainer.config import OPTIONS, SECTIONS, compose, kind_of, nearest_name
 from accum_trainer.config.sources import naming_sources
 from accum_trainer.errors import ConfigError
 
-_CONFIG = click.option(
+_CONFIG = path_option(
     "--config",
     "config_file",
     metavar="FILE",
-    shell_complete=complete_files,
     help="YAML with these options, underscores for dashes.",
 )
-# Options of `train` whose values may be paths.
-_PATHS = {
-    *("model", "dataset_file", "eval_file", "chat_template", "output_dir", "log_file", "resume"),
-}
 _SET = click.option(
     "--set",
     "settings",
@@ -46,6 +41,21 @@ num_samples_option = click.option(
     metavar="N",
     help="Samples in an epoch, if no --dataset-file is given.",
 )
+
+
+def whole_numbers(option: str, text: str, example: str) -> list[int]:
+    """The numbers of `16,32,64`.
+
+    Raises:
+        ConfigError: `text`, which `option` has, is no such list.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and len(part) < 10 and int(part) > 0 for part in parts):
+        raise ConfigError(
+            f"{option}={text} is no list of samples per update; give whole numbers above 0, such "
+            f"as {example}"
+        )
+    return [int(part) for part in parts]
 
 
 class OneShownOption(click.Option):
@@ -135,15 +145,17 @@ def _option(field: dataclasses.Field[Any], hidden: bool) -> Callable[[Any], Any]
         *(flag, *field.metadata.get("other_flags", ()), field.name),
         cls=OneShownOption,
         default=None,
-        shell_complete=complete_files if field.name in _PATHS else _completing(choices),
+        shell_complete=_completing(choices, field.metadata.get("may_be_path", False)),
         metavar=metavar,
         hidden=hidden,
         help=field.metadata["help"] + default,
     )
 
 
-def _completing(choices: Iterable[str] | None) -> Callable[..., list[str]]:
-    """What a shell offers as the value of an option with these choices."""
+def _completing(choices: Iterable[str] | None, may_be_path: bool) -> Callable[..., Any]:
+    """How a shell completes the value of an option: as a file, or to one of its choices."""
+    if may_be_path:
+        return complete_files
 
     def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
         return [choice for choice in choices or () if choice.startswith(incomplete)]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from accum_trainer.cli.file_completion import path_argument, path_option
 from accum_trainer.errors import ConfigError
 from accum_trainer.panel.processes import PASSWORD
 
@@ -16,7 +17,7 @@ from accum_trainer.panel.processes import PASSWORD
     "panel",
     epilog="Example: accum-trainer panel runs --port 8080",
 )
-@click.argument("runs", metavar="[RUNS]", default="runs")
+@path_argument("runs", metavar="[RUNS]", default="runs")
 @click.option(
     "--host",
     default="127.0.0.1",
@@ -32,7 +33,7 @@ from accum_trainer.panel.processes import PASSWORD
     metavar="N",
     help="0 takes a free port.",
 )
-@click.option(
+@path_option(
     "--password-file",
     metavar="FILE",
     help=f"A file with the password on its first line. Or set {PASSWORD}.",
@@ -60,7 +61,7 @@ def command(runs: str, host: str, port: int, password_file: str | None) -> None:
 def _first_line(path: Path) -> str:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(
             f"password_file={path} cannot be read: {reason}; name a file with the password on its "

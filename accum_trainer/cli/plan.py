@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import click
 
 from accum_trainer.cli.options import (
@@ -99,12 +97,13 @@ def _lines(
 
 
 def _check_processes(config: TrainConfig, processes: int) -> None:
-    """Raise a ConfigError if `train` would not run the engine asked for on so many processes."""
-    if processes > 1 and (config.engine == "single" or config.parallel_independent):
-        what = "each of the parallel_independent runs"
+    """Raise a ConfigError if `train` would not run this engine on this number of processes."""
+    single = "engine=single" if config.engine == "single" else ""
+    if config.parallel_independent:
+        single = "each of the parallel_independent runs"
+    if processes > 1 and single:
         raise ConfigError(
-            f"{'engine=single' if config.engine == 'single' else what} is one process, but "
-            f"processes={processes}; leave --processes out"
+            f"{single} is one process, but processes={processes}; leave --processes out"
         )
     if processes == 1 and config.engine in ("ddp", "fsdp2"):
         raise ConfigError(
@@ -119,13 +118,7 @@ def _runs(config: TrainConfig) -> list[tuple[list[str], TrainConfig]]:
     planned."""
     if not config.parallel_independent:
         return [([], config)]
-    alone = dataclasses.replace(
-        config,
-        parallel_independent=False,
-        cuda_ids=None,
-        vary=None,
-        max_restarts=TrainConfig.max_restarts,
-    )
+    alone = config.alone()
     if config.vary is not None:
         return [
             ([line(f"run {n}", "  ".join(settings))], alone.varied(settings))

@@ -12,7 +12,7 @@ from accum_trainer.cli.compare import (
     batch_size_option,
     runs_argument,
 )
-from accum_trainer.cli.file_completion import complete_files
+from accum_trainer.cli.file_completion import path_option
 from accum_trainer.cli.output_file import check_output_file, check_replaceable
 from accum_trainer.errors import ConfigError
 
@@ -25,11 +25,10 @@ _NAME = "report.html"
     "accum-trainer report runs/k1 runs/k16 -o k1-k16.html",
 )
 @runs_argument
-@click.option(
+@path_option(
     "-o",
     "--output",
     metavar="FILE",
-    shell_complete=complete_files,
     help=f"The page. Default: {_NAME} in the run directory; required for anything else.",
 )
 @baseline_option

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from accum_trainer.batch_plan import LR_SCALINGS
+from accum_trainer.cli.file_completion import path_option
+from accum_trainer.cli.options import whole_numbers
 from accum_trainer.errors import ConfigError
 from accum_trainer.runs.sweep_verdict import TOLERANCE
 
@@ -35,14 +37,14 @@ _SCALINGS = {
     metavar="N,N,...",
     help="The effective batches to compare.",
 )
-@click.option(
+@path_option(
     "--from",
     "source",
     required=True,
     metavar="RUN|CHECKPOINT",
     help="The run whose newest checkpoint the branches begin from, or one of its checkpoints.",
 )
-@click.option(
+@path_option(
     "-o",
     "--output",
     metavar="DIR",
@@ -119,7 +121,7 @@ def command(
         raise ConfigError(f"tolerance={tolerance} must be 0 or more")
     sweep = sweeps.plan_sweep(
         Path(source),
-        _numbers(sizes),
+        whole_numbers("global_batch_size", sizes, "16,32,64"),
         output=Path(output) if output else None,
         samples=samples,
         lr=lr,
@@ -146,16 +148,6 @@ def command(
         f"{verdict.block} samples, the second half of each branch; up to {tolerance:g} counts as "
         f"nothing; {sweep.folder}"
     )
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(
-            f"global_batch_size={text} is not a list of effective batches; give numbers, such as "
-            "16,32,64"
-        ) from None
 
 
 def _described(sweep: Sweep) -> list[str]:

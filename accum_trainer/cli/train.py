@@ -129,9 +129,8 @@ def _display(run: Run, progress: Progress) -> Iterator[Callable[[], None]]:
     from accum_trainer.train.display import PlainLines, has_display, shown_live
 
     if has_display():
-        batch = run.training.schedule.plan.describe()
         clipped_at = run.config.max_grad_norm
-        with shown_live(progress, batch, clipped_at, lambda: run.stopped_by):
+        with shown_live(progress, run.describe_split(), clipped_at, lambda: run.stopped_by):
             yield lambda: None
         return
     lines = PlainLines(progress, run.config.log_every, partial(click.echo, err=True))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from accum_trainer.cli.file_completion import complete_files
+from accum_trainer.cli.file_completion import path_option
 from accum_trainer.cli.options import SectionedCommand, composed_options
 from accum_trainer.cli.output_file import check_output_file
 from accum_trainer.config import Composed, TrainConfig
@@ -37,19 +37,17 @@ _HEADER = ("check", "result", "error", "tolerance", "meaning")
     help="Whole windows to compare, in low precision at least 4, plus the epoch's tail. "
     "Without --loop.",
 )
-@click.option(
+@path_option(
     "--loop",
     "loop_spec",
     metavar="FILE.py:FUNCTION",
-    shell_complete=complete_files,
     help="Check your own step on plain Accelerate instead: function(accelerator, model, optimizer, "
     "scheduler, batches).",
 )
-@click.option(
+@path_option(
     "--json",
     "json_file",
     metavar="FILE",
-    shell_complete=complete_files,
     help="Also write the report as JSON; nothing else is written.",
 )
 @composed_options()

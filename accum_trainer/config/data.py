@@ -11,7 +11,9 @@ class DataOptions(Section):
     """Sources of rows, their columns, and when to evaluate."""
 
     dataset_file: str | None = option(
-        None, "Training rows: .txt .jsonl .json .csv .parquet. Default: the embedded corpus."
+        None,
+        "Training rows: .txt .jsonl .json .csv .parquet. Default: the embedded corpus.",
+        may_be_path=True,
     )
     dataset: str | None = option(None, "Training rows from the hub: an id, or id:config.")
     prompt_column: str | None = option(
@@ -26,6 +28,7 @@ class DataOptions(Section):
         None,
         "A Jinja file: the chat template for messages and conversations, instead of the "
         "tokenizer's.",
+        may_be_path=True,
     )
     on_bad_row: str = option(
         "error",
@@ -33,7 +36,9 @@ class DataOptions(Section):
         choices=("error", "skip"),
     )
     eval_file: str | None = option(
-        None, "Rows for evaluation, in the same formats; at the end, or with --eval-every."
+        None,
+        "Rows for evaluation, in the same formats; at the end, or with --eval-every.",
+        may_be_path=True,
     )
     eval_every: int | None = option(
         None, "Evaluate after every N updates (and at the end).", minimum=1

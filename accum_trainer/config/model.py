@@ -11,7 +11,9 @@ class ModelOptions(Section):
     """The model, its precision and its adapters."""
 
     model: str = option(
-        "tiny", "A path, a hub id, or `tiny`, a small Llama that needs no download."
+        "tiny",
+        "A path, a hub id, or `tiny`, a small Llama that needs no download.",
+        may_be_path=True,
     )
     revision: str | None = option(
         None, "The branch, tag or commit of a model from the hub. Default: its main branch."

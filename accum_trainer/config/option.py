@@ -30,7 +30,8 @@ def option(default: Any, help: str, **limits: Any) -> Any:
             spellings of choices to them; `word` is a text that is accepted beside numbers;
             `only_with` names the option without which this one has no effect; with
             `not_from_files`, a file that came from others cannot set it; `other_flags` are accepted
-            on the command line too, and not shown in `--help`.
+            on the command line too, and not shown in `--help`; with `may_be_path`, a shell
+            completes the value as a file.
     """
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 

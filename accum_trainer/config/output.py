@@ -13,8 +13,12 @@ TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
 class OutputOptions(Section):
     """Run directory, records, checkpoints, saved weights."""
 
-    output_dir: str | None = option(None, "The run directory. Default: runs/<model>-<date>-<time>.")
-    log_file: str | None = option(None, "A second file for the records, besides metrics.jsonl.")
+    output_dir: str | None = option(
+        None, "The run directory. Default: runs/<model>-<date>-<time>.", may_be_path=True
+    )
+    log_file: str | None = option(
+        None, "A second file for the records, besides metrics.jsonl.", may_be_path=True
+    )
     report_to: str = option(
         "none",
         f"Also send records to trackers, separated by commas: {', '.join(TRACKERS)}.",
@@ -45,11 +49,13 @@ class OutputOptions(Section):
         "auto",
         "auto: continue the run in the run directory; never: refuse to; anew: replace it; or a "
         "checkpoint's PATH.",
+        may_be_path=True,
     )
     branch_from: str | None = option(
         None,
         "Begin a new run from the weights, optimizer state and place in the data of another run's "
-        "checkpoint (a PATH), with an effective batch and schedule of its own.",
+        "checkpoint (a PATH), with its own effective batch and schedule.",
+        may_be_path=True,
     )
     save_dtype: str = option(
         "auto",

@@ -136,9 +136,9 @@ _FILES = ("dataset_file", "eval_file", "chat_template")
 def naming_sources(
     sources: Mapping[str, str], values: Callable[[], Mapping[str, Any]] | None = None
 ) -> Iterator[None]:
-    """Begin a ConfigError or DataError with where the options that it names were written, if not
-    only on the command line. One that names a file and no option is of the options whose value that
-    file is.
+    """Put the sources of the options that a ConfigError or DataError names before its message,
+    unless all are the command line. A message that names no option but a data file is about the
+    option that gives that file.
 
     Args:
         sources: option -> its source.
@@ -151,7 +151,7 @@ def naming_sources(
         named = [
             source
             for name, source in sources.items()
-            if re.search(rf"(?<![\w/.-])(?:micro_)?{name}=", said)
+            if re.search(rf"(?<![\w/.-])(?:micro_)?{name}=", said)  # also micro_batch_size
         ]
         if not named and values is not None:
             known = values()

@@ -119,6 +119,16 @@ class TrainConfig(  # bases from last section to first: dataclasses collect fiel
             check_not_from_file(config, values, str(path))
         return config
 
+    def alone(self) -> TrainConfig:
+        """The configuration of one of the independent runs, without its share or variation."""
+        return dataclasses.replace(
+            self,
+            parallel_independent=False,
+            cuda_ids=None,
+            vary=None,
+            max_restarts=TrainConfig.max_restarts,
+        )
+
     def varied(self, settings: Sequence[str]) -> TrainConfig:
         """The same configuration with some `key=value` settings replaced.
 

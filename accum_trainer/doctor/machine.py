@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from accum_trainer.doctor.report import FAIL, LIMIT, OK, Finding
-from accum_trainer.engine.memory import free_in_cgroup
+from accum_trainer.engine.memory import free_bytes, free_in_cgroup
 from accum_trainer.errors import first_line
 
 _SHARED_MEMORY = Path("/dev/shm")  # where loaders' workers and NCCL exchange data
@@ -63,13 +63,13 @@ def _gpu(index: int, driver: str | None) -> Finding:
     capability = ".".join(map(str, torch.cuda.get_device_capability(index)))
     is_taken = free < total / 2
     taken = "; other processes hold more than half of it" if is_taken else ""
-    return Finding(
+    return Finding.limit_if(
+        is_taken,
         f"GPU {index}",
         f"{name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free{taken}; capability {capability}, "
         f"driver {driver or 'unknown'}, CUDA {torch.version.cuda}",
-        LIMIT if is_taken else OK,
-        "nvidia-smi shows who uses it" if is_taken else "",
-        ("free GPU memory",) if is_taken else (),
+        "nvidia-smi shows who uses it",
+        ("free GPU memory",),
         {"name": name, "free_gb": free / 1e9, "total_gb": total / 1e9, "capability": capability},
     )
 
@@ -89,26 +89,24 @@ def _nvidia_driver() -> str | None:
 
 def memory() -> Iterator[Finding]:
     """Host memory, in the container's limits; memory shared between processes; open files."""
-    free = min(float(psutil.virtual_memory().available), free_in_cgroup())
-    total = float(psutil.virtual_memory().total)
+    free, total = free_bytes(torch.device("cpu")), float(psutil.virtual_memory().total)
     limited = " (limited by the container)" if free_in_cgroup() < math.inf else ""
-    yield Finding(
+    yield Finding.limit_if(
+        free < _LEAST_MEMORY,
         "memory",
         f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free{limited}",
-        LIMIT if free < _LEAST_MEMORY else OK,
-        "end other programs, or ask the batch system for more" if free < _LEAST_MEMORY else "",
-        ("memory",) if free < _LEAST_MEMORY else (),
+        "end other programs, or ask the batch system for more",
+        ("memory",),
         {"free_gb": free / 1e9, "total_gb": total / 1e9},
     )
     if _SHARED_MEMORY.is_dir():
         shared = shutil.disk_usage(_SHARED_MEMORY)
-        is_small = shared.free < _LEAST_SHARED
-        yield Finding(
+        yield Finding.limit_if(
+            shared.free < _LEAST_SHARED,
             "shared memory",
             f"{shared.free / 1e9:.2f} GB free in {_SHARED_MEMORY}",
-            LIMIT if is_small else OK,
-            "start the container with --shm-size=8g, or empty it" if is_small else "",
-            ("loader workers", "several GPUs") if is_small else (),
+            "start the container with --shm-size=8g, or empty it",
+            ("loader workers", "several GPUs"),
             {"free_gb": shared.free / 1e9},
         )
     yield from _open_files()
@@ -120,13 +118,12 @@ def _open_files() -> Iterator[Finding]:
     except ImportError:  # not on every system
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    is_low = 0 <= soft < _LEAST_FILES
-    yield Finding(
+    yield Finding.limit_if(
+        0 <= soft < _LEAST_FILES,
         "open files",
         f"at most {'any number' if soft < 0 else soft}",
-        LIMIT if is_low else OK,
-        f"ulimit -n {max(_LEAST_FILES, min(hard, 65536))}" if is_low else "",
-        ("loader workers",) if is_low else (),
+        f"ulimit -n {max(_LEAST_FILES, min(hard, 65536))}",
+        ("loader workers",),
         {"soft": soft, "hard": hard},
     )
 

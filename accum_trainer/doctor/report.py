@@ -19,7 +19,7 @@ class Finding:
         says: what was found, in words.
         state: OK, LIMIT or FAIL.
         remedy: a command, or what to do, that mends it; "" if all is well.
-        lacks: what does not work because of it. It may be nothing that people miss: then all is OK.
+        lacks: what does not work because of it. A finding that lacks something optional may be OK.
         data: the same for programs.
     """
 
@@ -29,6 +29,21 @@ class Finding:
     remedy: str = ""
     lacks: tuple[str, ...] = ()
     data: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def limit_if(
+        cls,
+        is_limited: bool,
+        name: str,
+        says: str,
+        remedy: str,
+        lacks: tuple[str, ...],
+        data: dict[str, Any],
+    ) -> Finding:
+        """A limit with its remedy and what it lacks; OK without them if there is none."""
+        if is_limited:
+            return cls(name, says, LIMIT, remedy, lacks, data)
+        return cls(name, says, data=data)
 
 
 @dataclass(frozen=True)

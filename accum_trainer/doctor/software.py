@@ -114,14 +114,17 @@ def compiler() -> Iterator[Finding]:
     lacks: tuple[str, ...] = ("compile",) if built else ("compile", "deepspeed")
     if name is None or shutil.which(name) is None:
         said = "no C++ compiler is on the PATH" if name is None else f"CXX={name} is not there"
-        yield Finding("compiler", f"{said}", LIMIT, remedy, lacks)
+        yield Finding("compiler", said, LIMIT, remedy, lacks)
     elif (error := _compile_error(name)) is not None:
         yield Finding("compiler", f"{name} does not compile: {error}", LIMIT, remedy, lacks)
     elif torch.cuda.is_available() and _version("triton") is None:
         yield Finding(
-            "compiler", f"{shutil.which(name)}, but Triton is not installed", LIMIT,
-            "pip install triton", ("compile",),
-        )  # fmt: skip
+            "compiler",
+            f"{shutil.which(name)}, but Triton is not installed",
+            LIMIT,
+            "pip install triton",
+            ("compile",),
+        )
     else:
         yield Finding("compiler", f"{shutil.which(name)} compiles", data={"path": name})
     if _version("deepspeed") is None:
@@ -139,8 +142,13 @@ def compiler() -> Iterator[Finding]:
         f"built: {', '.join(built)}" if built else "not built yet; the first start takes a minute"
     )
     if shutil.which("ninja") is None and not built and _version("ninja") is None:
-        yield Finding("DeepSpeed's extension", f"{state}, and ninja is missing", LIMIT,
-                      "pip install ninja", ("deepspeed",))  # fmt: skip
+        yield Finding(
+            "DeepSpeed's extension",
+            f"{state}, and ninja is missing",
+            LIMIT,
+            "pip install ninja",
+            ("deepspeed",),
+        )
         return
     yield Finding("DeepSpeed's extension", state, data={"built": built})
 
@@ -226,9 +234,12 @@ def _sixteen_bits(device: torch.device) -> Finding:
     if works and is_native:
         return Finding("bf16", f"works on {device.type}")
     return Finding(
-        "bf16", f"is not native on this {device.type}", LIMIT,
-        "use --mixed-precision fp16, or --amp, which chooses it", ("bf16",),
-    )  # fmt: skip
+        "bf16",
+        f"is not native on this {device.type}",
+        LIMIT,
+        "use --mixed-precision fp16, or --amp, which chooses it",
+        ("bf16",),
+    )
 
 
 def processes() -> Iterator[Finding]:
@@ -292,13 +303,22 @@ def update() -> Iterator[Finding]:
             acc.step(optimizer)
         found = float(model.weight.detach().cpu())
     except Exception as error:  # of any type: this is what the check is for
-        yield Finding("an update", f"fails: {type(error).__name__}: {first_line(error)}", FAIL,
-                      "see the message; accum-trainer verify says more")  # fmt: skip
+        yield Finding(
+            "an update",
+            f"fails: {type(error).__name__}: {first_line(error)}",
+            FAIL,
+            "see the message; accum-trainer verify says more",
+        )
         return
     expected = 1 - 0.1 * (1 + 2 + 3 + 6) / 4
     if abs(found - expected) > 1e-6:
-        yield Finding("an update", f"gave {found}, by hand {expected}", FAIL,
-                      "run accum-trainer verify", data={"found": found})  # fmt: skip
+        yield Finding(
+            "an update",
+            f"gave {found}, by hand {expected}",
+            FAIL,
+            "run accum-trainer verify",
+            data={"found": found},
+        )
         return
     yield Finding("an update", f"of 4 micro-batches on {acc.device.type} is right")
 

@@ -6,9 +6,10 @@
     finish(optimizer, numbers)  or  discard_window_grads(optimizer)
 
 Abstract methods are what an engine must provide. It declares its abilities as named capabilities;
-its name decides nothing. An engine knows no windows, targets or data. Beside this module: `ranks`
-(talk between processes), `full_state` (whole tensors by name), `memory`, `sync` (the policies), and
-`single`, which implements the contract with a torch optimizer for engines to build on.
+its name decides only whether it is the one that was asked for. An engine knows no windows, targets
+or data. Beside this module: `ranks` (talk between processes), `full_state` (whole tensors by name),
+`memory`, `sync` (the policies), and `single`, which implements the contract with a torch optimizer
+for engines to build on.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Engine(FullState, abc.ABC):
     """One process's view of training: its place among the ranks, and the life of its gradients.
 
     Attributes:
-        name: in plan.json and in messages; for people only.
+        name: in plan.json and in messages, and how `Accumulator(engine=)` asks for it.
         options: arguments of `Accumulator` that ask for this engine.
         asked_for_as: names for `Accumulator(engine=)`, each with the options that it stands for.
         library: whose plugin, or variable of accelerate's launcher, asks for this engine; "" if
@@ -96,7 +97,7 @@ class Engine(FullState, abc.ABC):
 
     @classmethod
     def refusal(cls, processes: int) -> str:
-        """Why this engine cannot be the one in force on so many processes, as a clause with the
+        """Why this engine cannot be in force on this number of processes, as a clause with the
         remedy; "" if it can."""
         return ""
 

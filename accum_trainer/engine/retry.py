@@ -1,5 +1,5 @@
-"""Whether a rank alone can run a micro-batch again that ran out of memory. What forbids it are the
-exchanges that its engine makes in one: the other ranks would wait for them, or make them twice."""
+"""Whether a rank alone can run a micro-batch again that ran out of memory. The exchanges that its
+engine makes in one forbid it: the other ranks would wait for them, or make them twice."""
 
 from __future__ import annotations
 

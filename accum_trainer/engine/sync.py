@@ -6,7 +6,6 @@ the window: a full local gradient, and the whole weights.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -77,5 +76,5 @@ def choose_weight_sync(ranks: Ranks, weights: int, gradient: int, k: int) -> tup
 def _least_free(ranks: Ranks) -> float:
     free = free_bytes(ranks.device)
     if ranks.device.type == "cpu":  # which the processes of a machine share
-        free /= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        free /= ranks.share_of_machine[1]
     return float(ranks.all_gather_floats([free])[:, 0].min())

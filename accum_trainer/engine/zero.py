@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -38,7 +36,7 @@ from accum_trainer.engine.sync import (
     numbers_of,
 )
 from accum_trainer.engine.usage import Usage, refuse, refuse_difference
-from accum_trainer.engine.zero_build import await_extension
+from accum_trainer.engine.zero_build import await_extension, stand_in_for_launcher
 from accum_trainer.engine.zero_config import complete, keep_weights, make_plugin, weights_are_set
 from accum_trainer.engine.zero_internals import (
     check_internals,
@@ -87,7 +85,7 @@ class ZeroEngine(Engine):
                 "DeepSpeed cannot be kept on the CPU of a machine with a GPU; hide the GPU with "
                 "CUDA_VISIBLE_DEVICES="
             )
-        _set_launcher_variables()
+        stand_in_for_launcher()
         kwargs["deepspeed_plugin"] = make_plugin(
             request.options.get("zero_stage"),
             bool(request.options.get("cpu_offload")),
@@ -444,14 +442,3 @@ class ZeroStage3(PartitionedState, ZeroEngine):
 
 
 STAGES = {kind.stage: kind for kind in (ZeroStage0, ZeroStage1, ZeroStage2, ZeroStage3)}
-
-
-def _set_launcher_variables() -> None:
-    """Set a launcher's variables for one process, if no launcher did: DeepSpeed needs them."""
-    if "WORLD_SIZE" in os.environ:
-        return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})

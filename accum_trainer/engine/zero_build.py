@@ -1,15 +1,16 @@
-"""DeepSpeed's extension: announce its compilation, and refuse a lock that no build will release.
+"""DeepSpeed's start: a launcher's variables if there is no launcher, and its extension.
 
-Without a GPU, DeepSpeed compiles an extension at its first start on a machine, in silence. torch
-marks the build by a file `lock`, which names no owner: a build that is killed leaves it behind, and
-every later start waits for it for ever. Knows these files only, no configuration and no process
-group.
+Without a GPU, DeepSpeed compiles an extension at its first start on a machine, in silence; here it
+is announced. torch marks the build by a file `lock`, which names no owner: a build that is killed
+leaves it behind, and every later start waits for it for ever. Such a lock is refused. Knows no
+configuration and no process group.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from pathlib import Path
 
@@ -21,6 +22,17 @@ logger = logging.getLogger(__name__)
 
 # Seconds; the build takes about one minute, on a busy machine three.
 LONGEST_BUILD = 600.0
+
+
+def stand_in_for_launcher() -> None:
+    """Set a launcher's variables for one process, if no launcher did: DeepSpeed needs them."""
+    if "WORLD_SIZE" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
 
 
 def await_extension() -> None:
@@ -56,9 +68,8 @@ def await_lock(lock: Path, speaks: bool = True) -> None:
     while (age := _age(lock)) is not None:
         owner = process_that_holds(lock)
         is_left = owner is None and age > LONGEST_BUILD
-        if (
-            is_left and _age(lock) is not None
-        ):  # else the build ended while its owner was looked for
+        # Without a lock by now, the build ended while its owner was looked for.
+        if is_left and _age(lock) is not None:
             raise EngineError(
                 f"{lock} is {age / 60:.0f} minutes old and no process here holds it: a compilation "
                 "of DeepSpeed's extension was killed and left it, and every start would wait for "

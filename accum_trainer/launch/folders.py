@@ -14,14 +14,18 @@ def private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def make_folder(path: Path) -> list[Path]:
-    """Make the folder and its parents; returns those it made, innermost first."""
+def make_folder(path: Path, option: str = "output_dir") -> list[Path]:
+    """Make the folder and its parents; returns those it made, innermost first.
+
+    Raises:
+        ConfigError: it cannot be made; `option` is what names it.
+    """
     missing = [folder for folder in [path, *path.absolute().parents] if not folder.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"the folder {path} cannot be made: {error.strerror}; name another output_dir"
+            f"the folder {path} cannot be made: {error.strerror}; name another {option}"
         ) from None
     return missing
 

@@ -1,5 +1,5 @@
-"""One process, told apart from a later one with the same PID, and signals that reach only it; and
-where a process that is started imports from.
+"""One process and not a later one with its PID, and signals that reach only it; also the
+environment in which a process that is started imports from the same places.
 
 A PID is used again after its process has ended. Knows nothing of trainings.
 """

@@ -11,7 +11,6 @@ from accum_trainer.errors import ConfigError
 from accum_trainer.launch.slurm import Slurm
 
 MODES = ("single-gpu", "multi-gpu", "parallel-independent")
-ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 PRECISIONS = ("no", "bf16", "fp16")
 
 

@@ -21,7 +21,7 @@ PROGRAM = "accum-trainer"
 # Beside the runs: launch files that the panel writes.
 LAUNCH_FILES = "launch-files"
 # Options of `train` that a launch file decides.
-_IN_LAUNCH_FILE = {"mixed_precision", "zero_stage", "cpu_offload"}
+_IN_LAUNCH_FILE = {"mixed_precision", "engine", "cpu_offload"}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What was typed in the panel: one text per option, kept in a file and shared by all pages.
+"""The form of the panel: one text per option, kept in a file and shared by all pages.
 
 The options, their help, choices and limits are those of `TrainConfig`; only the number of
 processes, the engine, the unit of length and the run's name are the panel's own. Knows neither
@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from accum_trainer.config import OPTIONS, SECTIONS, kind_of
-from accum_trainer.launch.spec import ENGINES
+from accum_trainer.config.engine import ENGINES
 
 logger = logging.getLogger(__name__)
 
 # The choices of K; `train` takes any other.
 ACCUMULATION_STEPS = (1, 2, 4, 8, 16, 32)
-PROCESSES, ENGINE, RUN_NAME, UNIT, LENGTH = "processes", "engine", "run_name", "unit", "length"
+# The panel's own controls. No option can have such a name: options are names of Python.
+PROCESSES, ENGINE, RUN_NAME = "panel-processes", "panel-engine", "panel-run-name"
+LENGTH, UNIT = "panel-length", "panel-unit"
 SAME = ""  # the choice that leaves an option at its default
 # Options that other controls of the panel decide, or that make no run to watch.
 _DECIDED = {
@@ -59,7 +61,7 @@ _HELP = {
     "gradient_accumulation_steps": "K, micro-batches per update on one process. Memory does not "
     "grow with it.",
 }
-# What an empty field stands for.
+# Shown in an empty field.
 _PLACEHOLDERS = {
     "dataset_file": "Text that comes with Python, or rows.jsonl, .csv, .parquet, …",
     "lora_target_modules": "all linear layers",
@@ -124,7 +126,7 @@ _OWN = (
         "What is split over the processes: nothing (DDP), or optimizer state, gradients and "
         "weights. The update is the same; memory and traffic differ.",
         "ddp",
-        {name: _ENGINE_LABELS[name] for name in ENGINES},
+        {name: _ENGINE_LABELS.get(name, name) for name in ENGINES if name != "single"},
     ),
     Field(
         RUN_NAME,
@@ -143,8 +145,14 @@ _OWN = (
         {"epochs": "epochs", "steps": "updates"},
     ),
 )
+OWN = tuple(field.name for field in _OWN)
 FIELDS: dict[str, Field] = {field.name: field for field in _OWN} | {
     name: _of_option(name) for name in OPTIONS if name not in _DECIDED
+}
+# The values of a new form: the batch is shown as numbers, not left to defaults.
+_FIRST = {name: field.default for name, field in FIELDS.items()} | {
+    "batch_size": "4",
+    "gradient_accumulation_steps": "1",
 }
 # On the page one after another; all others follow by section, folded.
 DATA = ("model", "max_seq_len", "dataset_file")
@@ -158,7 +166,7 @@ _SHOWN = {
 
 
 def other_fields() -> dict[str, list[Field]]:
-    """Section title -> its fields that have no place of their own on the page."""
+    """Section title -> its fields that the page does not place itself."""
     found = {
         title: [
             FIELDS[name]
@@ -181,7 +189,7 @@ def k_help(steps: int) -> str:
 
 
 class Form:
-    """What was typed, in `values`: field name -> text (bool of a switch).
+    """The typed `values`: field name -> text (bool of a switch).
 
     Args:
         file: keeps the values; read now, and written with each change.
@@ -190,19 +198,14 @@ class Form:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._listeners: list[Callable[[str], None]] = []
-        # The batch is shown as numbers, not left to defaults.
-        first = {name: field.default for name, field in FIELDS.items()}
-        self.values: dict[str, str | bool] = first | {
-            "batch_size": "4",
-            "gradient_accumulation_steps": "1",
-        }
+        self.values: dict[str, str | bool] = dict(_FIRST)
         self.view: dict[str, Any] = {"theme": "auto", "log_axis": False, "smoothing": 0.6}
         self._load()
 
     def set(self, name: str, value: str | bool | None) -> None:
         """Take over one value, keep all of them, and tell every page."""
-        value = ("" if value is None else value) if name in FIELDS else ""
-        if name not in FIELDS or self.values[name] == value:
+        value = "" if value is None else value
+        if self.values[name] == value:
             return
         self.values[name] = value
         self.save()
@@ -217,11 +220,8 @@ class Form:
 
     def reset(self) -> None:
         """Back to the defaults."""
-        for name, field in FIELDS.items():
-            self.set(
-                name,
-                {"batch_size": "4", "gradient_accumulation_steps": "1"}.get(name, field.default),
-            )
+        for name, value in _FIRST.items():
+            self.set(name, value)
 
     def on_change(self, listener: Callable[[str], None]) -> Callable[[], None]:
         """Call `listener` with the name of each changed field; returns how to end that."""

@@ -1,5 +1,5 @@
-"""What each engine needs, as `accum-trainer plan` says it: in a process of its own, because torch
-takes seconds to import and the panel does without it."""
+"""The memory that each engine needs, by `accum-trainer plan` in another process: torch takes
+seconds to import, and the panel does without it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a form means: the effective batch, the plan, warnings and the command, or what is wrong.
+"""From a form to the effective batch, the plan, warnings and the command, or to an error.
 
 Everything here is arithmetic and the checks of `TrainConfig` and `LaunchSpec`; nothing is loaded,
 and torch is not imported.
@@ -18,12 +18,15 @@ from accum_trainer.config import TrainConfig, compose
 from accum_trainer.errors import AccumTrainerError, ConfigError
 from accum_trainer.launch.spec import LaunchSpec
 from accum_trainer.panel.commands import LAUNCH_FILES, Command, command_for
-from accum_trainer.panel.form import ENGINE, FIELDS, LENGTH, LORA, PROCESSES, RUN_NAME, UNIT
+from accum_trainer.panel.form import ENGINE, FIELDS, LENGTH, LORA, OWN, PROCESSES, RUN_NAME, UNIT
 from accum_trainer.panel.row_counts import RowCounts
 from accum_trainer.train.run_folder import check_output_dir, holds_run
 
-# How a message of other parts names what a field of the panel is called.
+# Fields by what messages call them, if that is not the field's own name.
 _OTHER_NAMES = {
+    "processes": PROCESSES,
+    "engine": ENGINE,
+    "run_name": RUN_NAME,
     "steps": LENGTH,
     "epochs": LENGTH,
     "world_size": PROCESSES,
@@ -32,13 +35,13 @@ _OTHER_NAMES = {
     "output_dir": RUN_NAME,
     "micro_batch_size": "batch_size",
     "data file": "dataset_file",
-    "zero_stage": ENGINE,
 }
 
 
 @dataclass(frozen=True)
 class Preview:
-    """
+    """The meaning of a form's values.
+
     Attributes:
         effective: B x K x W, if all three are numbers; it does not wait for the rest to be right.
         sizes: B, K and W then.
@@ -62,7 +65,7 @@ class Preview:
 
 
 def preview(values: Mapping[str, str | bool], runs: Path, rows: RowCounts) -> Preview:
-    """What the values of a form mean.
+    """Read the values of a form.
 
     Args:
         runs: the folder of run directories.
@@ -80,7 +83,14 @@ def preview(values: Mapping[str, str | bool], runs: Path, rows: RowCounts) -> Pr
     if continues:
         warnings.insert(0, f"{folder} holds a run already: starting continues it.")
     return Preview(
-        *(effective, sizes, "", "", figures, warnings, folder, continues, command, config)
+        effective,
+        sizes,
+        figures=figures,
+        warnings=warnings,
+        folder=folder,
+        continues=continues,
+        command=command,
+        config=config,
     )
 
 
@@ -99,10 +109,10 @@ def _composed(
     values: Mapping[str, str | bool], runs: Path, rows: RowCounts
 ) -> tuple[TrainConfig, LaunchSpec | None, BatchPlan, Path, Command, int | None]:
     given = _given(values)
-    processes = _whole_number(PROCESSES, str(values[PROCESSES]))
+    processes = _whole_number("processes", str(values[PROCESSES]))
     engine = str(values[ENGINE])
-    if engine.startswith("zero"):
-        given["zero_stage"] = engine
+    if engine != "ddp":  # of one process it is single, which is the default
+        given["engine"] = engine
     config = compose(given, (), None, os.environ).config
     if isinstance(config.batch_size, str):
         raise ConfigError(
@@ -130,7 +140,6 @@ def _composed(
 
 def _given(values: Mapping[str, str | bool]) -> dict[str, Any]:
     """The options that were typed, as `compose` takes them."""
-    own = (PROCESSES, ENGINE, RUN_NAME, LENGTH, UNIT)
     given: dict[str, Any] = {}
     for name, known in FIELDS.items():
         value = values[name]
@@ -138,7 +147,7 @@ def _given(values: Mapping[str, str | bool]) -> dict[str, Any]:
         # Adapters' options stay on the page, hidden, when adapters are switched off.
         is_idle = name in LORA and not values["use_peft"]
         if (
-            name not in own
+            name not in OWN
             and text != ""
             and not is_idle
             and (known.kind != "switch" or text != known.default)

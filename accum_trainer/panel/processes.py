@@ -1,4 +1,4 @@
-"""Start and stop runs: each is a process in a session of its own, which outlives page and panel.
+"""Start and stop runs: each is a process in its own session, which outlives page and panel.
 
 A note in the user's cache names the process, so that a panel that is started later, or beside this
 one, finds it. It is not in the run directory, which may come from anyone: what it said would be
@@ -211,14 +211,7 @@ def stop(folder: Path) -> None:
     Raises:
         ConfigError: it does not run, or not on this machine.
     """
-    started = read_start(folder)
-    if started is not None and started.is_alive:
-        assert started.started is not None
-        send_signal(started.process, started.started, signal.SIGTERM)
-        _write(replace(started, asked_to_stop=True))
-        return
-    process, start = _owner(folder)
-    send_signal(process, start, signal.SIGTERM)
+    _signal(folder, [_running(folder)], signal.SIGTERM)
 
 
 def stop_now(folder: Path) -> None:
@@ -227,22 +220,30 @@ def stop_now(folder: Path) -> None:
     Raises:
         ConfigError: it does not run, or not on this machine.
     """
-    started = read_start(folder)
-    if started is not None and started.is_alive:
-        assert started.started is not None
-        family = [(started.process, started.started)]
-        with contextlib.suppress(psutil.Error):
-            for child in psutil.Process(started.process).children(recursive=True):
-                if (began := start_of(child.pid)) is not None:
-                    family.append((child.pid, began))
-        _write(replace(started, asked_to_stop=True))
-    else:
-        family = [_owner(folder)]
+    first = _running(folder)
+    family = [first]
+    with contextlib.suppress(psutil.Error):
+        for child in psutil.Process(first[0]).children(recursive=True):
+            if (began := start_of(child.pid)) is not None:
+                family.append((child.pid, began))
+    _signal(folder, family, signal.SIGKILL)
+
+
+def _signal(folder: Path, family: list[tuple[int, int]], number: int) -> None:
+    """Signal processes (number, start) of a run, and note that it was asked to stop."""
     for process, began in family:
-        send_signal(process, began, signal.SIGKILL)
+        send_signal(process, began, number)
+    started = read_start(folder)
+    if started is not None and (started.process, started.started) == family[0]:
+        _write(replace(started, asked_to_stop=True))
 
 
-def _owner(folder: Path) -> tuple[int, int]:
+def _running(folder: Path) -> tuple[int, int]:
+    """The run's first process and its start: the one that a panel started, else the one that
+    trains."""
+    started = read_start(folder)
+    if started is not None and started.started is not None and started.is_alive:
+        return started.process, started.started
     owner = owner_of(folder)
     if owner is None:
         raise ConfigError(f"{folder} does not run, so there is nothing to stop")

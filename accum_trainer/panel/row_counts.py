@@ -18,7 +18,8 @@ _Key = tuple[str, int, int]
 
 
 class RowCounts:
-    """
+    """Numbers of rows by file, as they become known.
+
     Args:
         counted: called, in the thread that counted, when a number that `of` did not have is there.
     """

@@ -1,4 +1,4 @@
-"""What a run is doing, read from its directory alone: so it is the same for a run that was started
+"""The state of a run, read from its directory alone: so it is the same for a run that was started
 here, in a terminal, or on another machine that shares the folder."""
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from nicegui import app as pages
 from nicegui import ui
 
 from accum_trainer.errors import ConfigError
+from accum_trainer.launch.folders import make_folder
 from accum_trainer.panel.form import Form
 from accum_trainer.panel.guard import Guard, check_address, is_loopback
 from accum_trainer.panel.row_counts import RowCounts
@@ -37,12 +38,7 @@ def serve(runs: Path, host: str, port: int, password: str | None) -> None:
         ConfigError: the address cannot be used, or would be open to others without a password.
     """
     check_address(host, password)
-    try:
-        runs.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"the folder of runs {runs} cannot be made: {error.strerror}; name another"
-        ) from None
+    make_folder(runs, "folder of runs")
     listener = _listen(host, port)
     port = listener.getsockname()[1]
     server = uvicorn.Server(

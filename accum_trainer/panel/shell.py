@@ -30,7 +30,7 @@ _THEMES: dict[str, bool | None] = {"auto": None, "light": False, "dark": True}
 
 
 class Panel:
-    """What all pages share.
+    """Shared by all pages.
 
     Attributes:
         runs: the folder of run directories.

@@ -26,6 +26,7 @@ from accum_trainer.panel.run_view import (
     find_runs,
 )
 from accum_trainer.panel.shell import Panel, command_html, markup, shell, text
+from accum_trainer.train.progress import clock_time
 
 _REFRESH_SEC = 1.0
 _SAID = {
@@ -107,10 +108,10 @@ class WatchPage:
                 ).props("dense")
                 with ui.element("label").classes("smoothing"):
                     text("Smoothing", "span")
+                    weight = self._form.view["smoothing"]
                     ui.slider(
-                        *(), min=0, max=0.98, step=0.02, value=self._form.view["smoothing"],
-                        on_change=self._set_smoothing,
-                    ).props('aria-label="Smoothing" dense')  # fmt: skip
+                        min=0, max=0.98, step=0.02, value=weight, on_change=self._set_smoothing
+                    ).props('aria-label="Smoothing" dense')
             self._loss = _chart("Loss")
         with ui.element("div").classes("charts"):
             self._columns = {
@@ -165,7 +166,7 @@ class WatchPage:
         epoch = number(view.records.last.get("epoch"))
         said += f" · epoch {epoch:.2f}" if epoch is not None else ""
         left = view.seconds_left
-        said += f" · {_duration(left)} left" if left is not None and view.updates else ""
+        said += f" · {clock_time(left)} left" if left is not None and view.updates else ""
         self._progress.set_content(html.escape(said))
 
     def _draw(self, view: RunView) -> None:
@@ -298,11 +299,3 @@ def _command(view: RunView) -> str:
         return command_html(how_to_continue(view.folder)[1])
     except AccumTrainerError as error:
         return html.escape(str(error))
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-# A batch so many noise scales large makes 1 + 1/2 of the fewest updates possible: doubling it once
-# more saves a sixth of them for twice the samples each (McCandlish et al. 2018, equation 2.11).
+# Noise scales. A batch of two makes 1 + 1/2 of the fewest updates possible: doubling it once more
+# saves a sixth of them for twice the samples each (McCandlish et al. 2018, equation 2.11).
 _ENOUGH = 2.0
 
 
@@ -33,7 +33,7 @@ def batch_size_advice(
     micro_batch_size: int | None,
     world_size: int,
 ) -> str | None:
-    """What the noise scale says of the effective batch; None while nothing is known.
+    """Compare the effective batch with the noise scale, in words; None while nothing is known.
 
     Args:
         noise_scale, low, high: in samples, as in a record; None if unknown.

@@ -1,7 +1,7 @@
 """Compare the loss curves of runs: at equal updates, samples and time, and how noisy they are.
 
-The verdict is that of requirement R24: does the variance of the loss fall by at least half against
-the run of the smallest batch? Reads logs only; draws and prints nothing.
+The verdict: does the variance of the loss fall by at least half against the run of the smallest
+batch? Reads logs only; draws and prints nothing.
 """
 
 from __future__ import annotations
@@ -47,14 +47,9 @@ class Fall:
     def describe(self) -> str:
         """`lower by 93 % (89 % to 95 %)`."""
         said = "lower" if self.value >= 0 else "higher"
-        low, high = (
-            sorted((abs(self.low), abs(self.high)))
-            if self.low * self.high > 0
-            else (
-                self.low,
-                self.high,
-            )
-        )
+        low, high = self.low, self.high
+        if low * high > 0:
+            low, high = sorted((abs(low), abs(high)))
         return f"{said} by {abs(self.value):.0%} ({low:.0%} to {high:.0%})"
 
 
@@ -64,8 +59,9 @@ class Compared:
 
     Attributes:
         curve: the run.
-        variance: of the loss around its trend, in the range that is compared; None of few updates.
-        fall: against the baseline; None of the baseline, or if a variance is not known.
+        variance: of the loss around its trend, in the range that is compared; None if that has too
+            few updates.
+        fall: against the baseline; None for the baseline, or if a variance is not known.
         spikes: in the whole run.
         loss_at: axis -> mean loss at the last place on it that all runs reach.
     """
@@ -100,7 +96,7 @@ class Comparison:
     common: dict[str, float]
 
     def describe_range(self) -> str:
-        """`updates 1 to 100 of each run`."""
+        """`updates up to 100 of each run (chosen)`."""
         return f"{self.axis} up to {self.until:,.0f} of each run ({self.range_reason})"
 
     def verdicts(self) -> list[str]:

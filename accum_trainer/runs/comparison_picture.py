@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Kinds of picture file, by the end of the name.
-KINDS = (".png", ".svg", ".pdf")
 # Below this many updates a curve is drawn as it is; above, its mean over a part of it too.
 _SMOOTH_FROM = 40
 _SMOOTHED_PART = 25
@@ -69,14 +67,8 @@ def column_svg(number: int, curve: Curve, column: str, narrow: bool) -> str:
     element."""
 
     def draw(part: Axes) -> None:
-        plot(
-            part,
-            number,
-            curve.axes["updates"],
-            curve.log.columns[column],
-            linestyle="-",
-            linewidth=1.1,
-        )
+        x, y = curve.axes["updates"], curve.log.columns[column]
+        plot(part, number, x, y, linestyle="-", linewidth=1.1)
         finish(part, xlabel=AXES["updates"])
 
     return _svg(f"{column} {number}", draw, narrow, height=2.4)
@@ -139,10 +131,8 @@ def _name_runs(figure: Figure, comparison: Comparison) -> None:
         Line2D([], [], color=colour_of(number), linestyle=line_of(number), linewidth=1.8)
         for number in range(len(comparison.runs))
     ]
-    legend = figure.legend(
-        lines, [str(number) for number in range(len(lines))], loc="outside upper left",
-        frameon=False, ncols=2 if len(lines) > 2 else 1,
-    )  # fmt: skip
+    numbers, columns = [str(number) for number in range(len(lines))], 2 if len(lines) > 2 else 1
+    legend = figure.legend(lines, numbers, loc="outside upper left", frameon=False, ncols=columns)
     for text, run in zip(legend.get_texts(), comparison.runs, strict=True):
         text.set_text(_short(run.curve.name))
 

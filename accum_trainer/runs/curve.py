@@ -84,7 +84,8 @@ def read_curves(
         batch_sizes: samples per update of logs that do not tell: one for all runs, or one for each.
 
     Raises:
-        ConfigError: a run does not exist, is named twice, or `batch_sizes` are as many as nothing.
+        ConfigError: a run does not exist or is named twice, or the number of `batch_sizes` is
+            neither 1 nor that of the runs.
         DataError: a log has no update.
     """
     files = [file for run in runs for file in _logs_of(Path(run))]
@@ -92,12 +93,14 @@ def read_curves(
     for file, place in zip(files, places, strict=True):
         if places.count(place) > 1:
             raise ConfigError(f"{file} is named twice; name each run once")
-    if batch_sizes is not None and len(batch_sizes) not in (1, len(files)):
+    sizes = list(batch_sizes or [0])
+    if len(sizes) not in (1, len(files)):
         raise ConfigError(
-            f"effective_batch_size={','.join(map(str, batch_sizes))} gives {len(batch_sizes)} "
+            f"effective_batch_size={','.join(map(str, sizes))} gives {len(sizes)} "
             f"numbers for {len(files)} runs; give one for all, or one for each"
         )
-    sizes = list(batch_sizes or [0]) * (len(files) if len(batch_sizes or [0]) == 1 else 1)
+    if len(sizes) == 1:
+        sizes *= len(files)
     return [
         make_curve(label, read_log(file), size or None)
         for label, file, size in zip(labels_of(files), files, sizes, strict=True)

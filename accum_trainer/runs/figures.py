@@ -34,7 +34,7 @@ def comparison_rows(comparison: Comparison) -> tuple[list[str], list[tuple[str, 
         ("best evaluation", lambda run: loss(best_evaluation(run.curve.log))),
         ("loss variance", lambda run: f"{run.variance.value:.3g}" if run.variance else NOTHING),
         ("against the baseline", lambda run: f"{-run.fall.value:+.0%}" if run.fall else NOTHING),
-        ("spikes", lambda run: spikes(run)),
+        ("spikes", spikes),
         ("windows without an update", lambda run: nonzero(run.curve.log.num_skipped)),
         *((title, lambda run, of=of: of(run.curve)) for title, of in SPEED),
     ]
@@ -112,25 +112,16 @@ def _padding(curve: Curve) -> str:
     return NOTHING if positions <= 0 else f"{1 - float(tokens[known].sum()) / positions:.1%}"
 
 
-def _highest(column: str, form: str) -> Callable[[Curve], str]:
+def _over_all(
+    column: str, reduce: Callable[[np.ndarray], float], shown: Callable[[float], str]
+) -> Callable[[Curve], str]:
+    """One figure of all known numbers of a column."""
+
     def of(curve: Curve) -> str:
         numbers = curve.log.column(column)
-        return NOTHING if numbers is None else form.format(float(np.nanmax(numbers)))
+        return NOTHING if numbers is None else shown(float(reduce(numbers)))
 
     return of
-
-
-def _mean(column: str, form: str) -> Callable[[Curve], str]:
-    def of(curve: Curve) -> str:
-        numbers = curve.log.column(column)
-        return NOTHING if numbers is None else form.format(float(np.nanmean(numbers)))
-
-    return of
-
-
-def _splits(curve: Curve) -> str:
-    numbers = curve.log.column("oom_splits")
-    return NOTHING if numbers is None else nonzero(float(np.nansum(numbers)))
 
 
 def _noise_scale(curve: Curve) -> str:
@@ -150,8 +141,8 @@ SPEED: list[tuple[str, Callable[[Curve], str]]] = [
     ("tokens per second", _per_second("num_tokens")),
     ("the same without waiting", _per_second("num_tokens", without_waiting=True)),
     ("padding", _padding),
-    ("peak memory, GB", _highest("peak_gb", "{:.2f}")),
-    ("micro-batches split", _splits),
-    ("FLOPs utilisation", _mean("mfu", "{:.1%}")),
+    ("peak memory, GB", _over_all("peak_gb", np.nanmax, "{:.2f}".format)),
+    ("micro-batches split", _over_all("oom_splits", np.nansum, nonzero)),
+    ("FLOPs utilisation", _over_all("mfu", np.nanmean, "{:.1%}".format)),
     ("noise scale, samples", _noise_scale),
 ]

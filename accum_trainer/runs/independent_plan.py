@@ -45,14 +45,7 @@ def plan_runs(config: TrainConfig, folder: Path) -> tuple[list[IndependentRun], 
             )
     on_gpu = torch.cuda.is_available() and not config.cpu
     devices = _devices(config.cuda_ids, torch.cuda.device_count() if on_gpu else None)
-    base = replace(
-        config,
-        parallel_independent=False,
-        cuda_ids=None,
-        vary=None,
-        max_restarts=TrainConfig.max_restarts,
-        resume="auto",
-    )
+    base = replace(config.alone(), resume="auto")
     runs = []
     for i, settings in enumerate(_settings(config.vary, len(devices))):
         name = f"part-{i}"

@@ -1,4 +1,4 @@
-"""What a run directory says about its run, for a page: plan, configuration, end and events.
+"""Facts about a run from its directory, for a page: plan, configuration, end and events.
 
 A directory may come from anyone, and a page is published: files that are links to elsewhere are not
 read, and every value becomes short, printable text. What cannot be read becomes a note.
@@ -6,7 +6,6 @@ read, and every value becomes short, printable text. What cannot be read becomes
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from accum_trainer.runs.curve import Curve, printable
 from accum_trainer.runs.inside import check_inside
 from accum_trainer.runs.json_file import read_json
 from accum_trainer.train.run_folder import CONFIG, PLAN, RESULT
-from accum_trainer.train.run_lock import LOCK, SILENT_SEC
+from accum_trainer.train.run_lock import LOCK, owner_of
 
 # A plan or a configuration beyond this was not written by a training.
 _LARGEST_FILE = 1 << 20
@@ -34,10 +33,10 @@ Read = TypeVar("Read")
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a run beside its curve.
+    """Facts about a run beside its curve.
 
     Attributes:
-        state: `done`, `stopped by SIGTERM`, `training`, ...; "" of a file.
+        state: `done`, `stopped by SIGTERM`, `training`, ...; "" for a file of records.
         summary: (title, value) of model, data, batch, engine and versions.
         changed: (option, value) of those that differ from their defaults.
         options: (option, value) of all.
@@ -80,7 +79,7 @@ def facts_of(curve: Curve) -> Facts:
 
 
 def _read(path: Path, read: Callable[[Path], dict[str, Any]], notes: list[str]) -> dict[str, Any]:
-    """What a file holds; nothing and, if it is there, a note if it cannot be read."""
+    """The object in a file. Empty if there is none, or if it cannot be read, which is noted."""
     try:
         if not path.exists():
             return {}
@@ -127,11 +126,9 @@ def _state(folder: Path, result: dict[str, Any]) -> str:
         return "done"
     if result:
         return f"stopped by {shown(result.get('stopped_by') or 'its caller')}"
-    try:
-        silent = time.time() - (folder / LOCK).lstat().st_mtime
-    except OSError:
-        return "ended without a result"
-    return "training" if silent < SILENT_SEC else "no sign of life"
+    if owner_of(folder) is not None:
+        return "training"
+    return "no sign of life" if (folder / LOCK).exists() else "ended without a result"
 
 
 def _summary(plan: dict[str, Any], curve: Curve) -> Rows:

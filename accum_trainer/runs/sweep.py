@@ -2,7 +2,7 @@
 
     DIR/
       sweep.json           what is compared
-    verdict.json         the comparison, once all branches are done
+      verdict.json         the comparison, once all branches are done
       from/step-N/         the checkpoint that they branch from, kept while RUN goes on
       b-16/, b-32/, ...    a run directory each
       logs/, independent.json, summary.json, loss.png    as of independent runs
@@ -29,6 +29,7 @@ from accum_trainer.config import TrainConfig
 from accum_trainer.errors import CheckpointError, ConfigError
 from accum_trainer.launch.folders import make_folder
 from accum_trainer.runs.independent_run import IndependentRun
+from accum_trainer.runs.json_file import read_json
 from accum_trainer.runs.sweep_verdict import Verdict, judge
 from accum_trainer.train import run_folder as files
 from accum_trainer.train.checkpoint import read_state
@@ -45,7 +46,7 @@ _ENDED = 0.01
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is compared.
+    """The branches to compare.
 
     Attributes:
         folder: of the sweep.
@@ -66,7 +67,7 @@ class Sweep:
     samples: int
 
     def as_json(self) -> dict[str, Any]:
-        """What decides the branches; the same command must give the same."""
+        """All that decides the branches; the same command must give the same."""
         return {
             "checkpoint": identity_of(self.checkpoint),
             "base_batch_size": self.base_batch_size,
@@ -244,11 +245,15 @@ def begin(sweep: Sweep) -> None:
     """Make the sweep's folder, or check that the one there is of the same sweep.
 
     Raises:
+        CheckpointError: its sweep.json is damaged.
         ConfigError: it is of another.
     """
     path, now = sweep.folder / SWEEP, sweep.as_json()
     if path.is_file():
-        held = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            held = read_json(path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; name another output") from None
         differing = [key for key in now if held.get(key) != now[key]]
         if differing:
             key = differing[0]

@@ -41,6 +41,7 @@ def as_source(
         progress: the position in `data`, which also keeps a loader's workers alive.
 
     Raises:
+        ConfigError: `noise_every` is no number of windows.
         DataError: `data` is no source of windows, or does not fit the plan or the options.
     """
     progress = progress or Progress()

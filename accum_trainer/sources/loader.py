@@ -40,8 +40,8 @@ class LoaderSource:
         rank: of this process.
         seed: replaces that of a loader without a generator.
         progress: the position in the loader; it keeps the workers of persistent ones.
-        noise_every: the noise of the gradient is measured in every so many windows, whose batches
-            are random samples; 0 for none.
+        noise_every: the noise of the gradient is measured in every N-th window, whose batches are
+            random samples; 0 for none.
     """
 
     unit = "batches"

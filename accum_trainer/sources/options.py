@@ -36,8 +36,8 @@ class SourceOptions:
         num_workers: processes that load samples.
         prefetch: make each window in a thread while the previous one is trained on. The data set's
             `__getitem__` must not use the global random generators.
-        noise_every: every so many windows are cut at random, so that the noise of the gradient can
-            be measured; 0 for none.
+        noise_every: every N-th window is cut at random, so that the noise of the gradient can be
+            measured; 0 for none.
         pin_memory: copy batches to page-locked memory.
         already_sharded: a DataLoader yields this rank's batches only.
         read_together: each batch that is read takes a collective of all ranks.

@@ -35,7 +35,7 @@ class TrainingFlops:
     per_target: float
 
     def of(self, num_tokens: float, num_targets: float) -> float:
-        """Of a window with so many tokens and targets."""
+        """Of a window with these numbers of tokens and targets."""
         return num_tokens * self.per_token + num_targets * self.per_target
 
 
@@ -108,8 +108,10 @@ def _attention_per_token(model: Any, lengths: np.ndarray) -> float:
     """12 H Q (keys per token), summed over the layers that have attention; 0 if the model's
     configuration does not say."""
     config = _text_config(model)
-    layers, heads = (_first_number(config, (f"num_{of}",)) for of in _COUNTS)
-    hidden = _first_number(config, ("hidden_size",))
+    layers, heads, hidden = (
+        _first_number(config, (name,))
+        for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")
+    )
     if not layers or not heads or not hidden or not len(lengths):
         return 0.0
     queries = _first_number(config, ("qk_head_dim", "head_dim")) or hidden // heads
@@ -127,6 +129,3 @@ def _attention_per_token(model: Any, lengths: np.ndarray) -> float:
         # The mean over tokens, not over samples: a long sample has more of them.
         total += 6 * heads * (queries + values) * float((tokens * keys).sum() / tokens.sum())
     return total
-
-
-_COUNTS = ("hidden_layers", "attention_heads")

@@ -14,7 +14,7 @@ from accum_trainer.window_plan import Cut, Dealt
 
 # Of all time, with room for what the model of cost does not know.
 _SHARE = 0.005
-# What it costs to read and copy a gradient, as a part of what a micro-batch costs beside its tokens
+# The cost of reading and copying a gradient, as a part of a micro-batch's cost beside its tokens
 # (`Cost.fixed`): 8 tokens on a CPU, 500 on a GPU.
 _READING = 0.25
 # Windows that are tried.

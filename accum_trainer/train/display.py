@@ -1,4 +1,4 @@
-"""What `train` shows while it trains: a live display on a terminal, plain lines elsewhere.
+"""Show a training while it runs: a live display on a terminal, plain lines elsewhere.
 
 The display never hides the cursor and uses no second screen, so a run that is killed leaves a
 usable terminal. What other code prints meanwhile appears above it: Python's standard streams and
@@ -227,8 +227,10 @@ class TrainingDisplay:
         ]
 
     def _split(self) -> list[Text]:
-        product, equals, result = self._batch.partition(" = ")
-        return [Text(product), Text(f"= {result}")] if equals else [Text(self._batch)]
+        split, _, shares = self._batch.partition("; ")
+        product, equals, result = split.partition(" = ")
+        facts = [product, f"= {result}"] if equals else split.split(", ")
+        return [Text(fact) for fact in (*facts, shares) if fact]
 
     def _noise(self) -> list[Text]:
         if (noise := self._progress.noise_scale) is None:

@@ -35,9 +35,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """A new file to write; at the end of the `with` it takes the place of `path`. After an error
     the file that was there before is as it was."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(
-        missing_ok=True
-    )  # in a folder of others, a link would take the content elsewhere
+    # In a folder of others, a link would take the content elsewhere.
+    partial.unlink(missing_ok=True)
     try:
         yield partial
         sync(partial)

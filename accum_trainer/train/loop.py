@@ -138,8 +138,12 @@ class Run:
         """The lines that are shown before training."""
         return f"{describe_plan(self._plan, self.training)}\nrun directory: {self.folder}"
 
+    def describe_split(self) -> str:
+        """How the effective batch is cut and spread, in one line."""
+        return describe_split(self._plan, self.training)
+
     def describe_noise(self) -> str | None:
-        """What the measured noise of the gradient says of the effective batch, or why it was not
+        """Advice on the effective batch from the measured noise of the gradient, or why it was not
         measured; None if nothing is known yet."""
         noise = self.training.windows.noise
         if noise.obstacle and not noise.num_windows:
@@ -378,7 +382,7 @@ class Run:
         """Write result.json and the picture."""
         model = read_origin(self.folder / MODEL)
         training = self.training
-        title = f"{self.folder.name}: {describe_split(self._plan, training)}"
+        title = f"{self.folder.name}: {self.describe_split()}"
         ending: dict[str, Any] = {
             "done": training.is_done,
             "stopped_by": self.stopped_by,

@@ -1,4 +1,4 @@
-"""What a person wants to know of a running training, from its records: rates, trend, time left.
+"""A running training in figures for people, from its records: rates, trend, time left.
 
 Rates cover the last windows, so that one slow window does not hide the rest. Knows records and a
 clock, no terminal and no engine.

@@ -45,6 +45,7 @@ CONFIG, PLAN, METRICS, PICTURE, RESULT, LOGS, CHECKPOINTS, LAST, MODEL, MERGED =
     "model",
     "model-merged",
 )
+TRACKER_NOTES, TENSORBOARD = "trackers.json", "tensorboard"
 # `stopped_by` in result.json of a run that diverged.
 DIVERGENCE = "divergence"
 
@@ -175,12 +176,12 @@ class RunFolder:
 
     def _remove_run(self) -> None:
         """Remove what an earlier run here has written, but for its logs."""
-        for name in (CHECKPOINTS, MODEL, MERGED, "tensorboard"):
+        for name in (CHECKPOINTS, MODEL, MERGED, TENSORBOARD):
             if (self.path / name).is_symlink():
                 (self.path / name).unlink()
             elif (self.path / name).is_dir():
                 shutil.rmtree(self.path / name)
-        for name in (METRICS, PICTURE, LAST, "trackers.json"):
+        for name in (METRICS, PICTURE, LAST, TRACKER_NOTES):
             (self.path / name).unlink(missing_ok=True)
 
     def check_lock(self) -> None:

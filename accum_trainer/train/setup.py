@@ -39,7 +39,7 @@ class Training:
         identity: all that decides the windows and the objective; a run is continued only if these
             agree.
         notes: for people, before training starts.
-        noise_every: the noise of the gradient is measured in every so many windows; 0 for none.
+        noise_every: the noise of the gradient is measured in every N-th window; 0 for none.
     """
 
     config: TrainConfig

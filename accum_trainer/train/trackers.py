@@ -24,10 +24,10 @@ from typing import Any
 from accum_trainer.config import OPTIONS, TrainConfig
 from accum_trainer.errors import ConfigError, first_line
 from accum_trainer.train.records import Record, read_records
+from accum_trainer.train.run_folder import TENSORBOARD, TRACKER_NOTES
 
 logger = logging.getLogger(__name__)
 
-NOTES = "trackers.json"
 PICTURE_KEY = "curves"
 
 
@@ -41,7 +41,7 @@ class Kind:
         send_picture: gives it loss.png after an update.
         finish: ends its run.
         steps_of: updates of which it has records, once it was started.
-        purges: it drops what it was sent of later updates if it is told where the run goes on.
+        purges: it drops what it was sent of later updates if it knows where the run goes on.
     """
 
     packages: tuple[str, ...]
@@ -54,7 +54,7 @@ class Kind:
 
 @dataclass
 class Note:
-    """What trackers.json says of one tracker.
+    """The entry of one tracker in trackers.json.
 
     Attributes:
         id: under which it knows the run: chosen here, or by its server.
@@ -106,9 +106,9 @@ class TrackedRun:
 
 
 def _tensorboard(run: TrackedRun) -> dict[str, Any]:
-    run.check_inside("tensorboard")
+    run.check_inside(TENSORBOARD)
     later = {"purge_step": run.first_step} if run.note.step else {}
-    return {"run_name": "tensorboard", "logging_dir": run.folder, **later}
+    return {"run_name": TENSORBOARD, "logging_dir": run.folder, **later}
 
 
 def _wandb(run: TrackedRun) -> dict[str, Any]:
@@ -268,7 +268,7 @@ class Trackers:
         # Lost, or not ours: all is sent again, under a new id. A run that was killed before its
         # first checkpoint has notes and no records that are kept.
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-            found = json.loads((self._folder / NOTES).read_text())
+            found = json.loads((self._folder / TRACKER_NOTES).read_text())
             notes = {name: Note.read(found[name]) for name in KINDS if name in found}
         for name in self._config.trackers:
             known = notes.get(name)
@@ -358,15 +358,15 @@ class Trackers:
         notes = {name: asdict(note) for name, note in self._notes.items()}
         # Lost with the machine it is only sent again, so it is not synced to disk at each update.
         with contextlib.suppress(OSError):
-            partial = self._folder / f".{NOTES}.partial"
+            partial = self._folder / f".{TRACKER_NOTES}.partial"
             partial.unlink(missing_ok=True)  # a link would take the content elsewhere
             partial.write_text(json.dumps(notes, indent=1) + "\n")
-            partial.replace(self._folder / NOTES)
+            partial.replace(self._folder / TRACKER_NOTES)
 
 
 @contextlib.contextmanager
 def _output_on_stderr() -> Iterator[None]:
-    """What trackers print is for people; standard output is for programs."""
+    """Trackers print for people; standard output is for programs."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
 

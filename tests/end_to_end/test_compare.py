@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import statistics
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
@@ -16,6 +17,7 @@ import pytest
 
 from accum_trainer.data.embedded import corpus_tokenizer
 from accum_trainer.train.loss_picture import draw_loss, thinned
+from accum_trainer.train.run_lock import this_machine
 from tests.browser import dom_of, needs_chromium
 from tests.launching import cli
 from tests.made_runs import small_llama
@@ -179,11 +181,21 @@ def test_report_of_a_run_has_its_figures_and_loads_nothing(runs):
     assert again.returncode == 0
 
 
+LOCK = {
+    "host": socket.gethostname(),
+    "machine": this_machine(),
+    "process": 1,
+    "started": 1,
+    "since": "now",
+}
+
+
 @pytest.mark.parametrize(
     ("files", "state"),
     [
         ({}, "ended without a result"),
-        ({"run.lock": "{}"}, "training"),
+        ({"run.lock": LOCK | {"host": "another"}}, "training"),
+        ({"run.lock": LOCK | {"process": 1 << 30}}, "no sign of life"),
         ({"result.json": {"done": False, "stopped_by": "SIGTERM"}}, "stopped by SIGTERM"),
         ({"result.json": "{", "config.yaml": "lr: [1"}, "ended without a result"),
     ],

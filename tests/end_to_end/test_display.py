@@ -116,6 +116,17 @@ main(sys.argv[1:])
 """
 
 
+def test_a_limit_of_tokens_is_shown_as_the_plan_says_it(tmp_path, rows):
+    program, environ = stand_in("accum-trainer")
+    argv = ["--max-tokens-per-micro-batch", "256", "--global-batch-size", "8", "--steps", "3"]
+    argv = ["train", "--cpu", "--max-seq-len", "64", "--dataset-file", rows, *argv]
+    seen = Terminal([program, *argv, "--output-dir", "run"], environ, tmp_path)
+    assert seen.ended() == 0, seen.text
+    shown = seen.text[seen.text.index("run directory") :]
+    assert "at most 256 tokens per micro-batch   W 1   effective batch 8" in shown, shown
+    assert " x K " not in shown
+
+
 def test_what_other_processes_write_is_not_erased(tmp_path, rows):
     (tmp_path / "shared.py").write_text(SHARED)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]

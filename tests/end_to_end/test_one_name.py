@@ -193,6 +193,9 @@ def test_the_script_of_another_shell_is_one_that_it_can_read(said, shell, tmp_pa
         "merge a b -o o",
         "report ru",
         "launch a.yaml -- --output-dir ru",
+        "sweep --from ru",
+        "panel ru",
+        "train --branch-from ru",
     ],
 )
 def test_values_that_are_paths_are_left_to_the_shell(monkeypatch, capsys, words):

@@ -121,7 +121,7 @@ def test_a_sweep_that_was_stopped_goes_on_and_names_a_batch(trained, tmp_path, m
     ("options", "said"),
     [
         (["--global-batch-size", "8"], "compares two or more different effective batches"),
-        (["--global-batch-size", "a,b"], "is not a list of effective batches"),
+        (["--global-batch-size", "a,b"], "is no list of samples per update"),
         (["--from", "nowhere"], "from=nowhere is no folder; give a run directory"),
         (["--samples", "0"], "samples=0 is below 1"),
         (["--lr", "-1"], "lr=-1.0 must be above 0"),
@@ -134,6 +134,14 @@ def test_a_sweep_that_cannot_be_is_refused(trained, options, said, monkeypatch, 
     err = capsys.readouterr().err
     assert said in err and "Traceback" not in err
     assert not (trained / "unborn").exists()
+
+
+def test_a_damaged_sweep_is_refused(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    (trained / "damaged").mkdir()
+    (trained / "damaged" / "sweep.json").write_text("{")
+    assert main_of(*SWEEP, "-o", "damaged") == 2
+    assert "damaged/sweep.json cannot be read: " in capsys.readouterr().err
 
 
 def test_a_run_whose_schedule_has_ended_is_refused_with_the_remedy(trained, monkeypatch, capsys):

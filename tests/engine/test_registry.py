@@ -20,7 +20,6 @@ from accum_trainer.engine.request import Request
 from accum_trainer.engine.single import SingleEngine
 from accum_trainer.engine.zero import STAGES, ZeroEngine
 from accum_trainer.errors import ConfigError, EngineError
-from accum_trainer.launch import spec
 from accum_trainer.plan import footprint
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -120,7 +119,7 @@ def test_every_engine_has_one_name_everywhere():
     in_force = {SingleEngine.name, DDPEngine.name, FSDPEngine.name}
     assert asked_for == in_force | {kind.name for kind in STAGES.values()}
     assert {*config_engine.ENGINES, "zero0"} == asked_for
-    assert set(config_engine.ENGINES) == {*spec.ENGINES, "single"} == set(footprint.ENGINE_NAMES)
+    assert set(config_engine.ENGINES) == set(footprint.ENGINE_NAMES)
 
 
 def test_two_engines_are_refused(registered):

@@ -9,7 +9,7 @@ import torch
 from accum_trainer import AccumTrainerError, causal_lm_loss
 from accum_trainer.engine import sync
 from accum_trainer.engine.own_parts import WholeTensors
-from benchmarks.traffic import Recorder
+from benchmarks.collectives import Recorder
 from tests.engine.cases.probing import (
     ENGINE,
     Probe,
