@@ -13,16 +13,16 @@ from urllib.parse import quote
 
 import psutil
 import pytest
+from playwright.sync_api import expect
 
 from accum_trainer.train.records import read_records
 from accum_trainer.train.run_lock import owner_of
-from tests.end_to_end.panels import PICTURES, StartedPanel, chromium, need
+from tests.browser import chromium
+from tests.end_to_end.panels import PICTURES, StartedPanel
 from tests.end_to_end.started import Started, accum_trainer, wait_for_end
 from tests.launching import shell
 from tests.made_runs import make_run, write_sums
 
-need("nicegui")
-expect = need("playwright.sync_api").expect
 expect.set_options(timeout=40_000)
 LONG = 1_000_000  # updates: a run that a test stops
 COMPARED = ("step", "loss", "lr", "grad_norm", "num_targets", "effective_batch_size")
@@ -180,10 +180,7 @@ def test_from_8_by_4_reading_32_to_the_curve_of_the_command_run_by_hand(open_pag
     expect(state(page)).to_have_text("done")
     expect(page.get_by_text("4 of 4 updates")).to_be_visible()
     for name in ("Loss", "Learning rate", "Gradient norm"):
-        lines = page.get_by_role("img", name=name).locator(
-            "path[fill=none][stroke^='var(--accent']"
-        )
-        assert lines.count() >= 1, name
+        assert curves(page, name).count() >= 1, name
     run = panels.runs / "first"
     result = json.loads((run / "result.json").read_text())
     expect(
