@@ -51,11 +51,13 @@ LONG = (
 QUICK = (
     "test_batch_plan",
     "test_window_plan",
+    "test_config",
     "test_sources",
     "test_accumulator",
     "test_norm",
     "test_structure",
     "engine/test_contract",
+    "end_to_end/test_wrong_options",
     "end_to_end/test_wrong_input",
 )
 BEGUN = time.monotonic()
