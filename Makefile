@@ -47,7 +47,7 @@ gpu: $(INSTALLED)
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .cache .pytest_cache .mypy_cache .ruff_cache
 
 # torch first and alone: with it in place nothing else brings another build of it.
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt

@@ -38,7 +38,8 @@ LONG = (
     "end_to_end/test_launch_files",
     "test_footprint",
     "end_to_end/test_launch",
-    "end_to_end/test_panel",
+    "end_to_end/panel/test_set_up",
+    "end_to_end/panel/test_watch",
     "end_to_end/test_independent",
     "end_to_end/test_demo",
     "end_to_end/test_cut",
@@ -51,11 +52,13 @@ LONG = (
 QUICK = (
     "test_batch_plan",
     "test_window_plan",
+    "test_config",
     "test_sources",
     "test_accumulator",
     "test_norm",
     "test_structure",
     "engine/test_contract",
+    "end_to_end/test_wrong_options",
     "end_to_end/test_wrong_input",
 )
 BEGUN = time.monotonic()

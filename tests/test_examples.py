@@ -52,7 +52,6 @@ def test_the_exact_loop_differs_in_marked_lines_only():
 
 
 def test_lora_with_zero2_is_the_update_of_one_process(run):
-    pytest.importorskip("deepspeed")
     said = run(
         "python lora_zero2.py; torchrun --standalone --nproc_per_node 2 lora_zero2.py 2>/dev/null"
     )
@@ -80,7 +79,6 @@ def test_a_stream_on_two_processes_ends_unevenly(run):
 
 
 def test_the_hydra_application_takes_a_policy(run):
-    pytest.importorskip("hydra")
     said = run("cd hydra_app; python train.py; python train.py accumulate_grad_batches=high")
     assert "B 4 x K 2 x W 1 = effective batch 8" in said
     assert "B 4 x K 8 x W 1 = effective batch 32" in said

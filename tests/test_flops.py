@@ -166,3 +166,14 @@ def test_sharded_weights_count_whole(tmp_path):
         ]
     assert needed["fsdp2"] == pytest.approx(needed["single"], rel=1e-9)
     assert needed["zero3"] == pytest.approx(needed["single"], rel=1e-9)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_placeholder_counts_as_the_weight_that_it_stands_for(name):
+    """ZeRO-3 leaves an empty tensor, and the shape beside it."""
+    model = model_of(CONFIGS[name]())
+    whole = training_flops(model, np.array([16]))
+    for weight in model.parameters():
+        weight.ds_shape = weight.shape
+        weight.data = torch.empty(0)
+    assert training_flops(model, np.array([16])) == whole

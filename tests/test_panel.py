@@ -167,11 +167,12 @@ class TestTheState:
         form.set("batch_size", "8")
         form.set("batch_size", "8")
         form.set("use_peft", True)
-        form.set_view("smoothing", 0.9)
         assert heard == ["batch_size", "use_peft"]
         again = Form(tmp_path / "runs" / ".panel.json")
         assert again.values == form.values and again.values["batch_size"] == "8"
-        assert again.view["smoothing"] == 0.9
+        form.set_view("smoothing", 0.9)
+        again = Form(tmp_path / "runs" / ".panel.json")
+        assert again.values == form.values and again.view["smoothing"] == 0.9
 
     @pytest.mark.parametrize(
         "text", ["", "[]", "{", '{"values": 3}', '{"values": {"lr": 3}, "view": []}', "[" * 9999]

@@ -321,7 +321,7 @@ def test_the_threat_table_names_tests_that_exist():
 
 
 def test_make_clean_leaves_runs(tmp_path):
-    for name in ("runs/first/model", "build", ".pytest_cache", "x.egg-info"):
+    for name in ("runs/first/model", "build", ".cache", ".pytest_cache", "x.egg-info"):
         (tmp_path / name).mkdir(parents=True)
     finished = run(["make", "-f", ROOT / "Makefile", "clean"], cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import accum_trainer
-from tests.browser import CHROMIUM, needs_chromium
+from tests.browser import chromium
 from tests.launching import ROOT, python
 
 SITE = ROOT / "build" / "site"
@@ -32,8 +32,6 @@ def pages_of(nav):
 
 @pytest.fixture(scope="module")
 def site():
-    pytest.importorskip("zensical")
-    pytest.importorskip("mkdocstrings_handlers.python")
     run = python(ROOT / "docs" / "site.py", timeout=120)
     assert run.returncode == 0, run.stdout + run.stderr
     return SITE
@@ -49,7 +47,6 @@ def test_every_page_is_in_the_navigation_once():
 
 
 def test_a_link_that_leads_nowhere_ends_the_build(tmp_path):
-    pytest.importorskip("zensical")
     (tmp_path / "pages").mkdir()
     (tmp_path / "pages" / "index.md").write_text("[gone](gone.md)\n")
     (tmp_path / "mkdocs.yml").write_text("site_name: x\ndocs_dir: pages\nsite_dir: site\n")
@@ -79,10 +76,7 @@ def test_the_reference_has_every_public_name(site):
     assert "micro_batch_size" in text and "B, most samples in one" in text
 
 
-@needs_chromium
 def test_a_browser_reads_and_searches_it_alone(site):
-    sync_api = pytest.importorskip("playwright.sync_api")
-
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_):
             pass
@@ -94,8 +88,7 @@ def test_a_browser_reads_and_searches_it_alone(site):
     served = f"http://127.0.0.1:{server.server_port}"
     asked: list[str] = []
     try:
-        with sync_api.sync_playwright() as play:
-            browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        with chromium() as browser:
             page = browser.new_page(viewport={"width": 1280, "height": 900})
             page.on("request", lambda request: asked.append(request.url))
             page.goto(Path(site, "docs", "window.html").as_uri())  # without a server
@@ -107,7 +100,6 @@ def test_a_browser_reads_and_searches_it_alone(site):
             page.get_by_role("button", name="Search").first.click()
             page.get_by_placeholder("Search").fill("gradient_divisor")
             page.locator(f"a[href='{served}/docs/exactness.html']").first.wait_for()
-            browser.close()
     finally:
         server.shutdown()
         server.server_close()

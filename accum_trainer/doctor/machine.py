@@ -33,12 +33,19 @@ def devices() -> Iterator[Finding]:
             yield Finding("device", "CPU; no GPU was found", OK, remedy, ("gpu",), data={"gpus": 0})
             return
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+        remedy = (
+            "install torch's build for this driver's CUDA (pip install torch), or a newer driver"
+        )
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if torch.version.cuda and hidden is not None:
+            built += f" with CUDA_VISIBLE_DEVICES={hidden!r}"
+            remedy = "unset CUDA_VISIBLE_DEVICES, or name a GPU that is there; else " + remedy
         yield Finding(
             "device",
             f"a GPU with driver {driver} is there, and torch {torch.__version__}, {built}, cannot "
             "use it",
             LIMIT,
-            "install the torch build for this driver's CUDA (pip install torch), or a newer driver",
+            remedy,
             ("gpu",),
             {"gpus": 0, "driver": driver},
         )

@@ -1,31 +1,18 @@
-"""A panel that is under way, and a real browser that looks at it."""
+"""A panel that is under way."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
-import os
 import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import pytest
-
-from tests.browser import CHROMIUM, IS_NEEDED, MISSING
 from tests.end_to_end.started import Started, accum_trainer
 from tests.launching import ROOT
 
 # Pictures of each state, to be looked at.
 PICTURES = ROOT / ".pytest_cache" / "panel"
-
-
-def need(module: str) -> Any:
-    """The module; skips, or fails where it is needed, if it is not installed."""
-    if IS_NEEDED:
-        return importlib.import_module(module)
-    return pytest.importorskip(module, reason="not installed: the extras [panel] and [dev]")
 
 
 class StartedPanel(Started):
@@ -60,19 +47,3 @@ def panel_in(folder: Path, *arguments: object, **env: object) -> Iterator[Starte
         yield panel
     finally:
         panel.end()
-
-
-@contextlib.contextmanager
-def chromium() -> Iterator[Any]:
-    """The system's browser without a window; skips, or fails where it is needed, if there is
-    none."""
-    if CHROMIUM is None:
-        (pytest.fail if IS_NEEDED else pytest.skip)(MISSING)
-    from playwright.sync_api import sync_playwright
-
-    # root has no sandbox to give.
-    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        yield browser
-        browser.close()

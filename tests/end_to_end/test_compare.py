@@ -17,6 +17,7 @@ import pytest
 
 from accum_trainer.data.embedded import corpus_tokenizer
 from accum_trainer.train.loss_picture import draw_loss, thinned
+from accum_trainer.train.records import read_records
 from accum_trainer.train.run_lock import this_machine
 from tests.browser import dom_of, needs_chromium
 from tests.launching import cli
@@ -41,7 +42,7 @@ def runs(tmp_path_factory):
 
 
 def records(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return read_records(run / "metrics.jsonl")
 
 
 def by_hand(run):

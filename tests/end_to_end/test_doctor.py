@@ -14,6 +14,7 @@ import time
 import pytest
 import torch
 
+from accum_trainer.doctor.machine import devices
 from accum_trainer.doctor.places import file_system
 from tests.launching import forked, run
 
@@ -171,11 +172,35 @@ def test_a_version_outside_its_range(tmp_path):
 
 
 def test_what_is_needed_and_not_there(doctor, command, tmp_path):
-    if not torch.cuda.is_available():
-        status, found = doctor("--need", "gpu", "--need", "flash_attention_2")
-        assert status == 1 and found["device"]["state"] == found["attention"]["state"] == "fail"
+    needed = ("--need", "gpu", "--need", "flash_attention_2")
+    status, found = doctor(*needed, CUDA_VISIBLE_DEVICES="")
+    assert status == 1 and found["device"]["state"] == found["attention"]["state"] == "fail"
     wrong = command("doctor", "--need", "luck", cwd=tmp_path)
     assert wrong.status == 2 and "several processes" in wrong.err
+
+
+@pytest.mark.parametrize(
+    ("cuda", "visible", "remedy"),
+    [
+        ("13.0", "", "unset CUDA_VISIBLE_DEVICES, or name a GPU that is there; else install"),
+        ("13.0", None, "install torch's build for this driver's CUDA"),
+        (None, "0", "install torch's build for this driver's CUDA"),
+    ],
+    ids=["hidden", "other build", "CPU build"],
+)
+def test_a_gpu_that_torch_cannot_use(monkeypatch, tmp_path, cuda, visible, remedy):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 580.1\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    [found] = devices()
+    assert found.state == "limit" and found.lacks == ("gpu",)
+    assert "a GPU with driver 580.1 is there" in found.says
+    assert found.remedy.startswith(remedy)
 
 
 def test_text_names_what_fails(command, tmp_path):

@@ -13,10 +13,10 @@ import time
 
 import pytest
 
-from tests.end_to_end.panels import StartedPanel, chromium, need, panel_in
+from tests.browser import chromium
+from tests.end_to_end.panels import StartedPanel, panel_in
 from tests.launching import cli, script
 
-need("nicegui")
 SOCKET = "/_nicegui_ws/socket.io/?EIO=4&transport="
 PASSWORD = "correct horse battery"
 

@@ -8,7 +8,7 @@ import socket
 import pytest
 import yaml
 
-from tests.end_to_end.test_wrong_input import refused
+from tests.end_to_end.wrong import refused
 from tests.launching import python
 
 CREATE = {

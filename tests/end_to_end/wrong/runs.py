@@ -1,0 +1,131 @@
+"""Wrong arguments of commands about runs that are there: `checkpoint export`, `requeue`, `compare`,
+`report` and `merge`."""
+
+from __future__ import annotations
+
+EXPORT = {
+    "no source": ([], "Missing argument 'RUN|CHECKPOINT'"),
+    "no target": (["run"], "Missing option '-o'"),
+    "source missing": (
+        ["nowhere", "-o", "out"],
+        "source=nowhere is no folder; give a run directory, or a checkpoint in it",
+    ),
+    "source a file": (["rows.txt", "-o", "out"], "source=rows.txt is no folder"),
+    "source without checkpoints": (["folder", "-o", "out"], "folder is not a whole checkpoint"),
+    "a run without a whole one": (["empty-run", "-o", "out"], "is a run without a whole check"),
+    "target taken": (["run", "-o", "folder"], "output=folder exists already; name a new or empty"),
+    "target a file": (["run", "-o", "rows.txt"], "output=rows.txt exists already"),
+    "target below a file": (["run", "-o", "rows.txt/out"], "output=rows.txt/out cannot be written"),
+    "a checkpoint alone": (["alone/c/step-00000001", "-o", "out"], "lies in no run directory"),
+    "other weights": (["run", "-o", "out"], ("run/checkpoints/step-00000001", "model=tiny")),
+    "a configuration that is none": (["torn", "-o", "out"], "torn/config.yaml line 1 is not YAML"),
+    "damaged": (["damaged", "-o", "out"], "is a run without a whole checkpoint"),
+    "two sources": (["run", "run", "-o", "out"], "unexpected extra argument (run)"),
+}
+REQUEUE = {
+    "no status": ([], "Missing argument 'STATUS'"),
+    "status word": (["zero"], "'zero' is not a valid integer"),
+    "no run": (["0", "--", "--steps", "4"], "give its --output-dir after --"),
+    "wrong option": (["75", "--", "--output-dir", "run", "--lr", "x"], "lr='x' is not a number"),
+    "unknown option": (["75", "--", "--output-dri", "run"], "No such option '--output-dri'"),
+    "limit negative": (
+        ["--max-without-progress", "-1", "75", "--", "--output-dir", "run"],
+        "-1 is not in the range x>=0",
+    ),
+    "limit word": (["--max-without-progress", "x", "75"], "'x' is not a valid integer"),
+    "a run that is a file": (["0", "--", "--output-dir", "rows.txt"], "rows.txt is a file"),
+    "configuration missing": (
+        ["0", "--", "--config", "no.yaml", "--output-dir", "run"],
+        "cannot read the configuration no.yaml",
+    ),
+    "help": (["0", "--", "--help"], "run `accum-trainer train --help` instead"),
+}
+COMPARE = {
+    "nothing": ([], "Missing argument 'RUN...'"),
+    "no such run": (["logs/one.jsonl", "nowhere"], "nowhere does not exist; name a run directory"),
+    "a folder of none": (["folder"], "folder is a folder without metrics.jsonl, and so are those"),
+    "an empty log": (["empty.jsonl"], "empty.jsonl has no update: it is empty; name a run direc"),
+    "rows": (["rows.txt"], "rows.txt has no update (lines that are no JSON object: 2)"),
+    "twice": (["logs/one.jsonl", "logs/../logs/one.jsonl"], "is named twice; name each run once"),
+    "twice by its folder": (["logs", "logs/b"], "b/metrics.jsonl is named twice"),
+    "baseline of none": (
+        ["logs/one.jsonl", "logs/b", "--baseline", "c"],
+        "baseline=c is none of the runs; give a number from 1 to 2, or one of one, b",
+    ),
+    "baseline beyond": (["logs/b", "--baseline", "2"], "baseline=2 is none of the runs"),
+    "axis unknown": (["logs/b", "--axis", "time"], "'time' is not one of 'auto', 'updates'"),
+    "axis of no log": (
+        ["logs/one.jsonl", "--axis", "samples"],
+        ("one.jsonl has no effective_batch_size", "choose the axis updates"),
+    ),
+    "batch word": (
+        ["logs/b", "--effective-batch-size", "2,x"],
+        "effective_batch_size=2,x is no list of samples per update; give whole numbers above 0",
+    ),
+    "batch zero": (["logs/b", "--effective-batch-size", "0"], "effective_batch_size=0 is no list"),
+    "batches too many": (
+        ["logs/b", "logs/one.jsonl", "--effective-batch-size", "1,2,3"],
+        "effective_batch_size=1,2,3 gives 3 numbers for 2 runs; give one for all, or one for each",
+    ),
+    "picture of no kind": (["logs/b", "-o", "a.gif"], "output=a.gif is no name of a picture"),
+    "picture nowhere": (["logs/b", "-o", "no/a.png"], "output=no/a.png cannot be written: there"),
+    "picture and none": (["logs/b", "-o", "a.png", "--no-picture"], "no_picture asks for none"),
+    "picture of somebody": (["logs/b", "-o", "mine.png"], "output=mine.png exists and is no PNG"),
+    "json of somebody": (
+        ["logs/b", "--no-picture", "--json", "rows.txt"],
+        "json=rows.txt exists and is no comparison; name another file",
+    ),
+    "json over a log": (
+        ["logs/one.jsonl", "--no-picture", "--json", "logs/one.jsonl"],
+        "json=logs/one.jsonl cannot be written: it is one of the runs; name another file",
+    ),
+    "json in a folder": (["logs/b", "--json", "folder"], "json=folder cannot be written: it is a"),
+    "json and picture": (["logs/b", "-o", "a.png", "--json", "./a.png"], "is the picture's name"),
+    "unknown option": (["logs/b", "--base-line", "1"], "No such option '--base-line'"),
+}
+REPORT = {
+    "nothing": ([], "Missing argument 'RUN...'"),
+    "no place": (["logs/one.jsonl"], "name the page with -o FILE.html; only that of one run"),
+    "no place for two": (["logs/b", "logs/one.jsonl"], "name the page with -o FILE.html"),
+    "no such run": (["nowhere", "-o", "a.html"], "nowhere does not exist; name a run directory"),
+    "page of somebody": (["logs/b", "-o", "rows.txt"], "rows.txt exists and is no report"),
+    "page in a folder": (["logs/b", "-o", "folder"], "output=folder cannot be written: it is a"),
+    "page nowhere": (["logs/b", "-o", "no/a.html"], "there is no folder no"),
+    "baseline of none": (["logs/b", "-o", "a.html", "--baseline", "x"], "baseline=x is none of"),
+}
+MERGE = {
+    "nothing": ([], "Missing argument 'RUN...'"),
+    "one run": (["a", "-o", "out"], "a is one run, and a merge needs two or more"),
+    "no such run": (["a", "nowhere", "-o", "out"], "nowhere does not exist; name a folder with"),
+    "no run": (["a", "folder", "-o", "out"], "folder is no run; name a folder with"),
+    "a file": (["a", "rows.txt", "-o", "out"], "rows.txt is no run; name a folder with"),
+    "twice": (["a", "a", "-o", "out"], "a is given twice, and would count twice; name each run"),
+    "twice by another name": (["a", "./b/../a", "-o", "out"], "is given twice, and would count"),
+    "no output": (["a", "b"], "name the folder of the merge with -o DIR"),
+    "output taken": (["a", "b", "-o", "folder"], "output=folder exists and is no merge"),
+    "output a file": (["a", "b", "-o", "rows.txt"], "output=rows.txt exists and is no merge"),
+    "output below a file": (["a", "b", "-o", "rows.txt/x"], "rows.txt is no folder that may be"),
+    "a merge there": (["a", "b", "-o", "merged"], "output=merged holds a merge already"),
+    "unfinished": (["a", "stopped", "-o", "out"], ("unfinished: stopped", "--allow-unfinished")),
+    "of no sample": (["a", "untrained", "-o", "out"], "untrained was trained on 0 samples"),
+    "other weights": (["a", "other", "-o", "out"], "merge runs of the same model and seed"),
+    "a sweep": (["sweep"], ("sweep is a sweep: its 2 runs differ in lr", "one by one")),
+    "parts missing": (["lost"], "part-9 of lost is missing: independent.json lists 2 runs"),
+    "parts outside": (["outside"], "names ../a, which is no name of an entry of its folder"),
+    "no parts": (
+        ["nothing"],
+        "nothing/independent.json names no runs; name the run directories",
+    ),
+    "a damaged plan": (["a", "planless", "-o", "out"], "planless/plan.json cannot be read"),
+    "a plan that is a list": (["a", "listed", "-o", "out"], "plan.json holds a list, not an obj"),
+    "a result of words": (["a", "worded", "-o", "out"], "worded/result.json has no num_samples"),
+    "no weights": (["a", "weightless", "-o", "out"], "weightless has no weights"),
+    "adapter unknown": (["a", "b", "--adapter", "sum"], "'sum' is not one of 'concat', 'product'"),
+    "adapter of whole models": (
+        ["a", "b", "-o", "out", "--adapter", "concat"],
+        "adapter=concat is for LoRA adapters, but the runs are whole models; leave it out",
+    ),
+    "unknown option": (["a", "b", "--out", "x"], "No such option '--out'"),
+    "rows missing": (["a", "b", "-o", "out", "--eval-file", "no.txt"], "no.txt does not exist"),
+    "a shard of words": (["a", "sharded", "-o", "out"], "shard=first is not a shard"),
+}
