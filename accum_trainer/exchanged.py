@@ -26,6 +26,7 @@ class WindowCounts(NamedTuple):
         has_failed: the rank could not read its share.
         is_beginning: the rank begins a source whose loss is not decided yet, and has no counts.
         sample: digest of one sample, the same index on all ranks; 0 means nothing.
+        is_random: the noise of the window's gradient is measured.
     """
 
     num_targets: float
@@ -39,6 +40,7 @@ class WindowCounts(NamedTuple):
     has_failed: float = 0.0
     is_beginning: float = 0.0
     sample: float = 0.0
+    is_random: float = 0.0
 
     def to_row(self) -> list[float]:
         return [float(value) for value in self]
@@ -59,6 +61,12 @@ def check_read(counts: list[WindowCounts]) -> None:
             )
     if not any(one.num_micro_batches for one in counts):
         return
+    measured = [bool(one.is_random) for one in counts if one.num_micro_batches]
+    if any(measured) and not all(measured):
+        raise DataError(
+            "the noise of this window's gradient is measured on some processes and not on others, "
+            "and such a window is cut differently; give noise_every alike on all processes"
+        )
     for rank, one in enumerate(counts):
         if one.has_nothing and not one.num_micro_batches:
             raise DataError(

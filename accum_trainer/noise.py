@@ -38,6 +38,8 @@ from accum_trainer.engine.memory import free_bytes
 _NORMAL_QUANTILE = 1.96
 # Measured windows without which nothing is said.
 _LEAST_WINDOWS = 4
+# Numbers of a rank in the exchange that ends a window.
+_ROW = 8
 # Measured windows beyond which old ones are forgotten, so that the estimate follows training.
 _MOST_WINDOWS = 1000
 
@@ -182,8 +184,9 @@ class WindowNorms:
 
     @property
     def size(self) -> int:
-        """Numbers of `to_row`."""
-        return 8 if self._shares else 0
+        """Numbers of `to_row`: the same in every window, so that the exchange that compares the
+        ranks' windows does not hang if one rank measures and another does not."""
+        return _ROW
 
     def take(self, engine: Any, models: Sequence[torch.nn.Module]) -> None:
         """After a micro-batch: the square of its gradient's norm. Waits for no device."""
@@ -195,14 +198,29 @@ class WindowNorms:
             return
         gradients = engine.local_gradients(models)
         self._obstacle = self._obstacle_of(engine, gradients)
-        if not self._obstacle:
+        if self._obstacle:
+            return
+        try:
             self._squares.append(self._square(gradients, is_needed_later=position < last - 1))
+        except Exception as error:  # the update itself needs none of this
+            if not engine.is_out_of_memory(error):
+                raise
+            self.give_up()
+
+    def give_up(self) -> bool:
+        """Memory ran out: give back the copy of the gradient and measure no more. Whether there
+        was one, so that the same micro-batch may fit now."""
+        self._obstacle = self._obstacle or "out of memory"
+        held = bool(self._before)
+        self._before.clear()
+        return held
 
     def _obstacle_of(self, engine: Any, gradients: dict[Any, torch.Tensor]) -> str:
         if not gradients:
             return (
                 f"{engine.name} with grad_sync={engine.grad_sync} and mixed_precision="
-                f"{engine.mixed_precision} has no gradient of one micro-batch"
+                f"{engine.mixed_precision} has no gradient of one micro-batch, or several "
+                "optimizers share it"
             )
         new = sum(g.nbytes for key, g in gradients.items() if key not in self._before)
         # Half of what is free stays free for the forwards to come.
@@ -234,10 +252,8 @@ class WindowNorms:
             num_splits: of micro-batches in this window; split ones are no longer as planned.
         """
         self._before.clear()
-        if not self._shares:
-            return []
         self._obstacle = self._obstacle or ("out of memory" if num_splits else "")
-        if self._obstacle:
+        if self._obstacle or not self._shares:
             return [0.0] * self.size
         known = [
             (square, samples)
@@ -266,7 +282,7 @@ class WindowNorms:
         y = N - sum n. Where noise prevails all these are uncorrelated and have variances
         proportional to x: least squares with weights 1 / x. Any weights leave the fit unbiased.
         """
-        if not self.size:
+        if not self._shares:
             return
         if not table[:, 0].all():
             self._noise.obstacle = self._obstacle or "another process could not measure it"

@@ -274,7 +274,8 @@ class Window:
         # A larger one that was just held proves that this one's size is not too much.
         largest = max(num_positions(p.batch) for p in self._planned[: self._started])
         self._planned[now : now + 1] = self._halves(self._planned[now])
-        self._oom.remember(largest)
+        if not self.norms.give_up():
+            self._oom.remember(largest)
         self._started = 0 if from_start else now
         self._planned[self._started :] = self._cut_to_fit(self._planned[self._started :])
         self._accumulated = self._started

@@ -189,4 +189,5 @@ def _counts_of(share: WindowShare, targets: list[float], can_read_ahead: bool) -
         can_read_ahead=can_read_ahead,
         has_nothing=share.filler is None,
         sample=share.sample,
+        is_random=share.is_random,
     )

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from accum_trainer import Accumulator, causal_lm_loss
+from accum_trainer.errors import DataError
 from accum_trainer.sources.collating import PackingCollator
 from tests.reference import pad
 
@@ -66,13 +67,18 @@ def alike(count: int) -> list[dict]:
 
 
 def measured(
-    layout: str, micro_batch_size: int, size: int, epochs: int, samples: list[dict]
+    layout: str,
+    micro_batch_size: int,
+    size: int,
+    epochs: int,
+    samples: list[dict],
+    noise_every: int = 1,
 ) -> dict:
     acc = Accumulator(micro_batch_size=micro_batch_size, global_batch_size=size, cpu=True)
     model = Unigram()
     model, optimizer = acc.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
     collate = pad if layout == "padded" else PackingCollator()
-    windows = acc.windows(samples, collate_fn=collate, noise_every=1)
+    windows = acc.windows(samples, collate_fn=collate, noise_every=noise_every)
     for _ in range(epochs):
         for window in windows:
             for batch in window:
@@ -83,7 +89,20 @@ def measured(
     return vars(found) | {"obstacle": windows.noise.obstacle}
 
 
-def main(out: str) -> None:
+def differing(rank: int) -> str:
+    """The error if process 0 measures every second window and process 1 none."""
+    try:
+        measured("padded", 8, 48, 1, make_samples(200), noise_every=2 * (rank == 0))
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+def main(out: str, what: str = "measured") -> None:
+    rank = os.environ.get("RANK", "0")
+    if what == "differing":
+        Path(out, f"rank{rank}.json").write_text(json.dumps(differing(int(rank))))
+        return
     samples = make_samples(3072)
     found = {
         f"{layout} B={b} B_eff={size}": measured(layout, b, size, epochs, samples)
@@ -91,7 +110,7 @@ def main(out: str) -> None:
         for b, size, epochs in ((8, 48, 2), (32, 32, 2))
     }
     found["alike"] = measured("padded", 8, 32, 2, alike(3072))
-    Path(out, f"rank{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))
+    Path(out, f"rank{rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

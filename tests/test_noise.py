@@ -11,8 +11,10 @@ from torch.utils.data import DataLoader
 
 from accum_trainer import Accumulator
 from accum_trainer.errors import ConfigError, DataError
-from accum_trainer.noise import Fit, GradientNoise
+from accum_trainer.noise import Fit, GradientNoise, WindowNorms
 from accum_trainer.plan.advice import batch_size_advice
+from accum_trainer.sources.dataset import PlannedSource
+from accum_trainer.sources.options import SourceOptions
 from accum_trainer.speed.noise_every import affordable_noise_every
 from accum_trainer.train.records import read_records
 from accum_trainer.window_plan import Cost, Cut
@@ -159,6 +161,103 @@ def test_windows_that_cannot_be_measured_say_why(monkeypatch):
         acc.step(optimizer)
     assert windows.noise.num_windows == 0
     assert windows.noise.obstacle == "a copy of the gradient takes 0.00 GB, 0.00 GB are free"
+
+
+def test_processes_that_measure_other_windows_are_refused(tmp_path):
+    """Not left to exchange rows of different lengths, nor to train on shares of other cuts."""
+    run = torchrun(2, "tests.noise_worker", tmp_path, "differing")
+    assert run.returncode == 0, run.stderr[-3000:]
+    for rank in range(2):
+        said = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert "measured on some processes and not on others" in said
+        assert said.endswith("give noise_every alike on all processes")
+    acc = Accumulator(micro_batch_size=2, gradient_accumulation_steps=4, cpu=True)
+    fingerprints = [
+        next(
+            PlannedSource(list(range(64)), acc.plan, 0, SourceOptions(noise_every=every)).shares(
+                0, 0
+            )
+        ).fingerprint
+        for every in (0, 1)
+    ]
+    assert fingerprints[0] != fingerprints[1]
+
+
+def _measure(model, optimizer, acc, rows):
+    windows = acc.windows(rows, count_targets=len, noise_every=2)
+    updates = []
+    for window in windows:
+        for batch in window:
+            with acc.accumulate(model):
+                acc.backward(model(batch), reduction="sum")
+        updates.append(acc.step(optimizer))
+    return windows.noise, updates
+
+
+class Two(Mean):
+    """A second parameter, whose gradient is nine times as large."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = torch.nn.Parameter(torch.zeros(20))
+
+    def forward(self, rows):
+        return super().forward(rows) + 1.5 * ((self.other - 3 * rows) ** 2).sum()
+
+
+def test_parameters_that_the_optimizer_does_not_step_are_no_part_of_the_noise():
+    torch.manual_seed(0)
+    rows = list(torch.randn(800, 20) + 0.5)
+    found = []
+    for model, names in ((Mean(), ["at"]), (Two(), ["at"]), (Two(), ["at", "other"])):
+        acc = Accumulator(micro_batch_size=2, gradient_accumulation_steps=4, cpu=True)
+        parts = [torch.optim.SGD([getattr(model, name)], lr=0.0) for name in names]
+        model, optimizer, *_ = acc.prepare(model, *parts)
+        found.append(_measure(model, optimizer, acc, rows)[0])
+    assert found[0].estimate.samples is not None
+    assert found[1].estimate.samples == pytest.approx(found[0].estimate.samples, rel=1e-5)
+    assert found[2].num_windows == 0
+    assert found[2].obstacle.endswith("or several optimizers share it")
+
+
+def test_memory_that_the_copy_of_the_gradient_takes_ends_no_run_and_cuts_no_later_window(
+    monkeypatch,
+):
+    """A copy that does not fit leaves the window unmeasured. A micro-batch that does not fit beside
+    the copy is run again without it, and its size is not taken for one that never fits."""
+    rows, class_ = list(torch.randn(64, 20) + 0.5), WindowNorms
+    held = []
+
+    class Crowded(Mean):
+        def forward(self, rows):
+            if held and held[-1]._before and len(rows) == 2:  # noqa: SLF001
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(rows)
+
+    def run(model, name, replaced):
+        acc = Accumulator(micro_batch_size=2, gradient_accumulation_steps=4, cpu=True)
+        model, optimizer = acc.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        with monkeypatch.context() as patched:
+            patched.setattr(class_, name, replaced)
+            return _measure(model, optimizer, acc, rows)
+
+    def no_room(self, *arguments, **more):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    take = class_.take
+
+    def watched(self, *arguments):
+        held.append(self)
+        take(self, *arguments)
+
+    plain, expected = run(Mean(), "take", lambda *_: None)
+    full, updates = run(Mean(), "_square", no_room)
+    assert full.num_windows == 0 and full.obstacle == "out of memory"
+    assert updates == expected
+    crowded, updates = run(Crowded(), "take", watched)
+    assert crowded.num_windows == 0 and crowded.obstacle == "out of memory"
+    assert [update.num_splits for update in updates] == [0, 1] * 4
+    assert [u.loss for u in updates] == pytest.approx([u.loss for u in expected], rel=1e-6)
 
 
 @pytest.mark.parametrize(

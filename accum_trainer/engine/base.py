@@ -179,8 +179,9 @@ class Engine(FullState, abc.ABC):
         """Accumulate the gradient of an already weighted loss, shape ()."""
 
     def local_gradients(self, models: Sequence[torch.nn.Module]) -> dict[Any, torch.Tensor]:
-        """This rank's gradient of the window so far, by parameter, before its last micro-batch;
-        empty if the engine has exchanged it, or has scaled it by a number that it keeps."""
+        """This rank's gradient of the window so far, of each parameter that the optimizer steps,
+        before its last micro-batch; empty if the engine has exchanged it, or has scaled it by a
+        number that it keeps, or if several optimizers step these models."""
         return {}
 
     @abc.abstractmethod

@@ -92,7 +92,13 @@ def build_engine(
                 raise EngineError(
                     f"engine={request.engine} was asked for, but {engine.name} is in force: "
                     f"accelerate runs {accelerator.distributed_type.value} on "
-                    f"{engine.world_size} process{'es' if engine.world_size > 1 else ''}"
+                    f"{engine.world_size} process{'es' if engine.world_size > 1 else ''}; leave "
+                    "engine out, or start "
+                    + (
+                        f"the processes as {request.engine} needs them"
+                        if engine.world_size > 1
+                        else "the process without a launcher such as torchrun"
+                    )
                 )
             return engine
         if kind in asked_for:

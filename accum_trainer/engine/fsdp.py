@@ -86,6 +86,7 @@ class FSDPEngine(TorchEngine):
             raise EngineError("mixed_precision=fp16 is not available with FSDP2 here; use bf16")
         # Of each model: what is gathered together, the model itself among them.
         self._units: dict[torch.nn.Module, list[Any]] = {}
+        self._prepared: list[AcceleratedOptimizer] = []
         self._sharded: dict[str, torch.nn.Parameter] = {}
         self._usage = Usage({})
 
@@ -126,9 +127,12 @@ class FSDPEngine(TorchEngine):
                         "acc.prepare(model, optimizer)"
                     )
                 group["params"] = [renamed[id(p)] for p in group["params"]]
-        return models, [
-            AcceleratedOptimizer(optimizer, device_placement=False) for optimizer in optimizers
-        ]
+        prepared = [AcceleratedOptimizer(one, device_placement=False) for one in optimizers]
+        self._prepared += prepared
+        return models, prepared
+
+    def prepared_optimizers(self) -> list[AcceleratedOptimizer]:
+        return self._prepared  # accelerate has not prepared them
 
     def _choose_syncs(self, models: Iterable[torch.nn.Module]) -> None:
         parameters = [p for model in models for p in model.parameters()]
@@ -250,7 +254,7 @@ class FSDPEngine(TorchEngine):
                 if gradient is None and hasattr(p, "_unsharded_param"):
                     gradient = p.unsharded_param.grad
                 if gradient is not None:
-                    found[p] = gradient
+                    found[p.sharded_param] = gradient
         return found
 
     def begin_window(self, models: Iterable[torch.nn.Module]) -> None:

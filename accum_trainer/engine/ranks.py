@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -39,6 +39,17 @@ _LOST = (
     "remote process exited or there was a network error",
     "NCCL communicator was aborted",
 )
+
+
+def _place_of(file: Path) -> tuple[str, int, int] | None:
+    """The running system, file system and number of a file; None if one of them is not known."""
+    try:
+        # Hosts and containers may have the same name; this is one number per start of a kernel.
+        system = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+        found = file.stat()
+    except (OSError, ValueError):
+        return None
+    return system, found.st_dev, found.st_ino
 
 
 class StoreLostError(EngineError):
@@ -70,16 +81,6 @@ class Ranks:
         return int(self.accelerator.num_processes)
 
     @property
-    def share_of_machine(self) -> tuple[int, int]:
-        """(i, n): this is the i-th of n processes of its machine, as the launcher says; (0, 1) if
-        it says nothing."""
-        of = os.environ.get("LOCAL_RANK"), os.environ.get("LOCAL_WORLD_SIZE")
-        if self.world_size == 1 or not all(text and text.isdecimal() for text in of):
-            return 0, 1
-        rank, count = (int(text) for text in of if text)
-        return (rank, count) if rank < count <= self.world_size else (0, 1)
-
-    @property
     def is_main(self) -> bool:
         return bool(self.accelerator.is_main_process)
 
@@ -103,6 +104,14 @@ class Ranks:
         for index, value in tensors.items():
             mine[0, index] = value.detach()
         return np.asarray(self.accelerator.gather(mine).cpu().double())
+
+    def share_of(self, file: Path) -> tuple[int, int]:
+        """(i, n): this is the i-th of the n processes that see the same `file`: on one machine, the
+        same one of the same file system, whatever the launcher says of local ranks."""
+        seen = self.gather_objects(_place_of(file))
+        mine = seen[self.rank]
+        same = [rank for rank, place in enumerate(seen) if mine is not None and place == mine]
+        return (same.index(self.rank), len(same)) if same else (0, 1)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's picklable `value`, in the order of ranks; waits for hours."""

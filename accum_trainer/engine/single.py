@@ -63,7 +63,13 @@ class TorchEngine(Engine):
     def local_gradients(self, models: Sequence[torch.nn.Module]) -> dict[Any, torch.Tensor]:
         if self.accelerator.scaler is not None or (self.world_size > 1 and self.grad_sync == EVERY):
             return {}
-        return self._gradients_of(models)
+        found = self._gradients_of(models)
+        # Others are no part of the update, nor of its norm.
+        owned = [{id(p) for p in parameters_of(o)} for o in self.prepared_optimizers()]
+        stepping = [own for own in owned if any(id(p) in own for p in found)]
+        if len(stepping) > 1:
+            return {}
+        return {p: gradient for p, gradient in found.items() if any(id(p) in o for o in stepping)}
 
     def _gradients_of(self, models: Sequence[torch.nn.Module]) -> dict[Any, torch.Tensor]:
         parameters = [p for model in models for p in model.parameters()]

@@ -32,7 +32,7 @@ from accum_trainer.runs.independent_run import IndependentRun
 from accum_trainer.runs.json_file import read_json
 from accum_trainer.runs.sweep_verdict import Verdict, judge
 from accum_trainer.train import run_folder as files
-from accum_trainer.train.checkpoint import read_state
+from accum_trainer.train.checkpoint import check_manifest, read_state
 from accum_trainer.train.checkpoint_folder import find_checkpoint
 from accum_trainer.train.model_origin import identity_of
 from accum_trainer.train.records import read_records
@@ -50,6 +50,7 @@ class Sweep:
 
     Attributes:
         folder: of the sweep.
+        run: that the branches leave.
         checkpoint: that the branches begin from.
         base_batch_size: the run's own effective batch.
         lr: the learning rate at that batch.
@@ -59,6 +60,7 @@ class Sweep:
     """
 
     folder: Path
+    run: Path
     checkpoint: Path
     base_batch_size: int
     lr: float
@@ -69,6 +71,7 @@ class Sweep:
     def as_json(self) -> dict[str, Any]:
         """All that decides the branches; the same command must give the same."""
         return {
+            "run": str(self.run),
             "checkpoint": identity_of(self.checkpoint),
             "base_batch_size": self.base_batch_size,
             "lr": self.lr,
@@ -124,11 +127,10 @@ def plan_sweep(
         CheckpointError, ConfigError: there is no whole checkpoint in a run directory; sizes that
             cannot be compared; the run's schedule has ended; the folder holds something else.
     """
-    checkpoint = find_checkpoint(str(source), None, option="from")
-    if checkpoint is None:  # `never` or `anew`
-        raise CheckpointError(f"from={source} is no folder; give a run directory")
-    run = checkpoint.absolute().parent.parent
+    is_run = (source / files.CHECKPOINTS).is_dir()
+    run = source.absolute() if is_run else source.absolute().parent.parent
     folder = output or run.parent / f"{run.name}-sweep"
+    checkpoint = _checkpoint_of(source, run, is_run, folder)
     if not (run / files.CONFIG).is_file():
         raise CheckpointError(
             f"{checkpoint} lies in no run directory ({run / files.CONFIG} is missing), so what it "
@@ -180,7 +182,37 @@ def plan_sweep(
         )
         for size in sizes
     }
-    return Sweep(folder, checkpoint, base, rate, lr_scaling, branches, total)
+    return Sweep(folder, run, checkpoint, base, rate, lr_scaling, branches, total)
+
+
+def _checkpoint_of(source: Path, run: Path, is_run: bool, folder: Path) -> Path:
+    """The checkpoint that `source` names; if a sweep of the same run was begun in `folder`, the one
+    that it kept. RUN may have deleted it since then, or have a newer one."""
+    kept = _kept_in(folder, run)
+    if kept is not None and not is_run and not source.exists() and kept.name == source.name:
+        return kept
+    found = find_checkpoint(str(source), None, option="from")
+    if found is None:  # `never` or `anew`
+        raise CheckpointError(f"from={source} is no folder; give a run directory")
+    if kept is None or not is_run:
+        return found
+    # The run may have been started anew in its folder.
+    now, then = read_state(found), read_state(kept)
+    is_same = now["identity"] == then["identity"] and all(
+        now["options"].get(key) == then["options"].get(key) for key in ("lr", "weight_decay")
+    )
+    return kept if is_same else found
+
+
+def _kept_in(folder: Path, run: Path) -> Path | None:
+    """The checkpoint that the sweep of `run` in `folder` began from, if there is such a sweep."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, CheckpointError):
+        held = json.loads((folder / SWEEP).read_text(encoding="utf-8"))
+        for path in (folder / ORIGIN).iterdir() if held["run"] == str(run) else ():
+            if identity_of(path) == held["checkpoint"]:
+                check_manifest(path)
+                return path
+    return None
 
 
 def _rate(state: dict[str, Any], checkpoint: Path) -> float:
@@ -224,11 +256,19 @@ def updates_of(total: int, size: int, length: int, consumed: int) -> int:
 
 
 def _check_folder(folder: Path) -> None:
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / SWEEP).is_file():
+    if folder.is_dir() and not (folder / SWEEP).is_file() and not _is_unbegun(folder):
         raise ConfigError(
             f"output={folder} holds other files and no sweep; name a new or empty folder"
         )
     files.check_writable("output", folder)
+
+
+def _is_unbegun(folder: Path) -> bool:
+    """Whether a folder is empty, or a sweep was killed there while it copied its checkpoint."""
+    if {path.name for path in folder.iterdir()} - {ORIGIN}:
+        return False
+    kept = folder.glob(f"{ORIGIN}/*")
+    return all(path.name.startswith(("step-", ".step-")) for path in kept)
 
 
 def conclude(sweep: Sweep, tolerance: float) -> Verdict | None:
@@ -264,6 +304,8 @@ def begin(sweep: Sweep) -> None:
             )
     make_folder(sweep.folder)
     kept = sweep.folder / ORIGIN / sweep.checkpoint.name
+    if not path.is_file() and kept.is_dir():
+        shutil.rmtree(kept)  # of a sweep that was killed while it began, maybe of another run
     if not kept.is_dir():
         partial = kept.with_name(f".{kept.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)

@@ -170,6 +170,8 @@ class PlannedSource:
             sample = self._sample(int(window[0]))
             # Ranks that know other lengths would cut and deal the same window differently.
             fingerprint = zlib.crc32(lengths.tobytes(), zlib.crc32(window.tobytes()))
+            # So would one that measures the noise of it.
+            fingerprint = zlib.crc32(b"at random", fingerprint) if is_random else fingerprint
             announced.append(
                 Announced(len(mine), consumed, fingerprint, counts, sample, is_random=is_random)
             )

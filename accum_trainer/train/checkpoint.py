@@ -250,7 +250,7 @@ def check_manifest(path: Path, share: tuple[int, int] = (0, 1)) -> None:
     """Raise a CheckpointError unless every file has the size and SHA-256 in the manifest.
 
     Args:
-        share: (i, n): this is one of n processes of a machine that each read every n-th file.
+        share: (i, n): this is one of n processes that see the same files and each read every n-th.
     """
     files = list(read_manifest(path)["files"].items())[share[0] :: share[1]]
     with ThreadPoolExecutor(_MOST_THREADS) as threads:  # hashing leaves Python's lock

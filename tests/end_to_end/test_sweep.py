@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
+from functools import partial
 
 import pytest
 
 from accum_trainer import ConfigError, TrainConfig
 from accum_trainer.cli import main
+from accum_trainer.runs.sweep import begin, plan_sweep
+from accum_trainer.train.model_origin import identity_of
 from accum_trainer.train.records import read_records
 from tests.end_to_end.read_runs import result_of, weights_in
 from tests.end_to_end.started import Started, accum_trainer
@@ -115,6 +119,45 @@ def test_a_sweep_that_was_stopped_goes_on_and_names_a_batch(trained, tmp_path, m
     assert main_of(*command, "--lr-scaling", "none") == 2
     said = capsys.readouterr().err
     assert "holds a sweep with lr_scaling=sqrt, and lr_scaling=none is asked for" in said
+
+
+def test_a_sweep_goes_on_from_the_checkpoint_that_it_began_from(trained, tmp_path):
+    """RUN trains on meanwhile, and deletes it: the same command finds the one that it kept."""
+    shutil.copytree(trained / "first", tmp_path / "first")
+    shutil.rmtree(tmp_path / "first/checkpoints/step-00000008")
+    for source in (tmp_path / "first", tmp_path / "first" / AT_FOUR):
+        folder = tmp_path / f"swept-{source.name}"
+        began = plan_sweep(source, [2, 8], output=folder, samples=16, lr=1e-3)
+        begin(began)
+        assert began.checkpoint.name == "step-00000004"
+    shutil.copytree(
+        trained / "first/checkpoints/step-00000008", tmp_path / "first/checkpoints/step-00000008"
+    )
+    shutil.rmtree(tmp_path / "first" / AT_FOUR)
+    for source in (tmp_path / "first", tmp_path / "first" / AT_FOUR):
+        folder = tmp_path / f"swept-{source.name}"
+        again = plan_sweep(source, [2, 8], output=folder, samples=16, lr=1e-3)
+        begin(again)
+        assert again.checkpoint == folder / "from/step-00000004"
+    other = trained / "first"
+    with pytest.raises(ConfigError, match="holds a sweep with run=.*, and run=.* is asked for now"):
+        begin(plan_sweep(other, [2, 8], output=tmp_path / "swept-first", samples=16, lr=1e-3))
+
+
+def test_a_sweep_that_was_killed_while_it_began_begins_again_with_its_own_checkpoint(
+    trained, tmp_path
+):
+    plan = partial(plan_sweep, sizes=[2, 8], output=tmp_path / "swept", samples=16, lr=1e-3)
+    begin(plan(trained / "first" / AT_FOUR))
+    (tmp_path / "swept/sweep.json").unlink()
+    kept = tmp_path / "swept" / "from/step-00000004"
+    kept.rename(kept.with_name("step-00000008"))  # as if of another run
+    sweep = plan(trained / "first")
+    begin(sweep)
+    assert identity_of(kept.with_name("step-00000008")) == identity_of(sweep.checkpoint)
+    (tmp_path / "mine/from/me").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="holds other files and no sweep"):
+        plan_sweep(trained / "first", [2, 8], output=tmp_path / "mine", samples=16, lr=1e-3)
 
 
 @pytest.mark.parametrize(
