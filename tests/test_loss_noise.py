@@ -8,6 +8,7 @@ import statistics
 import numpy as np
 import pytest
 
+from accum_trainer.runs.compare import fall_of
 from accum_trainer.runs.loss_noise import (
     find_spikes,
     running_mean,
@@ -63,6 +64,20 @@ def test_it_is_the_variance_of_the_noise_on_a_learning_curve():
     assert np.mean(found) == pytest.approx(0.04, rel=0.02)
     assert loss.var() > 20 * 0.04
     assert 0.90 <= held / 200 <= 0.98
+
+
+@pytest.mark.parametrize(("base", "other"), [(480, 30), (30, 30), (30, 480), (1000, 1000)])
+def test_a_fall_of_exactly_half_is_called_less_or_more_as_seldom_as_95_percent_say(base, other):
+    """K = 1 against K = 16 on the same samples is 480 updates against 30."""
+    draw, verdicts = np.random.default_rng(7), []
+    for _ in range(1500):
+        curves = (
+            variance_around_trend(np.arange(count), falling(count) + draw.normal(0, noise, count))
+            for count, noise in ((base, 0.2), (other, 0.2 * 0.5**0.5))
+        )
+        verdicts.append(fall_of(*curves).verdict)
+    for wrong in ("yes", "no"):
+        assert verdicts.count(wrong) / len(verdicts) < 0.04, wrong
 
 
 def test_two_runs_of_one_noise_are_equal_whatever_they_learn_per_update():

@@ -22,7 +22,6 @@ from accum_trainer.runs.loss_noise import Spike, Variance, find_spikes, variance
 ENOUGH = 0.5
 # Updates that every run needs on the samples that all runs have seen.
 _FEWEST_SHARED = 30
-_Z_95 = 1.96
 
 
 @dataclass(frozen=True)
@@ -202,7 +201,7 @@ def compare_curves(
         Compared(
             curve,
             variance,
-            _fall(variances[place], variance) if number != place else None,
+            fall_of(variances[place], variance) if number != place else None,
             find_spikes(curve.loss),
             {name: curve.loss_at(name, end) for name, end in common.items()},
         )
@@ -254,9 +253,13 @@ def _variance(curve: Curve, axis: str, until: float) -> Variance | None:
     return variance_around_trend(x[chosen], curve.loss[chosen])
 
 
-def _fall(base: Variance | None, other: Variance | None) -> Fall | None:
+def fall_of(base: Variance | None, other: Variance | None) -> Fall | None:
+    """By how much `other` is lower than `base`; None if one is not known, or `base` is 0."""
     if base is None or other is None or base.value <= 0:
         return None
     ratio = other.value / base.value
-    width = math.exp(_Z_95 * math.hypot(base.log_error, other.log_error))
-    return Fall(1 - ratio, 1 - ratio * width, 1 - ratio / width)
+    (base_down, base_up), (down, up) = base.log_interval, other.log_interval
+    # The interval of a difference from those of its parts (Zou and Donner 2008, MOVER).
+    largest = ratio * math.exp(math.hypot(up, base_down))
+    smallest = ratio * math.exp(-math.hypot(down, base_up))
+    return Fall(1 - ratio, 1 - largest, 1 - smallest)
