@@ -86,8 +86,9 @@ def read_start(folder: Path) -> Start | None:
     child = _children.get(found.process)
     if found.status is None and child is not None and child.poll() is not None:
         found = replace(found, status=child.returncode)
-        _write(found)
-        del _children[found.process]
+        with contextlib.suppress(OSError):  # then it is noted the next time
+            _write(found)
+            del _children[found.process]
     return found
 
 
@@ -178,7 +179,16 @@ def _start(words: Sequence[str], lines: Sequence[str], folder: Path) -> None:
             _children[child.pid] = child
             place = os.path.realpath(folder)
             known = (place, child.pid, start_of(child.pid), list(words), list(lines))
-            _write(Start(*known, begins, before))
+            try:
+                _write(Start(*known, begins, before))
+            except OSError as error:  # a run that no panel would know
+                child.kill()
+                child.wait()
+                del _children[child.pid]
+                raise ConfigError(
+                    f"{folder} was not started: its process cannot be noted in {error.filename} "
+                    f"({error.strerror}); make room or mend that, or set ACCUM_TRAINER_CACHE"
+                ) from None
     except OSError as error:
         raise ConfigError(
             f"{folder} cannot be started: {error.strerror or error}; look at its folder, or choose "
@@ -215,7 +225,7 @@ def stop(folder: Path) -> None:
     if started is not None and started.is_alive:
         assert started.started is not None
         send_signal(started.process, started.started, signal.SIGTERM)
-        _write(replace(started, asked_to_stop=True))
+        _note_stop(started)
         return
     process, start = _owner(folder)
     send_signal(process, start, signal.SIGTERM)
@@ -235,11 +245,16 @@ def stop_now(folder: Path) -> None:
             for child in psutil.Process(started.process).children(recursive=True):
                 if (began := start_of(child.pid)) is not None:
                     family.append((child.pid, began))
-        _write(replace(started, asked_to_stop=True))
+        _note_stop(started)
     else:
         family = [_owner(folder)]
     for process, began in family:
         send_signal(process, began, signal.SIGKILL)
+
+
+def _note_stop(started: Start) -> None:
+    with contextlib.suppress(OSError):  # on a full disk it is stopped all the same
+        _write(replace(started, asked_to_stop=True))
 
 
 def _owner(folder: Path) -> tuple[int, int]:
