@@ -30,31 +30,29 @@ class Fall:
 
     Attributes:
         value, low, high: the share, and the ends of its 95 % interval.
+        least, most: the ends if the losses of a log that has not every update are means over those
+            that it left out, as some trainers write them, or are not; one cannot tell.
     """
 
     value: float
     low: float
     high: float
+    least: float
+    most: float
 
     @property
     def verdict(self) -> str:
-        """`yes` or `no`: whether it is at least half; `not certain` if the interval holds half."""
-        if self.low < ENOUGH <= self.high:
+        """`yes` or `no`: whether it is at least half; `not certain` if half is between `least` and
+        `most`."""
+        if self.least < ENOUGH <= self.most:
             return "not certain"
-        return "yes" if self.low >= ENOUGH else "no"
+        return "yes" if self.least >= ENOUGH else "no"
 
     def describe(self) -> str:
         """`lower by 93 % (89 % to 95 %)`."""
-        said = "lower" if self.value >= 0 else "higher"
-        low, high = (
-            sorted((abs(self.low), abs(self.high)))
-            if self.low * self.high > 0
-            else (
-                self.low,
-                self.high,
-            )
-        )
-        return f"{said} by {abs(self.value):.0%} ({low:.0%} to {high:.0%})"
+        if self.value < 0:
+            return f"higher by {-self.value:.0%} ({-self.high:.0%} to {-self.low:.0%})"
+        return f"lower by {self.value:.0%} ({self.low:.0%} to {self.high:.0%})"
 
 
 @dataclass(frozen=True)
@@ -201,7 +199,11 @@ def compare_curves(
         Compared(
             curve,
             variance,
-            fall_of(variances[place], variance) if number != place else None,
+            (
+                fall_of(variances[place], variance, curves[place].every, curve.every)
+                if number != place
+                else None
+            ),
             find_spikes(curve.loss),
             {name: curve.loss_at(name, end) for name, end in common.items()},
         )
@@ -253,8 +255,15 @@ def _variance(curve: Curve, axis: str, until: float) -> Variance | None:
     return variance_around_trend(x[chosen], curve.loss[chosen])
 
 
-def fall_of(base: Variance | None, other: Variance | None) -> Fall | None:
-    """By how much `other` is lower than `base`; None if one is not known, or `base` is 0."""
+def fall_of(
+    base: Variance | None, other: Variance | None, base_every: int = 1, other_every: int = 1
+) -> Fall | None:
+    """By how much `other` is lower than `base`; None if one is not known, or `base` is 0.
+
+    Args:
+        base_every, other_every: updates from one record to the next. A mean over n updates has an
+            n-th of their variance.
+    """
     if base is None or other is None or base.value <= 0:
         return None
     ratio = other.value / base.value
@@ -262,4 +271,5 @@ def fall_of(base: Variance | None, other: Variance | None) -> Fall | None:
     # The interval of a difference from those of its parts (Zou and Donner 2008, MOVER).
     largest = ratio * math.exp(math.hypot(up, base_down))
     smallest = ratio * math.exp(-math.hypot(down, base_up))
-    return Fall(1 - ratio, 1 - largest, 1 - smallest)
+    more, less = (1, 1) if base_every == other_every else (other_every, base_every)
+    return Fall(1 - ratio, 1 - largest, 1 - smallest, 1 - largest * more, 1 - smallest / less)
