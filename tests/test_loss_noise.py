@@ -8,6 +8,7 @@ import statistics
 import numpy as np
 import pytest
 
+from accum_trainer.runs.compare import Fall, compare, fall_of
 from accum_trainer.runs.loss_noise import (
     find_spikes,
     running_mean,
@@ -65,6 +66,20 @@ def test_it_is_the_variance_of_the_noise_on_a_learning_curve():
     assert 0.90 <= held / 200 <= 0.98
 
 
+@pytest.mark.parametrize(("base", "other"), [(480, 30), (30, 30), (30, 480), (1000, 1000)])
+def test_a_fall_of_exactly_half_is_called_less_or_more_as_seldom_as_95_percent_say(base, other):
+    """K = 1 against K = 16 on the same samples is 480 updates against 30."""
+    draw, verdicts = np.random.default_rng(7), []
+    for _ in range(1500):
+        curves = (
+            variance_around_trend(np.arange(count), falling(count) + draw.normal(0, noise, count))
+            for count, noise in ((base, 0.2), (other, 0.2 * 0.5**0.5))
+        )
+        verdicts.append(fall_of(*curves).verdict)
+    for wrong in ("yes", "no"):
+        assert verdicts.count(wrong) / len(verdicts) < 0.04, wrong
+
+
 def test_two_runs_of_one_noise_are_equal_whatever_they_learn_per_update():
     """K = 16 falls sixteen times as fast per update: on a straight fall, to the last bit of it."""
     noise = np.random.default_rng(3).normal(0, 0.1, 300)
@@ -113,3 +128,41 @@ def test_a_new_level_and_a_flat_curve_have_no_spike():
     assert find_spikes(np.full(100, 2.0)) == []
     assert find_spikes(np.repeat([2.0, 5.0], 100) + draw.normal(0, 0.1, 200)) == []
     assert find_spikes(np.array([1.0, 9.0, 1.0])) == []
+
+
+def logged(path, noise, every, count=600):
+    draw = np.random.default_rng(8)
+    loss = falling(count) + draw.normal(0, noise, count)
+    if every > 1:  # as a trainer that logs the mean since its last record
+        loss = loss.reshape(-1, every).mean(1)
+    steps = range(every, count + 1, every)
+    lines = (f'{{"step": {step}, "loss": {one}}}\n' for step, one in zip(steps, loss, strict=True))
+    path.write_text("".join(lines))
+    return path
+
+
+def test_means_over_updates_are_no_steadier_loss(tmp_path):
+    """One noise, logged by two trainers: the fall of 90 % may be the logging's."""
+    each, tenth = logged(tmp_path / "a.jsonl", 0.2, 1), logged(tmp_path / "b.jsonl", 0.2, 10)
+    [_, found] = compare([each, tenth]).runs
+    assert found.fall.low > 0.5 and found.fall.verdict == "not certain"
+    less = logged(tmp_path / "d.jsonl", 0.05, 1)
+    [_, found] = compare([tenth, less]).runs
+    assert found.fall.high < 0.5 and found.fall.verdict == "not certain"
+    # Beyond what the logging can do, or logged alike, it is certain.
+    steadier = logged(tmp_path / "c.jsonl", 0.02, 10)
+    for base in (each, tenth):
+        assert compare([base, steadier]).runs[1].fall.verdict == "yes"
+
+
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        ((0.9, 0.8, 0.95), "lower by 90% (80% to 95%)"),
+        ((0.1, -0.2, 0.3), "lower by 10% (-20% to 30%)"),
+        ((-0.1, -0.6, 0.2), "higher by 10% (-20% to 60%)"),
+        ((-1.0, -3.0, -0.5), "higher by 100% (50% to 300%)"),
+    ],
+)
+def test_an_interval_has_the_sign_of_its_words(ends, said):
+    assert Fall(*ends, *ends[1:]).describe() == said

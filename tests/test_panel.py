@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -22,6 +23,8 @@ from accum_trainer.config import OPTIONS, TrainConfig
 from accum_trainer.config.engine import ENGINES
 from accum_trainer.errors import CheckpointError, ConfigError
 from accum_trainer.launch.process import start_of
+from accum_trainer.launch.quoting import words
+from accum_trainer.panel.commands import Command
 from accum_trainer.panel.curves import RecordReader, points, smoothed
 from accum_trainer.panel.form import (
     ACCUMULATION_STEPS,
@@ -42,11 +45,12 @@ from accum_trainer.panel.processes import (
     how_to_continue,
     note_of,
     read_start,
+    start,
     start_again,
     stop_now,
 )
 from accum_trainer.panel.row_counts import RowCounts
-from accum_trainer.panel.run_view import RunView, find_runs
+from accum_trainer.panel.run_view import RunView, as_printed, find_runs, sendable
 from accum_trainer.train.run_lock import owner_of
 from tests.made_runs import make_run, write_sums
 
@@ -112,6 +116,17 @@ class TestTheCommand:
         words = shown(tmp_path, seed="0").command.words
         assert words[words.index("--seed") + 1] == "0"
         assert "--seed" not in shown(tmp_path, seed="7").command.words
+
+    def test_any_value_is_the_same_in_bash(self):
+        """Also in a locale that is not UTF-8, and of a path whose bytes are no text."""
+        given = ["a 'b' \"c\" $x `y` !z", "two\nlines\t", "no\u200bspace\n", "ä\x7f0a", "-x \\n"]
+        given += [os.fsdecode(b"path \xff\xe4"), "", "\U0001f600\x01"]
+        command = f"printf '%s\\0' {words(given)}"
+        for locale in ("C", "C.UTF-8"):
+            printed = subprocess.run(
+                ["bash", "-c", command], env={"LC_ALL": locale}, stdout=subprocess.PIPE
+            )
+            assert printed.stdout == b"".join(os.fsencode(text) + b"\0" for text in given)
 
     @settings(max_examples=60, deadline=None)
     @given(data=st.data())
@@ -359,6 +374,52 @@ class TestRuns:
         assert mine.poll() is None
         mine.kill()
         mine.wait()
+
+    def test_that_cannot_be_noted_are_not_left_running(self, tmp_path, monkeypatch):
+        """A full disk, a read-only home: no panel would know the process that it started."""
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("ACCUM_TRAINER_CACHE", str(tmp_path / "file"))
+        before = psutil.Process().children()
+        command = Command(["accum-trainer", "plan"], None, "")
+        with pytest.raises(ConfigError, match="was not started: its process cannot be noted in"):
+            start(command, tmp_path / "runs" / "a")
+        assert psutil.Process().children() == before
+
+    def test_with_a_log_of_one_long_line_are_read_at_once(self, tmp_path):
+        """The page waits meanwhile: it was seconds, at each look."""
+        began = time.process_time()
+        assert as_printed("x" * 64_000) == "x" * 64_000
+        assert as_printed("\x1b[" + "1" * 64_000)[-1] == "1"
+        assert time.process_time() - began < 0.5
+        assert as_printed("\x1b[1;31mred\x1b[0m\r\n10%\r20%\n30%\r40%\r") == "red\n20%\n40%"
+
+    def test_say_in_words_what_the_noise_is_to_the_batch(self, tmp_path):
+        run = make_run(tmp_path / "a")
+        view = RunView(run, "a")
+        view.refresh()
+        assert view.noise_advice == ""
+        plan = {"max_tokens_per_micro_batch": None, "effective_batch_size": 8}
+        plan |= {"physical_batch_size": 2, "world_size": 1}
+        (run / "plan.json").write_text(json.dumps(plan))
+        record = {"step": 99, "noise_scale": 64.0, "noise_scale_low": 50, "noise_scale_high": 80}
+        with open(run / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+        view.refresh(at_most_every_sec=0)
+        assert view.noise_advice.endswith("K = 32 (B_eff 64) would do on this machine")
+        for of_others in ("<b>", [], 10**400, float("nan")):
+            for key in plan:
+                (run / "plan.json").write_text(json.dumps(plan | {key: of_others}))
+                view.refresh(at_most_every_sec=0)
+                assert len(view.noise_advice) < 1000
+
+    def test_of_half_characters_can_be_sent(self, tmp_path):
+        run = make_run(tmp_path / "a", done=False, stopped_by="\ud800")
+        (run / "plan.json").write_text('{"a": ["\\ud800"], "\\udfff": {"b": "\\ud83d\\ude00"}}')
+        view = RunView(run, "a")
+        view.refresh()
+        json.dumps([view.message, view.plan], ensure_ascii=False).encode()
+        assert view.plan == {"a": ["?"], "?": {"b": "\U0001f600"}}
+        assert sendable(os.fsdecode(b"a\xff")) == "a?"
 
     def test_whose_log_leads_out_are_not_started(self, tmp_path):
         run = make_run(tmp_path / "a")

@@ -15,7 +15,7 @@ from importlib import import_module
 import click
 from click.shell_completion import CompletionItem
 
-from accum_trainer.cli.quiet import quiet_libraries
+from accum_trainer.cli.quiet import open_missing_streams, quiet_libraries
 from accum_trainer.errors import AccumTrainerError, ConfigError
 
 # Name -> module of this package that holds `command`, and the line of `accum-trainer --help`.
@@ -115,6 +115,7 @@ def main(arguments: Sequence[str] | None = None, shares_terminal: bool = True) -
         shares_terminal: all processes of the job write to one terminal, so that an error which all
             of them have is shown once.
     """
+    open_missing_streams()
     quiet_libraries()
     try:
         sys.exit(

@@ -36,6 +36,20 @@ def quiet_libraries() -> None:
             os.environ.setdefault(variable, "1")
 
 
+def open_missing_streams() -> None:
+    """Open a standard stream that was closed, as after `2>&-`, on the null device: the next file to
+    be opened would have its number, and what a library writes to it would go into that file."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is not None:
+            continue
+        stream = open(os.devnull, "w" if number else "r")  # noqa: SIM115
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(stream.fileno(), number, inheritable=True)
+        setattr(sys, name, stream)
+
+
 class _Without(logging.Filter):
     def __init__(self, beginning: str) -> None:
         super().__init__()

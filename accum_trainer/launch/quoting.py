@@ -17,11 +17,20 @@ def word(text: object) -> str:
         return shlex.quote(given)
     escaped = "".join(
         {"\n": "\\n", "\t": "\\t", "'": "\\'", "\\": "\\\\"}.get(
-            char, char if char.isprintable() else f"\\U{ord(char):08x}"
+            char, char if char.isprintable() else _as_bytes(char)
         )
         for char in given
     )
     return f"$'{escaped}'"
+
+
+def _as_bytes(char: str) -> str:
+    """`\\xHH` of each byte: in a locale that is not UTF-8, bash leaves `\\u` as it is."""
+    try:
+        encoded = char.encode(errors="surrogateescape")  # a path may hold bytes of no character
+    except UnicodeEncodeError:
+        encoded = b"?"
+    return "".join(f"\\x{byte:02x}" for byte in encoded)
 
 
 def words(texts: Iterable[object]) -> str:

@@ -86,8 +86,9 @@ def read_start(folder: Path) -> Start | None:
     child = _children.get(found.process)
     if found.status is None and child is not None and child.poll() is not None:
         found = replace(found, status=child.returncode)
-        _write(found)
-        del _children[found.process]
+        with contextlib.suppress(OSError):  # then it is noted the next time
+            _write(found)
+            del _children[found.process]
     return found
 
 
@@ -178,7 +179,16 @@ def _start(words: Sequence[str], lines: Sequence[str], folder: Path) -> None:
             _children[child.pid] = child
             place = os.path.realpath(folder)
             known = (place, child.pid, start_of(child.pid), list(words), list(lines))
-            _write(Start(*known, begins, before))
+            try:
+                _write(Start(*known, begins, before))
+            except OSError as error:  # a run that no panel would know
+                child.kill()
+                child.wait()
+                del _children[child.pid]
+                raise ConfigError(
+                    f"{folder} was not started: its process cannot be noted in {error.filename} "
+                    f"({error.strerror}); make room or mend that, or set ACCUM_TRAINER_CACHE"
+                ) from None
     except OSError as error:
         raise ConfigError(
             f"{folder} cannot be started: {error.strerror or error}; look at its folder, or choose "

@@ -14,6 +14,7 @@ from typing import Any
 from accum_trainer.launch.last_words import last_words
 from accum_trainer.panel.curves import RecordReader, number
 from accum_trainer.panel.processes import LOG, Start, changed, read_start
+from accum_trainer.plan.advice import advice_of_run
 from accum_trainer.train.run_folder import DIVERGENCE, LOGS, METRICS, PLAN, RESULT, holds_run
 from accum_trainer.train.run_lock import Owner, owner_of
 
@@ -29,8 +30,9 @@ STARTING, TRAINING, STOPPING, STOPPED, DONE, FAILED, ENDED = (
 ACTIVE = (STARTING, TRAINING, STOPPING)
 _MOST_RUNS = 300
 _TAIL_BYTES = 64_000
-# Colours, and what a bar overwrote.
-_OF_TERMINALS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[^\n]*\r(?!\n)")
+_OF_NOISE = ("noise_scale", "noise_scale_low", "noise_scale_high")
+# Colours. Of a limited length: each beginning of a sequence is read once per character.
+_OF_TERMINALS = re.compile(r"\x1b\[[0-9;?]{0,30}[A-Za-z]")
 
 
 def find_runs(root: Path) -> list[str]:
@@ -125,6 +127,15 @@ class RunView:
             return None
         return max(0, self.total - self.updates) * pace
 
+    @property
+    def noise_advice(self) -> str:
+        """What the noise scale says of the effective batch; "" while it is not known."""
+        known = {key: number(self.records.last.get(key)) for key in _OF_NOISE}
+        try:
+            return advice_of_run(self.plan, known) or ""
+        except (KeyError, TypeError, ValueError, ArithmeticError):  # no plan, or no one's plan
+            return ""
+
     def _state(self) -> str:
         is_started = self.start is not None and self.start.is_alive
         # One that has written how it ended may still be leaving.
@@ -192,14 +203,34 @@ class RunView:
             size = log.stat().st_size
             with open(log, "rb") as file:
                 file.seek(max(begins, size - _TAIL_BYTES))
-                return _OF_TERMINALS.sub("", file.read().decode(errors="replace"))
+                return as_printed(file.read().decode(errors="replace"))
         except OSError:
             return ""
 
 
+def as_printed(log: str) -> str:
+    """A log as a terminal leaves it: without colours and what a bar overwrote."""
+    lines = (line.rstrip("\r") for line in _OF_TERMINALS.sub("", log).split("\n"))
+    return "\n".join(line[line.rfind("\r") + 1 :] for line in lines)
+
+
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = _sendable(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _sendable(value: Any) -> Any:
+    """The same without half characters, which no page can be sent: JSON may hold any."""
+    if isinstance(value, dict):
+        return {_sendable(key): _sendable(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [*map(_sendable, value)]
+    return sendable(value) if isinstance(value, str) else value
+
+
+def sendable(text: str) -> str:
+    """Text for a page; a name of a folder may hold bytes that are no character."""
+    return text.encode(errors="replace").decode()

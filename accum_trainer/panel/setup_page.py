@@ -41,6 +41,7 @@ class SetupPage:
         self._panel, self._form = panel, panel.form
         self._controls: dict[str, Control] = {}
         self._not_started = ""  # why the last start was refused
+        self._is_left = False  # for the run that it started
         with shell(panel, "/"):
             text("Set up a training", "h1", "sr")
             self._batch_scaling()
@@ -51,6 +52,7 @@ class SetupPage:
                     self._plan()
         self._show()
         context.client.on_delete(self._form.on_change(self._changed))
+        context.client.on_connect(self._connected)
         ui.timer(_REFRESH_SEC, self._show)  # files and runs change meanwhile
 
     def _control(self, name: str, classes: str = "") -> Control:
@@ -195,7 +197,12 @@ class SetupPage:
         else:
             self._start.props(remove="aria-disabled")
 
+    def _connected(self) -> None:
+        self._is_left = False  # also one that the browser goes back to
+
     def _pressed_start(self) -> None:
+        if self._is_left:  # the second click of two; without a name it would be another run
+            return
         shown = self._preview()
         if shown.command is None or shown.folder is None:
             self._show()
@@ -206,6 +213,7 @@ class SetupPage:
             self._not_started = str(error)
             self._show()
             return
+        self._is_left = True
         self._form.changed()  # on other pages too: the name is taken
         ui.navigate.to(f"/watch?run={quote(shown.folder.name)}")
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nicegui import ui
+from nicegui import context, ui
 
 from accum_trainer.panel.form import Field, Form
 from accum_trainer.panel.row_counts import RowCounts
@@ -92,8 +92,10 @@ def shell(panel: Panel, here: str) -> Iterator[None]:
         label.set_content(_theme_name(panel.form))
 
     theme.on("click", next_theme)
-    with ui.element("main").props("id=content tabindex=-1"):
+    # Before it is connected a page takes in what is typed, and may send it in any order.
+    with ui.element("main").props("id=content tabindex=-1 inert") as main:
         yield
+    context.client.on_connect(lambda: main.props(remove="inert"))
 
 
 def _theme_name(form: Form) -> str:

@@ -24,6 +24,7 @@ from accum_trainer.panel.run_view import (
     TRAINING,
     RunView,
     find_runs,
+    sendable,
 )
 from accum_trainer.panel.shell import Panel, command_html, markup, shell, text
 from accum_trainer.train.progress import clock_time
@@ -60,7 +61,7 @@ class WatchPage:
                 if self._view is not None:
                     self._run()
                 elif name:
-                    text(f"There is no run {name} in {panel.runs}.", "p", "nothing")
+                    text(_no_run(name, panel), "p", "nothing")
                 else:
                     markup('No runs yet. <a href="/">Set one up.</a>', "p", "nothing")
         self._drawn: tuple[Any, Any] = ((), ())
@@ -71,7 +72,7 @@ class WatchPage:
     def _run(self) -> None:
         assert self._view is not None
         with ui.element("header").classes("title"):
-            text(self._view.name, "h1")
+            text(sendable(self._view.name), "h1")
             self._state = markup("", "span", "state").props("role=status")
             with ui.element("div").classes("actions"):
                 self._stop = _button("Stop and save", self._pressed_stop)
@@ -82,6 +83,7 @@ class WatchPage:
             self._progress = text("", "span")
         self._message = text("", "pre", "message").props("role=alert")
         self._tiles = markup("", "dl", "tiles")
+        self._advice = text("", "p", "advice")
         self._curves = ui.element("div").classes("curves")
         with self._curves:
             self._charts()
@@ -134,12 +136,13 @@ class WatchPage:
         self._list.set_content("".join(self._listed(name) for name in names[:_LISTED]))
         view = self._view
         others = [name for name in names if view is not None and name != view.name]
+        others = [name for name in others if name == sendable(name)]
         if view is not None and self._others.options != others:
             kept = [name for name in self._others.value if name in others]
             self._others.set_options(others, value=kept)
         if view is None:
             if names and self._panel.view(names[0]).is_active:
-                ui.navigate.to(f"/watch?run={quote(names[0])}")
+                ui.navigate.to(f"/watch?run={_quoted(names[0])}")
             return
         view.refresh()
         self._state.set_content(_SAID[view.state])
@@ -151,6 +154,9 @@ class WatchPage:
         self._message.set_content(html.escape(view.message))
         self._message.classes(replace=f"message {view.state}")
         self._tiles.set_content(_tiles(view))
+        advice = view.noise_advice
+        self._advice.set_content(html.escape(advice[:1].upper() + advice[1:]))
+        self._advice.set_visibility(bool(advice))
         lines = view.log.splitlines()[-_LOG_LINES:]
         self._log.set_content(
             html.escape("\n".join(lines))
@@ -200,8 +206,9 @@ class WatchPage:
         total = f"/{view.total:,}" if view.total else ""
         said = f"{view.updates:,}{total}" + ("" if loss is None else f" · loss {loss:.3f}")
         return (
-            f'<li><a href="/watch?run={quote(name)}"{here}><i class="dot {view.state}"></i>'
-            f"<b>{html.escape(name)}</b><span>{_SAID[view.state]} · {said}</span></a></li>"
+            f'<li><a href="/watch?run={_quoted(name)}"{here}><i class="dot {view.state}"></i>'
+            f"<b>{html.escape(sendable(name))}</b>"
+            f"<span>{_SAID[view.state]} · {said}</span></a></li>"
         )
 
     def _set_log(self, event: Any) -> None:
@@ -226,9 +233,20 @@ class WatchPage:
         try:
             action(self._view.folder)
         except AccumTrainerError as error:
-            ui.notify(str(error), type="negative", multi_line=True, close_button="Close")
+            ui.notify(sendable(str(error)), type="negative", multi_line=True, close_button="Close")
         self._view.refresh(at_most_every_sec=0)
         self._show()
+
+
+def _no_run(name: str, panel: Panel) -> str:
+    said = f"There is no run {name} in {panel.runs}."
+    if "?" in name:  # what such a name is sent as
+        said += " A folder whose name is not UTF-8 cannot be shown: rename it."
+    return said
+
+
+def _quoted(name: str) -> str:
+    return quote(sendable(name))
 
 
 def _button(name: str, pressed: Any, classes: str = "") -> ui.element:
@@ -298,4 +316,4 @@ def _command(view: RunView) -> str:
     try:
         return command_html(how_to_continue(view.folder)[1])
     except AccumTrainerError as error:
-        return html.escape(str(error))
+        return html.escape(sendable(str(error)))

@@ -22,7 +22,6 @@ from accum_trainer.runs.loss_noise import Spike, Variance, find_spikes, variance
 ENOUGH = 0.5
 # Updates that every run needs on the samples that all runs have seen.
 _FEWEST_SHARED = 30
-_Z_95 = 1.96
 
 
 @dataclass(frozen=True)
@@ -31,26 +30,29 @@ class Fall:
 
     Attributes:
         value, low, high: the share, and the ends of its 95 % interval.
+        least, most: the ends if the losses of a log that has not every update are means over those
+            that it left out, as some trainers write them, or are not; one cannot tell.
     """
 
     value: float
     low: float
     high: float
+    least: float
+    most: float
 
     @property
     def verdict(self) -> str:
-        """`yes` or `no`: whether it is at least half; `not certain` if the interval holds half."""
-        if self.low < ENOUGH <= self.high:
+        """`yes` or `no`: whether it is at least half; `not certain` if half is between `least` and
+        `most`."""
+        if self.least < ENOUGH <= self.most:
             return "not certain"
-        return "yes" if self.low >= ENOUGH else "no"
+        return "yes" if self.least >= ENOUGH else "no"
 
     def describe(self) -> str:
         """`lower by 93 % (89 % to 95 %)`."""
-        said = "lower" if self.value >= 0 else "higher"
-        low, high = self.low, self.high
-        if low * high > 0:
-            low, high = sorted((abs(low), abs(high)))
-        return f"{said} by {abs(self.value):.0%} ({low:.0%} to {high:.0%})"
+        if self.value < 0:
+            return f"higher by {-self.value:.0%} ({-self.high:.0%} to {-self.low:.0%})"
+        return f"lower by {self.value:.0%} ({self.low:.0%} to {self.high:.0%})"
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,11 @@ def compare_curves(
         Compared(
             curve,
             variance,
-            _fall(variances[place], variance) if number != place else None,
+            (
+                fall_of(variances[place], variance, curves[place].every, curve.every)
+                if number != place
+                else None
+            ),
             find_spikes(curve.loss),
             {name: curve.loss_at(name, end) for name, end in common.items()},
         )
@@ -250,9 +256,21 @@ def _variance(curve: Curve, axis: str, until: float) -> Variance | None:
     return variance_around_trend(x[chosen], curve.loss[chosen])
 
 
-def _fall(base: Variance | None, other: Variance | None) -> Fall | None:
+def fall_of(
+    base: Variance | None, other: Variance | None, base_every: int = 1, other_every: int = 1
+) -> Fall | None:
+    """By how much `other` is lower than `base`; None if one is not known, or `base` is 0.
+
+    Args:
+        base_every, other_every: updates from one record to the next. A mean over n updates has an
+            n-th of their variance.
+    """
     if base is None or other is None or base.value <= 0:
         return None
     ratio = other.value / base.value
-    width = math.exp(_Z_95 * math.hypot(base.log_error, other.log_error))
-    return Fall(1 - ratio, 1 - ratio * width, 1 - ratio / width)
+    (base_down, base_up), (down, up) = base.log_interval, other.log_interval
+    # The interval of a difference from those of its parts (Zou and Donner 2008, MOVER).
+    largest = ratio * math.exp(math.hypot(up, base_down))
+    smallest = ratio * math.exp(-math.hypot(down, base_up))
+    more, less = (1, 1) if base_every == other_every else (other_every, base_every)
+    return Fall(1 - ratio, 1 - largest, 1 - smallest, 1 - largest * more, 1 - smallest / less)

@@ -30,6 +30,7 @@ class Curve:
         split: how an update's batch is made, such as `B 2 x K 16 x W 1 = 32`; "" if not known.
         batch: samples of most updates; None if not known.
         notes: what a reader of the figures should know.
+        every: updates from most records to the next.
     """
 
     label: str
@@ -39,6 +40,7 @@ class Curve:
     split: str
     batch: int | None
     notes: tuple[str, ...] = ()
+    every: int = 1
 
     @property
     def loss(self) -> np.ndarray:
@@ -180,9 +182,10 @@ def make_curve(label: str, log: Log, batch_size: int | None = None) -> Curve:
             f"{f' and {len(log.restarts) - 1} times more' if len(log.restarts) > 1 else ''}; the "
             "later records count"
         )
-    if len(step) > 2 and np.median(gap[1:]) > 1:
+    every = int(np.median(gap[1:])) if len(step) > 2 else 1
+    if every > 1:
         notes.append(
-            f"a record every {np.median(gap[1:]):.0f} updates; if its loss is a mean over them, "
+            f"a record every {every} updates; if its loss is a mean over them, "
             "its variance is that of a larger batch"
         )
     samples = _samples(log, gap, batch_size)
@@ -193,7 +196,7 @@ def make_curve(label: str, log: Log, batch_size: int | None = None) -> Curve:
         axes["seconds"] = seconds
     folder = log.path.parent if log.path.name == METRICS else None
     split, batch = _split(log)
-    return Curve(label, log, folder, axes, split, batch or batch_size, tuple(notes))
+    return Curve(label, log, folder, axes, split, batch or batch_size, tuple(notes), every)
 
 
 def _samples(log: Log, gap: np.ndarray, batch_size: int | None) -> np.ndarray | None:

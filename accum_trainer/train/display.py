@@ -161,7 +161,10 @@ class TrainingDisplay:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width, draws = options.max_width, not options.ascii_only
         for label, facts in self._rows(width, draws):
-            yield from _lines(label, facts, width)
+            for line in _lines(label, facts, width):
+                # Where an ellipsis cannot be written it would be six characters, and the line two.
+                line.truncate(width, overflow="ellipsis" if draws else "crop")
+                yield line
 
     def _rows(self, width: int, draws: bool) -> Iterator[tuple[str, list[Text]]]:
         now = self._progress
@@ -241,24 +244,18 @@ class TrainingDisplay:
 
 
 def _lines(label: str, facts: list[Text], width: int) -> Iterator[Text]:
-    """A row: its name and facts, broken between facts; one that is too long is cut."""
+    """A row: its name and facts, broken between facts; one of them may be too long."""
     indent = _LABEL if width >= 3 * _LABEL else 0
     line = Text(label.ljust(_LABEL) if indent else f"{label} ", "dim", end="", no_wrap=True)
     begun = line.cell_len
     for fact in facts:
         gap = "   " if line.cell_len > begun else ""
         if gap and line.cell_len + len(gap) + fact.cell_len > width:
-            yield _cut(line, width)
+            yield line
             line, gap = Text(" " * indent), ""
             begun = indent
-        line = Text.assemble(line, gap, fact)
-    yield _cut(line, width)
-
-
-def _cut(line: Text, width: int) -> Text:
-    line.no_wrap = True
-    line.truncate(width, overflow="ellipsis")
-    return line
+        line = Text.assemble(line, gap, fact, no_wrap=True)
+    yield line
 
 
 def _bar(share: float, width: int, draws: bool) -> Text:

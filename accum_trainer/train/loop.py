@@ -15,7 +15,7 @@ import torch
 from accum_trainer.config import TrainConfig
 from accum_trainer.engine.memory import memory_gb, peak_gb, reset_peak
 from accum_trainer.engine.ranks import StoreLostError, is_lost_connection
-from accum_trainer.errors import AccumTrainerError, DivergedError
+from accum_trainer.errors import AccumTrainerError, ConfigError, DivergedError
 from accum_trainer.launch.rank import end_at_once
 from accum_trainer.losses.causal_lm import causal_lm_loss
 from accum_trainer.plan.advice import advice_of_run
@@ -316,8 +316,18 @@ class Run:
             self._files.close()
 
     def _start_files(self) -> None:
+        kept = self._files.tally.records
+        start_trackers = partial(self._trackers.start, self._plan, kept, self.folder / METRICS)
+        self._files.take()
+        if not kept:
+            try:
+                start_trackers()
+            except ConfigError:  # nothing was made, and a run to be replaced is still there
+                self._files.leave()
+                raise
         self._files.start(self.config, self._plan)
-        self._trackers.start(self._plan, self._files.tally.records, self.folder / METRICS)
+        if kept:
+            start_trackers()
 
     def _finish_if_all_left(self, places: LoopPlaces) -> None:
         try:

@@ -28,6 +28,7 @@ from typing import Any
 
 from accum_trainer.config import TrainConfig
 from accum_trainer.errors import ConfigError
+from accum_trainer.launch.folders import make_folder, remove_folders
 from accum_trainer.train import durable
 from accum_trainer.train.loss_picture import CURVES, draw_loss
 from accum_trainer.train.records import Record, RecordWriter, Tally, read_records
@@ -142,6 +143,7 @@ class RunFolder:
         self.path = path
         self.tally = Tally()
         self._lock = lock
+        self._made: list[Path] = []
         self._earlier: Path | None = None
         self._writer: RecordWriter | None = None
 
@@ -152,20 +154,28 @@ class RunFolder:
         if run != self.path:
             self._earlier = run / METRICS
 
-    def start(self, config: TrainConfig, plan: dict[str, Any]) -> None:
-        """Lock the directory, write configuration and plan, and open the records.
+    def take(self) -> None:
+        """Lock the directory.
 
         Raises:
             ConfigError: another process trains here, or has since this one looked.
         """
         if self._lock is None:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self._made = make_folder(self.path)
             self._lock = RunLock.take(self.path)
             if holds_run(self.path):
                 raise ConfigError(
                     f"output_dir={self.path}: another run was started there meanwhile; choose "
                     "another folder, or give the command again to continue that run"
                 )
+
+    def leave(self) -> None:
+        """Undo `take`: the run was refused."""
+        self.close()
+        remove_folders(self._made)
+
+    def start(self, config: TrainConfig, plan: dict[str, Any]) -> None:
+        """Write configuration and plan, and open the records, in the directory that was taken."""
         if config.resume == "anew":
             self._remove_run()
         (self.path / RESULT).unlink(missing_ok=True)  # it said how the run ended; now it goes on
@@ -175,13 +185,14 @@ class RunFolder:
         self._writer = RecordWriter(self.path / METRICS, copy, self.tally, self._earlier)
 
     def _remove_run(self) -> None:
-        """Remove what an earlier run here has written, but for its logs."""
-        for name in (CHECKPOINTS, MODEL, MERGED, TENSORBOARD):
+        """Remove what an earlier run here has written, but for its logs. Trackers have removed
+        theirs."""
+        for name in (CHECKPOINTS, MODEL, MERGED):
             if (self.path / name).is_symlink():
                 (self.path / name).unlink()
             elif (self.path / name).is_dir():
                 shutil.rmtree(self.path / name)
-        for name in (METRICS, PICTURE, LAST, TRACKER_NOTES):
+        for name in (METRICS, PICTURE, LAST):
             (self.path / name).unlink(missing_ok=True)
 
     def check_lock(self) -> None:

@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
@@ -83,12 +84,14 @@ class TrackedRun:
         project: under which runs are gathered.
         note: of this tracker.
         first_step: the update that the run goes on with; 1 for a new run.
+        is_anew: it replaces an earlier run of this folder.
     """
 
     folder: Path
     project: str
     note: Note
     first_step: int
+    is_anew: bool
 
     @property
     def name(self) -> str:
@@ -105,7 +108,18 @@ class TrackedRun:
         return range(1, self.note.step + 1)
 
 
+def _remove_events(folder: Path) -> None:
+    """Remove what TensorBoard has of an earlier run: it would stay in the new one's curves."""
+    place = folder / TENSORBOARD
+    if place.is_symlink():
+        place.unlink()
+    elif place.is_dir():
+        shutil.rmtree(place)
+
+
 def _tensorboard(run: TrackedRun) -> dict[str, Any]:
+    if run.is_anew:
+        _remove_events(run.folder)
     run.check_inside(TENSORBOARD)
     later = {"purge_step": run.first_step} if run.note.step else {}
     return {"run_name": TENSORBOARD, "logging_dir": run.folder, **later}
@@ -131,6 +145,9 @@ def _trackio(run: TrackedRun) -> dict[str, Any]:
 
 
 def _mlflow(run: TrackedRun) -> dict[str, Any]:
+    # By its defaults it waits for a server that is gone for a quarter of an hour, and training too.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     known = {"run_id": run.note.id} if run.note.step else {"run_name": run.name}
     return {"experiment_name": run.project, **known}
 
@@ -240,14 +257,19 @@ class Trackers:
         Raises:
             ConfigError: the run is new, and a tracker cannot start.
         """
+        is_anew = self._config.resume == "anew"
         if not self._config.trackers:
+            if is_anew:
+                _remove_events(self._folder)
+                (self._folder / TRACKER_NOTES).unlink(missing_ok=True)
             return
         found = read_records(metrics) if kept else []
         records = [record for record in found if isinstance(record.get("step"), int)]
         self._skipped = sum(bool(record.get("skipped")) for record in records)
         last = max((record["step"] for record in records), default=0)
         self._notes = self._read_notes(last)
-        for name in self._config.trackers:
+        # The local one last: it replaces an earlier run's events, once the others have started.
+        for name in sorted(self._config.trackers, key=lambda name: name == "tensorboard"):
             try:
                 with _output_on_stderr():
                     self._begin(name, last, plan, records)
@@ -261,14 +283,17 @@ class Trackers:
                     f"report_to={self._config.report_to}: {name} cannot start here: "
                     f"{first_line(error)}; mend that, or leave {name} out"
                 ) from error
+        if is_anew and "tensorboard" not in self._config.trackers:
+            _remove_events(self._folder)
         self._write_notes()
 
     def _read_notes(self, last: int) -> dict[str, Note]:
         notes: dict[str, Note] = {}
         # Lost, or not ours: all is sent again, under a new id. A run that was killed before its
         # first checkpoint has notes and no records that are kept.
+        is_anew = self._config.resume == "anew"
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-            found = json.loads((self._folder / TRACKER_NOTES).read_text())
+            found = {} if is_anew else json.loads((self._folder / TRACKER_NOTES).read_text())
             notes = {name: Note.read(found[name]) for name in KINDS if name in found}
         for name in self._config.trackers:
             known = notes.get(name)
@@ -283,7 +308,8 @@ class Trackers:
 
         note, kind = self._notes[name], KINDS[name]
         is_new = note.step == 0
-        run = TrackedRun(self._folder, self._config.report_project, note, last + 1)
+        is_anew = self._config.resume == "anew"
+        run = TrackedRun(self._folder, self._config.report_project, note, last + 1, is_anew)
         tracker = LOGGER_TYPE_TO_CLASS[name](**kind.options(run))
         tracker.start()
         self._active[name] = tracker
@@ -373,8 +399,10 @@ def _output_on_stderr() -> Iterator[None]:
 
 _SECRET = re.compile(
     r"(//)[^/@\s]+(?=@)"  # a URL's user and password
-    r"|([?&](?:token|key|sig|signature|api_key)=)[^&\s]+"
-    r"|()\b(?:hf_|sk-|ghp_|github_pat_|xox[abp]-)[\w-]{8,}"  # access tokens of common services
+    r"|([?&][\w-]*(?:token|key|sig|signature|secret|password|credential)=)[^&\s]+"
+    # access tokens of common services
+    r"|()\b(?:hf_|sk-|gh[opsu]_|github_pat_|glpat-|xox[abp]-|AKIA)[\w-]{8,}",
+    re.IGNORECASE,
 )
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from accum_trainer.train.records import read_records
-from tests.launching import ROOT, environment, script, stand_in, torchrun
+from tests.launching import ROOT, environment, script, shell, stand_in, torchrun
 from tests.made_runs import write_sums
 from tests.terminal import Terminal
 
@@ -167,6 +167,27 @@ def test_narrow_without_colour_and_dumb(tmp_path, rows):
     dumb = on_terminal(tmp_path, *argv, "--resume", "anew", TERM="dumb")
     assert dumb.ended() == 0
     assert b"\x1b" not in dumb.raw and "update 10/10  loss" in dumb.text
+
+
+def test_of_ten_columns_without_utf_8(tmp_path, rows):
+    """An ellipsis was written as six characters there, and the display as two lines for one."""
+    plain = {"LC_ALL": "C", "PYTHONUTF8": 0, "PYTHONCOERCECLOCALE": 0}
+    argv = ["--dataset-file", rows, "--steps", "10"]
+    command = [sys.executable, "-m", "accum_trainer", *SMALL, *argv]
+    seen = Terminal(command, environment(OMP_NUM_THREADS=1, **plain), tmp_path, columns=10)
+    assert seen.ended() == 0, seen.text
+    shown = seen.text[seen.text.rindex("update ") :]
+    assert shown.startswith("update 10/\n#####\nepoch") and "u2026" not in seen.text
+    assert seen.text.count("tokens/s") == 1, "an older state of the display stayed"
+
+
+def test_closed_streams_end_nothing(tmp_path, rows):
+    """And no file of the run takes the place of one of them."""
+    words = " ".join(map(str, [*SMALL, "--dataset-file", rows, "--steps", "3"]))
+    run = shell(f"{sys.executable} -m accum_trainer {words} <&- >&- 2>&-", tmp_path, 120)
+    assert run.returncode == 0
+    steps = [record["step"] for record in read_records(tmp_path / "run" / "metrics.jsonl")]
+    assert steps == [1, 2, 3]
 
 
 def test_resized_and_interrupted_by_a_key(tmp_path, rows):

@@ -183,7 +183,7 @@ def test_a_browser_logs_in_and_stays(tmp_path):
         page.get_by_role("alert").get_by_text("This is not the password.").wait_for()
         page.get_by_label("Password").fill(PASSWORD)
         page.keyboard.press("Enter")
-        page.get_by_label("Command", exact=True).get_by_text("accum-trainer train").wait_for()
+        page.locator("#content:not([inert])").wait_for()  # connected
         page.get_by_role("textbox", name="Batch size").fill("8")
         page.get_by_text("Effective Batch: 8").wait_for()  # by its websocket
         page.goto(f"{own(panel)}/watch")

@@ -182,11 +182,33 @@ def test_one_that_cannot_start(train, tmp_path, rows):
     reporting = [*argv, "--report-to", "tensorboard", "--steps", "3"]
     resumed = train(*reporting)
     assert resumed.status == 0 and "tensorboard failed (" in resumed.err
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     new = train(*reporting, "--resume", "anew")
     assert new.status == 2 and "tensorboard cannot start here: " in new.error
+    # The run that it would have replaced is whole.
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == kept
     (tmp_path / "run" / "tensorboard").unlink()
-    assert train(*reporting).status == 0
+    assert train(*reporting, "--resume", "anew").status == 0
     assert [*tensorboard_of(tmp_path / "run" / "tensorboard")[0]["lr"]][-1][0] == 3
+
+
+def test_a_run_that_is_replaced_leaves_no_curves(train, tmp_path, rows):
+    argv = [*SMALL[2:], "--dataset-file", rows, "--output-dir", "run"]
+    assert train(*argv, "--steps", "3", "--report-to", "tensorboard").status == 0
+    assert train(*argv, "--steps", "2", "--resume", "anew").status == 0
+    assert not (tmp_path / "run" / "tensorboard").exists()
+    assert not (tmp_path / "run" / "trackers.json").exists()
+    assert train(*argv, "--steps", "4", "--report-to", "tensorboard").status == 0
+    scalars, _ = tensorboard_of(tmp_path / "run" / "tensorboard")
+    assert [step for step, _ in scalars["loss"]] == [1, 2, 3, 4]
+
+
+def test_one_that_cannot_start_leaves_no_folder(train, tmp_path, rows, monkeypatch):
+    monkeypatch.setenv("TRACKIO_SERVER_URL", "http://127.0.0.1:1/")  # without its write token
+    argv = [*SMALL[2:], "--dataset-file", rows, "--output-dir", "runs/new", "--steps", "2"]
+    refused = train(*argv, "--report-to", "trackio")
+    assert refused.status == 2 and "trackio cannot start here: " in refused.error
+    assert not (tmp_path / "runs").exists()
 
 
 WITHOUT_MLFLOW = """
@@ -301,6 +323,12 @@ def test_no_secret_is_sent():
     )
     sent = sent_configuration(config, {"world_size": 2, "versions": {"torch": "2"}, "shard": None})
     assert sent["dataset_file"] == "https://***@data.example/rows.jsonl?token=***&x=1"
+    assert (
+        sent_configuration(
+            TrainConfig(dataset_file="s3://b/r.jsonl?X-Amz-Signature=abc&x=1&access_token=d"), {}
+        )["dataset_file"]
+        == "s3://b/r.jsonl?X-Amz-Signature=***&x=1&access_token=***"
+    )
     assert sent["model"] == "***" and sent["seed"] == 3 and sent["amp"] is False
     assert sent["plan/versions/torch"] == "2" and sent["plan/shard"] == "None"
 
