@@ -21,7 +21,7 @@ class Of(Ranks):
 
 
 def shares(*files):
-    return [Of(rank, files).share_of(file) for rank, file in enumerate(files)]
+    return [Of(rank, files).share_of_file(file) for rank, file in enumerate(files)]
 
 
 def test_processes_share_files_that_are_the_same_and_no_others(tmp_path, monkeypatch):

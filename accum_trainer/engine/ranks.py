@@ -41,15 +41,22 @@ _LOST = (
 )
 
 
-def _place_of(file: Path) -> tuple[str, int, int] | None:
-    """The running system, file system and number of a file; None if one of them is not known."""
+def _system() -> str:
+    """This running system: hosts and containers may have the same name, so this is a number of the
+    kernel's start where there is one."""
     try:
-        # Hosts and containers may have the same name; this is one number per start of a kernel.
-        system = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
-        found = file.stat()
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
     except (OSError, ValueError):
+        return socket.gethostname()
+
+
+def _place_of(file: Path) -> tuple[str, int, int] | None:
+    """The running system, file system and number of a file; None if it cannot be seen."""
+    try:
+        found = file.stat()
+    except OSError:
         return None
-    return system, found.st_dev, found.st_ino
+    return _system(), found.st_dev, found.st_ino
 
 
 class StoreLostError(EngineError):
@@ -105,9 +112,13 @@ class Ranks:
             mine[0, index] = value.detach()
         return np.asarray(self.accelerator.gather(mine).cpu().double())
 
-    def share_of(self, file: Path) -> tuple[int, int]:
+    def count_on_machine(self) -> int:
+        """How many processes run on this machine, whatever the launcher says of local ranks."""
+        return self.gather_objects(_system()).count(_system())
+
+    def share_of_file(self, file: Path) -> tuple[int, int]:
         """(i, n): this is the i-th of the n processes that see the same `file`: on one machine, the
-        same one of the same file system, whatever the launcher says of local ranks."""
+        same one of the same file system."""
         seen = self.gather_objects(_place_of(file))
         mine = seen[self.rank]
         same = [rank for rank, place in enumerate(seen) if mine is not None and place == mine]

@@ -76,5 +76,5 @@ def choose_weight_sync(ranks: Ranks, weights: int, gradient: int, k: int) -> tup
 def _least_free(ranks: Ranks) -> float:
     free = free_bytes(ranks.device)
     if ranks.device.type == "cpu":  # which the processes of a machine share
-        free /= ranks.share_of_machine[1]
+        free /= ranks.count_on_machine()
     return float(ranks.all_gather_floats([free])[:, 0].min())

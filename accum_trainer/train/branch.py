@@ -31,7 +31,7 @@ def branch(training: Training, path: Path) -> Training:
         EngineError: the processes would start from different states.
     """
     acc, engine = training.accumulator, training.accumulator.engine
-    share = engine.share_of(path / checkpoints.MANIFEST)
+    share = engine.share_of_file(path / checkpoints.MANIFEST)
     saved: Checkpoint = engine.together(checkpoints.load_checkpoint, path, share)
     before = saved.state["identity"]
     expected = before | {"global_batch_size": training.identity["global_batch_size"]}

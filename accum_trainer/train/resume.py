@@ -82,7 +82,7 @@ def restore(training: Training, path: Path) -> tuple[Training, Tally]:
         EngineError: the processes would start from different states.
     """
     acc, engine = training.accumulator, training.accumulator.engine
-    share = engine.share_of(path / checkpoints.MANIFEST)
+    share = engine.share_of_file(path / checkpoints.MANIFEST)
     saved: Checkpoint = engine.together(checkpoints.load_checkpoint, path, share)
     notes = engine.on_main(check_same_run, saved.state["identity"], training.identity, path)
     _check_not_past_its_end(training, saved.state, path)
