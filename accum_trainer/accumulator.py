@@ -60,7 +60,7 @@ class Accumulator:
         accelerator: the Accelerator to use; otherwise one is made from `accelerator_kwargs`, which
             may also name the `engine` that must be in force (`single`, `ddp`, `fsdp2`, `zero0` to
             `zero3`); or `zero_stage` (0 to 3) and `cpu_offload` for DeepSpeed, `fsdp=True` for
-            FSDP2.
+            FSDP2, with `shard_size` for groups of processes that each hold the model.
 
     Attributes:
         accelerator: the `accelerate.Accelerator`.

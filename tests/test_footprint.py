@@ -166,6 +166,19 @@ def test_traffic_by_hand():
         ), engine
 
 
+def test_groups_by_hand():
+    """Two groups of two: shards of half the model, and traffic inside a group as of two processes;
+    each process all-reduces its half of the gradient with one other."""
+    k, n = 8, 4 * TINY
+    found, two = (rows(TrainConfig(**more), k, w) for more, w in (({"shard_size": 2}, 4), ({}, 2)))
+    for policy in (ONCE, EVERY):
+        groups, alone = found["fsdp2", policy], two["fsdp2", policy]
+        assert (groups.weights, groups.optimizer) == (alone.weights, alone.optimizer)
+        assert groups.total == alone.total
+        for sync in (ONCE, EVERY):
+            assert groups.traffic[sync] == pytest.approx(alone.traffic[sync] + n / 2)
+
+
 def test_whole_weights_by_hand():
     """Kept through the window they are gathered once at any K, and their bytes are there."""
     k, w = 8, 4

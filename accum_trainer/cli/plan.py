@@ -28,7 +28,7 @@ _USED = (
     *("revision", "trust_remote_code"),
     *("amp", "gradient_checkpointing", "attention", "use_peft", "lora_r", "lora_dropout"),
     *("lora_target_modules", "lora_modules_to_save", "engine", "zero_stage"),
-    *("cpu_offload", "cpu", "parallel_independent", "cuda_ids", "vary", "shard"),
+    *("cpu_offload", "shard_size", "cpu", "parallel_independent", "cuda_ids", "vary", "shard"),
 )
 
 
@@ -110,6 +110,10 @@ def _check_processes(config: TrainConfig, processes: int) -> None:
             f"engine={config.engine} shares the gradient between processes, but processes=1; say "
             "how many there are with --processes"
         )
+    if config.shard_size is not None:
+        from accum_trainer.engine.mesh import shard_mesh
+
+        shard_mesh(0, processes, config.shard_size)
 
 
 def _runs(config: TrainConfig) -> list[tuple[list[str], TrainConfig]]:

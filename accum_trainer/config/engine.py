@@ -30,6 +30,12 @@ class EngineOptions(Section):
         aliases={"1": "zero1", "2": "zero2", "3": "zero3"},  # as `Accumulator(zero_stage=2)`
     )
     cpu_offload: bool = option(False, "Keep ZeRO's optimizer state in host memory.")
+    shard_size: int | None = option(
+        None,
+        "FSDP2: shard the model over groups of so many processes, those of a machine, that hold "
+        "copies of each other and exchange gradients once per window. Default: over all.",
+        minimum=2,
+    )
     peak_tflops: float | None = option(
         None,
         "What one device could do at most, in 10^12 operations per second, for `mfu` in the "
@@ -48,6 +54,13 @@ class EngineOptions(Section):
             self._set("engine", self.zero_stage)
         elif self.engine is not None and self.engine.startswith("zero"):
             self._set("zero_stage", self.engine)
+        if self.shard_size is not None:
+            if self.engine not in (None, "fsdp2"):
+                raise ConfigError(
+                    f"shard_size={self.shard_size} is for FSDP2, but engine={self.engine}; give "
+                    "engine=fsdp2, or leave shard_size out"
+                )
+            self._set("engine", "fsdp2")
         if self.cpu_offload and self.zero_stage == "none":
             other = f"engine={self.engine} has none" if self.engine else "no engine is named"
             raise ConfigError(

@@ -47,6 +47,8 @@ class Engine(FullState, abc.ABC):
         grad_sync_reason: why it is this one.
         weight_sync: the same for gathering sharded weights; None if every process has them whole.
         weight_sync_reason: why it is this one.
+        shard_size: processes of a group that shards the model, where groups are copies of each
+            other; None elsewhere.
         defer_grad_reduction: reduce after a window's last backward instead of overlapping it, so
             that a rank that runs out of memory there strands no other. Set between windows, on
             all ranks together.
@@ -72,6 +74,7 @@ class Engine(FullState, abc.ABC):
     grad_sync_reason: str = "asked for"
     weight_sync: str | None = None
     weight_sync_reason: str = "every process has the whole weights"
+    shard_size: int | None = None
     defer_grad_reduction: bool = False
 
     runs_alone: bool = True
@@ -116,7 +119,7 @@ class Engine(FullState, abc.ABC):
         """Whether this engine drives what `accelerator` runs."""
 
     @classmethod
-    def on(cls, accelerator: Accelerator, asked: Syncs) -> Engine:
+    def on(cls, accelerator: Accelerator, asked: Syncs, request: Request) -> Engine:
         """The engine around an Accelerator that it `drives`."""
         return cls(accelerator, asked)
 

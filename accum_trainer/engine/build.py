@@ -21,6 +21,7 @@ from accum_trainer.engine.base import Engine
 from accum_trainer.engine.ddp import DDPEngine
 from accum_trainer.engine.fsdp import FSDPEngine
 from accum_trainer.engine.lost_processes import launched_processes, refuse_lost_processes
+from accum_trainer.engine.mesh import refuse_shared_samples, sizes_of
 from accum_trainer.engine.request import Request
 from accum_trainer.engine.single import SingleEngine
 from accum_trainer.engine.sync import AUTO, Syncs
@@ -49,9 +50,9 @@ def build_engine(
         grad_sync, weight_sync: `auto`, `once-per-window` or `every-microbatch`.
         accelerator: the user's own; by default one is made from `options`.
         options: of an engine (`Engine.options`: `zero_stage`, 0 to 3; `cpu_offload`, which keeps
-            ZeRO's optimizer state in host memory; `fsdp`), each of which the launcher may ask for
-            too; `engine`, the name of the one that must be in force; others are for
-            `Accelerator(...)`.
+            ZeRO's optimizer state in host memory; `fsdp`; `shard_size`, the processes over which
+            FSDP2 shards the model), each of which the launcher may ask for too; `engine`, the name
+            of the one that must be in force; others are for `Accelerator(...)`.
 
     Raises:
         ConfigError: another source says another K; an unknown policy or engine; an Accelerator and
@@ -82,12 +83,14 @@ def build_engine(
     else:
         _check_steps(gradient_accumulation_steps, accelerator)
     _check_in_force(accelerator, launched)
+    if (parallelism := getattr(accelerator, "parallelism_config", None)) is not None:
+        refuse_shared_samples(sizes_of(parallelism))
     if accelerator.num_processes > 1:
         atexit.unregister(_let_gloo_finish)  # once, for any number of engines in a process
         atexit.register(_let_gloo_finish)
     for kind in ENGINES:
         if kind.drives(accelerator, request):
-            engine = kind.on(accelerator, syncs)
+            engine = kind.on(accelerator, syncs, request)
             if request.engine not in (None, engine.name):
                 raise EngineError(
                     f"engine={request.engine} was asked for, but {engine.name} is in force: "

@@ -17,10 +17,25 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from accum_trainer.engine.fsdp_internals import (
+    forget_unreduced,
+    is_half_reduced,
+    local,
+    parameters_in,
+    reshard,
+    unreduced,
+    unsharded,
+)
+from accum_trainer.engine.mesh import (
+    PARALLELISM_VARIABLE,
+    parallelism_of,
+    refuse_shared_samples,
+    shard_mesh,
+    shard_size_of,
+)
 from accum_trainer.engine.own_parts import Part, share_of
 from accum_trainer.engine.request import Request
 from accum_trainer.engine.scattering import Whole, is_on_meta
@@ -45,10 +60,12 @@ class FSDPEngine(TorchEngine):
     weight_sync=once-per-window: weights are gathered in a window's first forward and sharded again
     after its last backward; every-microbatch: each block is sharded after its forward and after its
     backward. A window always begins from the shards, whatever ran before it.
+
+    Groups of processes (`mesh`) exchange gradients once per window, under either policy.
     """
 
     name = "fsdp2"
-    options = ("fsdp",)
+    options = ("fsdp", "shard_size")
     asked_for_as: ClassVar[Mapping[str, Mapping[str, Any]]] = {"fsdp2": {"fsdp": True}}
     library = "fsdp"
     runs_alone = False  # weights are gathered in every forward
@@ -59,22 +76,29 @@ class FSDPEngine(TorchEngine):
 
     @classmethod
     def is_asked_for(cls, request: Request) -> bool:
-        return bool(request.options.get("fsdp")) or request.names(cls.library)
+        return any(request.options.get(name) for name in cls.options) or request.names(cls.library)
 
     @classmethod
     def accelerator_kwargs(cls, request: Request) -> dict[str, Any]:
         # accelerate must not shard as well, on the GPU either: this engine does.
         _refuse_lost_settings(request.accelerator_kwargs.get("fsdp_plugin"))
         os.environ.pop("ACCELERATE_USE_FSDP", None)
+        refuse_shared_samples(parallelism_of(request))
+        os.environ.pop(PARALLELISM_VARIABLE, None)
         kwargs = super().accelerator_kwargs(request)
-        kwargs.pop("fsdp_plugin", None)
+        for name in ("fsdp_plugin", "parallelism_config"):
+            kwargs.pop(name, None)
         return kwargs
 
     @classmethod
     def drives(cls, accelerator: Accelerator, request: Request) -> bool:
         return cls.is_asked_for(request)
 
-    def __init__(self, accelerator: Accelerator, asked: Syncs) -> None:
+    @classmethod
+    def on(cls, accelerator: Accelerator, asked: Syncs, request: Request) -> FSDPEngine:
+        return cls(accelerator, asked, shard_size_of(request))
+
+    def __init__(self, accelerator: Accelerator, asked: Syncs, shard_size: int | None) -> None:
         super().__init__(accelerator, asked)
         # One that a launcher started is a mesh of one: a script for many GPUs, tried on one.
         if accelerator.num_processes == 1 and not torch.distributed.is_initialized():
@@ -84,6 +108,8 @@ class FSDPEngine(TorchEngine):
             )
         if accelerator.mixed_precision == "fp16":
             raise EngineError("mixed_precision=fp16 is not available with FSDP2 here; use bf16")
+        self._mesh = shard_mesh(self.rank, self.world_size, shard_size)
+        self.shard_size = self._mesh.shard_size if self._mesh.replicas > 1 else None
         # Of each model: what is gathered together, the model itself among them.
         self._units: dict[torch.nn.Module, list[Any]] = {}
         self._prepared: list[AcceleratedOptimizer] = []
@@ -96,23 +122,23 @@ class FSDPEngine(TorchEngine):
         refuse_data_parallel(models)
         self._choose_syncs([*self._units, *models])
         renamed: dict[int, torch.nn.Parameter] = {}
-        unsharded: dict[str, torch.Tensor] = {}
+        whole_ones: dict[str, torch.Tensor] = {}
         for number, model in enumerate(models):
             before = dict(model.named_parameters())
             is_whole_on_one = any(self.gather_objects(is_on_meta(model)))
             whole = Whole(self, model) if is_whole_on_one else None
             self._shard(model)
             if whole is not None:
-                whole.deal(model)
+                whole.deal(model, self._mesh)
             self._units[model] = [m for m in model.modules() if isinstance(m, FSDPModule)]
             renamed |= {id(before[name]): p for name, p in model.named_parameters()}
             self._sharded |= {
                 f"{number} {name}": p for name, p in model.named_parameters() if p.requires_grad
             }
-            unsharded |= {
-                f"{number} {name}": p for name, p in _unsharded(model).items() if p.requires_grad
+            whole_ones |= {
+                f"{number} {name}": p for name, p in unsharded(model).items() if p.requires_grad
             }
-        self._usage = Usage(unsharded)
+        self._usage = Usage(whole_ones)
         for optimizer in optimizers:
             if optimizer.state:
                 raise EngineError(
@@ -154,7 +180,7 @@ class FSDPEngine(TorchEngine):
         return torch.bfloat16 if self.mixed_precision == "bf16" else None
 
     def _shard(self, model: torch.nn.Module) -> None:
-        mesh = init_device_mesh(self.device.type, (self.world_size,))
+        mesh = self._mesh.device_mesh(self.device.type)
         # `reduce_dtype` is also the dtype of unreduced gradients. In bf16 a sum over ranks would
         # lose the small ones.
         options: dict[str, Any] = {
@@ -188,6 +214,10 @@ class FSDPEngine(TorchEngine):
                     "model that prepare() returned"
                 )
             model.set_requires_gradient_sync(exchange)
+            if exchange and self._mesh.replicas > 1 and self._reduces_unused:
+                # Reduced inside its group, a gradient waits for the window's end. An older torch
+                # would add up gradients of whatever each micro-batch used: there it does not wait.
+                model.set_requires_all_reduce(self.accelerator.sync_gradients)
         yield
 
     @contextlib.contextmanager
@@ -218,18 +248,16 @@ class FSDPEngine(TorchEngine):
         """Raise an EngineError for a model whose gradient the last backward did not reach, and so
         did not reduce: the optimizer would not see it."""
         for model in models if is_last else ():
-            for p in _fsdp_parameters(model):
-                left = p.unsharded_accumulated_grad
-                if left is None and hasattr(p, "_unsharded_param"):
-                    left = p.unsharded_param.grad
-                if left is not None:
-                    name = type(model).__name__.removeprefix("FSDP")
-                    raise EngineError(
-                        f"the window's last micro-batch does not use {name}, which earlier ones "
-                        "did, and FSDP2 exchanges gradients in the last backward: its update would "
-                        "miss them. Use each model in the last micro-batch, prepare them as one "
-                        "module, or use grad_sync=every-microbatch"
-                    )
+            name = type(model).__name__.removeprefix("FSDP")
+            missed = (
+                f"the window's last micro-batch does not use {name}, which earlier ones did, and "
+                "FSDP2 exchanges gradients in the last backward: its update would miss them. Use "
+                "each model in the last micro-batch, or prepare them as one module"
+            )
+            if is_half_reduced(model):
+                raise EngineError(missed)
+            if any(unreduced(p) is not None for p in parameters_in(model)):
+                raise EngineError(f"{missed}, or use grad_sync=every-microbatch")
 
     def backward(self, loss: torch.Tensor) -> None:
         self._usage.watch(loss)
@@ -249,10 +277,8 @@ class FSDPEngine(TorchEngine):
     def _gradients_of(self, models: Sequence[torch.nn.Module]) -> dict[Any, torch.Tensor]:
         found = {}
         for model in models:
-            for p in _fsdp_parameters(model):
-                gradient = p.unsharded_accumulated_grad
-                if gradient is None and hasattr(p, "_unsharded_param"):
-                    gradient = p.unsharded_param.grad
+            for p in parameters_in(model):
+                gradient = unreduced(p)
                 if gradient is not None:
                     found[p.sharded_param] = gradient
         return found
@@ -266,7 +292,7 @@ class FSDPEngine(TorchEngine):
 
     def _reshard_all(self) -> None:
         for model in self._units:
-            _reshard(model)
+            reshard(model)
 
     def discard_window_grads(self, optimizer: AcceleratedOptimizer) -> None:
         super().discard_window_grads(optimizer)
@@ -274,56 +300,53 @@ class FSDPEngine(TorchEngine):
 
     def discard_local_grads(self, models: Iterable[torch.nn.Module]) -> None:
         for model in models:
-            for parameter in _fsdp_parameters(model):
+            for parameter in parameters_in(model):
                 parameter.sharded_param.grad = None
-                # Gradients that are not reduced yet lie in no parameter of the model.
-                parameter.unsharded_accumulated_grad = None
-                if hasattr(parameter, "_unsharded_param"):
-                    parameter.unsharded_param.grad = None
+            forget_unreduced(model)
 
     def square_sum(self, parameters: list[torch.nn.Parameter]) -> float:
-        return sum(square_sums([_local(p.grad) for p in parameters if p.grad is not None]))
+        return sum(square_sums([local(p.grad) for p in parameters if p.grad is not None]))
 
     def _norm(self, squares: np.ndarray) -> float:
-        return math.sqrt(squares.sum())
+        return math.sqrt(squares.sum() / self._mesh.replicas)
 
     # --- whole tensors; a forward without a backward leaves the outermost weights gathered, as
     # parameters of the model, so each method shards them again first ---
 
     def own_parts(self, model: torch.nn.Module, optimizer: AcceleratedOptimizer) -> list[Part]:
-        _reshard(model)
+        reshard(model)
         return super().own_parts(model, optimizer)
 
     def each_full_weight(
         self, model: torch.nn.Module, trained_only: bool = False
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        _reshard(model)
+        reshard(model)
         yield from super().each_full_weight(model, trained_only)
 
     def shapes_of_weights(self, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-        _reshard(model)
+        reshard(model)
         return super().shapes_of_weights(model)
 
     def load_full_weights(
         self, model: torch.nn.Module, weights: Mapping[str, torch.Tensor]
     ) -> None:
-        _reshard(model)
+        reshard(model)
         super().load_full_weights(model, weights)
 
     def each_parameter_state(
         self, model: torch.nn.Module, optimizer: AcceleratedOptimizer
     ) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-        _reshard(model)
+        reshard(model)
         yield from super().each_parameter_state(model, optimizer)
 
     def load_full_optimizer_state(
         self, model: torch.nn.Module, optimizer: AcceleratedOptimizer, saved: dict[str, Any]
     ) -> None:
-        _reshard(model)
+        reshard(model)
         super().load_full_optimizer_state(model, optimizer, saved)
 
     def _without_state(self, optimizer: AcceleratedOptimizer) -> list[torch.Tensor]:
-        return [_local(p) for p in super()._without_state(optimizer)]
+        return [local(p) for p in super()._without_state(optimizer)]
 
     def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -356,48 +379,18 @@ class FSDPEngine(TorchEngine):
 
     def _own(self, tensor: torch.Tensor) -> tuple[int, torch.Tensor]:
         if not isinstance(tensor, DTensor) or tensor.ndim == 0:
-            return share_of(_local(tensor), self.rank, self.world_size)
-        assert tensor.placements == (Shard(0),), tensor.placements
-        rows = -(-tensor.shape[0] // self.world_size)  # of each rank but the last ones
-        row = math.prod(tensor.shape[1:])
-        return min(self.rank * rows, tensor.shape[0]) * row, tensor.to_local().detach().reshape(-1)
+            return share_of(local(tensor), self.rank, self.world_size)
+        assert tensor.placements[-1] == Shard(0), tensor.placements
+        mesh = self._mesh
+        rows = -(-tensor.shape[0] // mesh.shard_size)  # of each rank but the last ones
+        before = min(mesh.shard * rows, tensor.shape[0]) * math.prod(tensor.shape[1:])
+        # Copies of a shard are written in parts, so that every rank writes as much.
+        begin, values = share_of(tensor.to_local().reshape(-1), mesh.replica, mesh.replicas)
+        return before + begin, values
 
     def _sharded_like(self, parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         assert isinstance(parameter, DTensor)
         return distribute_tensor(value.to(self.device), parameter.device_mesh, parameter.placements)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _unsharded(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The whole parameters, which autograd sees. FSDP2 makes them once and later only gives them
-    memory."""
-    found: dict[str, torch.nn.Parameter] = {}
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.unshard()
-            found |= {name: p for name, p in model.named_parameters() if not isinstance(p, DTensor)}
-            module.reshard()
-    return found
-
-
-def _fsdp_parameters(model: torch.nn.Module) -> Iterator[Any]:
-    """FSDP2's own record of each parameter, which has no public name."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            state = module._get_fsdp_state()  # noqa: SLF001
-            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # noqa: SLF001
-            for group in groups:
-                yield from group.fsdp_params if group is not None else ()
-
-
-def _reshard(model: torch.nn.Module) -> None:
-    """Put every parameter back into its shard."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def _refuse_lost_settings(plugin: Any) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from accum_trainer.engine.mesh import ShardMesh
 from accum_trainer.engine.ranks import Ranks
 from accum_trainer.errors import EngineError
 
@@ -68,15 +69,15 @@ class Whole:
                     on_meta[id(p)] = torch.nn.Parameter(empty, requires_grad=p.requires_grad)
                 setattr(module, name, on_meta[id(p)])  # tied weights stay one
 
-    def deal(self, model: torch.nn.Module) -> None:
-        """Fill the model, sharded since. Collective."""
+    def deal(self, model: torch.nn.Module, mesh: ShardMesh) -> None:
+        """Fill the model, sharded over `mesh` since. Collective."""
         device = self._ranks.device
         model.to_empty(device=device)
         for name, p in model.named_parameters():
             assert isinstance(p, DTensor)
             whole = self._weights.pop(name, None)
             with torch.no_grad():
-                _scatter(p.to_local(), p.shape, whole, self._ranks)
+                _scatter(p.to_local(), p.shape, whole, self._ranks, mesh.shard_size)
             if whole is not None:
                 whole.data = torch.empty(0)  # an optimizer may still hold it
         others = self._ranks.first_of(
@@ -110,18 +111,23 @@ def _wrong_place(ranks: Ranks, model: torch.nn.Module) -> EngineError | None:
 
 
 def _scatter(
-    mine: torch.Tensor, shape: torch.Size, whole: torch.Tensor | None, ranks: Ranks
+    mine: torch.Tensor,
+    shape: torch.Size,
+    whole: torch.Tensor | None,
+    ranks: Ranks,
+    shard_size: int,
 ) -> None:
-    """Fill this rank's rows of a parameter that is sharded along its first dimension, as
-    `torch.chunk` cuts it: the last ranks may have fewer rows, or none."""
-    rows = math.ceil(shape[0] / ranks.world_size)
+    """Fill this rank's rows of a parameter that each group of `shard_size` ranks shards along its
+    first dimension, as `torch.chunk` cuts it: the last ranks may have fewer rows, or none."""
+    rows = math.ceil(shape[0] / shard_size)
     received = torch.empty(rows, *shape[1:], dtype=mine.dtype, device=mine.device)
     parts = None
     if ranks.is_main:
         assert whole is not None
         parts = [torch.zeros_like(received) for _ in range(ranks.world_size)]
         for rank, part in enumerate(parts):
-            own = whole.detach()[rank * rows : (rank + 1) * rows]
+            place = rank % shard_size
+            own = whole.detach()[place * rows : (place + 1) * rows]
             part[: len(own)].copy_(own)
     dist.scatter(received, parts, src=0)
     mine.copy_(received[: len(mine)])

@@ -104,7 +104,7 @@ class ZeroEngine(Engine):
         return bool(accelerator.distributed_type == DistributedType.DEEPSPEED)
 
     @classmethod
-    def on(cls, accelerator: Accelerator, asked: Syncs) -> Engine:
+    def on(cls, accelerator: Accelerator, asked: Syncs, request: Request) -> Engine:
         return STAGES[int(accelerator.state.deepspeed_plugin.zero_stage)](accelerator, asked)
 
     def __init__(self, accelerator: Accelerator, asked: Syncs) -> None:

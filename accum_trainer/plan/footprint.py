@@ -43,7 +43,7 @@ class _Engine:
 
     Attributes:
         need: its memory under the two policies.
-        sent: bytes that are sent under them, times W / (W - 1).
+        sent: bytes that a process sends in an update under them.
         policy_matters: its memory depends on `grad_sync`.
         gathers_in_forward: forwards wait for weights from the network, and its memory depends on
             `weight_sync`.
@@ -125,6 +125,8 @@ class Footprints:
         samples: samples of max_seq_len tokens in a micro-batch.
         precision: `no`, `bf16` or `fp16`.
         unknown: why activations are not known, or None.
+        between_groups: bytes of an update that a process sends to other groups of `shard_size`
+            processes; None without groups.
     """
 
     shapes: Shapes
@@ -132,6 +134,7 @@ class Footprints:
     precision: str
     rows: list[Footprint]
     unknown: str | None
+    between_groups: int | None
 
 
 def footprints(
@@ -164,7 +167,8 @@ def footprints(
         for grad_sync in _policies(engine, config.grad_sync)
         for weight_sync in _weight_policies(job, engine)
     ]
-    return Footprints(job.shapes, job.samples, job.precision, rows, job.unknown)
+    between = fsdp.between_groups(job) if config.shard_size is not None else None
+    return Footprints(job.shapes, job.samples, job.precision, rows, job.unknown, between)
 
 
 def recommend(found: Sequence[Footprint], gpu_memory: float) -> Footprint | None:
@@ -211,7 +215,6 @@ def _footprint(job: Job, engine: str, syncs: Syncs) -> Footprint:
         total, activations = max(peak, need.start), need.trace.peak()
         copies = need.trace.copies  # allocated among the activations, but copies of weights
         other = max(other, peak - base - need.gradients - activations)
-    world_size = job.plan.world_size
     return Footprint(
         engine=engine,
         grad_sync=syncs.grad_sync,
@@ -225,8 +228,6 @@ def _footprint(job: Job, engine: str, syncs: Syncs) -> Footprint:
         start=need.start,
         traffic={
             policy: _ENGINES[engine].sent(job, replace(syncs, grad_sync=policy))
-            * (world_size - 1)
-            // world_size
             for policy in (ONCE, EVERY)
         },
     )

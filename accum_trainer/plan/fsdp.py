@@ -1,8 +1,9 @@
 """Memory and traffic of FSDP2 (torch/distributed/fsdp/_fully_shard; engine/fsdp.py defines the
-units)."""
+units). A group of `shard_size` processes shards the model; groups are copies of each other."""
 
 from __future__ import annotations
 
+from accum_trainer.engine.mesh import shard_mesh
 from accum_trainer.engine.sync import EVERY, ONCE, Syncs
 from accum_trainer.plan.job import Job, Need
 
@@ -16,8 +17,8 @@ def fsdp2(job: Job, syncs: Syncs) -> Need:
     the whole gradient stays unsharded in the reduce dtype, from the window's first micro-batch to
     its last. Whole weights kept through the window are counted as if all were there all the time.
     """
-    s, b = job.shapes, _gathered_bytes(job)
-    shard, outside = job.shard(s.trained), b * s.outside
+    s, b, group = job.shapes, _gathered_bytes(job), group_size(job)
+    shard, outside = job.shard(s.trained, group), b * s.outside
     # The head's gradient is made first and reduced last, with the weights outside the blocks.
     two, reduced = 2 * b * s.block + b * s.head, (b + job.accumulated) * s.block_trained
     whole = syncs.grad_sync == ONCE and job.has_earlier_gradients
@@ -35,7 +36,7 @@ def fsdp2(job: Job, syncs: Syncs) -> Need:
         first = 0 if job.has_earlier_gradients else b * s.block
         extra = (kept + first, kept, kept + head, kept + head + reduced)
     return Need(
-        weights=4 * job.shard(s.parameters),
+        weights=4 * job.shard(s.parameters, group),
         gradients=gradients,
         optimizer=8 * shard,
         trace=job.cast_trace,
@@ -43,21 +44,36 @@ def fsdp2(job: Job, syncs: Syncs) -> Need:
         other=max(extra),
         held=gradients if job.has_earlier_gradients else 0,
         kept=0.0 if job.has_earlier_gradients else 4 * shard / (b * s.trained),
-        outside_trace=(4 * shard + 8 * job.shard(s.largest),),
+        outside_trace=(4 * shard + 8 * job.shard(s.largest, group),),
         # Moved to the GPU and sharded block by block, then the weights outside the blocks
         # (_fsdp_init.py, _move_states_to_device).
-        start=4 * (job.shard(s.parameters) + max(s.block, s.outside)),
+        start=4 * (job.shard(s.parameters, group) + max(s.block, s.outside)),
     )
 
 
 def fsdp2_traffic(job: Job, syncs: Syncs) -> int:
     """Gathers weights twice with each micro-batch, those outside the blocks once; or all once per
-    window. Reduces and scatters in the accumulation dtype."""
+    window. Reduces and scatters in the accumulation dtype. All of that inside a group; groups add
+    up once per window."""
     s, exchanges = job.shapes, job.steps if syncs.grad_sync == EVERY else 1
     gathered = job.steps * (2 * s.parameters - s.outside)
     if syncs.weight_sync == ONCE:
         gathered = s.parameters
-    return _gathered_bytes(job) * gathered + exchanges * job.accumulated * s.trained
+    inside = _gathered_bytes(job) * gathered + exchanges * job.accumulated * s.trained
+    return job.sent(inside, group_size(job)) + between_groups(job)
+
+
+def between_groups(job: Job) -> int:
+    """Bytes of an update that a process sends to other groups: its shard of the gradient is
+    all-reduced."""
+    group = group_size(job)
+    gradient = job.accumulated * job.shard(job.shapes.trained, group)
+    return job.sent(2 * gradient, job.plan.world_size // group)
+
+
+def group_size(job: Job) -> int:
+    """Processes that shard the model together."""
+    return shard_mesh(0, job.plan.world_size, job.config.shard_size).shard_size
 
 
 def _gathered_bytes(job: Job) -> int:

@@ -55,9 +55,15 @@ class Job:
         self.accumulated = 2 if config.accumulation_dtype == "bfloat16" else 4
         self.unknown: str | None = None
 
-    def shard(self, numbers: int) -> int:
-        """One process's part of `numbers`, rounded up."""
-        return -(-numbers // self.plan.world_size)
+    def shard(self, numbers: int, processes: int | None = None) -> int:
+        """One process's part of `numbers` that all `processes` share, rounded up."""
+        return -(-numbers // (processes or self.plan.world_size))
+
+    def sent(self, size: int, processes: int | None = None) -> int:
+        """Bytes that one of `processes` sends in a ring, to gather a buffer of `size` bytes or to
+        reduce and scatter it."""
+        processes = processes or self.plan.world_size
+        return size * (processes - 1) // processes
 
     @cached_property
     def float32_weights(self) -> int:

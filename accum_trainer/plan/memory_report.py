@@ -55,6 +55,11 @@ def memory_report(
     lines += [
         f"{engine} needs most while the model is placed, before it is sharded" for engine in placing
     ]
+    if found.between_groups is not None:
+        lines.append(
+            f"fsdp2 shards over groups of {config.shard_size} processes; of what one sends in an "
+            f"update, {_short(found.between_groups)} go to other groups"
+        )
     if config.engine is not None:
         lines.append(line("asked for", _asked_for(config.engine, found, limit)))
     if limit is not None:

@@ -43,4 +43,4 @@ def single_traffic(job: Job, syncs: Syncs) -> int:
 def ddp_traffic(job: Job, syncs: Syncs) -> int:
     """All-reduces gradients in the accumulation dtype."""
     exchanges = job.steps if syncs.grad_sync == EVERY else 1
-    return 2 * exchanges * job.accumulated * job.shapes.trained
+    return job.sent(2 * exchanges * job.accumulated * job.shapes.trained)

@@ -141,13 +141,13 @@ def zero3(job: Job, syncs: Syncs) -> Need:
 def zero1_traffic(job: Job, syncs: Syncs) -> int:
     """All-reduces gradients once, in the compute dtype (`use_multi_rank_bucket_allreduce`; the
     paper's reduce-scatter would be half of it), and gathers the new weights."""
-    return (2 + 1) * job.compute * job.shapes.trained
+    return job.sent((2 + 1) * job.compute * job.shapes.trained)
 
 
 def zero2_traffic(job: Job, syncs: Syncs) -> int:
     """As ZeRO-1, with an all-reduce per exchange."""
     exchanges = job.steps if syncs.grad_sync == EVERY else 1
-    return (2 * exchanges + 1) * job.compute * job.shapes.trained
+    return job.sent((2 * exchanges + 1) * job.compute * job.shapes.trained)
 
 
 def zero3_traffic(job: Job, syncs: Syncs) -> int:
@@ -156,10 +156,10 @@ def zero3_traffic(job: Job, syncs: Syncs) -> int:
     gathered there only."""
     s, exchanges = job.shapes, job.steps if syncs.grad_sync == EVERY else 1
     if syncs.weight_sync == ONCE:
-        return job.compute * (s.parameters + exchanges * s.trained)
+        return job.sent(job.compute * (s.parameters + exchanges * s.trained))
     whole = s.parameters - s.persistent
     gathered = job.steps * (2 * whole - min(whole, job.sizes.live))
-    return job.compute * (gathered + exchanges * s.trained + s.persistent)
+    return job.sent(job.compute * (gathered + exchanges * s.trained + s.persistent))
 
 
 def _adds_to_float32(job: Job) -> bool:

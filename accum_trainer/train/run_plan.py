@@ -59,6 +59,7 @@ def run_plan(training: Training, resumed_from: Path | None) -> dict[str, Any]:
         "rank_weights": cut.rank_weights,
         "noise_every": training.noise_every,
         "engine": engine.name,
+        "shard_size": engine.shard_size,
         "grad_sync": engine.grad_sync,
         "grad_sync_reason": engine.grad_sync_reason,
         "weight_sync": engine.weight_sync,
@@ -113,11 +114,12 @@ def describe_plan(plan: dict[str, Any], training: Training) -> str:
     syncs = f"grad_sync {plan['grad_sync']}"
     if plan["weight_sync"] is not None:
         syncs += f", weight_sync {plan['weight_sync']}"
+    groups = f" over groups of {plan['shard_size']}" if plan["shard_size"] else ""
     lines = [
         describe_split(plan, training),
         f"{sized}{tail}; {plan['total_updates']} updates in all, {plan['warmup_updates']} of them "
         f"warm-up, lr {plan['lr']:g}",
-        f"engine {plan['engine']}, {syncs}, {plan['device']}, precision "
+        f"engine {plan['engine']}{groups}, {syncs}, {plan['device']}, precision "
         f"{plan['mixed_precision']}; "
         f"{plan['trained_parameters']:,} of {plan['parameters']:,} parameters trained",
         f"loss: {training.prepared.objective}",

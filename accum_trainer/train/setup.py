@@ -105,6 +105,8 @@ def make_accumulator(config: TrainConfig) -> Accumulator:
         asked["engine"] = config.engine
     if config.cpu_offload:
         asked["cpu_offload"] = True
+    if config.shard_size is not None:
+        asked["shard_size"] = config.shard_size
     return Accumulator(
         micro_batch_size=None if isinstance(config.batch_size, str) else config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,

@@ -18,6 +18,7 @@ ENGINES = {
     "zero2": (2, {"zero_stage": 2}),
     "zero3": (2, {"zero_stage": 3}),
     "fsdp2": (2, {"fsdp": True}),
+    "fsdp2-groups": (4, {"fsdp": True, "shard_size": 2}),
 }
 # One engine instead, some of its cases, on another device (benchmarks/gpu/contract.py):
 # {"engine": name, "processes": how many, "options": as above, "cases": names, "torchrun": for one
@@ -89,6 +90,20 @@ OF_A_STAGE = {
     "state_survives_a_round_trip",
     "parts_of_all_ranks_are_the_whole_state",
 }
+# Two groups of processes that each shard the model: what sharding, or the exchange between groups,
+# can change.
+OF_GROUPS = OF_A_STAGE - {"stream_unsized"} | {
+    "planned_lora",
+    "planned_checkpointing",
+    "i13_tail_window_is_the_mean_of_its_own",
+    "i17_rank_without_a_sample",
+    "a_model_that_the_last_micro_batch_leaves_out",
+    "gathers_per_window",
+    "position_survives_another_world",
+    "trained_parameters_change_after_prepare",
+    "weight_sync_changes_no_bit",
+    "window_that_one_rank_cannot_read",
+}
 # The rest of three grids, of which another case has one point of each situation.
 MORE_POINTS = {
     "more_combinations",
@@ -113,6 +128,8 @@ def _is_long(item):
     engine, cases = _engine_of(item), _cases_of(item)
     if engine == "single":
         return False
+    if engine == "fsdp2-groups":
+        return True
     if cases & MORE_POINTS:
         return True
     if engine == "ddp":
@@ -124,6 +141,8 @@ def _is_left_to_others(item):
     engine, cases = _engine_of(item), _cases_of(item)
     if engine in ("zero0", "zero1"):
         return not cases & OF_A_STAGE
+    if engine == "fsdp2-groups":
+        return not cases & OF_GROUPS
     return engine == "zero2" and bool(cases & OF_ANY_ENGINE)
 
 
@@ -152,7 +171,7 @@ def engine_results(request, tmp_path_factory):
     """case name -> one result per rank, for one engine: the cases of the tests that are run."""
     out = tmp_path_factory.mktemp(request.param)
     processes, options = ENGINES[request.param]
-    unknown = (OF_ANY_ENGINE | OF_A_STAGE | MORE_POINTS) - {*_all_cases()}
+    unknown = (OF_ANY_ENGINE | OF_A_STAGE | OF_GROUPS | MORE_POINTS) - {*_all_cases()}
     assert not unknown, f"no cases have these names: {unknown}"
     using = [i for i in request.session.items if "engine_results" in getattr(i, "fixturenames", ())]
     asked = set().union(*(_cases_of(item) for item in using if _engine_of(item) == request.param))

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from accelerate import ParallelismConfig
 from accelerate.utils import DistributedType
 
 import accum_trainer
@@ -16,6 +17,12 @@ from accum_trainer.engine import build, zero_config
 from accum_trainer.engine.base import Engine
 from accum_trainer.engine.ddp import DDPEngine
 from accum_trainer.engine.fsdp import FSDPEngine
+from accum_trainer.engine.mesh import (
+    parallelism_of,
+    refuse_shared_samples,
+    shard_mesh,
+    shard_size_of,
+)
 from accum_trainer.engine.request import Request
 from accum_trainer.engine.single import SingleEngine
 from accum_trainer.engine.zero import STAGES, ZeroEngine
@@ -99,6 +106,7 @@ def test_a_zero_stage_that_does_not_exist_is_refused(written):
         ({"engine": "single", "fsdp": True}, "engine=single, but fsdp=True asks for fsdp2"),
         ({"engine": "zero2", "zero_stage": 3}, "engine=zero2, but zero_stage=3; make them agree"),
         ({"engine": "zero2", "fsdp": True}, "engine=zero2, but fsdp=True asks for fsdp2"),
+        ({"engine": "zero2", "shard_size": 2}, "engine=zero2, but shard_size=2 asks for fsdp2"),
         ({"engine": "fsdp2", "accelerator": object()}, "accelerator is given together with engine"),
     ],
 )
@@ -206,3 +214,36 @@ def test_the_engine_is_that_of_what_accelerate_wraps(kind, processes, engine):
     )
     request = Request({}, {})
     assert [k for k in (DDPEngine, SingleEngine) if k.drives(accelerator, request)] == [engine]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "size", "says"),
+    [
+        (6, 4, "shard_size=4 does not divide the 6 processes into equal groups"),
+        (2, 4, "shard_size=4 does not divide the 2 processes"),
+        (4, 1, "shard_size=1 gives every process the whole model; use engine=ddp"),
+        (4, True, "shard_size=True does not divide"),
+    ],
+)
+def test_groups_that_do_not_fit_are_refused(world_size, size, says):
+    with pytest.raises(ConfigError, match=says):
+        shard_mesh(0, world_size, size)
+
+
+def test_the_launcher_may_ask_for_groups():
+    asked = ParallelismConfig(dp_replicate_size=2, dp_shard_size=4)
+    request = Request(accelerator_kwargs={"parallelism_config": asked})
+    assert shard_size_of(request) == 4
+    with pytest.raises(ConfigError, match="shard_size=2, but .* dp_shard_size=4; make them agree"):
+        shard_size_of(Request({"shard_size": 2}, request.accelerator_kwargs))
+    only_sharded = ParallelismConfig(dp_shard_size=4)
+    assert shard_size_of(Request(accelerator_kwargs={"parallelism_config": only_sharded})) is None
+
+
+@pytest.mark.parametrize("kind", ["tp", "cp", "sp"])
+def test_processes_that_share_a_sample_are_refused(kind, monkeypatch):
+    """Each would take its own samples, and accelerate would let it."""
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{kind.upper()}_SIZE", "2")
+    with pytest.raises(EngineError, match=f"asks for {kind}_size=2: processes that share a sample"):
+        refuse_shared_samples(parallelism_of(Request()))

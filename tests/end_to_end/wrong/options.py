@@ -91,6 +91,10 @@ OPTIONS = {
         ["--engine", "fsdp2"],
         "FSDP2 shards over processes, and there is one, which no launcher started",
     ),
+    "groups of nothing": (
+        ["--shard-size", "2", "--engine", "zero3"],
+        "shard_size=2 is for FSDP2, but engine=zero3; give engine=fsdp2, or leave shard_size out",
+    ),
     "two engines": (
         ["--engine", "zero2", "--zero-stage", "zero3"],
         "engine=zero2 and zero_stage=zero3 name two engines; give one of them",
