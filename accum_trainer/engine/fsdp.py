@@ -254,10 +254,12 @@ class FSDPEngine(TorchEngine):
                 "FSDP2 exchanges gradients in the last backward: its update would miss them. Use "
                 "each model in the last micro-batch, or prepare them as one module"
             )
-            if is_half_reduced(model):
-                raise EngineError(missed)
-            if any(unreduced(p) is not None for p in parameters_in(model)):
-                raise EngineError(f"{missed}, or use grad_sync=every-microbatch")
+            if is_half_reduced(model) or any(
+                unreduced(p) is not None for p in parameters_in(model)
+            ):
+                # Groups wait for the last backward under either policy.
+                waits = self._mesh.replicas > 1
+                raise EngineError(missed + ("" if waits else ", or use grad_sync=every-microbatch"))
 
     def backward(self, loss: torch.Tensor) -> None:
         self._usage.watch(loss)
