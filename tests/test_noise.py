@@ -291,8 +291,9 @@ def test_advice(numbers, said):
 
 
 def test_a_run_says_its_noise_scale_and_a_resumed_one_goes_on(tmp_path):
-    """Rows whose completions follow the prompts: a gradient that stands out of its noise."""
-    rows = [{"prompt": f"{n % 7}:", "completion": " x" * (1 + n % 5)} for n in range(96)]
+    """Rows with one of three completions: a gradient that stands out of some noise."""
+    words = (" x", " one", " why")
+    rows = [{"prompt": f"{n % 7}:", "completion": words[n % 3] * (1 + n % 5)} for n in range(96)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ["--cpu", "--dataset-file", "rows.jsonl", "--batch-size", 2, "--lr", 1e-3]
     options += ["--global-batch-size", 12, "--noise-every", 2, "--scheduler", "constant"]
