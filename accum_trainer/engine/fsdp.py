@@ -29,6 +29,7 @@ from accum_trainer.engine.fsdp_internals import (
     unreduced,
     unsharded,
 )
+from accum_trainer.engine.fsdp_settings import refuse_lost_settings
 from accum_trainer.engine.mesh import (
     PARALLELISM_VARIABLE,
     parallelism_of,
@@ -81,7 +82,7 @@ class FSDPEngine(TorchEngine):
     @classmethod
     def accelerator_kwargs(cls, request: Request) -> dict[str, Any]:
         # accelerate must not shard as well, on the GPU either: this engine does.
-        _refuse_lost_settings(request.accelerator_kwargs.get("fsdp_plugin"))
+        refuse_lost_settings(request.accelerator_kwargs.get("fsdp_plugin"))
         os.environ.pop("ACCELERATE_USE_FSDP", None)
         refuse_shared_samples(parallelism_of(request))
         os.environ.pop(PARALLELISM_VARIABLE, None)
@@ -393,26 +394,3 @@ class FSDPEngine(TorchEngine):
     def _sharded_like(self, parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         assert isinstance(parameter, DTensor)
         return distribute_tensor(value.to(self.device), parameter.device_mesh, parameter.placements)
-
-
-def _refuse_lost_settings(plugin: Any) -> None:
-    """Raise an EngineError if the user's plugin, or the launcher's variables, ask for settings that
-    this engine does not have."""
-    if plugin is not None:
-        version, offload = (
-            plugin.fsdp_version,
-            bool(getattr(plugin.cpu_offload, "offload_params", plugin.cpu_offload)),
-        )
-    else:
-        # `fsdp=True` sets no variable; accelerate's launcher always sets the version.
-        version = int(os.environ.get("FSDP_VERSION", "2"))
-        offload = os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true"
-    if version != 2:
-        raise EngineError(
-            f"fsdp_version={version} is asked for; only FSDP2 is available: set fsdp_version: 2"
-        )
-    if offload:
-        raise EngineError(
-            "FSDP2 with its parameters offloaded to the CPU is not available; leave "
-            "fsdp_offload_params out"
-        )

@@ -256,8 +256,10 @@ def test_fsdp2_on_an_adapters_folder_trains_as_one_process(tmp_path, rows):
     [
         ({"FSDP_VERSION": "1"}, "fsdp_version=1 is asked for; only FSDP2 is available"),
         ({"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "leave fsdp_offload_params out"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "give gradient_checkpointing to train"),
+        ({"FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"}, "and give shard_size, the processes of a"),
     ],
-    ids=["version", "offload"],
+    ids=["version", "offload", "checkpointing", "groups"],
 )
 def test_i23b_fsdp_settings_that_would_be_lost(tmp_path, variables, says):
     argv = ["--cpu", "--steps", "1", "--output-dir", tmp_path / "run"]

@@ -1,0 +1,53 @@
+"""Settings of FSDP in accelerate's plugin and launcher that this project's engine does not have.
+
+accelerate would apply them; here they would be lost. Knows accelerate's names of them; no engine.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from accum_trainer.errors import EngineError
+
+
+def refuse_lost_settings(plugin: Any) -> None:
+    """Raise an EngineError if the user's plugin, or else the launcher's variables, ask for what
+    would be lost.
+
+    `reshard_after_forward` is none: when weights are gathered changes no update (`weight_sync`).
+    """
+    if plugin is not None:
+        version = int(plugin.fsdp_version)
+        offload = bool(getattr(plugin.cpu_offload, "offload_params", plugin.cpu_offload))
+        checkpointing = bool(plugin.activation_checkpointing)
+        strategy = str(plugin.sharding_strategy)
+    else:
+        # `fsdp=True` sets no variable; accelerate's launcher always sets the version.
+        version = int(os.environ.get("FSDP_VERSION", "2"))
+        offload = _is_true("FSDP_OFFLOAD_PARAMS")
+        checkpointing = _is_true("FSDP_ACTIVATION_CHECKPOINTING")
+        strategy = os.environ.get("FSDP_SHARDING_STRATEGY", "")
+    if version != 2:
+        raise EngineError(
+            f"fsdp_version={version} is asked for; only FSDP2 is available: set fsdp_version: 2"
+        )
+    if offload:
+        raise EngineError(
+            "FSDP2 with its parameters offloaded to the CPU is not available; leave "
+            "fsdp_offload_params out"
+        )
+    if checkpointing:
+        raise EngineError(
+            "fsdp_activation_checkpointing is not available; leave it out, and give "
+            "gradient_checkpointing to train, or call model.gradient_checkpointing_enable()"
+        )
+    if "HYBRID" in strategy.upper():
+        raise EngineError(
+            f"fsdp_sharding_strategy={strategy} is of FSDP1, and FSDP2 would ignore it; leave it "
+            "out, and give shard_size, the processes of a group that shards the model"
+        )
+
+
+def _is_true(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() == "true"
