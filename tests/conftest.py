@@ -41,6 +41,7 @@ LONG = (
     "end_to_end/panel/test_set_up",
     "end_to_end/panel/test_watch",
     "end_to_end/test_independent",
+    "end_to_end/test_tasks",
     "end_to_end/test_demo",
     "end_to_end/test_cut",
     "end_to_end/test_two_machines",
