@@ -170,7 +170,7 @@ def _use(config: TrainConfig, is_adapter: bool) -> str:
     if config.model == "tiny":
         return (
             "The base model was made by the run and is not kept. To get a model that loads alone,\n"
-            "train with `--merge-adapter`, or `accum-trainer merge --adapter product`.\n"
+            "train with `--merge-adapter`, or merge two runs by `merge --adapter product`.\n"
         )
     base = _hub_id(config.model)
     revision = f', revision="{_cell(config.revision)}"' if config.revision is not None else ""

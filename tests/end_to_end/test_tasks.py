@@ -176,9 +176,10 @@ def test_slurm_files_are_of_2_nodes_of_4_gpus(do, tmp_path):
 
 def test_a_killed_run_becomes_the_run_that_was_not_killed(do, tmp_path):
     said = do("resume after a kill")
-    assert "continued from runs/mine/checkpoints/step-00000010 after 10 updates" in said
+    # A fast machine may write a second checkpoint before the kill.
+    assert re.search(r"continued from runs/mine/checkpoints/step-000000[1-5]0 after [1-5]0 ", said)
     run = tmp_path / "runs/mine"
-    assert [r["step"] for r in lines_of(run / "metrics.jsonl")] == [*range(1, 41)]
+    assert [r["step"] for r in lines_of(run / "metrics.jsonl")] == [*range(1, 61)]
     command = tasks()["resume after a kill"][0].splitlines()[3]
     assert command.startswith("accum-trainer train ")
     whole = cli(*command.split()[1:-1], "whole", cwd=tmp_path, timeout=FIVE_MINUTES)
