@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import resource
+import sys
 import time
 from pathlib import Path
 
@@ -16,6 +17,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing here may reach a hub, and tokenizers must not warn about forks.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# One ninja for all tests: a second version on the PATH cannot read the log of the first, and would
+# compile DeepSpeed's extension again whenever they take turns.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 # DeepSpeed compiles an extension once. In the user's cache, two clones would compile it in turn,
 # and a build that was killed leaves a lock for which all later processes wait without end.
 EXTENSIONS = Path(__file__).parents[1] / ".pytest_cache" / "torch_extensions"
@@ -41,6 +45,7 @@ LONG = (
     "end_to_end/panel/test_set_up",
     "end_to_end/panel/test_watch",
     "end_to_end/test_independent",
+    "end_to_end/test_tasks",
     "end_to_end/test_demo",
     "end_to_end/test_cut",
     "end_to_end/test_two_machines",

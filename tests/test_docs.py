@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from tests.launching import ROOT, cli, script, shell
+from tests.pages import blocks, sections, tasks
 
 # Peers that pages show beside this library.
 PEERS = {"lightning", "trl"}
@@ -16,15 +17,15 @@ LINKED = [ROOT / name / "README.md" for name in ("examples", "launch_configs")]
 
 
 def examples():
+    elsewhere = [code for codes in tasks().values() for code in codes]  # end_to_end/test_tasks.py
     for page in PAGES:
-        blocks = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-        for number, (language, code) in enumerate(blocks):
+        for number, (language, code) in enumerate(blocks(page.read_text())):
             # `sh` blocks are the two make commands: the tests are one of them, test_demo runs the
             # other.
             assert language in ("python", "bash", "sh", "text", ""), (
                 f"{page.name}: a block in {language}"
             )
-            if language in ("python", "bash"):
+            if language in ("python", "bash") and code not in elsewhere:
                 # Launchers, one after another: half a minute and more each.
                 is_slow = language == "bash" and code.count("launch") > 1
                 yield pytest.param(
@@ -50,15 +51,6 @@ def test_example_runs(language, code, tmp_path):
     assert len(list(tmp_path.iterdir())) > 1 or not writes
 
 
-def anchors(page):
-    """What `#anchor` may name: the headings, as GitHub and the site spell them."""
-    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-    return {
-        re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings
-    }
-
-
 def test_links_between_pages_lead_somewhere():
     for page in [*PAGES, *LINKED]:
         text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
@@ -66,7 +58,7 @@ def test_links_between_pages_lead_somewhere():
             file = page.parent / target if target else page
             assert file.exists(), f"{page.name} links to {target}"
             if anchor:
-                assert anchor in anchors(file), f"{page.name} links to {target}#{anchor}"
+                assert anchor in sections(file), f"{page.name} links to {target}#{anchor}"
 
 
 def test_readme_shows_what_plan_prints():

@@ -141,12 +141,14 @@ def _deepspeed_file(path: Path, section: dict[str, Any]) -> Path | None:
 
 def _check_devices(file: LaunchFile, cpu: bool) -> None:
     here, gpus = file.processes_here, torch.cuda.device_count()
+    # num_processes counts those of all nodes.
+    over = f" (over {file.num_machines} nodes)" if file.num_machines > 1 else ""
     if gpus and not cpu:
         if here > gpus:
             raise ConfigError(
                 f"{file.path} starts {here} processes on this machine, which has {gpus} GPUs; "
-                f"set num_processes to {gpus * file.num_machines}, and keep the effective batch "
-                "with --global-batch-size"
+                f"set num_processes to {gpus * file.num_machines}{over}, and keep the effective "
+                "batch with --global-batch-size"
             )
         return
     cores = os.cpu_count() or 1
@@ -154,5 +156,5 @@ def _check_devices(file: LaunchFile, cpu: bool) -> None:
         raise ConfigError(
             f"{file.path} starts {here} processes on this machine, which has "
             f"{'no GPU and ' if not gpus else ''}{cores} CPU cores; set num_processes to "
-            f"{cores * file.num_machines} or less"
+            f"{cores * file.num_machines} or less{over}"
         )

@@ -31,10 +31,11 @@ from safetensors.torch import save_file
 
 from accum_trainer.errors import CheckpointError, ConfigError
 from accum_trainer.runs.saved_model import ADAPTER, ADAPTER_CONFIG, SavedModel
+from accum_trainer.train.model_card import CARD
 from accum_trainer.train.model_origin import NOTE
 
-# Weights are written anew, and where they come from is in merge.json.
-_NOT_COPIED = shutil.ignore_patterns("*.safetensors", NOTE)
+# Weights are written anew, and where they come from is in merge.json and the merge's own card.
+_NOT_COPIED = shutil.ignore_patterns("*.safetensors", NOTE, CARD)
 _LORA = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
 # LoRA options that leave the product B A and its scale alone, or that are taken into account here.
 # Any other must be at its default.

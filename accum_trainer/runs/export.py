@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,10 +15,11 @@ from accum_trainer.config import TrainConfig
 from accum_trainer.engine.full_state import persistent_buffers
 from accum_trainer.errors import CheckpointError, ConfigError
 from accum_trainer.lm.model import load_model, load_tokenizer
+from accum_trainer.runs.json_file import read_json
 from accum_trainer.train.checkpoint import Checkpoint, check_same_weights, load_checkpoint
 from accum_trainer.train.checkpoint_folder import find_checkpoint, list_checkpoints
 from accum_trainer.train.model_origin import ModelOrigin, identity_of
-from accum_trainer.train.run_folder import CHECKPOINTS, CONFIG, check_writable
+from accum_trainer.train.run_folder import CHECKPOINTS, CONFIG, PLAN, check_writable
 from accum_trainer.train.saved_model import write_model
 
 # Of a run that trains: it deletes what is being read, and has something newer by then.
@@ -67,8 +69,17 @@ def export(source: Path, target: Path, trust_remote_code: bool = False) -> Path:
     origin = ModelOrigin(
         loaded.state["accumulator"]["num_updates"], loaded.state["tally"]["num_samples"], identity
     )
-    write_model(target, config, model, tokenizer, saved if config.use_peft else weights, origin)
+    trained = saved if config.use_peft else weights
+    write_model(target, config, _plan_of(run), model, tokenizer, trained, origin)
     return checkpoint
+
+
+def _plan_of(run: Path) -> dict[str, Any]:
+    """plan.json, which the model card quotes; empty if it cannot be read."""
+    try:
+        return read_json(run / PLAN)
+    except CheckpointError:
+        return {}
 
 
 def _newest_of(

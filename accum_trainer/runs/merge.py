@@ -37,6 +37,7 @@ from accum_trainer.runs.merge_inputs import INDEPENDENT, MergeInput, find_merge_
 from accum_trainer.runs.origin import Origin
 from accum_trainer.runs.saved_model import SavedModel, check_alike
 from accum_trainer.train import run_folder as files
+from accum_trainer.train.model_card import CARD, merged_card
 
 MERGED, REPORT = "merged", "merge.json"
 
@@ -161,6 +162,9 @@ def merge(
             folder, method, tuple(inputs), evaluated_on, tuple(input_losses), loss, tuple(notes)
         )
         files.write_json(partial / REPORT, merged.to_dict())
+        samples = {run.name: run.num_samples for run in inputs}
+        card = merged_card(origin.config, method, samples)
+        (partial / CARD).write_text(card, encoding="utf-8")
         shutil.rmtree(place, ignore_errors=True)
         partial.rename(place)
     finally:

@@ -368,7 +368,8 @@ class Run:
         try:
             if weights is not None:
                 origin = self._origin(is_saved=not failed)
-                save_model(self.folder, self.config, model, training.tokenizer, weights, origin)
+                plan, tokenizer = self._plan, training.tokenizer
+                save_model(self.folder, self.config, plan, model, tokenizer, weights, origin)
             if not failed:
                 self._write_ending()
         except OSError as error:

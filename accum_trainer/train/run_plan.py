@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,9 @@ def run_plan(training: Training, resumed_from: Path | None) -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "numpy": np.__version__,
+            "accelerate": version("accelerate"),
+            "transformers": version("transformers"),
+            **({"peft": version("peft")} if config.use_peft else {}),
         },
     }
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from accum_trainer.config import TrainConfig
 from accum_trainer.lm.model import load_model, stored_dtype
 from accum_trainer.train import durable
+from accum_trainer.train.model_card import CARD, model_card
 from accum_trainer.train.model_origin import ModelOrigin
 from accum_trainer.train.run_folder import MERGED, MODEL
 
@@ -30,6 +31,7 @@ def needs_only_trained_weights(config: TrainConfig) -> bool:
 def save_model(
     folder: Path,
     config: TrainConfig,
+    plan: Mapping[str, Any],
     model: Any,
     tokenizer: Any,
     weights: dict[str, torch.Tensor],
@@ -38,6 +40,7 @@ def save_model(
     """Write model/ into `folder`, and model-merged/ if the configuration asks for it.
 
     Args:
+        plan: plan.json, for the model card.
         model: the unwrapped model, or its adapter's model.
         weights: whole weights by name; only trained ones if `needs_only_trained_weights`.
         origin: of the weights.
@@ -45,18 +48,20 @@ def save_model(
     Raises:
         OSError: writing failed; what was there before is as it was.
     """
-    write_model(folder / MODEL, config, model, tokenizer, weights, origin)
+    write_model(folder / MODEL, config, plan, model, tokenizer, weights, origin)
     if config.merge_adapter:
         # A fresh model is whole even if the trained one is sharded.
         fresh = load_model(config, tokenizer)
         fresh.load_state_dict(weights, strict=False)
         merged, dtype = fresh.merge_and_unload(), _saved_dtype(config)
-        _write(folder / MERGED, merged, tokenizer, merged.state_dict(), dtype, origin)
+        card = model_card(config, plan, origin, is_adapter=False)
+        _write(folder / MERGED, merged, tokenizer, merged.state_dict(), dtype, origin, card)
 
 
 def write_model(
     target: Path,
     config: TrainConfig,
+    plan: Mapping[str, Any],
     model: Any,
     tokenizer: Any,
     weights: dict[str, torch.Tensor],
@@ -64,7 +69,8 @@ def write_model(
 ) -> None:
     """Write the folder that `from_pretrained` loads: a model, or with `use_peft` an adapter."""
     dtype = None if config.use_peft else _saved_dtype(config)
-    _write(target, model, tokenizer, weights, dtype, origin)
+    card = model_card(config, plan, origin, is_adapter=config.use_peft)
+    _write(target, model, tokenizer, weights, dtype, origin, card)
 
 
 def _write(
@@ -74,6 +80,7 @@ def _write(
     weights: dict[str, torch.Tensor],
     dtype: torch.dtype | None,
     origin: ModelOrigin,
+    card: str,
 ) -> None:
     """Write beside `target`, then rename into place. An adapter (`dtype` None) stays in float32.
 
@@ -89,6 +96,7 @@ def _write(
             _state_dtype(partial / "config.json", dtype)
         tokenizer.save_pretrained(partial)
         origin.write(partial)
+        (partial / CARD).write_text(card, encoding="utf-8")  # in place of PEFT's empty template
         durable.put_in_place(partial, target)
     except (OSError, SafetensorError) as error:
         durable.remove(partial)

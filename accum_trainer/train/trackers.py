@@ -24,6 +24,7 @@ from typing import Any
 
 from accum_trainer.config import OPTIONS, TrainConfig
 from accum_trainer.errors import ConfigError, first_line
+from accum_trainer.train.masking import masked
 from accum_trainer.train.records import Record, read_records
 from accum_trainer.train.run_folder import TENSORBOARD, TRACKER_NOTES
 
@@ -397,15 +398,6 @@ def _output_on_stderr() -> Iterator[None]:
         yield
 
 
-_SECRET = re.compile(
-    r"(//)[^/@\s]+(?=@)"  # a URL's user and password
-    r"|([?&][\w-]*(?:token|key|sig|signature|secret|password|credential)=)[^&\s]+"
-    # access tokens of common services
-    r"|()\b(?:hf_|sk-|gh[opsu]_|github_pat_|glpat-|xox[abp]-|AKIA)[\w-]{8,}",
-    re.IGNORECASE,
-)
-
-
 def sent_configuration(config: TrainConfig, plan: dict[str, Any]) -> dict[str, Any]:
     """The composed configuration and, under `plan/`, the run's plan, as trackers take them: flat,
     numbers or text. No option holds a secret, but a URL or a name may contain one: it is masked."""
@@ -424,4 +416,4 @@ def _flattened(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 def _sent(value: Any) -> bool | int | float | str:
     if isinstance(value, bool | int | float):
         return value
-    return _SECRET.sub(lambda found: f"{found[1] or found[2] or ''}***", str(value))
+    return masked(str(value))

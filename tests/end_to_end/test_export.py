@@ -27,6 +27,9 @@ def test_the_last_checkpoint_gives_the_saved_model(train, command, tmp_path, opt
     assert done.status == 0, done.err
     assert done.out == "so-far: the model of run/checkpoints/step-00000002\n"
     assert equal(weights_in(tmp_path / "so-far"), weights_in(tmp_path / "run" / "model"))
+    exported, saved = (tmp_path / name / "README.md" for name in ("so-far", "run/model"))
+    card = exported.read_text()
+    assert card == saved.read_text() and "| optimizer updates | 2, on 4 samples |" in card
     names = {path.name for path in (tmp_path / "run" / "model").iterdir()}
     assert {path.name for path in (tmp_path / "so-far").iterdir()} == names
 

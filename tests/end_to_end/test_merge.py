@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from accum_trainer.config import TrainConfig
-from tests.end_to_end.test_wrong_input import snapshot
+from tests.end_to_end.wrong import snapshot
 from tests.launching import environment
 from tests.made_runs import list_runs, make_run
 
@@ -97,6 +97,8 @@ def test_shards_of_adapters(command, shards, tmp_path):
         in concat.out
     )
     assert json.loads((folder / "merged" / "adapter_config.json").read_text())["r"] == 8
+    card = (folder / "merged" / "README.md").read_text()
+    assert "library_name: peft" in card and "| part-0 | " in card
     product = command("merge", "runs/two", "--adapter", "product", "-o", "whole", cwd=tmp_path)
     assert product.status == 0, product.err
     assert "whole: the base model with the mean of 2 adapters' products added" in product.out

@@ -219,6 +219,8 @@ def test_r18_lora_saves_an_adapter_that_peft_loads(train, tmp_path, tiny_rows):
     assert train(*argv, "--output-dir", "run").status == 0
     adapter = json.loads((tmp_path / "run" / "model" / "adapter_config.json").read_text())
     assert sorted(adapter["target_modules"]) == ["q_proj", "v_proj"]
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "library_name: peft" in card and "| LoRA | rank 16, alpha 32," in card
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert plan["trained_parameters"] == 4 * 2 * (128 * 16 + 16 * 128)  # layers x modules x (A + B)
 

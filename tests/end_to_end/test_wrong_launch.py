@@ -194,6 +194,11 @@ LAUNCH = {
         "do not spread evenly",
     ),
     "too many processes": (TWO | {"num_processes": 4096}, [], ("4096 processes", "CPU cores")),
+    "too many processes of two nodes": (
+        TWO | {"num_processes": 8192, "num_machines": 2},
+        ["--machine-rank", "0", "--main-process-ip", "a", "--main-process-port", "29500"],
+        ("4096 processes on this machine", "or less (over 2 nodes)"),
+    ),
     "which node": (TWO | {"num_machines": 2}, [], "say which one this is with --machine-rank"),
     "no such node": (
         TWO | {"num_machines": 2},
