@@ -113,15 +113,6 @@ def _without_bar() -> Iterator[None]:
             kwargs = {**kwargs, "disable": True}
         return factory(*args, **kwargs)
 
-    if not hasattr(logging, "set_tqdm_hook"):  # transformers before 5.4: all of its bars, or none
-        is_shown = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
-        try:
-            yield
-        finally:
-            if is_shown:
-                logging.enable_progress_bar()
-        return
     before = logging.set_tqdm_hook(make)
     try:
         yield
