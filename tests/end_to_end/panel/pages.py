@@ -14,6 +14,10 @@ LONG = 1_000_000  # updates: a run that a test stops
 COMPARED = ("step", "loss", "lr", "grad_norm", "num_targets", "effective_batch_size")
 
 
+def connected(page):
+    page.locator("#content:not([inert])").wait_for()
+
+
 def box(page, label):
     return page.get_by_role("textbox", name=label.replace("_", " "), exact=True)
 

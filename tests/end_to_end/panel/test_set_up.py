@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 from playwright.sync_api import expect
 
@@ -12,6 +13,7 @@ from tests.end_to_end.panel.pages import (
     box,
     choose,
     command_of,
+    connected,
     curves,
     fill,
     picture,
@@ -146,6 +148,41 @@ def test_two_pages_are_one_form_and_start_one_run_once(open_page, panels):
     assert not (run / "result.json").exists()
 
 
+def test_a_page_takes_nothing_in_before_it_is_connected(open_page, panels):
+    """What is typed then is sent later, each key by a timer, so the last need not be the last."""
+    page = open_page()
+    set_up(page, "early", updates=2)
+    page.route_web_socket(re.compile("."), lambda socket: None)  # it never answers
+    page.reload()
+    size = box(page, "Batch size")
+    expect(size).to_have_value("8")
+    place = size.bounding_box()
+    page.mouse.click(place["x"] + 20, place["y"] + place["height"] / 2)
+    page.keyboard.type("123")
+    expect(page.locator("#content[inert]")).to_have_count(1)
+    expect(size).to_have_value("8")
+    page.close()
+    page = open_page()
+    fill(page, Batch_size=123)
+    expect(command_of(page)).to_contain_text("--batch-size 123")
+
+
+def test_a_double_click_starts_one_run(open_page, panels):
+    """Without a name the second would be another run, under the next free name."""
+    page = open_page()
+    set_up(page, "twice", updates=2)
+    fill(page, Name_of_the_run="")
+    expect(command_of(page)).not_to_contain_text("runs/twice")
+    before = {run.name for run in panels.runs.iterdir()}
+    page.get_by_role("button", name="Start training").dblclick()
+    expect(state(page)).to_have_text("done")
+    assert len({run.name for run in panels.runs.iterdir()} - before) == 1
+    page.go_back()
+    page.get_by_role("button", name="Start training").click()  # it is a new run now
+    expect(state(page)).to_have_text("done")
+    assert len({run.name for run in panels.runs.iterdir()} - before) == 2
+
+
 BAD = {
     "B of words": ({"Batch_size": "many"}, "batch_size='many' is not an integer"),
     "B of nothing": ({"Batch_size": "0"}, "batch_size=0 is below 1; give a whole number"),
@@ -192,7 +229,7 @@ def test_keyboard_alone(open_page, panels):
     page = open_page()
     set_up(page, "keys", updates=2)
     page.reload()
-    expect(command_of(page)).to_contain_text("accum-trainer train")  # the page is connected
+    connected(page)
     keys = page.keyboard
 
     def go_to(name):

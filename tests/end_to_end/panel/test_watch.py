@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from urllib.parse import quote
@@ -93,6 +94,14 @@ def test_a_run_that_fails_says_why(open_page, panels, place):
         for child in psutil.Process(panels.now.process.pid).children()
         if child.status() == psutil.STATUS_ZOMBIE
     ]
+
+
+def test_a_folder_whose_name_is_no_text_is_listed(open_page, panels):
+    run = make_run(panels.runs / os.fsdecode(b"no-text-\xff"))
+    page = open_page("/watch")
+    page.get_by_role("link", name="no-text-? done").click()
+    expect(page.get_by_text("whose name is not UTF-8 cannot be shown: rename it")).to_be_visible()
+    shutil.rmtree(run)
 
 
 def test_what_a_run_directory_holds_is_shown_as_text(open_page, panels):
