@@ -398,8 +398,14 @@ class TestRuns:
         view = RunView(run, "a")
         view.refresh()
         assert view.noise_advice == ""
-        plan = {"max_tokens_per_micro_batch": None, "effective_batch_size": 8}
+        plan = {"max_tokens_per_micro_batch": None, "effective_batch_size": 8, "noise_every": 4}
         plan |= {"physical_batch_size": 2, "world_size": 1}
+        (run / "plan.json").write_text(json.dumps(plan))
+        view.refresh(at_most_every_sec=0)
+        assert view.noise_advice.startswith("noise scale not known yet: one window in 4 is")
+        (run / "plan.json").write_text(json.dumps(plan | {"noise_every": 0}))
+        view.refresh(at_most_every_sec=0)
+        assert view.noise_advice.startswith("noise scale not measured: noise_every=0")
         (run / "plan.json").write_text(json.dumps(plan))
         record = {"step": 99, "noise_scale": 64.0, "noise_scale_low": 50, "noise_scale_high": 80}
         with open(run / "metrics.jsonl", "a") as file:

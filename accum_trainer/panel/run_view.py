@@ -14,7 +14,7 @@ from typing import Any
 from accum_trainer.launch.last_words import last_words
 from accum_trainer.panel.curves import RecordReader, number
 from accum_trainer.panel.processes import LOG, Start, changed, read_start
-from accum_trainer.plan.advice import advice_of_run
+from accum_trainer.plan.advice import advice_of_run, why_unknown
 from accum_trainer.train.run_folder import DIVERGENCE, LOGS, METRICS, PLAN, RESULT, holds_run
 from accum_trainer.train.run_lock import Owner, owner_of
 
@@ -129,10 +129,11 @@ class RunView:
 
     @property
     def noise_advice(self) -> str:
-        """What the noise scale says of the effective batch; "" while it is not known."""
+        """What the noise scale says of the effective batch, as `train` says it at its end, or that
+        it is not known; "" before there is a plan."""
         known = {key: number(self.records.last.get(key)) for key in _OF_NOISE}
         try:
-            return advice_of_run(self.plan, known) or ""
+            return advice_of_run(self.plan, known) or why_unknown(self.plan)
         except (KeyError, TypeError, ValueError, ArithmeticError):  # no plan, or no one's plan
             return ""
 

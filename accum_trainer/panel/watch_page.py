@@ -83,7 +83,7 @@ class WatchPage:
             self._progress = text("", "span")
         self._message = text("", "pre", "message").props("role=alert")
         self._tiles = markup("", "dl", "tiles")
-        self._advice = text("", "p", "advice")
+        self._advice = text("", "p", "advice").props('aria-label="Advice on the effective batch"')
         self._curves = ui.element("div").classes("curves")
         with self._curves:
             self._charts()
@@ -155,7 +155,7 @@ class WatchPage:
         self._message.classes(replace=f"message {view.state}")
         self._tiles.set_content(_tiles(view))
         advice = view.noise_advice
-        self._advice.set_content(html.escape(advice[:1].upper() + advice[1:]))
+        self._advice.set_content(html.escape(advice))
         self._advice.set_visibility(bool(advice))
         lines = view.log.splitlines()[-_LOG_LINES:]
         self._log.set_content(

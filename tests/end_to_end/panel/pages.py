@@ -63,6 +63,7 @@ def state(page):
 
 
 def picture(page, name):
+    page.evaluate("scrollTo(0, 0)")  # else the header lies where it was scrolled to
     page.screenshot(path=PICTURES / f"{name}.png", full_page=True)
 
 

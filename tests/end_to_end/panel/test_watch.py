@@ -127,11 +127,29 @@ def test_what_a_run_directory_holds_is_shown_as_text(open_page, panels):
 
 @pytest.fixture(scope="module")
 def trained(place):
-    """The runs `first` and `second` of the panel's folder."""
-    options = ["--cpu", "--dataset-file", "rows.jsonl", "--max-seq-len", 32, "--steps", 4]
-    for name in ("first", "second"):
-        run = cli("train", *options, "--output-dir", f"runs/{name}", cwd=place)
+    """The runs `first` and `second` of the panel's folder; what `first` said at its end."""
+    options = ["--cpu", "--dataset-file", "rows.jsonl", "--max-seq-len", 32, "--batch-size", 4]
+    own = {
+        "first": ["--global-batch-size", 16, "--noise-every", 1, "--steps", 12],
+        "second": ["--steps", 4],
+    }
+    said = {}
+    for name, more in own.items():
+        run = cli("train", *options, *more, "--output-dir", f"runs/{name}", cwd=place)
         assert run.returncode == 0, run.stderr
+        said[name] = run.stdout.splitlines()
+    return said["first"]
+
+
+def test_r54_the_noise_scale_is_said_as_train_says_it(open_page, panels, trained):
+    (advice,) = [line for line in trained if line.startswith("noise scale")]
+    assert "B_eff 16" in advice
+    page = open_page("/watch?run=first")
+    said = page.get_by_label("Advice on the effective batch")
+    expect(said).to_have_text(advice)
+    expect(page.get_by_role("img", name="Noise scale (samples)")).to_be_visible()
+    page.get_by_role("link", name="second done").click()
+    expect(said).to_contain_text("noise scale not known yet: one window in ")
 
 
 def test_looks(open_page, panels, trained):
