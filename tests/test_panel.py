@@ -50,9 +50,10 @@ from accum_trainer.panel.processes import (
     stop_now,
 )
 from accum_trainer.panel.row_counts import RowCounts
-from accum_trainer.panel.run_view import RunView, as_printed, find_runs, sendable
-from accum_trainer.train.run_lock import owner_of
-from tests.made_runs import make_run, write_sums
+from accum_trainer.panel.run_view import RunView, find_groups, find_runs, sendable
+from accum_trainer.panel.terminal import as_printed
+from accum_trainer.train.run_lock import RunLock, owner_of
+from tests.made_runs import list_runs, make_run, write_sums
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -317,6 +318,26 @@ class TestRuns:
         assert sorted(find_runs(tmp_path)) == ["a", "group/b", "refused"]
         assert find_runs(tmp_path)[-1] == "a" and find_runs(tmp_path / "none") == []
 
+    def test_of_one_folder_are_a_group(self, tmp_path):
+        for name in ("part-0", "part-1", "merged"):
+            (tmp_path / "shares" / name).mkdir(parents=True)
+        list_runs(tmp_path / "shares", "part-0", "part-1")
+        shutil.rmtree(tmp_path / "shares" / "part-0")
+        make_run(tmp_path / "shares" / "part-0")
+        (tmp_path / "deep").mkdir()
+        list_runs(tmp_path / "deep" / "er", "part-0")
+        self.started(tmp_path / "shares")
+        assert find_runs(tmp_path) == ["shares/part-0"]
+        assert find_groups(tmp_path) == ["deep/er", "shares"]
+
+    def test_of_a_group_are_not_started_while_one_of_them_trains(self, tmp_path):
+        group = list_runs(tmp_path / "shares", "part-0", "part-1")
+        run = make_run(group / "part-1")
+        lock = RunLock.take(run)
+        with pytest.raises(ConfigError, match=f"{run} is training already: process {os.getpid()}"):
+            start(Command(["accum-trainer", "plan"], None, ""), group)
+        lock.release()
+
     def test_that_are_done_or_stopped_say_so(self, tmp_path):
         state, message = self.state(make_run(tmp_path / "a", loss=1.5))
         assert (state, message) == ("done", "Done after 10 updates. Last loss 1.5000.")
@@ -464,8 +485,6 @@ class TestRuns:
 
 
 def test_the_owner_of_a_lock_is_told_without_a_wait(tmp_path):
-    from accum_trainer.train.run_lock import RunLock
-
     assert owner_of(tmp_path) is None
     lock = RunLock.take(tmp_path)
     owner = owner_of(tmp_path)

@@ -17,7 +17,7 @@ from accum_trainer.config import TrainConfig
 from accum_trainer.launch.quoting import words
 from accum_trainer.launch.spec import LaunchSpec
 
-PROGRAM = "accum-trainer"
+PROGRAM, TORCHRUN = "accum-trainer", "torchrun"
 # Beside the runs: launch files that the panel writes.
 LAUNCH_FILES = "launch-files"
 # Options of `train` that a launch file decides.
@@ -108,3 +108,14 @@ def _file_name(spec: LaunchSpec) -> str:
     parts += [spec.precision] if spec.precision != "no" else []
     parts += ["offload"] if spec.cpu_offload else []
     return "_".join(parts) + ".yaml"
+
+
+def merge_words(folder: Path, force: bool, allow_unfinished: bool) -> list[str]:
+    """The command that merges the independent runs of a folder.
+
+    Args:
+        force: replace an earlier merge.
+        allow_unfinished: merge runs that have not finished as they are.
+    """
+    flags = (("--allow-unfinished", allow_unfinished), ("--force", force))
+    return [PROGRAM, "merge", str(folder), *(flag for flag, is_given in flags if is_given)]

@@ -17,8 +17,10 @@ from nicegui import ui
 from accum_trainer.errors import ConfigError
 from accum_trainer.launch.folders import make_folder
 from accum_trainer.panel.form import Form
+from accum_trainer.panel.group_page import GroupPage
 from accum_trainer.panel.guard import Guard, check_address, is_loopback
 from accum_trainer.panel.row_counts import RowCounts
+from accum_trainer.panel.run_view import find_groups
 from accum_trainer.panel.setup_page import SetupPage
 from accum_trainer.panel.shell import FAVICON, Panel
 from accum_trainer.panel.watch_page import WatchPage
@@ -85,7 +87,10 @@ def build(runs: Path) -> FastAPI:
 
     @ui.page("/watch", title="Watch · accum-trainer")
     def watch(run: str = "") -> None:
-        WatchPage(panel, run)
+        if run in find_groups(runs):
+            GroupPage(panel, run)
+        else:
+            WatchPage(panel, run)
 
     application = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     ui.run_with(

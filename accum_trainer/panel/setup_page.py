@@ -14,8 +14,8 @@ from accum_trainer.panel.form import (
     ENGINE,
     FIELDS,
     LENGTH,
-    LORA,
     MEMORY,
+    NESTED,
     PROCESSES,
     RATE,
     RUN_NAME,
@@ -40,6 +40,7 @@ class SetupPage:
     def __init__(self, panel: Panel) -> None:
         self._panel, self._form = panel, panel.form
         self._controls: dict[str, Control] = {}
+        self._nested: dict[str, ui.element] = {}
         self._not_started = ""  # why the last start was refused
         self._is_left = False  # for the run that it started
         with shell(panel, "/"):
@@ -104,13 +105,12 @@ class SetupPage:
             self._control(ENGINE)
             for name in MEMORY:
                 self._control(name)
-            self._control("use_peft")
-            with ui.element("div").classes("nested") as self._lora:
-                for name in LORA:
-                    self._control(name)
+            self._with_nested("use_peft")
         with _group("Learning"):
             for name in (*RATE, LENGTH, UNIT):
                 self._control(name)
+        with _group("Several runs"):
+            self._with_nested("parallel_independent")
         with ui.element("details").classes("group"):
             text("All other options", "summary")
             for title, fields in other_fields().items():
@@ -118,6 +118,13 @@ class SetupPage:
                 with ui.element("div").classes("fields"):
                     for field in fields:
                         self._control(field.name)
+
+    def _with_nested(self, switch: str) -> None:
+        """A switch and the fields that it shows."""
+        self._control(switch, "full" if switch == "parallel_independent" else "")
+        with ui.element("div").classes("nested") as self._nested[switch]:
+            for name in NESTED[switch]:
+                self._control(name, "wide" if name == "vary" else "")
 
     def _plan(self) -> None:
         self._control(RUN_NAME)
@@ -174,7 +181,8 @@ class SetupPage:
                 choice.props("checked")
             else:
                 choice.props(remove="checked")
-        self._lora.set_visibility(bool(self._form.values["use_peft"]))
+        for switch, fields in self._nested.items():
+            fields.set_visibility(bool(self._form.values[switch]))
         for name, control in self._controls.items():
             control.show_error(shown.error if shown.at == name else "")
         self._wrong.set_content(html.escape(shown.error or self._not_started))

@@ -1,0 +1,124 @@
+"""Independent runs are started, seen side by side and merged in a real browser."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from playwright.sync_api import expect
+
+from tests.end_to_end.panel.pages import (
+    box,
+    choose,
+    command_of,
+    fill,
+    good_looks,
+    press,
+    set_up,
+    state,
+)
+from tests.launching import shell
+from tests.made_runs import list_runs, make_run
+
+
+def test_shares_are_started_seen_side_by_side_and_merged(open_page, panels, place):
+    page = open_page()
+    set_up(page, "shares", updates=3, batch=4, steps=2)
+    page.get_by_role("switch", name="Independent runs side by side").click()
+    expect(page.locator(".plan .alert")).to_contain_text("on a CPU needs cuda_ids")
+    page.get_by_label("GPUs, or slots of the CPU").fill("0,1")
+    expect(command_of(page)).to_contain_text("--parallel-independent --cuda-ids 0,1")
+    figures = page.get_by_role("region", name="Plan").locator("dl")
+    for line in ("Runs2, each on its share of the rows", "Rows70", "epoch5, the last of 3"):
+        expect(figures).to_contain_text(line)
+    fill(page, Processes=2)
+    expect(page.locator(".plan .alert")).to_contain_text("processes=2 share a gradient")
+    fill(page, Processes=1)
+    expect(command_of(page)).to_contain_text("--cuda-ids 0,1")
+    typed = command_of(page).inner_text()
+    press(page, "Start training")
+
+    rows = page.locator(".members tbody tr")
+    expect(rows).to_have_count(2)
+    expect(state(page)).to_have_text("done")
+    for place_of, row in enumerate(rows.all()):
+        loss = json.loads((panels.runs / f"shares/part-{place_of}/result.json").read_text())["loss"]
+        for said in (f"part-{place_of}", f"shard {place_of}/2", "done", "3 / 3", f"{loss:.4f}"):
+            expect(row).to_contain_text(said)
+        expect(row.locator("td").last).to_have_text("nothing")
+    lines = page.get_by_role("img", name="Loss").locator("path[fill=none][stroke^='var(--']")
+    expect(lines.nth(1)).to_be_attached()
+
+    line = page.get_by_label("Merge command")
+    expect(line).to_have_text("accum-trainer merge runs/shares")
+    press(page, "Merge")
+    said = page.get_by_role("status", name="Merged")
+    expect(said).to_contain_text("runs/shares/merged: the mean of 2 models")
+    merged = panels.runs / "shares" / "merged"
+    weights = (merged / "model.safetensors").read_bytes()
+    loss = json.loads((merged / "merge.json").read_text())["eval_loss"]
+    expect(page.get_by_text("holds a merge of 2 runs")).to_be_visible()
+    assert loss is None or f"{loss:.4f}" in said.inner_text()
+
+    before = (merged / "merge.json").stat().st_mtime_ns
+    press(page, "Merge")  # nothing is overwritten in silence
+    expect(said).to_contain_text("holds a merge already; choose another folder, or replace it")
+    assert (merged / "merge.json").stat().st_mtime_ns == before
+    page.get_by_role("switch", name="Replace the earlier merge").click()
+    expect(line).to_have_text("accum-trainer merge runs/shares --force")
+    good_looks(page, "independent")
+    press(page, "Merge")
+    expect(said).to_contain_text("merge runs/shares --force")
+    expect(said).to_contain_text("the mean of 2 models")
+    assert (merged / "merge.json").stat().st_mtime_ns > before
+    expect(line).to_have_text("accum-trainer merge runs/shares")
+
+    by_hand = place / "by-hand"
+    by_hand.mkdir()
+    (by_hand / "rows.jsonl").symlink_to(place / "rows.jsonl")
+    done = shell(f"{typed}\naccum-trainer merge runs/shares", by_hand, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert (by_hand / "runs/shares/merged/model.safetensors").read_bytes() == weights
+
+    page.get_by_role("link", name=re.compile("^part-1 ")).click()
+    expect(page.get_by_role("heading", name="shares/part-1")).to_be_visible()
+    expect(page.get_by_role("img", name="Gradient norm")).to_be_visible()
+
+
+def test_what_a_run_lacks_is_said_and_a_merge_without_it_is_refused(open_page, panels):
+    group = list_runs(panels.runs / "halted", "part-0", "part-1", "part-2")
+    make_run(group / "part-0")
+    make_run(group / "part-1", done=False, stopped_by="SIGTERM", updates=4)
+    (group / "part-1" / "metrics.jsonl").write_text('{"step": 4, "loss": 2.5}\n')
+    summary = [{"name": "part-2", "state": "failed", "reason": "error: <b>no rows</b>"}]
+    (group / "summary.json").write_text(json.dumps({"runs": summary}))
+    page = open_page("/watch?run=halted")
+    lacks = page.locator(".members td:last-child")
+    expect(lacks).to_have_text(
+        ["model/ is missing", "4 of 10 updates made", "error: <b>no rows</b>"]
+    )
+    expect(state(page)).to_have_text("failed")
+    page.get_by_role("switch", name="Also unfinished runs").click()
+    expect(page.get_by_label("Merge command")).to_contain_text("halted --allow-unfinished")
+    press(page, "Merge")
+    said = page.get_by_role("status", name="Merged")
+    expect(said).to_contain_text("error: part-2 of runs/halted is missing: independent.json lists")
+    (group / "independent.json").write_text("[]")
+    expect(page.get_by_role("alert")).to_contain_text("independent.json holds a list, not an")
+
+
+def test_a_form_of_independent_runs_is_kept_and_hidden(open_page):
+    page = open_page()
+    set_up(page, "vary", updates=2)
+    page.get_by_role("switch", name="Independent runs side by side").click()
+    fill(page, What_differs_between_them="lr=1e-3,2e-3; seed=0,1")
+    page.get_by_label("GPUs, or slots of the CPU").fill("0")
+    figures = page.get_by_role("region", name="Plan").locator("dl")
+    expect(figures).to_contain_text("Runs4, which differ in lr, seed")
+    fill(page, What_differs_between_them="output_dir=a,b")
+    expect(page.locator(".plan .alert")).to_contain_text("output_dir cannot differ between the")
+    page.get_by_role("switch", name="Independent runs side by side").click()
+    expect(box(page, "What differs between them")).to_be_hidden()
+    expect(command_of(page)).not_to_contain_text("vary=")
+    choose(page, "Unit", "epochs")
+    expect(command_of(page)).to_contain_text("--epochs 2")
