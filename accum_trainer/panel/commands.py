@@ -22,6 +22,8 @@ PROGRAM, TORCHRUN = "accum-trainer", "torchrun"
 LAUNCH_FILES = "launch-files"
 # Options of `train` that a launch file decides.
 _IN_LAUNCH_FILE = {"mixed_precision", "engine", "cpu_offload"}
+# Options of several runs, of which one is proven.
+_OF_SEVERAL_RUNS = {"parallel_independent", "cuda_ids", "vary", "max_restarts"}
 
 
 @dataclass(frozen=True)
@@ -60,14 +62,9 @@ def command_for(
         without: the configuration that holds if none of them is named.
         launch: the processes; None for plain `train`.
     """
-    stated = {
-        name: getattr(config, name)
-        for name in given
-        if getattr(config, name) != getattr(without, name)
-        and (launch is None or name not in _IN_LAUNCH_FILE)
-    }
-    arguments = [word for name, value in stated.items() for word in _option(name, value)]
-    arguments += ["--output-dir", str(folder)]
+    left_out = set() if launch is None else _IN_LAUNCH_FILE
+    stated = _stated(given, config, without, left_out)
+    arguments = [*_options(stated), "--output-dir", str(folder)]
     # A file may not allow a model's code; the command line does.
     text = yaml.safe_dump(
         {name: value for name, value in stated.items() if name != "trust_remote_code"},
@@ -79,6 +76,42 @@ def command_for(
         return Command([PROGRAM, "train", *arguments], None, shown)
     file = folder.parent / LAUNCH_FILES / _file_name(launch)
     return Command([PROGRAM, "launch", str(file), "--", *arguments], (launch, file), shown)
+
+
+def verify_words(
+    given: Mapping[str, Any],
+    config: TrainConfig,
+    without: TrainConfig,
+    launch: LaunchSpec | None,
+    report: Path,
+) -> list[str]:
+    """The command that proves an update of the same training; of independent runs, of one.
+
+    Args:
+        given, config, without, launch: as for `command_for`. torchrun needs no launch file: the
+            engine is an option.
+        report: the JSON file that it writes.
+    """
+    options = [*_options(_stated(given, config, without, _OF_SEVERAL_RUNS)), "--json", str(report)]
+    if launch is None:
+        return [PROGRAM, "verify", *options]
+    processes = ["--standalone", "--nproc_per_node", str(launch.num_processes)]
+    return [TORCHRUN, *processes, "-m", "accum_trainer.verify", *options]
+
+
+def _stated(
+    given: Mapping[str, Any], config: TrainConfig, without: TrainConfig, left_out: set[str]
+) -> dict[str, Any]:
+    """The options that make a difference, by name."""
+    return {
+        name: getattr(config, name)
+        for name in given
+        if name not in left_out and getattr(config, name) != getattr(without, name)
+    }
+
+
+def _options(stated: Mapping[str, Any]) -> list[str]:
+    return [word for name, value in stated.items() for word in _option(name, value)]
 
 
 def _option(name: str, value: Any) -> list[str]:

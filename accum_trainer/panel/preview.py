@@ -23,8 +23,9 @@ from accum_trainer.batch_plan import (
 from accum_trainer.config import TrainConfig, compose
 from accum_trainer.errors import AccumTrainerError, ConfigError
 from accum_trainer.launch.spec import LaunchSpec
-from accum_trainer.panel.commands import LAUNCH_FILES, Command, command_for
+from accum_trainer.panel.commands import LAUNCH_FILES, Command, command_for, verify_words
 from accum_trainer.panel.form import ENGINE, FIELDS, LENGTH, NESTED, OWN, PROCESSES, RUN_NAME, UNIT
+from accum_trainer.panel.proof import PROOF
 from accum_trainer.panel.row_counts import RowCounts
 from accum_trainer.runs.independent_files import INDEPENDENT
 from accum_trainer.runs.independent_settings import devices_of, settings_of
@@ -59,6 +60,7 @@ class Preview:
         warnings: what is worth a thought, though it would run.
         folder: the run directory; it holds a run already if `continues`.
         command: None if something is wrong.
+        proof: the words of the command that proves an update of it; None if something is wrong.
     """
 
     effective: int | None
@@ -70,6 +72,7 @@ class Preview:
     folder: Path | None = None
     continues: bool = False
     command: Command | None = None
+    proof: list[str] | None = None
     config: TrainConfig | None = None
 
 
@@ -83,7 +86,7 @@ def preview(values: Mapping[str, str | bool], runs: Path, rows: RowCounts) -> Pr
     sizes = _sizes(values)
     effective = sizes[0] * sizes[1] * sizes[2] if sizes else None
     try:
-        config, launch, plan, folder, command, num_rows = _composed(values, runs, rows)
+        config, launch, plan, folder, command, proof, num_rows = _composed(values, runs, rows)
         figures = [*_of_runs(config, num_rows), *_figures(plan, config)]
     except AccumTrainerError as error:
         return Preview(effective, sizes, str(error), _field_of(str(error)))
@@ -100,6 +103,7 @@ def preview(values: Mapping[str, str | bool], runs: Path, rows: RowCounts) -> Pr
         folder=folder,
         continues=continues,
         command=command,
+        proof=proof,
         config=config,
     )
 
@@ -117,7 +121,7 @@ def _sizes(values: Mapping[str, str | bool]) -> tuple[int, int, int] | None:
 
 def _composed(
     values: Mapping[str, str | bool], runs: Path, rows: RowCounts
-) -> tuple[TrainConfig, LaunchSpec | None, BatchPlan, Path, Command, int | None]:
+) -> tuple[TrainConfig, LaunchSpec | None, BatchPlan, Path, Command, list[str], int | None]:
     given = _given(values)
     processes = _whole_number("processes", str(values[PROCESSES]))
     engine = str(values[ENGINE])
@@ -149,6 +153,7 @@ def _composed(
         plan,
         folder,
         command_for(given, config, without, launch, folder),
+        verify_words(given, config, without, launch, runs / PROOF),
         num_rows,
     )
 
