@@ -6,7 +6,7 @@ processes, FSDP2 and ZeRO need a launch file, so a first command writes it. Star
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,3 +152,8 @@ def merge_words(folder: Path, force: bool, allow_unfinished: bool) -> list[str]:
     """
     flags = (("--allow-unfinished", allow_unfinished), ("--force", force))
     return [PROGRAM, "merge", str(folder), *(flag for flag, is_given in flags if is_given)]
+
+
+def compare_words(folders: Sequence[Path]) -> list[str]:
+    """The command that prints the same comparison, and draws its picture."""
+    return [PROGRAM, "compare", *map(str, folders)]

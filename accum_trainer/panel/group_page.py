@@ -52,7 +52,9 @@ class GroupPage:
                 with ui.element("section").classes("card").props('aria-label="Side by side"'):
                     self._table = markup("", "div")
                 with ui.element("section").classes("chart large").props('aria-label="Loss"'):
-                    text("Loss", "h2")
+                    with ui.element("div").classes("head"):
+                        text("Loss", "h2")
+                        self._compare = text("Compare them", "a")
                     self._loss = new_chart("Loss")
                 self._merge_card()
                 self._log = log_box(is_open=False)
@@ -123,6 +125,13 @@ class GroupPage:
             for member in self._group.members
             if member.view is not None
         }
+        query = [
+            f"run={quote(f'{self._group.name}/{member.name}')}"
+            for member in self._group.members
+            if member.view is not None
+        ]
+        self._compare.props(f'href="/compare?{"&".join(query)}"')
+        self._compare.set_visibility(len(query) > 1)
         drawn = ([(name, len(one), one.last) for name, one in runs.items()], log, weight)
         if drawn != self._drawn:
             self._drawn = drawn

@@ -8,14 +8,16 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, Query
 from nicegui import app as pages
 from nicegui import ui
 
 from accum_trainer.errors import ConfigError
 from accum_trainer.launch.folders import make_folder
+from accum_trainer.panel.compare_page import ComparePage
 from accum_trainer.panel.form import Form
 from accum_trainer.panel.group_page import GroupPage
 from accum_trainer.panel.guard import Guard, check_address, is_loopback
@@ -91,6 +93,10 @@ def build(runs: Path) -> FastAPI:
             GroupPage(panel, run)
         else:
             WatchPage(panel, run)
+
+    @ui.page("/compare", title="Compare · accum-trainer")
+    def compare(run: Annotated[list[str], Query(default_factory=list)]) -> None:
+        ComparePage(panel, run)
 
     application = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     ui.run_with(

@@ -30,7 +30,7 @@ _GLYPH = (
 )
 FAVICON = _GLYPH.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
 _LOG_LINES = 200
-_PAGES = (("/", "Set up"), ("/watch", "Watch"))
+_PAGES = (("/", "Set up"), ("/watch", "Watch"), ("/compare", "Compare"))
 _THEMES: dict[str, bool | None] = {"auto": None, "light": False, "dark": True}
 
 

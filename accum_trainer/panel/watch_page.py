@@ -97,6 +97,7 @@ class WatchPage:
                         "for=compare borderless dense options-dense behavior=menu "
                         f"max-values={len(OTHERS)}"
                     )
+                self._compare = text("Figures", "a")
                 ui.switch(
                     "Log axis", value=bool(self._form.view["log_axis"]), on_change=self._set_log
                 ).props("dense")
@@ -130,9 +131,13 @@ class WatchPage:
         if view is not None and self._others.options != others:
             kept = [name for name in self._others.value if name in others]
             self._others.set_options(others, value=kept)
+        if view is not None:
+            query = "&".join(f"run={_quoted(name)}" for name in (view.name, *self._others.value))
+            self._compare.props(f'href="/compare?{query}"')
+            self._compare.set_visibility(bool(self._others.value))
         if view is None:
             if names and self._panel.view(names[0]).is_active:
-                ui.navigate.to(f"/watch?run={quote(sendable(names[0]))}")
+                ui.navigate.to(f"/watch?run={_quoted(names[0])}")
             return
         if is_group(view.folder):  # it was a start of independent runs, which are there now
             ui.navigate.reload()
@@ -221,6 +226,10 @@ def _no_run(name: str, panel: Panel) -> str:
     if "?" in name:  # what such a name is sent as
         said += " A folder whose name is not UTF-8 cannot be shown: rename it."
     return said
+
+
+def _quoted(name: str) -> str:
+    return quote(sendable(name))
 
 
 def _tiles(view: RunView) -> str:
