@@ -24,7 +24,7 @@ from accum_trainer.train.run_folder import METRICS
 
 _REFRESH_SEC = 2.0
 # Runs that train are compared again, for at most this share of the time.
-_LEAST_BETWEEN_SEC, _SHARE = 4.0, 0.05
+_LEAST_BETWEEN_SEC, _SHARE = 3.0, 0.25
 
 
 class ComparePage:
@@ -62,9 +62,10 @@ class ComparePage:
             for name in find_runs(self._panel.runs)
             if name == sendable(name) and (self._panel.runs / name / METRICS).is_file()
         ]
+        # Also what an address names: anything else would be a path of anywhere.
+        self._chosen = [name for name in self._chosen if name in names]
         if sorted(names) != self._names:
             self._names = sorted(names)
-            self._chosen = [name for name in self._chosen if name in names]
             self._show_list()
         if not self._is_busy:
             self._is_busy = True
@@ -99,7 +100,8 @@ class ComparePage:
             while True:
                 chosen = [*self._chosen]
                 folders = [self._panel.runs / name for name in chosen]
-                wanted = (chosen, [changed(folder / METRICS) for folder in folders])
+                times = [changed(folder / METRICS) for folder in folders]
+                wanted = (chosen, times, bool(self._names))
                 if wanted == self._of or time.monotonic() < self._again_at:
                     return
                 self._of = wanted

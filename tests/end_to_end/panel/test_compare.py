@@ -35,10 +35,12 @@ def record(folder, batch, noise, updates=60):
 
 
 def test_two_runs_and_more_as_compare_compares_them(open_page, panels, place):
+    record(place / "outside", 2, 0.4)
+    page = open_page("/compare?run=../outside&run=..%2Foutside%2F")
+    expect(page.get_by_role("status")).to_have_text("There are no runs yet.")
     record(panels.runs / "k1", 2, 0.4)
     record(panels.runs / "k8", 16, 0.1)
     record(panels.runs / "group" / f"k4 {EVIL}", 8, 0.39)
-    page = open_page("/compare")
     expect(page.get_by_role("status")).to_have_text("Choose two runs or more.")
     runs = page.get_by_role("navigation", name="Runs")
     runs.get_by_label("k1", exact=True).check()

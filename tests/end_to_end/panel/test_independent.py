@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import time
 
 from playwright.sync_api import expect
 
+from accum_trainer.train.run_lock import owner_of
 from tests.end_to_end.panel.pages import (
+    LONG,
     box,
     choose,
     command_of,
@@ -17,6 +20,7 @@ from tests.end_to_end.panel.pages import (
     set_up,
     state,
 )
+from tests.end_to_end.started import wait_for_end
 from tests.launching import shell
 from tests.made_runs import list_runs, make_run
 
@@ -83,6 +87,38 @@ def test_shares_are_started_seen_side_by_side_and_merged(open_page, panels, plac
     page.get_by_role("link", name=re.compile("^part-1 ")).click()
     expect(page.get_by_role("heading", name="shares/part-1")).to_be_visible()
     expect(page.get_by_role("img", name="Gradient norm")).to_be_visible()
+
+
+def test_all_of_them_are_stopped_and_continued(open_page, panels):
+    page = open_page()
+    set_up(page, "halting", updates=LONG, batch=1, steps=1)
+    page.get_by_role("switch", name="Independent runs side by side").click()
+    page.get_by_label("GPUs, or slots of the CPU").fill("0,1")
+    expect(command_of(page)).to_contain_text("--cuda-ids 0,1")
+    press(page, "Start training")
+    lacks = page.locator(".members td:last-child")
+    for row in (0, 1):
+        expect(lacks.nth(row)).to_contain_text("of 1,000,000 updates made")
+    press(page, "Stop and save")
+    expect(state(page)).to_have_text("stopped and saved")
+    parts = [panels.runs / "halting" / f"part-{number}" for number in (0, 1)]
+    for part in parts:
+        assert json.loads((part / "result.json").read_text())["stopped_by"] == "SIGTERM"
+    press(page, "Continue")
+    expect(state(page)).to_have_text("training")
+    owner = wait_for_owner(parts[0])
+    press(page, "Stop now")
+    wait_for_end(owner.process)
+    expect(page.get_by_role("button", name="Continue")).to_be_visible()
+    assert not any(owner_of(part) for part in parts)
+
+
+def wait_for_owner(run):
+    deadline = time.monotonic() + 60
+    while (owner := owner_of(run)) is None:
+        assert time.monotonic() < deadline, f"{run} is not trained"
+        time.sleep(0.05)
+    return owner
 
 
 def test_what_a_run_lacks_is_said_and_a_merge_without_it_is_refused(open_page, panels):
