@@ -143,15 +143,17 @@ def _file_name(spec: LaunchSpec) -> str:
     return "_".join(parts) + ".yaml"
 
 
-def merge_words(folder: Path, force: bool, allow_unfinished: bool) -> list[str]:
+def merge_words(folder: Path, eval_file: str, force: bool, allow_unfinished: bool) -> list[str]:
     """The command that merges the independent runs of a folder.
 
     Args:
+        eval_file: rows to evaluate on; "" for the runs' own.
         force: replace an earlier merge.
         allow_unfinished: merge runs that have not finished as they are.
     """
+    rows = _option("eval_file", eval_file) if eval_file else []
     flags = (("--allow-unfinished", allow_unfinished), ("--force", force))
-    return [PROGRAM, "merge", str(folder), *(flag for flag, is_given in flags if is_given)]
+    return [PROGRAM, "merge", str(folder), *rows, *(flag for flag, is_given in flags if is_given)]
 
 
 def compare_words(folders: Sequence[Path]) -> list[str]:

@@ -84,6 +84,12 @@ class GroupPage:
                 "p",
                 "soft",
             )
+            with ui.element("div").classes("field"):
+                text("Evaluate on", "label").props("for=merge-eval-file")
+                self._eval_file = ui.input(
+                    placeholder="the runs' own evaluation rows, or rows.jsonl, .csv, …",
+                    on_change=self._show,
+                ).props("for=merge-eval-file borderless dense spellcheck=false autocomplete=off")
             with ui.element("div").classes("options"):
                 self._unfinished = ui.switch("Also unfinished runs", on_change=self._show)
                 self._unfinished.props("dense")
@@ -143,7 +149,7 @@ class GroupPage:
         group = self._group
         force = bool(group.merged) and bool(self._force.value)
         unfinished = not group.is_done and bool(self._unfinished.value)
-        return merge_words(group.folder, force, unfinished)
+        return merge_words(group.folder, self._eval_file.value.strip(), force, unfinished)
 
     def _show_merge(self) -> None:
         group, job = self._group, self._panel.jobs.of(self._subject)
@@ -157,10 +163,11 @@ class GroupPage:
         enable(self._merge, not is_running)
         failed = job is not None and not is_running and job.status != 0
         self._merge_said.classes(replace="said failed" if failed else "said")
-        said = ""
-        if job is not None:
-            said = f"$ {job.line}\n{job.said or ('…' if is_running else f'status {job.status}')}"
-        self._merge_said.set_content(html.escape(sendable(said)))
+        if job is None:
+            self._merge_said.set_content("")
+            return
+        said = job.said or ("…" if is_running else f"status {job.status}")
+        self._merge_said.set_content(command_html([f"$ {job.line}"]) + html.escape(sendable(said)))
 
     @property
     def _subject(self) -> str:

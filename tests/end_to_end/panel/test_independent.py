@@ -55,32 +55,35 @@ def test_shares_are_started_seen_side_by_side_and_merged(open_page, panels, plac
 
     line = page.get_by_label("Merge command")
     expect(line).to_have_text("accum-trainer merge runs/shares")
+    box(page, "Evaluate on").fill("rows.jsonl")
+    merge = "accum-trainer merge runs/shares --eval-file rows.jsonl"
+    expect(line).to_have_text(merge)
     press(page, "Merge")
     said = page.get_by_role("status", name="Merged")
     expect(said).to_contain_text("runs/shares/merged: the mean of 2 models")
     merged = panels.runs / "shares" / "merged"
     weights = (merged / "model.safetensors").read_bytes()
     loss = json.loads((merged / "merge.json").read_text())["eval_loss"]
-    expect(page.get_by_text("holds a merge of 2 runs")).to_be_visible()
-    assert loss is None or f"{loss:.4f}" in said.inner_text()
+    assert f"{loss:.4f}" in said.inner_text()
+    expect(page.get_by_text(f"of 2 runs, evaluation loss {loss:.4f}")).to_be_visible()
 
     before = (merged / "merge.json").stat().st_mtime_ns
     press(page, "Merge")  # nothing is overwritten in silence
     expect(said).to_contain_text("holds a merge already; choose another folder, or replace it")
     assert (merged / "merge.json").stat().st_mtime_ns == before
     page.get_by_role("switch", name="Replace the earlier merge").click()
-    expect(line).to_have_text("accum-trainer merge runs/shares --force")
+    expect(line).to_have_text(f"{merge} --force")
     good_looks(page, "independent")
     press(page, "Merge")
-    expect(said).to_contain_text("merge runs/shares --force")
+    expect(said).to_contain_text(f"{merge} --force")
     expect(said).to_contain_text("the mean of 2 models")
     assert (merged / "merge.json").stat().st_mtime_ns > before
-    expect(line).to_have_text("accum-trainer merge runs/shares")
+    expect(line).to_have_text(merge)
 
     by_hand = place / "by-hand"
     by_hand.mkdir()
     (by_hand / "rows.jsonl").symlink_to(place / "rows.jsonl")
-    done = shell(f"{typed}\naccum-trainer merge runs/shares", by_hand, timeout=240)
+    done = shell(f"{typed}\n{merge}", by_hand, timeout=240)
     assert done.returncode == 0, done.stderr
     assert (by_hand / "runs/shares/merged/model.safetensors").read_bytes() == weights
 
