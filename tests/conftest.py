@@ -40,6 +40,8 @@ LONG = (
     "end_to_end/test_launch",
     "end_to_end/panel/test_set_up",
     "end_to_end/panel/test_watch",
+    "end_to_end/panel/test_independent",
+    "end_to_end/panel/test_proof",
     "end_to_end/test_independent",
     "end_to_end/test_demo",
     "end_to_end/test_cut",
