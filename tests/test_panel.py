@@ -175,6 +175,57 @@ def _value(name):
     return st.sampled_from(["", "a", "5%", "it's $HOME", "-x", "0", "q_proj,v_proj", "ä b"])
 
 
+class TestIndependentRuns:
+    def test_are_planned_as_one_of_them(self, tmp_path):
+        runs = dict(parallel_independent=True, cpu=True, batch_size="4")
+        found = shown(tmp_path, **runs, cuda_ids="0,1,2")
+        assert dict(found.figures)["Runs"] == "3, each on its share of the rows"
+        assert dict(found.figures)["Updates per epoch"] == "6, all whole"  # 24 of 70 rows
+        found = shown(tmp_path, **runs, cuda_ids="0", vary="lr=1e-3,2e-3; seed=0,1")
+        assert dict(found.figures)["Runs"] == "4, which differ in lr, seed"
+        assert dict(found.figures)["Updates per epoch"].startswith("18, ")
+        words = found.command.words
+        assert words[words.index("--vary") + 1] == "lr=1e-3,2e-3; seed=0,1"
+        found = shown(tmp_path, parallel_independent=True)  # on as many GPUs as there are
+        assert dict(found.figures)["Runs"].startswith("one on each GPU")
+        assert "Updates per epoch" not in dict(found.figures)
+
+    @pytest.mark.parametrize(
+        ("values", "at", "said"),
+        [
+            ({}, "cuda_ids", "parallel_independent on a CPU needs cuda_ids"),
+            ({"cuda_ids": "0,0"}, "cuda_ids", "cuda_ids=0,0 names a device twice"),
+            ({"cuda_ids": "0", "vary": "shard=0/2,1/2"}, "vary", "shard cannot differ"),
+            ({"cuda_ids": "0", "vary": "lr=1e-3,fast"}, "lr", "lr='fast' is not a number"),
+            ({"cuda_ids": "0,1", PROCESSES: "2"}, PROCESSES, "processes=2 share a gradient"),
+            ({"cuda_ids": "0,1", ENGINE: "fsdp2"}, ENGINE, "engine=fsdp2 shares a gradient"),
+        ],
+    )
+    def test_that_cannot_be_are_said_at_their_field(self, tmp_path, values, at, said):
+        found = shown(tmp_path, parallel_independent=True, cpu=True, **values)
+        assert found.at == at and said in found.error
+
+    def test_of_a_hidden_part_are_not_asked_for(self, tmp_path):
+        found = shown(tmp_path, cuda_ids="0,1", vary="lr=1e-3,2e-3", lora_r="4")
+        assert not {"--cuda-ids", "--vary", "--lora-r"} & set(found.command.words)
+
+    def test_are_one_run_to_a_proof(self, tmp_path):
+        found = shown(tmp_path, parallel_independent=True, cpu=True, cuda_ids="0,1", lr="1e-3")
+        words = ["accum-trainer", "verify", "--dataset-file", str(tmp_path / "rows.jsonl"), "--cpu"]
+        assert sorted(found.proof) == sorted(
+            [*words, "--lr", "0.001", "--json", str(tmp_path / ".verify.json")]
+        )
+
+    def test_are_not_taken_for_one_run(self, tmp_path):
+        list_runs(tmp_path / "held", "part-0")
+        again = shown(
+            tmp_path, parallel_independent=True, cpu=True, cuda_ids="0", **{RUN_NAME: "held"}
+        )
+        assert again.continues and "holds runs already" in again.warnings[0]
+        found = shown(tmp_path, **{RUN_NAME: "held"})
+        assert found.at == RUN_NAME and "holds independent runs, not a single run" in found.error
+
+
 class TestTheState:
     def test_r33_is_written_and_read(self, tmp_path):
         form = Form(tmp_path / "runs" / ".panel.json")
