@@ -44,6 +44,7 @@ LONG = (
     "end_to_end/test_launch",
     "end_to_end/panel/test_set_up",
     "end_to_end/panel/test_watch",
+    "end_to_end/panel/test_several_runs",
     "end_to_end/test_independent",
     "end_to_end/test_tasks",
     "end_to_end/test_demo",

@@ -50,9 +50,10 @@ from accum_trainer.panel.processes import (
     stop_now,
 )
 from accum_trainer.panel.row_counts import RowCounts
-from accum_trainer.panel.run_view import RunView, as_printed, find_runs, sendable
-from accum_trainer.train.run_lock import owner_of
-from tests.made_runs import make_run, write_sums
+from accum_trainer.panel.run_view import RunView, find_groups, find_runs, sendable
+from accum_trainer.panel.terminal import as_printed
+from accum_trainer.train.run_lock import RunLock, owner_of
+from tests.made_runs import list_runs, make_run, write_sums
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -172,6 +173,57 @@ def _value(name):
     if field.kind == "number":
         return st.sampled_from(["1", "2", "3", "0.5", "1e-3", "8", "", " 4 ", "-1", "x", "0.1"])
     return st.sampled_from(["", "a", "5%", "it's $HOME", "-x", "0", "q_proj,v_proj", "ä b"])
+
+
+class TestIndependentRuns:
+    def test_are_planned_as_one_of_them(self, tmp_path):
+        runs = dict(parallel_independent=True, cpu=True, batch_size="4")
+        found = shown(tmp_path, **runs, cuda_ids="0,1,2")
+        assert dict(found.figures)["Runs"] == "3, each on its share of the rows"
+        assert dict(found.figures)["Updates per epoch"] == "6, all whole"  # 24 of 70 rows
+        found = shown(tmp_path, **runs, cuda_ids="0", vary="lr=1e-3,2e-3; seed=0,1")
+        assert dict(found.figures)["Runs"] == "4, which differ in lr, seed"
+        assert dict(found.figures)["Updates per epoch"].startswith("18, ")
+        words = found.command.words
+        assert words[words.index("--vary") + 1] == "lr=1e-3,2e-3; seed=0,1"
+        found = shown(tmp_path, parallel_independent=True)  # on as many GPUs as there are
+        assert dict(found.figures)["Runs"].startswith("one on each GPU")
+        assert "Updates per epoch" not in dict(found.figures)
+
+    @pytest.mark.parametrize(
+        ("values", "at", "said"),
+        [
+            ({}, "cuda_ids", "parallel_independent on a CPU needs cuda_ids"),
+            ({"cuda_ids": "0,0"}, "cuda_ids", "cuda_ids=0,0 names a device twice"),
+            ({"cuda_ids": "0", "vary": "shard=0/2,1/2"}, "vary", "shard cannot differ"),
+            ({"cuda_ids": "0", "vary": "lr=1e-3,fast"}, "lr", "lr='fast' is not a number"),
+            ({"cuda_ids": "0,1", PROCESSES: "2"}, PROCESSES, "processes=2 share a gradient"),
+            ({"cuda_ids": "0,1", ENGINE: "fsdp2"}, ENGINE, "engine=fsdp2 shares a gradient"),
+        ],
+    )
+    def test_that_cannot_be_are_said_at_their_field(self, tmp_path, values, at, said):
+        found = shown(tmp_path, parallel_independent=True, cpu=True, **values)
+        assert found.at == at and said in found.error
+
+    def test_of_a_hidden_part_are_not_asked_for(self, tmp_path):
+        found = shown(tmp_path, cuda_ids="0,1", vary="lr=1e-3,2e-3", lora_r="4")
+        assert not {"--cuda-ids", "--vary", "--lora-r"} & set(found.command.words)
+
+    def test_are_one_run_to_a_proof(self, tmp_path):
+        found = shown(tmp_path, parallel_independent=True, cpu=True, cuda_ids="0,1", lr="1e-3")
+        words = ["accum-trainer", "verify", "--dataset-file", str(tmp_path / "rows.jsonl"), "--cpu"]
+        assert sorted(found.proof) == sorted(
+            [*words, "--lr", "0.001", "--json", str(tmp_path / ".verify.json")]
+        )
+
+    def test_are_not_taken_for_one_run(self, tmp_path):
+        list_runs(tmp_path / "held", "part-0")
+        again = shown(
+            tmp_path, parallel_independent=True, cpu=True, cuda_ids="0", **{RUN_NAME: "held"}
+        )
+        assert again.continues and "holds runs already" in again.warnings[0]
+        found = shown(tmp_path, **{RUN_NAME: "held"})
+        assert found.at == RUN_NAME and "holds independent runs, not a single run" in found.error
 
 
 class TestTheState:
@@ -317,6 +369,26 @@ class TestRuns:
         assert sorted(find_runs(tmp_path)) == ["a", "group/b", "refused"]
         assert find_runs(tmp_path)[-1] == "a" and find_runs(tmp_path / "none") == []
 
+    def test_of_one_folder_are_a_group(self, tmp_path):
+        for name in ("part-0", "part-1", "merged"):
+            (tmp_path / "shares" / name).mkdir(parents=True)
+        list_runs(tmp_path / "shares", "part-0", "part-1")
+        shutil.rmtree(tmp_path / "shares" / "part-0")
+        make_run(tmp_path / "shares" / "part-0")
+        (tmp_path / "deep").mkdir()
+        list_runs(tmp_path / "deep" / "er", "part-0")
+        self.started(tmp_path / "shares")
+        assert find_runs(tmp_path) == ["shares/part-0"]
+        assert find_groups(tmp_path) == ["deep/er", "shares"]
+
+    def test_of_a_group_are_not_started_while_one_of_them_trains(self, tmp_path):
+        group = list_runs(tmp_path / "shares", "part-0", "part-1")
+        run = make_run(group / "part-1")
+        lock = RunLock.take(run)
+        with pytest.raises(ConfigError, match=f"{run} is training already: process {os.getpid()}"):
+            start(Command(["accum-trainer", "plan"], None, ""), group)
+        lock.release()
+
     def test_that_are_done_or_stopped_say_so(self, tmp_path):
         state, message = self.state(make_run(tmp_path / "a", loss=1.5))
         assert (state, message) == ("done", "Done after 10 updates. Last loss 1.5000.")
@@ -398,8 +470,14 @@ class TestRuns:
         view = RunView(run, "a")
         view.refresh()
         assert view.noise_advice == ""
-        plan = {"max_tokens_per_micro_batch": None, "effective_batch_size": 8}
+        plan = {"max_tokens_per_micro_batch": None, "effective_batch_size": 8, "noise_every": 4}
         plan |= {"physical_batch_size": 2, "world_size": 1}
+        (run / "plan.json").write_text(json.dumps(plan))
+        view.refresh(at_most_every_sec=0)
+        assert view.noise_advice.startswith("noise scale not known yet: one window in 4 is")
+        (run / "plan.json").write_text(json.dumps(plan | {"noise_every": 0}))
+        view.refresh(at_most_every_sec=0)
+        assert view.noise_advice.startswith("noise scale not measured: noise_every=0")
         (run / "plan.json").write_text(json.dumps(plan))
         record = {"step": 99, "noise_scale": 64.0, "noise_scale_low": 50, "noise_scale_high": 80}
         with open(run / "metrics.jsonl", "a") as file:
@@ -458,8 +536,6 @@ class TestRuns:
 
 
 def test_the_owner_of_a_lock_is_told_without_a_wait(tmp_path):
-    from accum_trainer.train.run_lock import RunLock
-
     assert owner_of(tmp_path) is None
     lock = RunLock.take(tmp_path)
     owner = owner_of(tmp_path)

@@ -142,7 +142,9 @@ def test_only_engines_the_launcher_and_the_plain_accelerator_know_accelerate(pat
 def test_only_pages_and_their_server_know_the_page_library():
     of_pages = {"nicegui", "fastapi", "starlette", "uvicorn"}
     knowing = {path.stem for path in MODULES if libraries_of(path) & of_pages}
-    assert knowing == {"server", "shell", "setup_page", "watch_page"}
+    assert knowing == {
+        *("server", "shell", "setup_page", "watch_page", "group_page", "compare_page"),
+    }
 
 
 def test_importing_the_accumulator_brings_nothing_that_accelerate_does_not_bring():

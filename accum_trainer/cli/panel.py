@@ -10,7 +10,7 @@ import click
 
 from accum_trainer.cli.file_completion import path_argument, path_option
 from accum_trainer.errors import ConfigError
-from accum_trainer.panel.processes import PASSWORD
+from accum_trainer.panel.programs import PASSWORD
 
 
 @click.command(

@@ -96,9 +96,38 @@ def draw_loss(
             )
         )
     options["yAxis"]["type"] = "log" if log else "value"
-    options["legend"] = {
-        "show": bool(others),
-        "data": [*others, mine],
+    options["legend"] = _legend([*others, mine]) | {"show": bool(others)}
+    options["grid"]["top"] = 30 if others else 12
+    options["series"] = series
+
+
+def draw_side_by_side(
+    options: dict[str, Any], runs: Mapping[str, RecordReader], log: bool, weight: float
+) -> None:
+    """Put the smoothed losses of runs into a chart's options, each in its own colour; beyond the
+    colours that there are, dashed, then dotted.
+
+    Args:
+        log, weight: as for `draw_loss`.
+        runs: name -> records.
+    """
+    colors = ("var(--accent)", *OTHERS)
+    series = []
+    for place, (name, records) in enumerate(runs.items()):
+        values = smoothed(_drawable(records, log), weight)
+        style = {"type": ("solid", "dashed", "dotted")[place // len(colors) % 3]}
+        curve = points(records.columns["step"], values)
+        series.append(_line(name, curve, colors[place % len(colors)], lineStyle=style))
+    options["yAxis"]["type"] = "log" if log else "value"
+    options["legend"] = _legend(list(runs)) | {"type": "scroll", "left": 8}
+    options["grid"]["top"] = 34
+    options["series"] = series
+
+
+def _legend(names: list[str]) -> dict[str, Any]:
+    return {
+        "show": True,
+        "data": names,
         "top": 0,
         "right": 8,
         "icon": "roundRect",
@@ -106,8 +135,6 @@ def draw_loss(
         "itemWidth": 18,
         "textStyle": {"color": "var(--soft)", "fontSize": 12},
     }
-    options["grid"]["top"] = 30 if others else 12
-    options["series"] = series
 
 
 def _drawable(records: RecordReader, log: bool) -> Numbers:

@@ -30,8 +30,7 @@ SAME = ""  # the choice that leaves an option at its default
 _DECIDED = {
     *("steps", "epochs", "engine", "zero_stage", "output_dir", "global_batch_size"),
     *("resume", "dry_run"),
-    *("max_tokens_per_micro_batch", "rank_weights", "shard", "cuda_ids", "vary", "max_restarts"),
-    *("parallel_independent", "amp"),
+    *("max_tokens_per_micro_batch", "rank_weights", "shard", "amp"),
 }
 _LABELS = {
     "batch_size": "Batch size",
@@ -53,6 +52,10 @@ _LABELS = {
     "dataset_file": "Data file",
     "cpu": "On the CPU",
     "cpu_offload": "Optimizer on the host",
+    "parallel_independent": "Independent runs side by side",
+    "cuda_ids": "GPUs, or slots of the CPU",
+    "vary": "What differs between them",
+    "max_restarts": "Restarts after a crash",
 }
 # In place of sentences about options that the panel does not have.
 _HELP = {
@@ -60,11 +63,18 @@ _HELP = {
     "grows with it.",
     "gradient_accumulation_steps": "K, micro-batches per update on one process. Memory does not "
     "grow with it.",
+    "parallel_independent": "Several complete trainings at once, one on each device. They exchange "
+    "no gradient: each trains on its own share of the samples, and the results can be merged; or "
+    "each on all of them with settings of its own.",
+    "cuda_ids": "A device for each run, such as 0,1. On the CPU they are names of slots, which "
+    "share the cores.",
 }
 # Shown in an empty field.
 _PLACEHOLDERS = {
     "dataset_file": "Text that comes with Python, or rows.jsonl, .csv, .parquet, …",
     "lora_target_modules": "all linear layers",
+    "cuda_ids": "all GPUs",
+    "vary": "shares of the samples, or lr=1e-4,3e-4",
 }
 
 
@@ -159,9 +169,13 @@ DATA = ("model", "max_seq_len", "dataset_file")
 LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 MEMORY = ("mixed_precision", "gradient_checkpointing", "cpu_offload", "cpu")
 RATE = ("lr", "warmup", "scheduler")
+INDEPENDENT = ("cuda_ids", "max_restarts", "vary")
+# Switch -> the fields that it shows. They keep what was typed while they are hidden, unused.
+NESTED = {"use_peft": LORA, "parallel_independent": INDEPENDENT}
 _SHOWN = {
-    *("batch_size", "gradient_accumulation_steps", "use_peft"),
-    *(*DATA, *LORA, *MEMORY, *RATE),
+    *("batch_size", "gradient_accumulation_steps"),
+    *(*DATA, *MEMORY, *RATE),
+    *(*NESTED, *LORA, *INDEPENDENT),
 }
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import html
-import os
 import re
-import sys
 import tempfile
 from pathlib import Path
 
 from accum_trainer.config import TrainConfig
-from accum_trainer.launch.process import import_places
+from accum_trainer.panel.commands import PROGRAM
+from accum_trainer.panel.programs import environment, python_for
 
 _LIMIT_SEC = 120.0
 
@@ -28,11 +27,11 @@ async def memory_table(config: TrainConfig, processes: int, engine: str) -> str:
         file.write_text(config.to_yaml(), encoding="utf-8")
         arguments = ["--config", str(file), "--model", config.model, "--processes", str(processes)]
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "accum_trainer", "plan", *arguments),
+            *python_for([PROGRAM, "plan", *arguments]),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            env=os.environ | import_places(),
+            env=environment(),
         )
         try:
             out, err = await asyncio.wait_for(process.communicate(), _LIMIT_SEC)

@@ -13,13 +13,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accum_trainer.batch_plan import BatchPlan, positive_int, scale_lr, warmup_updates
+from accum_trainer.batch_plan import (
+    BatchPlan,
+    positive_int,
+    samples_of_shard,
+    scale_lr,
+    warmup_updates,
+)
 from accum_trainer.config import TrainConfig, compose
 from accum_trainer.errors import AccumTrainerError, ConfigError
 from accum_trainer.launch.spec import LaunchSpec
-from accum_trainer.panel.commands import LAUNCH_FILES, Command, command_for
-from accum_trainer.panel.form import ENGINE, FIELDS, LENGTH, LORA, OWN, PROCESSES, RUN_NAME, UNIT
+from accum_trainer.panel.commands import LAUNCH_FILES, Command, command_for, verify_words
+from accum_trainer.panel.form import ENGINE, FIELDS, LENGTH, NESTED, OWN, PROCESSES, RUN_NAME, UNIT
+from accum_trainer.panel.proof import PROOF
 from accum_trainer.panel.row_counts import RowCounts
+from accum_trainer.runs.independent_files import INDEPENDENT
+from accum_trainer.runs.independent_settings import devices_of, settings_of
 from accum_trainer.train.run_folder import check_output_dir, holds_run
 
 # Fields by what messages call them, if that is not the field's own name.
@@ -35,6 +44,7 @@ _OTHER_NAMES = {
     "output_dir": RUN_NAME,
     "micro_batch_size": "batch_size",
     "data file": "dataset_file",
+    "parallel_independent": "cuda_ids",  # which it needs on a CPU
 }
 
 
@@ -50,6 +60,7 @@ class Preview:
         warnings: what is worth a thought, though it would run.
         folder: the run directory; it holds a run already if `continues`.
         command: None if something is wrong.
+        proof: the words of the command that proves an update of it; None if something is wrong.
     """
 
     effective: int | None
@@ -61,6 +72,7 @@ class Preview:
     folder: Path | None = None
     continues: bool = False
     command: Command | None = None
+    proof: list[str] | None = None
     config: TrainConfig | None = None
 
 
@@ -74,14 +86,15 @@ def preview(values: Mapping[str, str | bool], runs: Path, rows: RowCounts) -> Pr
     sizes = _sizes(values)
     effective = sizes[0] * sizes[1] * sizes[2] if sizes else None
     try:
-        config, launch, plan, folder, command, num_rows = _composed(values, runs, rows)
-        figures = _figures(plan, config, num_rows)
+        config, launch, plan, folder, command, proof, num_rows = _composed(values, runs, rows)
+        figures = [*_of_runs(config, num_rows), *_figures(plan, config)]
     except AccumTrainerError as error:
         return Preview(effective, sizes, str(error), _field_of(str(error)))
-    continues = holds_run(folder)
-    warnings = _warnings(plan, config, launch, num_rows)
+    continues = holds_run(folder) or (folder / INDEPENDENT).is_file()
+    warnings = _warnings(plan, config, launch)
     if continues:
-        warnings.insert(0, f"{folder} holds a run already: starting continues it.")
+        held = "runs" if config.parallel_independent else "a run"
+        warnings.insert(0, f"{folder} holds {held} already: starting goes on with what is there.")
     return Preview(
         effective,
         sizes,
@@ -90,6 +103,7 @@ def preview(values: Mapping[str, str | bool], runs: Path, rows: RowCounts) -> Pr
         folder=folder,
         continues=continues,
         command=command,
+        proof=proof,
         config=config,
     )
 
@@ -107,7 +121,7 @@ def _sizes(values: Mapping[str, str | bool]) -> tuple[int, int, int] | None:
 
 def _composed(
     values: Mapping[str, str | bool], runs: Path, rows: RowCounts
-) -> tuple[TrainConfig, LaunchSpec | None, BatchPlan, Path, Command, int | None]:
+) -> tuple[TrainConfig, LaunchSpec | None, BatchPlan, Path, Command, list[str], int | None]:
     given = _given(values)
     processes = _whole_number("processes", str(values[PROCESSES]))
     engine = str(values[ENGINE])
@@ -123,10 +137,15 @@ def _composed(
     num_rows = None if config.dataset is not None else rows.of(config.dataset_file)
     plan = BatchPlan(
         *(config.batch_size, config.gradient_accumulation_steps, processes),
-        *(config.global_batch_size, num_rows),
+        *(config.global_batch_size, _rows_of_one(config, num_rows)),
     )
     folder = runs / _name(str(values[RUN_NAME]).strip(), config, plan, runs)
-    check_output_dir(folder, config.resume)
+    if not (folder / INDEPENDENT).is_file():
+        check_output_dir(folder, config.resume)
+    elif not config.parallel_independent:
+        raise ConfigError(
+            f"output_dir={folder} holds independent runs, not a single run; choose another name"
+        )
     without = compose({}, (), None, os.environ).config
     return (
         config,
@@ -134,6 +153,7 @@ def _composed(
         plan,
         folder,
         command_for(given, config, without, launch, folder),
+        verify_words(given, config, without, launch, runs / PROOF),
         num_rows,
     )
 
@@ -144,8 +164,7 @@ def _given(values: Mapping[str, str | bool]) -> dict[str, Any]:
     for name, known in FIELDS.items():
         value = values[name]
         text = value.strip() if isinstance(value, str) else value
-        # Adapters' options stay on the page, hidden, when adapters are switched off.
-        is_idle = name in LORA and not values["use_peft"]
+        is_idle = any(name in fields and not values[switch] for switch, fields in NESTED.items())
         if (
             name not in OWN
             and text != ""
@@ -175,7 +194,12 @@ def _launch(engine: str, processes: int, config: TrainConfig) -> LaunchSpec | No
     Raises:
         ConfigError: the combination cannot run.
     """
-    if engine == "ddp" and processes == 1:
+    if config.parallel_independent and processes > 1:
+        raise ConfigError(
+            f"processes={processes} share a gradient, and each of the parallel_independent runs is "
+            "one process; give 1"
+        )
+    if processes == 1 and (engine == "ddp" or config.parallel_independent):
         return None
     return LaunchSpec(
         "single-gpu" if processes == 1 else "multi-gpu",
@@ -201,19 +225,59 @@ def _name(typed: str, config: TrainConfig, plan: BatchPlan, runs: Path) -> str:
     return found
 
 
-def _figures(plan: BatchPlan, config: TrainConfig, num_rows: int | None) -> list[tuple[str, str]]:
-    """The lines of the plan.
+def _settings(config: TrainConfig) -> list[dict[str, str]] | None:
+    """The options that differ between the independent runs; None if their number is not known
+    here.
+
+    Raises:
+        ConfigError: there can be no such runs.
+    """
+    if config.cuda_ids is None and not config.cpu:
+        devices = None if config.vary is None else 1
+    else:
+        devices = len(devices_of(config.cuda_ids, None))
+    if devices is None:
+        return None
+    settings = settings_of(config.vary, devices)
+    for one in settings:
+        config.alone().varied([f"{name}={value}" for name, value in one.items()])
+    return settings
+
+
+def _rows_of_one(config: TrainConfig, num_rows: int | None) -> int | None:
+    """The rows that one run sees in an epoch: of shares, the largest."""
+    if not config.parallel_independent or config.vary is not None:
+        return num_rows
+    settings = _settings(config)
+    if settings is None or num_rows is None:
+        return None
+    return samples_of_shard(num_rows, settings[0]["shard"])
+
+
+def _of_runs(config: TrainConfig, num_rows: int | None) -> list[tuple[str, str]]:
+    """Lines on the rows, and on the runs if there are several."""
+    rows = [] if num_rows is None else [("Rows", f"{num_rows:,}")]
+    if not config.parallel_independent:
+        return rows
+    settings = _settings(config)
+    if settings is None:
+        return [("Runs", "one on each GPU, each on its share of the rows"), *rows]
+    apart = "each on its share of the rows"
+    if config.vary is not None:
+        apart = f"which differ in {', '.join(settings[0])}"
+    return [("Runs", f"{len(settings)}, {apart}"), *rows]
+
+
+def _figures(plan: BatchPlan, config: TrainConfig) -> list[tuple[str, str]]:
+    """The lines of the plan; of independent runs, of one of them.
 
     Raises:
         ConfigError: the warm-up is longer than the run.
     """
     figures = []
-    if num_rows is not None:
+    if plan.num_samples is not None:
         tail = f"the last of {plan.tail_samples} samples" if plan.tail_samples else "all whole"
-        figures += [
-            ("Rows", f"{num_rows:,}"),
-            ("Updates per epoch", f"{plan.updates_per_epoch:,}, {tail}"),
-        ]
+        figures.append(("Updates per epoch", f"{plan.updates_per_epoch:,}, {tail}"))
     lr = scale_lr(config.lr, config.lr_scaling, plan.global_batch_size, config.lr_base_batch_size)
     total = config.steps or (
         plan.updates_per_epoch * (config.epochs or 1) if plan.updates_per_epoch else None
@@ -231,10 +295,8 @@ def _figures(plan: BatchPlan, config: TrainConfig, num_rows: int | None) -> list
     return figures
 
 
-def _warnings(
-    plan: BatchPlan, config: TrainConfig, launch: LaunchSpec | None, num_rows: int | None
-) -> list[str]:
-    found = []
+def _warnings(plan: BatchPlan, config: TrainConfig, launch: LaunchSpec | None) -> list[str]:
+    found, num_rows = [], plan.num_samples
     batch, steps = plan.micro_batch_size, plan.gradient_accumulation_steps
     if steps >= 8 and batch <= 2:
         found.append(
@@ -258,7 +320,7 @@ def _warnings(
 
 def _field_of(message: str) -> str:
     """The field that a message is about, or ""."""
-    for named in re.finditer(r"(\w+)=|(data file) |^(cpu_offload) ", message):
+    for named in re.finditer(r"(\w+)=|(data file) |^(cpu_offload|parallel_independent) ", message):
         name = named[1] or named[2] or named[3]
         name = _OTHER_NAMES.get(name, name)
         if name in FIELDS:

@@ -13,7 +13,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,16 +23,17 @@ from accum_trainer.data.files import private_cache
 from accum_trainer.errors import ConfigError
 from accum_trainer.launch.files import launch_files, write_files
 from accum_trainer.launch.folders import make_folder, private
-from accum_trainer.launch.process import import_places, send_signal, start_of
+from accum_trainer.launch.process import send_signal, start_of
 from accum_trainer.launch.quoting import words as quoted
 from accum_trainer.panel.commands import PROGRAM, Command
+from accum_trainer.panel.programs import environment, python_for
+from accum_trainer.runs.independent_files import INDEPENDENT, listed_runs
 from accum_trainer.runs.inside import check_inside
 from accum_trainer.train import durable
 from accum_trainer.train.run_folder import CONFIG, LOGS, PLAN, RESULT
 from accum_trainer.train.run_lock import one_at_a_time, owner_of
 
 LOG = "panel.log"
-PASSWORD = "ACCUM_TRAINER_PANEL_PASSWORD"
 # Processes that this panel started: waited for, so that they do not stay as zombies.
 _children: dict[int, subprocess.Popen[bytes]] = {}
 
@@ -169,11 +169,11 @@ def _start(words: Sequence[str], lines: Sequence[str], folder: Path) -> None:
             before = [changed(folder / name) for name in (PLAN, RESULT)]
             with open(log, "ab", opener=private) as output:
                 child = subprocess.Popen(
-                    [sys.executable, "-m", "accum_trainer", *words[1:]],
+                    python_for(words),
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    env=_environment(),
+                    env=environment(),
                     start_new_session=True,
                 )
             _children[child.pid] = child
@@ -208,11 +208,9 @@ def _check_is_idle(folder: Path) -> None:
             f"{folder} is being started already (process {before.process}); watch it, or choose "
             "another name"
         )
-
-
-def _environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name != PASSWORD}
-    return kept | import_places()
+    if (folder / INDEPENDENT).is_file():
+        for name, _ in listed_runs(folder, "choose another name"):
+            _check_is_idle(folder / name)
 
 
 def stop(folder: Path) -> None:

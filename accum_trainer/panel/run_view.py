@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,9 @@ from typing import Any
 from accum_trainer.launch.last_words import last_words
 from accum_trainer.panel.curves import RecordReader, number
 from accum_trainer.panel.processes import LOG, Start, changed, read_start
-from accum_trainer.plan.advice import advice_of_run
+from accum_trainer.panel.terminal import as_printed
+from accum_trainer.plan.advice import advice_of_run, why_unknown
+from accum_trainer.runs.independent_files import INDEPENDENT
 from accum_trainer.train.run_folder import DIVERGENCE, LOGS, METRICS, PLAN, RESULT, holds_run
 from accum_trainer.train.run_lock import Owner, owner_of
 
@@ -28,11 +29,19 @@ STARTING, TRAINING, STOPPING, STOPPED, DONE, FAILED, ENDED = (
     "ended",
 )
 ACTIVE = (STARTING, TRAINING, STOPPING)
+# The states in words.
+SAID = {
+    STARTING: "starting",
+    TRAINING: "training",
+    STOPPING: "saving and stopping",
+    STOPPED: "stopped and saved",
+    DONE: "done",
+    FAILED: "failed",
+    ENDED: "ended without saving",
+}
 _MOST_RUNS = 300
 _TAIL_BYTES = 64_000
 _OF_NOISE = ("noise_scale", "noise_scale_low", "noise_scale_high")
-# Colours. Of a limited length: each beginning of a sequence is read once per character.
-_OF_TERMINALS = re.compile(r"\x1b\[[0-9;?]{0,30}[A-Za-z]")
 
 
 def find_runs(root: Path) -> list[str]:
@@ -45,17 +54,40 @@ def find_runs(root: Path) -> list[str]:
     return [str(folder.relative_to(root)) for _, folder in reversed(found[-_MOST_RUNS:])]
 
 
+def find_groups(root: Path) -> list[str]:
+    """Names of the folders of independent runs in a folder, and in its folders."""
+    return sorted(str(folder.relative_to(root)) for folder in _groups_in(root))
+
+
 def _runs_in(root: Path, depth: int = 2) -> Iterator[Path]:
+    for folder in _folders_in(root):
+        if is_group(folder):
+            yield from (one for one in _folders_in(folder) if holds_run(one))
+        elif holds_run(folder) or (folder / LOGS / LOG).is_file():
+            yield folder
+        elif depth > 1 and not folder.name.startswith("."):
+            yield from _runs_in(folder, depth - 1)
+
+
+def _groups_in(root: Path, depth: int = 2) -> Iterator[Path]:
+    for folder in _folders_in(root):
+        if is_group(folder):
+            yield folder
+        elif depth > 1 and not folder.name.startswith(".") and not holds_run(folder):
+            yield from _groups_in(folder, depth - 1)
+
+
+def is_group(folder: Path) -> bool:
+    """Whether these are independent runs, side by side."""
+    return (folder / INDEPENDENT).is_file()
+
+
+def _folders_in(root: Path) -> list[Path]:
     try:
         entries = [entry for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False)]
     except OSError:
-        return
-    for entry in entries:
-        folder = Path(entry.path)
-        if holds_run(folder) or (folder / LOGS / LOG).is_file():
-            yield folder
-        elif depth > 1 and not entry.name.startswith("."):
-            yield from _runs_in(folder, depth - 1)
+        return []
+    return [Path(entry.path) for entry in entries]
 
 
 class RunView:
@@ -94,7 +126,7 @@ class RunView:
         self._read_at = time.monotonic()
         self.owner, self.start = owner_of(self.folder), read_start(self.folder)
         # After the lock: an ending that is written between the two is then not taken for none.
-        self.plan, self.result = _json(self.folder / PLAN), _json(self.folder / RESULT)
+        self.plan, self.result = json_of(self.folder / PLAN), json_of(self.folder / RESULT)
         if whole or len(self.records):
             self.records.read()
         else:
@@ -129,10 +161,11 @@ class RunView:
 
     @property
     def noise_advice(self) -> str:
-        """What the noise scale says of the effective batch; "" while it is not known."""
+        """What the noise scale says of the effective batch, as `train` says it at its end, or that
+        it is not known; "" before there is a plan."""
         known = {key: number(self.records.last.get(key)) for key in _OF_NOISE}
         try:
-            return advice_of_run(self.plan, known) or ""
+            return advice_of_run(self.plan, known) or why_unknown(self.plan)
         except (KeyError, TypeError, ValueError, ArithmeticError):  # no plan, or no one's plan
             return ""
 
@@ -199,6 +232,8 @@ class RunView:
         log, begins = self.folder / LOGS / LOG, self.start.log_begins if self.start else 0
         if self.start is None:
             log = self.folder / LOGS / "rank-0.log"
+            if is_group(self.folder.parent):  # who started it keeps the output of all of them
+                log = self.folder.parent / LOGS / f"{self.folder.name}.log"
         try:
             size = log.stat().st_size
             with open(log, "rb") as file:
@@ -208,13 +243,7 @@ class RunView:
             return ""
 
 
-def as_printed(log: str) -> str:
-    """A log as a terminal leaves it: without colours and what a bar overwrote."""
-    lines = (line.rstrip("\r") for line in _OF_TERMINALS.sub("", log).split("\n"))
-    return "\n".join(line[line.rfind("\r") + 1 :] for line in lines)
-
-
-def _json(path: Path) -> dict[str, Any]:
+def json_of(path: Path) -> dict[str, Any]:
     try:
         found = _sendable(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError):

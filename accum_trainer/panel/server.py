@@ -8,17 +8,21 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, Query
 from nicegui import app as pages
 from nicegui import ui
 
 from accum_trainer.errors import ConfigError
 from accum_trainer.launch.folders import make_folder
+from accum_trainer.panel.compare_page import ComparePage
 from accum_trainer.panel.form import Form
+from accum_trainer.panel.group_page import GroupPage
 from accum_trainer.panel.guard import Guard, check_address, is_loopback
 from accum_trainer.panel.row_counts import RowCounts
+from accum_trainer.panel.run_view import find_groups
 from accum_trainer.panel.setup_page import SetupPage
 from accum_trainer.panel.shell import FAVICON, Panel
 from accum_trainer.panel.watch_page import WatchPage
@@ -85,7 +89,14 @@ def build(runs: Path) -> FastAPI:
 
     @ui.page("/watch", title="Watch · accum-trainer")
     def watch(run: str = "") -> None:
-        WatchPage(panel, run)
+        if run in find_groups(runs):
+            GroupPage(panel, run)
+        else:
+            WatchPage(panel, run)
+
+    @ui.page("/compare", title="Compare · accum-trainer")
+    def compare(run: Annotated[list[str], Query(default_factory=list)]) -> None:
+        ComparePage(panel, run)
 
     application = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     ui.run_with(

@@ -8,14 +8,15 @@ from urllib.parse import quote
 from nicegui import context, ui
 
 from accum_trainer.errors import AccumTrainerError
+from accum_trainer.launch.quoting import words as quoted
 from accum_trainer.panel.form import (
     ACCUMULATION_STEPS,
     DATA,
     ENGINE,
     FIELDS,
     LENGTH,
-    LORA,
     MEMORY,
+    NESTED,
     PROCESSES,
     RATE,
     RUN_NAME,
@@ -26,12 +27,24 @@ from accum_trainer.panel.form import (
 from accum_trainer.panel.memory_table import memory_table
 from accum_trainer.panel.preview import Preview, preview
 from accum_trainer.panel.processes import start
-from accum_trainer.panel.shell import Control, Panel, command_html, markup, shell, text
+from accum_trainer.panel.proof import PROOF, Verdict, verdict_of
+from accum_trainer.panel.shell import (
+    Control,
+    Panel,
+    button,
+    command_html,
+    complain,
+    enable,
+    markup,
+    shell,
+    text,
+)
 
 _K = "gradient_accumulation_steps"
 # Most cells of the drawn window.
 _MOST_ROWS = 8
 _REFRESH_SEC = 2.0
+_PROOF_JOB = "proof"
 
 
 class SetupPage:
@@ -40,6 +53,7 @@ class SetupPage:
     def __init__(self, panel: Panel) -> None:
         self._panel, self._form = panel, panel.form
         self._controls: dict[str, Control] = {}
+        self._nested: dict[str, ui.element] = {}
         self._not_started = ""  # why the last start was refused
         self._is_left = False  # for the run that it started
         with shell(panel, "/"):
@@ -104,13 +118,12 @@ class SetupPage:
             self._control(ENGINE)
             for name in MEMORY:
                 self._control(name)
-            self._control("use_peft")
-            with ui.element("div").classes("nested") as self._lora:
-                for name in LORA:
-                    self._control(name)
+            self._with_nested("use_peft")
         with _group("Learning"):
             for name in (*RATE, LENGTH, UNIT):
                 self._control(name)
+        with _group("Several runs"):
+            self._with_nested("parallel_independent")
         with ui.element("details").classes("group"):
             text("All other options", "summary")
             for title, fields in other_fields().items():
@@ -118,6 +131,13 @@ class SetupPage:
                 with ui.element("div").classes("fields"):
                     for field in fields:
                         self._control(field.name)
+
+    def _with_nested(self, switch: str) -> None:
+        """A switch and the fields that it shows."""
+        self._control(switch, "full" if switch == "parallel_independent" else "")
+        with ui.element("div").classes("nested") as self._nested[switch]:
+            for name in NESTED[switch]:
+                self._control(name, "wide" if name == "vary" else "")
 
     def _plan(self) -> None:
         self._control(RUN_NAME)
@@ -129,31 +149,36 @@ class SetupPage:
             with self._start:
                 self._start_label = text("Start training", "span")
             self._start.on("click", self._pressed_start, [])
-            with ui.element("button").props("type=button").on("click", self._form.reset, []):
-                text("Reset", "span")
+            button("Reset", self._form.reset)
         with ui.element("div").classes("head"):
             text("Command", "h3")
-            with (
-                ui.element("button")
-                .props("type=button")
-                .classes("small")
-                .on("click", self._copy, [])
-            ):
-                text("Copy", "span")
+            button("Copy", self._copy, "small")
         self._command = text("", "pre", "command").props('aria-label="Command" tabindex=0')
         with ui.element("details"):
             text("YAML for --config", "summary")
             self._yaml = text("", "pre", "yaml").props('aria-label="YAML" tabindex=0')
         with ui.element("details"):
             text("Memory per engine", "summary")
-            with (
-                ui.element("button")
-                .props("type=button")
-                .classes("small")
-                .on("click", self._estimate, [])
-            ):
-                text("Estimate", "span")
+            button("Estimate", self._estimate, "small")
             self._memory = markup("", "div", "memory").props("role=status")
+        self._proof()
+
+    def _proof(self) -> None:
+        with ui.element("details").props("open" if self._panel.jobs.of(_PROOF_JOB) else ""):
+            text("Proof", "summary")
+            text(
+                "Runs some updates of this configuration, and compares each with one big batch in "
+                "float64. Trains nothing.",
+                "p",
+                "soft",
+            )
+            self._proof_line = text("", "pre", "command").props(
+                'aria-label="Proof command" tabindex=0'
+            )
+            with ui.element("div").classes("actions"):
+                self._prove = button("Prove it", self._pressed_prove)
+                self._stop_proof = button("Stop", self._pressed_stop_proof)
+            self._verdict = markup("", "div", "verdict").props('role=status aria-label="Verdict"')
 
     def _changed(self, name: str) -> None:
         self._not_started = ""
@@ -174,7 +199,8 @@ class SetupPage:
                 choice.props("checked")
             else:
                 choice.props(remove="checked")
-        self._lora.set_visibility(bool(self._form.values["use_peft"]))
+        for switch, fields in self._nested.items():
+            fields.set_visibility(bool(self._form.values[switch]))
         for name, control in self._controls.items():
             control.show_error(shown.error if shown.at == name else "")
         self._wrong.set_content(html.escape(shown.error or self._not_started))
@@ -192,10 +218,40 @@ class SetupPage:
         self._command.set_content(command_html(command.lines) if command else "–")
         self._yaml.set_content(html.escape(command.yaml) if command else "–")
         self._start_label.set_content("Continue training" if shown.continues else "Start training")
-        if command is None:
-            self._start.props("aria-disabled=true")
+        enable(self._start, command is not None)
+        self._show_proof(shown)
+
+    def _show_proof(self, shown: Preview) -> None:
+        job = self._panel.jobs.of(_PROOF_JOB)
+        is_running = job is not None and job.is_running
+        line = quoted(shown.proof) if shown.proof else ""
+        self._proof_line.set_content(command_html([line]) if line else "–")
+        enable(self._prove, bool(line) and not is_running)
+        self._stop_proof.set_visibility(is_running)
+        if job is None:
+            said = ""
+        elif job.is_running:
+            said = "<p>Comparing: the reference is computed in float64 on the CPU …</p>"
         else:
-            self._start.props(remove="aria-disabled")
+            said = _verdict_html(verdict_of(job, self._panel.runs / PROOF))
+        if job is not None and job.line != line:
+            said += f"<p>This was for another configuration:</p><pre>{html.escape(job.line)}</pre>"
+        self._verdict.set_content(said)
+
+    def _pressed_prove(self) -> None:
+        shown, job = self._preview(), self._panel.jobs.of(_PROOF_JOB)
+        if shown.proof is not None and (job is None or not job.is_running):
+            try:
+                (self._panel.runs / PROOF).unlink(missing_ok=True)  # an earlier verdict is none
+                self._panel.jobs.start(_PROOF_JOB, shown.proof)
+            except OSError as error:
+                complain(f"the proof cannot be started: {error.strerror or error}")
+        self._form.changed()  # on other pages too
+
+    def _pressed_stop_proof(self) -> None:
+        job = self._panel.jobs.of(_PROOF_JOB)
+        if job is not None:
+            job.stop()
 
     def _connected(self) -> None:
         self._is_left = False  # also one that the browser goes back to
@@ -247,6 +303,40 @@ class _group:
 
     def __exit__(self, *error: object) -> None:
         self._fields.__exit__(*error)
+
+
+def _verdict_html(verdict: Verdict) -> str:
+    if verdict.passed is None:
+        return f'<p class="chip none">no verdict</p><pre>{html.escape(verdict.message)}</pre>'
+    name = "PASS" if verdict.passed else "FAIL"
+    said = [f'<p class="chip {name}">{name}</p>', f"<p>{html.escape(verdict.engine)}</p>"]
+    if verdict.largest is not None:
+        largest = verdict.largest
+        said.append(
+            f"<p>Largest error <b>{largest.error:.1e}</b>, at most {largest.tolerance:.1e} "
+            f"({html.escape(largest.name)})</p>"
+        )
+    rows = "".join(
+        f'<tr class="{html.escape(check.result)}"><td>{html.escape(check.name)}</td>'
+        f"<td>{html.escape(check.result)}</td><td>{_exponent(check.error)}</td>"
+        f"<td>{_exponent(check.tolerance)}</td></tr>"
+        for check in verdict.checks
+        if check.error is not None or check.result == "FAIL"
+    )
+    said.append(
+        '<div class="scroll" tabindex=0><table><thead><tr><th scope=col>check</th><th scope=col>'
+        "result</th><th scope=col>error</th><th scope=col>at most</th></tr></thead>"
+        f"<tbody>{rows}</tbody></table></div>"
+    )
+    for check in verdict.checks:
+        if check.result == "FAIL":
+            lines = "\n".join([check.meaning, *check.details])
+            said.append(f"<h3>{html.escape(check.name)}</h3><pre>{html.escape(lines)}</pre>")
+    return "".join(said)
+
+
+def _exponent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
 
 
 def _drawn(sizes: tuple[int, int, int] | None) -> str:

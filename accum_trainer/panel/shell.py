@@ -10,9 +10,12 @@ from typing import Any
 
 from nicegui import context, ui
 
+from accum_trainer.panel.charts import base
 from accum_trainer.panel.form import Field, Form
+from accum_trainer.panel.group_view import GroupView
+from accum_trainer.panel.jobs import Jobs
 from accum_trainer.panel.row_counts import RowCounts
-from accum_trainer.panel.run_view import RunView
+from accum_trainer.panel.run_view import RunView, sendable
 
 _CSS = (Path(__file__).parent / "panel.css").read_text(encoding="utf-8")
 # Four micro-batches that add up to one update.
@@ -26,6 +29,8 @@ _GLYPH = (
     '<path d="M8.5 12.5h2.6" stroke="#0f9d8f" stroke-width="1.6" stroke-linecap="round"/></svg>'
 )
 FAVICON = _GLYPH.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+_LOG_LINES = 200
+_PAGES = (("/", "Set up"), ("/watch", "Watch"), ("/compare", "Compare"))
 _THEMES: dict[str, bool | None] = {"auto": None, "light": False, "dark": True}
 
 
@@ -34,17 +39,26 @@ class Panel:
 
     Attributes:
         runs: the folder of run directories.
+        jobs: the commands that pages wait for.
     """
 
     def __init__(self, runs: Path, form: Form, rows: RowCounts) -> None:
         self.runs, self.form, self.rows = runs, form, rows
+        self.jobs = Jobs()
         self._views: dict[str, RunView] = {}
+        self._groups: dict[str, GroupView] = {}
 
     def view(self, name: str) -> RunView:
         """The run of this name, one of `find_runs`."""
         if name not in self._views:
             self._views[name] = RunView(self.runs / name, name)
         return self._views[name]
+
+    def group(self, name: str) -> GroupView:
+        """The independent runs of this name, one of `find_groups`."""
+        if name not in self._groups:
+            self._groups[name] = GroupView(self.runs / name, name, self.view)
+        return self._groups[name]
 
 
 def text(content: str, tag: str = "div", classes: str = "") -> ui.html:
@@ -55,6 +69,45 @@ def text(content: str, tag: str = "div", classes: str = "") -> ui.html:
 def markup(content: str, tag: str = "div", classes: str = "") -> ui.html:
     """An element with this HTML, in which all that others wrote is escaped."""
     return ui.html(content, sanitize=False, tag=tag).classes(classes)
+
+
+def button(name: str, pressed: Any, classes: str = "") -> ui.element:
+    """A button; `pressed` takes no argument."""
+    with ui.element("button").props("type=button").classes(classes) as made:
+        text(name, "span")
+    made.on("click", pressed, [])
+    return made
+
+
+def enable(element: ui.element, is_enabled: bool) -> None:
+    """Let a button say whether pressing it does anything; it can be reached all the same."""
+    if is_enabled:
+        element.props(remove="aria-disabled")
+    else:
+        element.props("aria-disabled=true")
+
+
+def new_chart(name: str) -> ui.echart:
+    """A chart without curves yet."""
+    return ui.echart(base(name), renderer="svg").props(f'role=img aria-label="{name}"')
+
+
+def log_box(is_open: bool) -> ui.html:
+    """A part that can be folded, with the end of a log."""
+    with ui.element("details").classes("log").props("open" if is_open else ""):
+        text("Log", "summary")
+        with ui.element("div").classes("end").props('aria-label="Log" tabindex=0'):
+            return text("", "pre")
+
+
+def last_lines(log: str) -> str:
+    """HTML of as much of a log as a page shows."""
+    return html.escape("\n".join(log.splitlines()[-_LOG_LINES:]))
+
+
+def complain(error: object) -> None:
+    """Show an error that no field is about."""
+    ui.notify(sendable(str(error)), type="negative", multi_line=True, close_button="Close")
 
 
 def command_html(lines: Sequence[str]) -> str:
@@ -76,7 +129,7 @@ def shell(panel: Panel, here: str) -> Iterator[None]:
             markup(_GLYPH, "span", "glyph")
             text("accum-trainer", "span")
         with ui.element("nav").props('aria-label="Pages"'):
-            for path, name in (("/", "Set up"), ("/watch", "Watch")):
+            for path, name in _PAGES:
                 link = text(name, "a").props(f"href={path}")
                 if path == here:
                     link.props("aria-current=page")

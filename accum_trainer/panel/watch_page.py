@@ -10,38 +10,33 @@ from urllib.parse import quote
 from nicegui import ui
 
 from accum_trainer.errors import AccumTrainerError
-from accum_trainer.panel.charts import OTHERS, base, draw_column, draw_loss
+from accum_trainer.panel.charts import OTHERS, draw_column, draw_loss
 from accum_trainer.panel.curves import number
 from accum_trainer.panel.processes import how_to_continue, start_again, stop, stop_now
+from accum_trainer.panel.run_list import RunList
 from accum_trainer.panel.run_view import (
-    ACTIVE,
     DONE,
-    ENDED,
-    FAILED,
-    STARTING,
-    STOPPED,
-    STOPPING,
-    TRAINING,
+    SAID,
     RunView,
     find_runs,
+    is_group,
     sendable,
 )
-from accum_trainer.panel.shell import Panel, command_html, markup, shell, text
+from accum_trainer.panel.shell import (
+    Panel,
+    button,
+    command_html,
+    complain,
+    last_lines,
+    log_box,
+    markup,
+    new_chart,
+    shell,
+    text,
+)
 from accum_trainer.train.progress import clock_time
 
 _REFRESH_SEC = 1.0
-_SAID = {
-    STARTING: "starting",
-    TRAINING: "training",
-    STOPPING: "saving and stopping",
-    STOPPED: "stopped and saved",
-    DONE: "done",
-    FAILED: "failed",
-    ENDED: "ended without saving",
-}
-_LOG_LINES = 200
-# Of runs that have ended, this many are read for the list.
-_LISTED = 60
 
 
 class WatchPage:
@@ -56,7 +51,7 @@ class WatchPage:
         with shell(panel, "/watch"), ui.element("div").classes("watch"):
             with ui.element("nav").classes("runs").props('aria-label="Runs"'):
                 text("Runs", "h2")
-                self._list = markup("", "ul")
+                self._list = RunList(panel, self._view.name if self._view else None)
             with ui.element("div").classes("run"):
                 if self._view is not None:
                     self._run()
@@ -75,22 +70,19 @@ class WatchPage:
             text(sendable(self._view.name), "h1")
             self._state = markup("", "span", "state").props("role=status")
             with ui.element("div").classes("actions"):
-                self._stop = _button("Stop and save", self._pressed_stop)
-                self._stop_now = _button("Stop now", self._pressed_stop_now, "danger")
-                self._continue = _button("Continue", self._pressed_continue, "primary")
+                self._stop = button("Stop and save", self._pressed_stop)
+                self._stop_now = button("Stop now", self._pressed_stop_now, "danger")
+                self._continue = button("Continue", self._pressed_continue, "primary")
         with ui.element("div").classes("progress"):
             self._bar = ui.element("progress").props('aria-label="Updates made" max=1 value=0')
             self._progress = text("", "span")
         self._message = text("", "pre", "message").props("role=alert")
         self._tiles = markup("", "dl", "tiles")
-        self._advice = text("", "p", "advice")
+        self._advice = text("", "p", "advice").props('aria-label="Advice on the effective batch"')
         self._curves = ui.element("div").classes("curves")
         with self._curves:
             self._charts()
-        with ui.element("details").classes("log").props("open"):
-            text("Log", "summary")
-            with ui.element("div").classes("end").props('aria-label="Log" tabindex=0'):
-                self._log = text("", "pre")
+        self._log = log_box(is_open=True)
         with ui.element("details"):
             text("Command", "summary")
             self._command = text("", "pre", "command").props('aria-label="Command" tabindex=0')
@@ -105,6 +97,7 @@ class WatchPage:
                         "for=compare borderless dense options-dense behavior=menu "
                         f"max-values={len(OTHERS)}"
                     )
+                self._compare = text("Figures", "a")
                 ui.switch(
                     "Log axis", value=bool(self._form.view["log_axis"]), on_change=self._set_log
                 ).props("dense")
@@ -114,7 +107,7 @@ class WatchPage:
                     ui.slider(
                         min=0, max=0.98, step=0.02, value=weight, on_change=self._set_smoothing
                     ).props('aria-label="Smoothing" dense')
-            self._loss = _chart("Loss")
+            self._loss = new_chart("Loss")
         with ui.element("div").classes("charts"):
             self._columns = {
                 key: self._column(key, name)
@@ -128,24 +121,29 @@ class WatchPage:
     def _column(self, key: str, name: str) -> tuple[ui.element, ui.echart, str]:
         with ui.element("section").classes("chart").props(f'aria-label="{name}"') as place:
             text(name, "h2")
-            chart = _chart(name)
+            chart = new_chart(name)
         return place, chart, name
 
     def _show(self) -> None:
-        names = find_runs(self._panel.runs)
-        self._list.set_content("".join(self._listed(name) for name in names[:_LISTED]))
-        view = self._view
+        names, view = self._list.show(), self._view
         others = [name for name in names if view is not None and name != view.name]
         others = [name for name in others if name == sendable(name)]
         if view is not None and self._others.options != others:
             kept = [name for name in self._others.value if name in others]
             self._others.set_options(others, value=kept)
+        if view is not None:
+            query = "&".join(f"run={_quoted(name)}" for name in (view.name, *self._others.value))
+            self._compare.props(f'href="/compare?{query}"')
+            self._compare.set_visibility(bool(self._others.value))
         if view is None:
             if names and self._panel.view(names[0]).is_active:
                 ui.navigate.to(f"/watch?run={_quoted(names[0])}")
             return
+        if is_group(view.folder):  # it was a start of independent runs, which are there now
+            ui.navigate.reload()
+            return
         view.refresh()
-        self._state.set_content(_SAID[view.state])
+        self._state.set_content(SAID[view.state])
         self._state.classes(replace=f"state {view.state}")
         self._stop.set_visibility(view.is_active)
         self._stop_now.set_visibility(view.is_active)
@@ -155,11 +153,10 @@ class WatchPage:
         self._message.classes(replace=f"message {view.state}")
         self._tiles.set_content(_tiles(view))
         advice = view.noise_advice
-        self._advice.set_content(html.escape(advice[:1].upper() + advice[1:]))
+        self._advice.set_content(html.escape(advice))
         self._advice.set_visibility(bool(advice))
-        lines = view.log.splitlines()[-_LOG_LINES:]
         self._log.set_content(
-            html.escape("\n".join(lines))
+            last_lines(view.log)
             or "This run was not started here: its output is where it was started."
         )
         self._command.set_content(_command(view))
@@ -197,20 +194,6 @@ class WatchPage:
             draw_column(chart.options, view.records, key, name)
             chart.update()
 
-    def _listed(self, name: str) -> str:
-        view = self._panel.view(name)
-        is_settled = view.state not in ACTIVE and bool(view.records.last)
-        view.refresh(at_most_every_sec=5.0 if is_settled else 0.4, whole=False)
-        here = ' aria-current="page"' if view is self._view else ""
-        loss = number(view.records.last.get("loss"))
-        total = f"/{view.total:,}" if view.total else ""
-        said = f"{view.updates:,}{total}" + ("" if loss is None else f" · loss {loss:.3f}")
-        return (
-            f'<li><a href="/watch?run={_quoted(name)}"{here}><i class="dot {view.state}"></i>'
-            f"<b>{html.escape(sendable(name))}</b>"
-            f"<span>{_SAID[view.state]} · {said}</span></a></li>"
-        )
-
     def _set_log(self, event: Any) -> None:
         self._form.set_view("log_axis", bool(event.value))
         self._show()
@@ -233,7 +216,7 @@ class WatchPage:
         try:
             action(self._view.folder)
         except AccumTrainerError as error:
-            ui.notify(sendable(str(error)), type="negative", multi_line=True, close_button="Close")
+            complain(error)
         self._view.refresh(at_most_every_sec=0)
         self._show()
 
@@ -247,17 +230,6 @@ def _no_run(name: str, panel: Panel) -> str:
 
 def _quoted(name: str) -> str:
     return quote(sendable(name))
-
-
-def _button(name: str, pressed: Any, classes: str = "") -> ui.element:
-    with ui.element("button").props("type=button").classes(classes) as button:
-        text(name, "span")
-    button.on("click", pressed, [])
-    return button
-
-
-def _chart(name: str) -> ui.echart:
-    return ui.echart(base(name), renderer="svg").props(f'role=img aria-label="{name}"')
 
 
 def _tiles(view: RunView) -> str:

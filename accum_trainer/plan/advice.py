@@ -25,6 +25,18 @@ def advice_of_run(plan: Mapping[str, Any], record: Mapping[str, Any]) -> str | N
     )
 
 
+def why_unknown(plan: Mapping[str, Any]) -> str:
+    """What to say of a run for which `advice_of_run` has nothing to say, from its plan.json."""
+    every = plan["noise_every"]
+    if every == 0:
+        return "noise scale not measured: noise_every=0; --noise-every auto measures it"
+    often = "every window" if every == 1 else f"one window in {every}"
+    return (
+        f"noise scale not known yet: {often} is measured, and the gradient does not stand out of "
+        "the noise so far"
+    )
+
+
 def batch_size_advice(
     noise_scale: float | None,
     low: float | None,

@@ -31,6 +31,7 @@ from accum_trainer.launch.signals import (
     STOPPED_AND_SAVED,
     collect_stop_signals,
 )
+from accum_trainer.runs.independent_files import INDEPENDENT, SUMMARY
 from accum_trainer.runs.independent_run import (
     DONE,
     FAILED,
@@ -39,12 +40,10 @@ from accum_trainer.runs.independent_run import (
     WAITING,
     IndependentRun,
 )
-from accum_trainer.runs.merge_inputs import INDEPENDENT, best_run
+from accum_trainer.runs.merge_inputs import best_run
 from accum_trainer.train import run_folder as files
 from accum_trainer.train.loss_picture import draw_loss
 from accum_trainer.train.records import read_records
-
-SUMMARY = "summary.json"
 
 
 class IndependentRunner:

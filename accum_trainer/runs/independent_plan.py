@@ -14,17 +14,10 @@ import torch
 from accum_trainer.config import TrainConfig
 from accum_trainer.engine.lost_processes import launched_processes
 from accum_trainer.errors import ConfigError
-from accum_trainer.launch.spec import combinations
+from accum_trainer.runs.independent_files import INDEPENDENT, listed_runs
 from accum_trainer.runs.independent_run import IndependentRun
-from accum_trainer.runs.merge_inputs import INDEPENDENT, listed_runs
+from accum_trainer.runs.independent_settings import devices_of, settings_of
 from accum_trainer.train import run_folder as files
-
-# Options that all runs share, or that the launcher sets for each.
-_NOT_VARIED = {
-    *("output_dir", "log_file", "resume", "dry_run", "shard", "max_restarts", "cpu"),
-    "trust_remote_code",
-    *("parallel_independent", "cuda_ids", "vary"),
-}
 
 
 def plan_runs(config: TrainConfig, folder: Path) -> tuple[list[IndependentRun], list[str], bool]:
@@ -44,10 +37,10 @@ def plan_runs(config: TrainConfig, folder: Path) -> tuple[list[IndependentRun], 
                 "out"
             )
     on_gpu = torch.cuda.is_available() and not config.cpu
-    devices = _devices(config.cuda_ids, torch.cuda.device_count() if on_gpu else None)
+    devices = devices_of(config.cuda_ids, torch.cuda.device_count() if on_gpu else None)
     base = replace(config.alone(), resume="auto")
     runs = []
-    for i, settings in enumerate(_settings(config.vary, len(devices))):
+    for i, settings in enumerate(settings_of(config.vary, len(devices))):
         name = f"part-{i}"
         options = [f"{key}={value}" for key, value in settings.items()]
         varied = base.varied([*options, f"output_dir={folder / name}"])
@@ -64,35 +57,6 @@ def _check_single_process() -> None:
             "parallel_independent starts single processes, but runs as one of "
             f"{world_size} of a launcher; start it with `accum-trainer train`"
         )
-
-
-def _settings(vary: str | None, num_devices: int) -> list[dict[str, str]]:
-    """The options of each run: the combinations of `vary`, or a shard per device."""
-    if vary is None:
-        return [{"shard": f"{i}/{num_devices}"} for i in range(num_devices)]
-    settings = [dict(text.split("=", 1) for text in run) for run in combinations(vary)]
-    for name in settings[0]:
-        if name in _NOT_VARIED:
-            raise ConfigError(f"vary={vary}: {name} cannot differ between the runs")
-    return settings
-
-
-def _devices(text: str | None, gpus: int | None) -> list[str]:
-    """The devices of `cuda_ids`, or all; `gpus` is None on a CPU."""
-    if text is None:
-        if gpus is None:
-            raise ConfigError(
-                "parallel_independent on a CPU needs cuda_ids, the names of its slots, such as 0,1"
-            )
-        return [str(i) for i in range(gpus)]
-    devices = [device.strip() for device in text.split(",")]
-    if not all(device.isdecimal() for device in devices):
-        raise ConfigError(f"cuda_ids={text} is not a list of device numbers, such as 0,1")
-    if len(set(devices)) < len(devices):
-        raise ConfigError(f"cuda_ids={text} names a device twice; each run needs its own")
-    if gpus is not None and any(int(device) >= gpus for device in devices):
-        raise ConfigError(f"cuda_ids={text}, but this machine has {gpus} GPUs, 0 to {gpus - 1}")
-    return devices
 
 
 def _check_folder(folder: Path, runs: list[IndependentRun], resume: str) -> None:

@@ -19,6 +19,7 @@ from accum_trainer.config import TrainConfig
 from accum_trainer.launch.folders import private
 from accum_trainer.launch.process import import_places
 from accum_trainer.launch.rank import follow_parent
+from accum_trainer.runs.independent_files import label_of
 from accum_trainer.train import run_folder as files
 from accum_trainer.train.records import Record
 
@@ -56,10 +57,7 @@ class IndependentRun:
     @property
     def label(self) -> str:
         """Its settings in a few words: `shard 0/4`, `lr=1e-4`."""
-        return " ".join(
-            f"{key} {value}" if key == "shard" else f"{key}={value}"
-            for key, value in self.settings.items()
-        )
+        return label_of(self.settings)
 
     def start(self, device: str, environment: Mapping[str, str]) -> None:
         self.device, self.state = device, RUNNING

@@ -33,13 +33,12 @@ from accum_trainer.runs.average import (
     concat_adapters,
 )
 from accum_trainer.runs.evaluation import choose_rows, evaluate, load_evaluation_rows
-from accum_trainer.runs.merge_inputs import INDEPENDENT, MergeInput, find_merge_inputs
+from accum_trainer.runs.independent_files import INDEPENDENT, MERGED, REPORT
+from accum_trainer.runs.merge_inputs import MergeInput, find_merge_inputs
 from accum_trainer.runs.origin import Origin
 from accum_trainer.runs.saved_model import SavedModel, check_alike
 from accum_trainer.train import run_folder as files
 from accum_trainer.train.model_card import CARD, merged_card
-
-MERGED, REPORT = "merged", "merge.json"
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,12 @@ from typing import Any
 
 from accum_trainer.batch_plan import parse_shard
 from accum_trainer.errors import CheckpointError, ConfigError
-from accum_trainer.runs.inside import check_inside, check_is_name, check_tree
+from accum_trainer.runs.independent_files import INDEPENDENT, listed_runs
+from accum_trainer.runs.inside import check_inside, check_tree
 from accum_trainer.runs.json_file import read_json
 from accum_trainer.train import run_folder as files
 from accum_trainer.train.model_origin import is_left_behind, read_origin
 from accum_trainer.train.records import read_records
-
-INDEPENDENT = "independent.json"
 
 
 @dataclass(frozen=True)
@@ -156,28 +155,6 @@ def _refuse_sweep(folder: Path, runs: Sequence[tuple[str, Mapping[str, Any]]]) -
         f"{f'The best is {best}' if best else 'None has finished'}. To average runs all the same, "
         "name their run directories one by one"
     )
-
-
-def listed_runs(folder: Path, remedy: str) -> list[tuple[str, dict[str, Any]]]:
-    """(name, settings) of each run in a folder's independent.json.
-
-    Args:
-        remedy: the end of the message.
-
-    Raises:
-        CheckpointError: it cannot be read, or names no runs, or names something else.
-    """
-    index = folder / INDEPENDENT
-    try:
-        runs = [
-            (check_is_name(run["name"], index), dict(run.get("settings", {})))
-            for run in read_json(index)["runs"]
-        ]
-    except (KeyError, TypeError, ValueError, AttributeError):
-        runs = []
-    if not runs:
-        raise CheckpointError(f"{index} names no runs; {remedy}")
-    return runs
 
 
 def _expand(path: Path) -> list[tuple[str, Path]]:

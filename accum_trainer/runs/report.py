@@ -22,8 +22,8 @@ from accum_trainer.train.loss_picture import COLOURS
 
 BEGINNING = "<!DOCTYPE html><!-- accum-trainer report -->\n"
 # The same, for a dark page.
-_DARK_COLOURS = ("#58a6ff", "#ff8f4d", "#3fcf9a", "#e08cc9", "#e3b341", "#79c6f2")
-_TITLES = {"updates": "by updates", "samples": "by samples", "seconds": "by time"}
+DARK_COLOURS = ("#58a6ff", "#ff8f4d", "#3fcf9a", "#e08cc9", "#e3b341", "#79c6f2")
+AXIS_TITLES = {"updates": "by updates", "samples": "by samples", "seconds": "by time"}
 # Other columns that are drawn.
 _COLUMNS = {
     "lr": "learning rate",
@@ -79,16 +79,16 @@ def page(comparison: Comparison) -> str:
         sections=sections,
         curves=[
             Picture(
-                _TITLES[axis], *(axis_svg(comparison, axis, narrow) for narrow in (False, True))
+                AXIS_TITLES[axis], *(axis_svg(comparison, axis, narrow) for narrow in (False, True))
             )
-            for axis in _TITLES
+            for axis in AXIS_TITLES
             if any(axis in run.curve.axes for run in comparison.runs)
         ],
         variances=Picture("", *(variances_svg(comparison, narrow) for narrow in (False, True))),
         made=time.strftime("%Y-%m-%d %H:%M"),
         version=__version__,
         colours=COLOURS,
-        dark_colours=_DARK_COLOURS,
+        dark_colours=DARK_COLOURS,
         svg=Markup,  # matplotlib has escaped its texts
     )
     return rendered

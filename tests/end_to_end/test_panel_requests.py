@@ -191,10 +191,10 @@ def test_a_browser_logs_in_and_stays(tmp_path):
 
 
 def test_runs_do_not_get_the_password(tmp_path):
-    from accum_trainer.panel import processes
+    from accum_trainer.panel import processes, programs
     from accum_trainer.panel.commands import Command
 
-    os.environ[processes.PASSWORD] = PASSWORD
+    os.environ[programs.PASSWORD] = PASSWORD
     try:
         words = ["accum-trainer", "plan"]
         processes.start(Command(words, None, ""), tmp_path / "run")
@@ -203,7 +203,7 @@ def test_runs_do_not_get_the_password(tmp_path):
         environment = open(f"/proc/{start.process}/environ").read()  # noqa: SIM115
         assert PASSWORD not in environment and "PATH=" in environment
     finally:
-        del os.environ[processes.PASSWORD]
+        del os.environ[programs.PASSWORD]
     while processes.read_start(tmp_path / "run").status is None:
         time.sleep(0.05)
     # No one else reads a log, whose messages quote rows.

@@ -9,6 +9,7 @@ import pytest
 
 from accum_trainer.train.run_lock import owner_of
 from tests.browser import chromium
+from tests.end_to_end.panel.pages import connected
 from tests.end_to_end.panels import PICTURES, StartedPanel
 from tests.made_runs import write_sums
 
@@ -67,7 +68,7 @@ def open_page(browser, panels):
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("request", lambda request: outside(request.url))
         page.goto(panels.now.url + path)
-        page.get_by_role("navigation", name="Pages").wait_for()
+        connected(page)
         return page
 
     def outside(url):

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
 
+import pytest
 from playwright.sync_api import expect
 
 from accum_trainer.train.run_lock import owner_of
+from accum_trainer.verify.report import Report, measured
 from tests.end_to_end.panel.pages import (
     LONG,
     box,
     choose,
     command_of,
+    connected,
     curves,
     fill,
+    good_looks,
     picture,
     press,
     records,
     set_up,
     state,
 )
-from tests.end_to_end.started import wait_for_end
+from tests.end_to_end.started import process_of, wait_for_end
 from tests.launching import shell
 
 
@@ -146,6 +151,41 @@ def test_two_pages_are_one_form_and_start_one_run_once(open_page, panels):
     assert not (run / "result.json").exists()
 
 
+def test_a_page_takes_nothing_in_before_it_is_connected(open_page, panels):
+    """What is typed then is sent later, each key by a timer, so the last need not be the last."""
+    page = open_page()
+    set_up(page, "early", updates=2)
+    page.route_web_socket(re.compile("."), lambda socket: None)  # it never answers
+    page.reload()
+    size = box(page, "Batch size")
+    expect(size).to_have_value("8")
+    place = size.bounding_box()
+    page.mouse.click(place["x"] + 20, place["y"] + place["height"] / 2)
+    page.keyboard.type("123")
+    expect(page.locator("#content[inert]")).to_have_count(1)
+    expect(size).to_have_value("8")
+    page.close()
+    page = open_page()
+    fill(page, Batch_size=123)
+    expect(command_of(page)).to_contain_text("--batch-size 123")
+
+
+def test_a_double_click_starts_one_run(open_page, panels):
+    """Without a name the second would be another run, under the next free name."""
+    page = open_page()
+    set_up(page, "twice", updates=2)
+    fill(page, Name_of_the_run="")
+    expect(command_of(page)).not_to_contain_text("runs/twice")
+    before = {run.name for run in panels.runs.iterdir()}
+    page.get_by_role("button", name="Start training").dblclick()
+    expect(state(page)).to_have_text("done")
+    assert len({run.name for run in panels.runs.iterdir()} - before) == 1
+    page.go_back()
+    page.get_by_role("button", name="Start training").click()  # it is a new run now
+    expect(state(page)).to_have_text("done")
+    assert len({run.name for run in panels.runs.iterdir()} - before) == 2
+
+
 BAD = {
     "B of words": ({"Batch_size": "many"}, "batch_size='many' is not an integer"),
     "B of nothing": ({"Batch_size": "0"}, "batch_size=0 is below 1; give a whole number"),
@@ -188,11 +228,98 @@ def test_bad_values_are_said_beside_their_field_and_start_nothing(open_page, pan
     assert sorted(run.name for run in panels.runs.iterdir() if run.is_dir()) == before
 
 
+def prove(page):
+    """Open the part on the proof; the command, and where the verdict will be."""
+    if page.get_by_role("button", name="Prove it").is_hidden():  # it is open after a proof
+        page.get_by_text("Proof", exact=True).click()
+    return page.get_by_label("Proof command"), page.get_by_role("status", name="Verdict")
+
+
+def test_the_verdict_of_the_configuration_on_the_page(open_page, panels):
+    page = open_page()
+    set_up(page, "proven", updates=3, batch=2, steps=2)
+    page.get_by_role("switch", name="Independent runs side by side").click()
+    page.get_by_label("GPUs, or slots of the CPU").fill("0,1")
+    expect(command_of(page)).to_contain_text("--parallel-independent")
+    line, verdict = prove(page)
+    expect(line).to_have_text(
+        "accum-trainer verify --batch-size 2 --gradient-accumulation-steps 2 --max-seq-len 32 "
+        "--dataset-file rows.jsonl --cpu --steps 3 --json runs/.verify.json"
+    )
+    press(page, "Prove it")
+    press(page, "Stop")
+    expect(verdict).to_contain_text("Stopped before it came to a verdict.")
+    press(page, "Prove it")
+    expect(page.get_by_role("button", name="Prove it")).to_have_attribute("aria-disabled", "true")
+    expect(verdict).to_contain_text("PASS")
+    report = panels.runs / ".verify.json"
+    found = json.loads(report.read_text())
+    checks = {check["name"]: check for check in found["checks"]}
+    engine = checks["engine in force"]["meaning"]
+    assert engine.startswith("single on cpu") and "B 2 x K 2 x W 1" in engine
+    expect(verdict).to_contain_text(engine)
+    worst = max(
+        (check for check in found["checks"] if check["error"] is not None),
+        key=lambda check: check["error"] / check["tolerance"],
+    )
+    expect(verdict).to_contain_text(
+        f"Largest error {worst['error']:.1e}, at most {worst['tolerance']:.1e} ({worst['name']})"
+    )
+    row = verdict.get_by_role("row", name="logged loss")
+    expect(row).to_contain_text(f"{checks['logged loss']['error']:.1e}")
+    good_looks(page, "proof", crosswise=True)
+
+    failed = measured("tail window", 0.25, 2e-6, "right", "<b>wrong</b> by far", ("line 1",))
+    report.write_text(json.dumps(Report({}, [failed]).to_dict()))
+    expect(verdict.locator(".chip.FAIL")).to_have_text("FAIL")
+    expect(verdict).to_contain_text("Largest error 2.5e-01, at most 2.0e-06 (tail window)")
+    expect(verdict.locator("pre")).to_have_text("<b>wrong</b> by far\nline 1")
+
+
+def test_why_there_is_no_verdict_is_said(open_page, panels, place):
+    (place / "wrong.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c"}\n')
+    page = open_page()
+    set_up(page, "unproven", updates=3)
+    fill(page, Data_file="wrong.jsonl")
+    expect(page.get_by_label("Proof command")).to_contain_text("wrong.jsonl")
+    _, verdict = prove(page)
+    press(page, "Prove it")
+    expect(verdict).to_contain_text("error: wrong.jsonl row 2: null value in")
+    expect(verdict).to_contain_text("no verdict")
+    fill(page, Batch_size="many")
+    prove(page)
+    expect(page.get_by_role("button", name="Prove it")).to_have_attribute("aria-disabled", "true")
+    expect(page.get_by_label("Proof command")).to_have_text("–")
+
+
+@pytest.mark.long
+def test_a_proof_on_two_processes_and_one_that_ends_with_the_panel(open_page, panels):
+    page = open_page()
+    set_up(page, "sharded", updates=3, batch=2, steps=2)
+    line, verdict = prove(page)
+    fill(page, Processes=2)
+    choose(page, "Engine", "FSDP2")
+    expect(line).to_contain_text("torchrun --standalone --nproc_per_node 2 -m accum_trainer.verify")
+    press(page, "Prove it")
+    expect(verdict).to_contain_text("fsdp2 on cpu")
+    expect(verdict).to_contain_text("PASS")
+    page.reload()
+    expect(verdict).to_contain_text("PASS")  # and is open
+    fill(page, Batch_size=32)
+    expect(verdict).to_contain_text("This was for another configuration:")
+    expect(line).to_contain_text("--batch-size 32")
+    press(page, "Prove it")
+    expect(verdict).to_contain_text("Comparing")
+    proof = process_of("torch.distributed.run", "runs/.verify.json")
+    panels.restart()
+    wait_for_end(proof)
+
+
 def test_keyboard_alone(open_page, panels):
     page = open_page()
     set_up(page, "keys", updates=2)
     page.reload()
-    expect(command_of(page)).to_contain_text("accum-trainer train")  # the page is connected
+    connected(page)
     keys = page.keyboard
 
     def go_to(name):
