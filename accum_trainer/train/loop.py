@@ -251,6 +251,7 @@ class Run:
             **_noise_scale(training),
             "skipped": update.skipped,
             "skip_reason": update.reason,
+            "nonfinite_parameter": update.nonfinite_parameter,
             "oom_splits": update.num_splits,
             "gradient_accumulation_steps": update.gradient_accumulation_steps,
             "physical_batch_size": training.prepared.cutting.cut.micro_batch_size,
