@@ -166,6 +166,22 @@ class FullState(Ranks):
         # Of a tensor without elements rank 0 has all: its name and shape.
         return [p for p in found if p.values.numel() or (self.is_main and 0 in p.shape)]
 
+    def all_parts(self, model: torch.nn.Module, optimizer: AcceleratedOptimizer) -> list[Part]:
+        """`own_parts` of all ranks, of an engine whose every rank has the whole state
+        (`shards_optimizer` is False). Not collective."""
+        plain = self.unwrap(model)
+        tensors: dict[str, torch.Tensor] = {}
+        for name, p in plain.named_parameters():
+            if p.requires_grad:
+                tensors[weight_name(name)] = p
+                for key, value in self._parameter_state(optimizer, p).items():
+                    tensors[state_name(name, key)] = value
+        tensors |= {weight_name(name): b for name, b in persistent_buffers(plain).items()}
+        return [
+            Part(name, tuple(tensor.shape), 0, tensor.detach().reshape(-1))
+            for name, tensor in tensors.items()
+        ]
+
     def optimizer_groups(self, optimizer: AcceleratedOptimizer) -> list[dict[str, Any]]:
         """The options of each group, such as lr and betas."""
         return [

@@ -40,16 +40,20 @@ _NEW = (
 )
 
 
-def capture(training: Training, tally: Tally, best: dict[str, Any] | None) -> Snapshot:
+def capture(
+    training: Training, tally: Tally, best: dict[str, Any] | None, alone: bool = False
+) -> Snapshot:
     """This process's part of the state after a finished window, copied into host memory.
 
     Args:
         tally: of the run's records so far.
         best: the best checkpoint by then, as `BestCheckpoint.begin_save` gives it.
+        alone: all processes' part, where this one has it.
     """
     engine = training.accumulator.engine
     optimizer = training.optimizer.accelerated
-    parts = [part.on_host() for part in engine.own_parts(training.model, optimizer)]
+    parts_here = engine.all_parts if alone and engine.world_size > 1 else engine.own_parts
+    parts = [part.on_host() for part in parts_here(training.model, optimizer)]
     if engine.device.type == "cuda":
         torch.cuda.synchronize()
     state = {
@@ -61,7 +65,7 @@ def capture(training: Training, tally: Tally, best: dict[str, Any] | None) -> Sn
         "scheduler": training.scheduler.state_dict(),
         "tally": dataclasses.asdict(tally),
         "best": best,
-        "world_size": engine.world_size,
+        "world_size": 1 if alone else engine.world_size,
     }
     # Written while training goes on and changes what the state was read from.
     return Snapshot(parts, engine.rng_state(), copy.deepcopy(state))
