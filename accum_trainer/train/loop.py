@@ -193,7 +193,12 @@ class Run:
                 is_best = False
                 if not update.skipped and evaluation.is_due(update.step):
                     began = time.perf_counter()
-                    loss = record["eval_loss"] = evaluation.mean_loss(self._hangs.progress)
+                    try:
+                        loss = record["eval_loss"] = evaluation.mean_loss(self._hangs.progress)
+                    except Exception:  # the update is made, and may be saved
+                        self._files.write(record)
+                        self._is_whole = True
+                        raise
                     self.stopping.note_evaluation(time.perf_counter() - began)
                     with self._hangs.paused():  # it waits for the checkpoint before
                         is_best = self._best.is_beaten_by(update.step, loss)

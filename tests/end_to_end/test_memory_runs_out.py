@@ -40,6 +40,12 @@ def step(self, closure=None):
 torch.optim.AdamW.step = step
 """
 
+IN_AN_EVALUATION = """
+import torch
+from accum_trainer.train.evaluation import Evaluation
+Evaluation.mean_loss = lambda self, progress: torch.empty(2**46)
+"""
+
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
@@ -100,6 +106,15 @@ def test_a_state_that_no_process_has_whole_is_not_saved(tmp_path, run):
     said = error_of(run(2, "--engine", "fsdp2", code=code))
     assert "fsdp2 gathers weights" in said and "a part of fsdp2's state only" in said
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_an_update_whose_evaluation_does_not_fit_is_saved(tmp_path, run, rows):
+    said = error_of(run(1, "--eval-every", "2", "--eval-file", rows, code=IN_AN_EVALUATION))
+    assert "; the state after update 2 is saved" in said
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000002"]
+    assert run(1).returncode == 0
+    records = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
 
 
 def test_half_an_update_is_not_saved(tmp_path, run):
