@@ -31,6 +31,7 @@ class Update:
         skipped: the optimizer did not step.
         reason: why it was skipped: "empty" (no target), "non-finite" (inf or nan in the gradient),
             else "".
+        nonfinite_parameter: the first with inf or nan in its averaged gradient, if so; else "".
         stop_requested, save_requested: some rank called `request_stop`, `request_save`; all ranks
             see it at the same update.
         num_splits: splits of micro-batches over all ranks, because one ran out of memory,
@@ -48,6 +49,7 @@ class Update:
     gradient_accumulation_steps: int
     skipped: bool = False
     reason: str = ""
+    nonfinite_parameter: str = ""
     stop_requested: bool = False
     save_requested: bool = False
     num_splits: int = 0
@@ -96,6 +98,7 @@ def conclude(
         gradient_accumulation_steps=int(max(end.num_micro_batches for end in ends)),
         skipped=not stepped,
         reason=reason,
+        nonfinite_parameter=engine.nonfinite_parameter if reason == "non-finite" else "",
         stop_requested=any(end.stop_requested for end in ends),
         save_requested=any(end.save_requested for end in ends),
         num_splits=num_splits,

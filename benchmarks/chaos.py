@@ -24,6 +24,7 @@ from typing import Any
 from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from accum_trainer.engine.zero_build import LONGEST_BUILD
 from accum_trainer.train.checkpoint_folder import newest_whole
 from accum_trainer.train.records import read_records
 from benchmarks.chaos_faults import FAULTS, KINDS, Job, unavailable
@@ -149,8 +150,11 @@ def reference(kind: str, fault: str, folder: Path) -> Path:
     place = folder / (f"{kind}-{fault}" if inject else kind)
     if not place.exists():
         place.mkdir()
-        job = Job(kind, place.resolve(), inject=inject)
+        # The first start of ZeRO on a machine, or since DeepSpeed was updated, compiles.
+        job = Job(kind, place.resolve(), inject=inject, limit=LONGEST_BUILD)
         job.wait()
+        if job.hung:
+            raise SystemExit(f"the undisturbed run of {kind} did not end in {LONGEST_BUILD:.0f} s")
         if job.status != 0:
             raise SystemExit(f"the undisturbed run of {kind} failed: {job.err[-2000:]}")
         skipped = [

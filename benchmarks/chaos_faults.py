@@ -43,10 +43,15 @@ LIMIT = 120.0  # seconds for one start; longer is a hang
 
 
 class Job:
-    """One start of a run in `folder`, going on in a thread."""
+    """One start of a run in `folder`, going on in a thread; killed after `limit` seconds."""
 
     def __init__(
-        self, kind: str, folder: Path, *more: str, inject: dict[str, int] | None = None
+        self,
+        kind: str,
+        folder: Path,
+        *more: str,
+        inject: dict[str, int] | None = None,
+        limit: float = LIMIT,
     ) -> None:
         processes, options, environment = KINDS[kind]
         self.folder, self.run = folder, folder / "run"
@@ -57,7 +62,7 @@ class Job:
             try:
                 self.finished = forked(
                     *(processes, "accum_trainer", "train", *COMMAND, *options, *more),
-                    launcher=processes > 1, timeout=LIMIT, cwd=folder, inject=inject, **environment,
+                    launcher=processes > 1, timeout=limit, cwd=folder, inject=inject, **environment,
                 )  # fmt: skip
             except subprocess.TimeoutExpired:  # the processes were killed
                 self.hung = True

@@ -6,6 +6,9 @@ Each kind is a real run of `train` on the CPU, of a Llama so small that anything
 shows: many epochs, a checkpoint and an evaluation every 45 updates. Every process collects garbage,
 gives freed memory back and reads its resident memory and the number of Python's objects, after 100
 updates and ten times from there to the end. `--trace` names the lines whose allocations grew.
+
+torch notes the last 2,000 exchanges of a process for whoever debugs a hang (its flight recorder),
+which takes some MB once. Here it notes fewer, so that its notes are full before the first reading.
 """
 
 from __future__ import annotations
@@ -35,6 +38,8 @@ KINDS: dict[str, tuple[int, tuple[str, ...]]] = {
     "ddp": (2, ()),
     "zero2": (2, ("--zero-stage", "zero2")),
 }
+# Exchanges that torch's flight recorder keeps: a process makes more than two per update.
+NOTED = 200
 FIRST = 100  # updates: caches are filled and the first checkpoints written
 COMMAND = (
     *("--cpu", "--batch-size", "2", "--global-batch-size", "8", "--max-seq-len", "32"),
@@ -97,7 +102,7 @@ def measure(
     """
     processes, options = KINDS[kind]
     prepare(folder)
-    more: dict[str, Any] = {"cwd": folder, "timeout": 3600}
+    more: dict[str, Any] = {"cwd": folder, "timeout": 3600, "TORCH_FR_BUFFER_SIZE": NOTED}
     asked = ["--worker", str(most), *(["--trace"] if traced else []), "--", *COMMAND, *options]
     if processes == 1:
         ended = python("-m", MODULE, *asked, **more)

@@ -4,11 +4,13 @@ the file and the line."""
 from __future__ import annotations
 
 import os
+import threading
+import time
 
 import pytest
 
 from accum_trainer.config import TrainConfig
-from accum_trainer.data import embedded
+from accum_trainer.data import embedded, files
 from accum_trainer.data.counting import count_rows
 from accum_trainer.data.files import digest, read_file
 from accum_trainer.data.tokenizing import tokenize
@@ -194,3 +196,78 @@ class TestSkip:
         for _ in range(2):
             with pytest.raises(DataError, match=said):
                 self.rows(path, tokenizer)
+
+
+class TestChanges:
+    """A file whose content changes while it is read is refused; its rows are never of two states,
+    now or from the cache."""
+
+    def load(self, path, tokenizer, **options):
+        config = TrainConfig(dataset_file=str(path), **options)
+        return [tokenizer.decode(row["input_ids"][:-1]) for row in load_rows(config, tokenizer)[0]]
+
+    @pytest.mark.parametrize("on_bad_row", ["error", "skip"])
+    def test_a_file_that_is_being_written(self, tmp_path, tokenizer, on_bad_row):
+        """By another thread, half a line at a time."""
+        path, is_done = tmp_path / "rows.jsonl", threading.Event()
+        path.write_bytes(GOOD * 1000)
+
+        def write():
+            with open(path, "ab", buffering=0) as file:
+                while not is_done.is_set():
+                    file.write(GOOD[:7])
+                    time.sleep(0.001)
+                    file.write(GOOD[7:])
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        try:
+            with pytest.raises(DataError, match=f"{path} changed while it was read.* give a copy"):
+                self.load(path, tokenizer, on_bad_row=on_bad_row)
+        finally:
+            is_done.set()
+            writer.join()
+        lines = path.read_bytes().count(b"\n")
+        assert self.load(path, tokenizer, on_bad_row=on_bad_row) == ["good"] * lines
+
+    def test_another_file_of_the_same_size_and_time_in_its_place(
+        self, tmp_path, tokenizer, monkeypatch
+    ):
+        path, other = tmp_path / "rows.jsonl", GOOD.replace(b"good", b"evil")
+        path.write_bytes(GOOD)
+        os.utime(path, (1e9, 1e9))
+        before = files.check_json
+
+        def replace(*arguments):
+            before(*arguments)
+            path.unlink()
+            path.write_bytes(other)
+            os.utime(path, (1e9, 1e9))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(files, "check_json", replace)
+            with pytest.raises(DataError, match="changed while it was read"):
+                self.load(path, tokenizer)
+        assert self.load(path, tokenizer) == ["evil"]
+        path.write_bytes(GOOD)
+        os.utime(path, (1e9, 1e9))
+        assert self.load(path, tokenizer) == ["good"]
+
+    def test_what_changes_no_content_is_taken(self, tmp_path, tokenizer, monkeypatch):
+        path, before = tmp_path / "rows.jsonl", files.check_json
+        path.write_bytes(GOOD)
+
+        def touch(*arguments):
+            before(*arguments)
+            path.chmod(0o600)
+            path.touch()
+
+        monkeypatch.setattr(files, "check_json", touch)
+        assert self.load(path, tokenizer) == ["good"]
+
+    def test_a_file_that_is_taken_away(self, tmp_path, tokenizer, monkeypatch):
+        path = tmp_path / "rows.jsonl"
+        path.write_bytes(GOOD)
+        monkeypatch.setattr(files, "check_json", lambda path: path.unlink())
+        with pytest.raises(DataError, match="changed while it was read"):
+            self.load(path, tokenizer)

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from accum_trainer.data import embedded
+from accum_trainer.data import embedded, literal
 from accum_trainer.data.counting import count_rows
 from accum_trainer.data.files import digest, read_file
 from accum_trainer.data.rows import spans_of
@@ -194,6 +194,25 @@ def test_rows_are_counted_as_they_are_read(tmp_path, name, content, count):
     path = tmp_path / name
     path.write_text(content)
     assert count_rows(path) == len(read_file(path)) == count
+
+
+def test_json_with_numbers_is_read_in_parts_as_it_is_whole(tmp_path, monkeypatch):
+    """Columns and nested fields that some parts lack; kinds that only all parts together show."""
+    rows = [
+        {"text": 1, "tags": [{"a": 1}]},
+        {"text": 0.50, "tags": [{"a": 2}]},
+        {"text": "x", "more": None},
+        {"text": True, "more": "y", "tags": [{"b": "z"}]},
+        {"tags": [{"a": 0.5}], "text": 2},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    whole = literal.read_json(path)
+    assert whole["text"][:] == ["1", "0.5", "x", "true", "2"]
+    for part in (1, 2, 3):
+        monkeypatch.setattr(literal, "_PART", part)
+        found = literal.read_json(path)
+        assert found.features == whole.features and found[:] == whole[:]
 
 
 ANSWERS = [

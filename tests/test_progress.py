@@ -53,9 +53,12 @@ def test_rates_and_time_left_by_hand():
 def test_a_window_without_update_is_no_progress_and_no_loss():
     progress = Progress(10, clock=Clock())
     progress.add(record(1, loss=3.0))
-    progress.add(record(1, skipped=True, skip_reason="non-finite", loss=math.nan))
+    skip = {"skipped": True, "skip_reason": "non-finite", "nonfinite_parameter": "lm_head.weight"}
+    progress.add(record(1, loss=math.nan, **skip))
     assert progress.skipped == 1 and progress.done == 1 and list(progress.losses) == [3.0]
-    assert progress_line(progress) == "update 1/10  SKIPPED (non-finite)"
+    assert progress_line(progress) == (
+        "update 1/10  SKIPPED (non-finite gradient of lm_head.weight)"
+    )
 
 
 @pytest.mark.parametrize(

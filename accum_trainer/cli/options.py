@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from accum_trainer.cli.file_completion import complete_files, path_option
-from accum_trainer.config import OPTIONS, SECTIONS, compose, kind_of, nearest_name
+from accum_trainer.config import OPTIONS, SECTIONS, compose, kind_of, nearest_name, why_needless
 from accum_trainer.config.sources import naming_sources
 from accum_trainer.errors import ConfigError
 
@@ -189,6 +189,8 @@ class SectionedCommand(click.Command):
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
+            if (reason := why_needless(error.option_name)) and not ctx.resilient_parsing:
+                raise click.UsageError(f"{error.message} {reason}.", ctx) from None
             flags = {flag for p in self.get_params(ctx) for flag in p.opts}
             near = "--" + (nearest_name(error.option_name, OPTIONS) or "").replace("_", "-")
             if near not in flags:

@@ -7,7 +7,7 @@ no torch.
 """
 
 from accum_trainer.config.compose import Composed, compose
-from accum_trainer.config.names import nearest_name
+from accum_trainer.config.names import nearest_name, why_needless
 from accum_trainer.config.option import kind_of
 from accum_trainer.config.sources import ENVIRONMENT_PREFIX, OTHER_ENVIRONMENT
 from accum_trainer.config.train_config import OPTIONS, SECTIONS, TrainConfig
@@ -22,4 +22,5 @@ __all__ = [
     "compose",
     "kind_of",
     "nearest_name",
+    "why_needless",
 ]

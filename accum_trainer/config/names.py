@@ -56,6 +56,26 @@ _TRAINER_NAMES = {
 }
 
 
+_READS_AHEAD = (
+    "Leave it out: rows are tokenised before training, on all cores, and a thread makes the next "
+    "window while one is trained on; data_wait_sec in the records is the time that training waits"
+)
+# Options of other trainers that have no counterpart because there is nothing to set.
+_NEEDLESS = {
+    "num_workers": _READS_AHEAD,
+    "dataloader_num_workers": _READS_AHEAD,
+    "dataloader_prefetch_factor": _READS_AHEAD,
+    "dataloader_pin_memory": _READS_AHEAD,
+    "dataset_num_proc": _READS_AHEAD,
+    "preprocessing_num_workers": _READS_AHEAD,
+}
+
+
+def why_needless(written: str) -> str:
+    """Why there is no option like `written` (with dashes or underscores); "" if there might be."""
+    return _NEEDLESS.get(str(written).lstrip("-").replace("-", "_"), "")
+
+
 def nearest_name(written: str, names: Iterable[str], cutoff: float = 0.5) -> str | None:
     """The option among `names` that `written` (with dashes or underscores) most likely means; None
     if none is as near as `cutoff` (1 is the same)."""
@@ -75,5 +95,7 @@ def check_names(written: Iterable[str], names: Collection[str], source: str) -> 
         if name in names:
             continue
         near = nearest_name(name, names)
+        if reason := why_needless(name):
+            raise ConfigError(f"{source}: unknown option {name!r}. {reason}")
         hint = f"did you mean {near}?" if near else "`accum-trainer train --help` lists the options"
         raise ConfigError(f"{source}: unknown option {name!r}; {hint}")

@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import stat
+import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,8 @@ from accum_trainer.errors import DataError
 if TYPE_CHECKING:
     import datasets
 
+# A file system may give two writes within this time the same time stamp.
+_TICK_SEC = 2.0
 # Suffix -> builder of `datasets`.
 BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -88,6 +92,53 @@ def digest(path: str | Path) -> str:
     return sha.hexdigest()
 
 
+@contextlib.contextmanager
+def unchanged(path: str | Path) -> Iterator[str]:
+    """A context in which a data file is read; gives its `digest`.
+
+    Raises:
+        DataError: at the end, if the content is another by then: what was read may be of both.
+    """
+    path = check_file(path)
+    stamp, content = _stamp(path), digest(path)
+    try:
+        yield content
+    except (DataError, OSError) as error:  # such as a line that is half written
+        if _is_still(path, stamp, content):
+            raise
+        raise _changed(path) from error
+    if not _is_still(path, stamp, content):
+        shutil.rmtree(_rows_folder(content), ignore_errors=True)  # its rows may be others
+        raise _changed(path)
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Of a file's content: equal stamps that are older than `_TICK_SEC` mean equal content."""
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _is_still(path: Path, stamp: tuple[int, ...], content: str) -> bool:
+    try:
+        is_old = time.time() - stamp[-1] / 1e9 > _TICK_SEC
+        # Renaming it, or changing its mode, changes the stamp alone.
+        return (is_old and _stamp(path) == stamp) or digest(path) == content
+    except OSError:
+        return False
+
+
+def _changed(path: Path) -> DataError:
+    return DataError(
+        f"data file {path} changed while it was read, so its rows may be of two states; wait until "
+        "it is written, or give a copy that nobody changes"
+    )
+
+
+def _rows_folder(content: str) -> Path:
+    """Where the rows of a file with this digest are kept."""
+    return private_cache("rows") / content[:32]
+
+
 def without_bad_lines(path: str | Path, skipped: Skipped) -> Path:
     """A data file without the lines that `read_file` would refuse: `path` itself if there are none,
     else a copy in the cache.
@@ -141,7 +192,7 @@ def read_file(
         check_text(path)
     import datasets
 
-    folder = private_cache("rows") / (content or digest(path))[:32]
+    folder = _rows_folder(content or digest(path))
     is_json = path.suffix in (".json", ".jsonl")
     options: dict[str, Any] = {}
     if is_json and not folder.exists():  # else it was checked when it was read

@@ -18,8 +18,10 @@ from accum_trainer.errors import DataError
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow
 
-
+# Rows that are objects of Python at a time.
+_PART = 10_000
 _AFTER = "after"
 
 
@@ -108,7 +110,7 @@ def csv_options(path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> datasets.Dataset:
-    """The rows of a .json or .jsonl file, all in memory; numbers and booleans as text.
+    """The rows of a .json or .jsonl file, in memory as columns; numbers and booleans as text.
 
     Nested values, such as messages, keep their types.
 
@@ -118,7 +120,21 @@ def read_json(path: Path) -> datasets.Dataset:
     import datasets
     import pyarrow
 
-    rows = [row for _, row in json_rows(path, **_AS_WRITTEN)]
+    rows = (row for _, row in json_rows(path, **_AS_WRITTEN))
+    try:  # as columns a row takes what the file has of it, as objects a multiple
+        takes = iter(lambda: list(itertools.islice(rows, _PART)), [])
+        parts = [_columns_of(part, path) for part in takes]
+        return datasets.Dataset(pyarrow.concat_tables(parts, promote_options="permissive"))
+    except (DataError, pyarrow.ArrowInvalid, pyarrow.ArrowTypeError):
+        # Kinds that differ between parts, or in one: all together may have a common one.
+        everything = [row for _, row in json_rows(path, **_AS_WRITTEN)]
+        return datasets.Dataset(_columns_of(everything, path))
+
+
+def _columns_of(rows: list[dict[str, Any]], path: Path) -> pyarrow.Table:
+    """Rows as a table. DataError if the values of a column have several kinds."""
+    import pyarrow
+
     columns: dict[str, list[Any]] = {name: [] for row in rows for name in row}
     for row in rows:
         for name, values in columns.items():
@@ -132,7 +148,7 @@ def read_json(path: Path) -> datasets.Dataset:
                 f"data file {path}: the values of {name} are of several kinds "
                 f"({str(error).splitlines()[0]}); use one kind in all rows"
             ) from None
-    return datasets.Dataset(pyarrow.table(arrays))
+    return pyarrow.table(arrays)
 
 
 def is_written_otherwise(features: Mapping[str, Any], columns: Collection[str]) -> bool:

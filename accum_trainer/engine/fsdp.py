@@ -158,6 +158,9 @@ class FSDPEngine(TorchEngine):
         self._prepared += prepared
         return models, prepared
 
+    def prepared_models(self) -> list[torch.nn.Module]:
+        return list(self._units)
+
     def prepared_optimizers(self) -> list[AcceleratedOptimizer]:
         return self._prepared  # accelerate has not prepared them
 
@@ -353,6 +356,9 @@ class FSDPEngine(TorchEngine):
 
     def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def _held_gradient(self, parameter: torch.Tensor) -> torch.Tensor | None:
+        return None if parameter.grad is None else _local(parameter.grad)
 
     def _set_weight(self, parameter: torch.Tensor, value: torch.Tensor) -> None:
         with torch.no_grad():

@@ -11,8 +11,9 @@ or invents, the state of a parameter that no micro-batch used; on the CPU only r
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -25,7 +26,17 @@ from accum_trainer.engine.step import parameters_of
 
 
 class FullState(Ranks):
-    """Gradients, weights and optimizer state by name; the loss scaler; this rank's generators."""
+    """Gradients, weights and optimizer state by name; the loss scaler; this rank's generators.
+
+    Attributes:
+        nonfinite_parameter: set by the last `note_nonfinite`; "" if no gradient has inf or nan.
+    """
+
+    nonfinite_parameter: str = ""
+
+    def prepared_models(self) -> list[torch.nn.Module]:
+        """The models that `prepare` or accelerate prepared."""
+        raise NotImplementedError
 
     def unwrap(self, model: torch.nn.Module) -> Any:
         """The user's own model inside the engine's wrappers; autocast stays."""
@@ -43,6 +54,28 @@ class FullState(Ranks):
         return {
             name: self._whole(p.grad).detach() / scale for name, p in named if p.grad is not None
         }
+
+    def note_nonfinite(self, stepped: Iterable[torch.Tensor] | None = None) -> None:
+        """Set `nonfinite_parameter`: the first, in the models' order, with inf or nan in the part
+        of its averaged gradient that some rank holds.
+
+        For a window whose norm is not finite, before its gradient is dropped: it reads parameter
+        after parameter from the device.
+
+        Args:
+            stepped: only of these; default: all that are trained.
+        """
+        ids = None if stepped is None else {id(p) for p in stepped}
+        named = [
+            (name, p)
+            for model in self.prepared_models()
+            for name, p in self.unwrap(model).named_parameters()
+            if p.requires_grad and (ids is None or id(p) in ids)
+        ]
+        parts = (self._held_gradient(p) for _, p in named)
+        here = next((i for i, part in enumerate(parts) if not _is_finite(part)), len(named))
+        first = int(self.all_gather_floats([float(here)]).min())
+        self.nonfinite_parameter = named[first][0] if first < len(named) else ""
 
     def full_weights(
         self, model: torch.nn.Module, trained_only: bool = False
@@ -133,6 +166,22 @@ class FullState(Ranks):
         # Of a tensor without elements rank 0 has all: its name and shape.
         return [p for p in found if p.values.numel() or (self.is_main and 0 in p.shape)]
 
+    def all_parts(self, model: torch.nn.Module, optimizer: AcceleratedOptimizer) -> list[Part]:
+        """`own_parts` of all ranks, of an engine whose every rank has the whole state
+        (`shards_optimizer` is False). Not collective."""
+        plain = self.unwrap(model)
+        tensors: dict[str, torch.Tensor] = {}
+        for name, p in plain.named_parameters():
+            if p.requires_grad:
+                tensors[weight_name(name)] = p
+                for key, value in self._parameter_state(optimizer, p).items():
+                    tensors[state_name(name, key)] = value
+        tensors |= {weight_name(name): b for name, b in persistent_buffers(plain).items()}
+        return [
+            Part(name, tuple(tensor.shape), 0, tensor.detach().reshape(-1))
+            for name, tensor in tensors.items()
+        ]
+
     def optimizer_groups(self, optimizer: AcceleratedOptimizer) -> list[dict[str, Any]]:
         """The options of each group, such as lr and betas."""
         return [
@@ -182,6 +231,10 @@ class FullState(Ranks):
     def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
         """A gradient or optimizer state, gathered."""
         return tensor
+
+    def _held_gradient(self, parameter: torch.Tensor) -> torch.Tensor | None:
+        """The part of a parameter's averaged gradient that this rank has. Not collective."""
+        return parameter.grad
 
     def _whole_weight(self, parameter: torch.Tensor) -> torch.Tensor:
         return self._whole(parameter)
@@ -233,6 +286,12 @@ class FullState(Ranks):
         """This rank's tensors that the optimizer will step and has no state for yet."""
         trained = [p for p in parameters_of(optimizer) if p.requires_grad]
         return [p for p in trained if not optimizer.optimizer.state.get(p)]
+
+
+def _is_finite(part: torch.Tensor | None) -> bool:
+    if part is None or part.numel() == 0:
+        return True
+    return math.isfinite(torch.linalg.vector_norm(part, ord=math.inf))  # the largest; takes no copy
 
 
 def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:

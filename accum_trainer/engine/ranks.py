@@ -240,6 +240,12 @@ class Ranks:
         return result  # type: ignore[return-value]
 
 
+class Alone(Ranks):
+    """This process as the only one of a job."""
+
+    rank, world_size, is_main = 0, 1, True
+
+
 def _outcome(
     function: Callable[..., T], arguments: tuple[Any, ...]
 ) -> tuple[T | None, Exception | None]:

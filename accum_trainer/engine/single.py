@@ -85,6 +85,8 @@ class TorchEngine(Engine):
         table = self.end_window([self.square_sum(parameters), *numbers])
         norm = self._norm(table[:, 0])
         is_finite = bool(np.isfinite(table[:, 0]).all())
+        if not is_finite:
+            self.note_nonfinite(parameters_of(optimizer))
         if is_finite and self.settings.max_grad_norm is not None:
             # torch's convention, a hair below the limit: max / (norm + 1e-6).
             total = torch.tensor(norm, device=self.device)

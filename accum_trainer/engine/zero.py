@@ -39,6 +39,7 @@ from accum_trainer.engine.usage import Usage, refuse, refuse_difference
 from accum_trainer.engine.zero_build import await_extension, stand_in_for_launcher
 from accum_trainer.engine.zero_config import complete, keep_weights, make_plugin, weights_are_set
 from accum_trainer.engine.zero_internals import (
+    before_overflow_is_dropped,
     check_internals,
     forget_forwards_alone,
     hold_back_reductions,
@@ -249,7 +250,8 @@ class ZeroEngine(Engine):
 
     def _step(self) -> None:
         self._deepspeed.set_gradient_accumulation_boundary(True)
-        self._deepspeed.step()
+        with before_overflow_is_dropped(self._deepspeed.optimizer, self.note_nonfinite):
+            self._deepspeed.step()
 
     def end_window(self, numbers: Sequence[float | torch.Tensor]) -> np.ndarray:
         table = self.all_gather_floats([float(self._left_some_out), *numbers])
@@ -353,6 +355,7 @@ class ZeroStage0(ZeroEngine):
         if stepped:
             self._step()
         else:
+            self.note_nonfinite()
             self.discard_window_grads(optimizer)
         return norm, stepped, table[:, 1:]
 

@@ -2,15 +2,18 @@
 
 Without a GPU, DeepSpeed compiles an extension at its first start on a machine, in silence; here it
 is announced. torch marks the build by a file `lock`, which names no owner: a build that is killed
-leaves it behind, and every later start waits for it for ever. Such a lock is refused. Knows no
-configuration and no process group.
+leaves it behind, and every later start waits for it for ever. Such a lock is refused. torch builds
+with the first ninja on PATH; the one of this Python is put there. Knows no configuration and no
+process group.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import shutil
 import socket
+import sysconfig
 import time
 from pathlib import Path
 
@@ -44,6 +47,7 @@ def await_extension() -> None:
     name = _extension_to_compile()
     if name is None:
         return
+    prefer_own_ninja(sysconfig.get_path("scripts"))
     folder = Path(_get_build_directory(name, verbose=False))
     speaks = os.environ.get("LOCAL_RANK", "0") == "0"
     await_lock(folder / "lock", speaks)
@@ -53,6 +57,21 @@ def await_extension() -> None:
             "and must not be interrupted",
             folder,
         )
+
+
+def prefer_own_ninja(scripts: str) -> None:
+    """Put the programs of this Python first on PATH if there is a ninja among them.
+
+    A ninja takes for outdated whatever another version of it has built. So starts from an activated
+    environment and starts without would in turn compile the extension anew, a minute and more each.
+
+    Args:
+        scripts: the folder of these programs.
+    """
+    if shutil.which("ninja", path=scripts) is None:
+        return
+    others = [place for place in os.environ.get("PATH", "").split(os.pathsep) if place != scripts]
+    os.environ["PATH"] = os.pathsep.join([scripts, *others])
 
 
 def await_lock(lock: Path, speaks: bool = True) -> None:

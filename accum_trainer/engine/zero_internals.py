@@ -5,7 +5,8 @@ Knows DeepSpeed's private names; no window, and no engine of ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -39,6 +40,34 @@ def hold_back_reductions(deepspeed: Any, unless: Callable[[], bool]) -> None:
         flush = getattr(deepspeed, name, None)
         if flush is not None:
             setattr(deepspeed, name, lambda *args, flush=flush: flush(*args) if unless() else None)
+
+
+@contextlib.contextmanager
+def before_overflow_is_dropped(sharded: Any, look: Callable[[], None]) -> Iterator[None]:
+    """Have a step of DeepSpeed's optimizer call `look` when it has found, with all ranks, that the
+    gradient is not finite, before it drops it."""
+    has_looked = False
+
+    def looking(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal has_looked
+            if sharded.overflow and not has_looked:
+                has_looked = True
+                look()
+            return method(*args, **kwargs)
+
+        return call
+
+    # Called after the verdict: in ZeRO's optimizers, and in that of bf16 at stage 1, which clears
+    # twice.
+    names = [name for name in ("_update_scale", "clear_hp_grads") if hasattr(sharded, name)]
+    for name in names:
+        setattr(sharded, name, looking(getattr(sharded, name)))
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(sharded, name)
 
 
 def forget_forwards_alone() -> None:

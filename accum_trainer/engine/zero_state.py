@@ -155,6 +155,13 @@ class FlatState(ShardedState):
             return 0, torch.empty(0)
         return part.lp_fragment_address.start, part.get_hp_fragment(key).detach().reshape(-1)
 
+    def _held_gradient(self, parameter: torch.Tensor) -> torch.Tensor | None:
+        part = cast(Any, parameter)._hp_mapping  # noqa: SLF001 - as in `_fragment`
+        if part is None:
+            return None
+        index = cast(Any, parameter)._index_in_param_group  # noqa: SLF001
+        return cast(torch.Tensor, part.get_lp_grad_fragment(index))
+
     def _set_fragment(self, parameter: torch.Tensor, key: str | None, value: torch.Tensor) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
@@ -174,6 +181,11 @@ class FlatState(ShardedState):
 
 class PartitionedState(ShardedState):
     """Stage 3: a weight is whole inside `GatheredParameters` only."""
+
+    def _held_gradient(self, parameter: torch.Tensor) -> torch.Tensor | None:
+        from deepspeed.utils import safe_get_local_grad
+
+        return cast(torch.Tensor, safe_get_local_grad(parameter))
 
     def _shape(self, parameter: torch.Tensor) -> tuple[int, ...]:
         return tuple(cast(Any, parameter).ds_shape)

@@ -96,6 +96,10 @@ class BestCheckpoint:
             return None
         self._settle()
         self._written, self._next = self._next, None
+        return self.noted()
+
+    def noted(self) -> dict[str, Any] | None:
+        """What a checkpoint says of the best. Not collective."""
         return dataclasses.asdict(self.best) if self.best is not None else None
 
     def _settle(self) -> None:

@@ -182,6 +182,11 @@ class CheckpointWriter:
             pause = min(2 * pause, 0.5)
 
 
+def is_being_written(run: Path) -> bool:
+    """Whether a checkpoint of a run was begun that is not in place."""
+    return any((run / "checkpoints").glob(".partial-*"))
+
+
 def _note(partial: Path, rank: int) -> Path:
     """Where a rank says that its part is written, or why not."""
     return partial / f"rank-{rank:05d}.json"

@@ -1,4 +1,4 @@
-"""What is known of the window with which a run diverged: whose loss, and which samples.
+"""What is known of the window with which a run diverged: process, parameter and samples.
 
 Knows the training, and how the global order deals its samples; ends nothing.
 """
@@ -25,9 +25,11 @@ def describe_window(training: Training, window: Window, update: Update) -> str:
     samples = samples_of(training, update.num_samples)
     named = ", ".join(map(str, samples[:_MOST_NAMED]))
     more = f" and {len(samples) - _MOST_NAMED} more" if len(samples) > _MOST_NAMED else ""
+    first = update.nonfinite_parameter
+    gradient = f"the first parameter whose gradient has inf or nan is {first}; " if first else ""
     return (
         f"in the last of them the loss was {' and '.join(wrong) or 'finite, its gradient not'}; "
-        f"it held samples {named}{more} of the training data, counted from 0"
+        f"{gradient}it held samples {named}{more} of the training data, counted from 0"
     )
 
 

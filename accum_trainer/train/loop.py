@@ -30,6 +30,7 @@ from accum_trainer.train.leaving import LoopPlaces
 from accum_trainer.train.model_origin import ModelOrigin, identity_of, read_origin
 from accum_trainer.train.rank_agreement import agree_on_checkpoint, agree_on_folder, agree_on_origin
 from accum_trainer.train.records import Record
+from accum_trainer.train.rescue import Rescue, describe, ran_out_of_memory, release
 from accum_trainer.train.resume import capture, restore
 from accum_trainer.train.run_folder import CHECKPOINTS, METRICS, MODEL, PICTURE, RunFolder
 from accum_trainer.train.run_plan import describe_plan, describe_split, run_plan
@@ -171,7 +172,12 @@ class Run:
         evaluation = Evaluation(training)
         # Signals outermost: one more that comes while the run is saved must not end it there.
         places = LoopPlaces(self.engine, self._files.tally.records)
-        with self.stopping.on_signals(), self._open_files(places), self._naming_lost_processes():
+        with (
+            self.stopping.on_signals(),
+            self._open_files(places),
+            self._saving_if_memory_runs_out(),
+            self._naming_lost_processes(),
+        ):
             last_ended = time.perf_counter()
             for window in self._windows():
                 self._hangs.progress(window=acc.num_updates + 1)
@@ -180,17 +186,24 @@ class Run:
                     with acc.accumulate(training.model):
                         acc.backward(causal_lm_loss(training.model, batch))
                 lr = training.scheduler.get_last_lr()[0]
+                self._is_whole = False
                 update = acc.step(training.optimizer, training.scheduler)
                 seconds = time.perf_counter() - last_ended
                 record = self._record(update, lr, seconds, waited)
                 is_best = False
                 if not update.skipped and evaluation.is_due(update.step):
                     began = time.perf_counter()
-                    loss = record["eval_loss"] = evaluation.mean_loss(self._hangs.progress)
+                    try:
+                        loss = record["eval_loss"] = evaluation.mean_loss(self._hangs.progress)
+                    except Exception:  # the update is made, and may be saved
+                        self._files.write(record)
+                        self._is_whole = True
+                        raise
                     self.stopping.note_evaluation(time.perf_counter() - began)
                     with self._hangs.paused():  # it waits for the checkpoint before
                         is_best = self._best.is_beaten_by(update.step, loss)
                 self._files.write(record)
+                self._is_whole = True
                 self.stopping.note_save(self._writer.longest_sec)
                 self.stopping.check(
                     update,
@@ -230,6 +243,26 @@ class Run:
                 f"command with --output-dir {self.folder} continues from it"
             ) from error
 
+    @contextlib.contextmanager
+    def _saving_if_memory_runs_out(self) -> Iterator[None]:
+        """Save the last finished update if a window cannot go on, and say so in the error."""
+        self._is_whole = True  # weights and optimizer are those of the last record
+        try:
+            yield
+            return
+        except Exception as error:
+            if not ran_out_of_memory(self.engine, error):
+                raise
+            said = release(error)
+        self.engine.free_memory()
+        rescue = Rescue(
+            *(self.training, self.folder, self._writer, self._best, self._files.tally),
+            keep=self.config.keep_checkpoints,
+        )
+        with self._hangs.paused():
+            outcome = rescue.save() if self._is_whole else ""
+        raise describe(said, self._is_whole, outcome, self.folder)
+
     def _windows(self) -> Iterator[Window]:
         """Windows of epoch after epoch, until the training is done."""
         while not self.training.is_done:
@@ -251,6 +284,7 @@ class Run:
             **_noise_scale(training),
             "skipped": update.skipped,
             "skip_reason": update.reason,
+            "nonfinite_parameter": update.nonfinite_parameter,
             "oom_splits": update.num_splits,
             "gradient_accumulation_steps": update.gradient_accumulation_steps,
             "physical_batch_size": training.prepared.cutting.cut.micro_batch_size,

@@ -167,7 +167,8 @@ def progress_line(progress: Progress) -> str:
     assert record is not None, "there is no record yet"
     beginning = f"update {record['step']}/{progress.total_updates}"
     if record["skipped"]:
-        return f"{beginning}  SKIPPED ({record['skip_reason']})"
+        where = f" gradient of {name}" if (name := record.get("nonfinite_parameter")) else ""
+        return f"{beginning}  SKIPPED ({record['skip_reason']}{where})"
     parts = [f"loss {record['loss']:.4f}"]
     if record.get("eval_loss") is not None:
         parts.append(f"eval {record['eval_loss']:.4f}")

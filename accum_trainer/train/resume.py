@@ -29,6 +29,8 @@ _KEPT = ("lr", "lr_scaling", "lr_base_batch_size", "weight_decay")
 # In the identity of a run that branched: what `branch_from` was, the checkpoint that it named then,
 # and the checkpoint's own identity.
 BRANCHED_FROM = "branched_from"
+# Of the rows that losses are measured on: the beginning of their identity.
+EVALUATION_ROWS = "the evaluation rows' content"
 # Options that a continued run may change.
 _NEW = (
     "max_grad_norm",
@@ -37,19 +39,24 @@ _NEW = (
     "total_updates",
     "accumulation_dtype",
     "mixed_precision",
+    EVALUATION_ROWS,
 )
 
 
-def capture(training: Training, tally: Tally, best: dict[str, Any] | None) -> Snapshot:
+def capture(
+    training: Training, tally: Tally, best: dict[str, Any] | None, alone: bool = False
+) -> Snapshot:
     """This process's part of the state after a finished window, copied into host memory.
 
     Args:
         tally: of the run's records so far.
         best: the best checkpoint by then, as `BestCheckpoint.begin_save` gives it.
+        alone: all processes' part, where this one has it.
     """
     engine = training.accumulator.engine
     optimizer = training.optimizer.accelerated
-    parts = [part.on_host() for part in engine.own_parts(training.model, optimizer)]
+    parts_here = engine.all_parts if alone and engine.world_size > 1 else engine.own_parts
+    parts = [part.on_host() for part in parts_here(training.model, optimizer)]
     if engine.device.type == "cuda":
         torch.cuda.synchronize()
     state = {
@@ -61,7 +68,7 @@ def capture(training: Training, tally: Tally, best: dict[str, Any] | None) -> Sn
         "scheduler": training.scheduler.state_dict(),
         "tally": dataclasses.asdict(tally),
         "best": best,
-        "world_size": engine.world_size,
+        "world_size": 1 if alone else engine.world_size,
     }
     # Written while training goes on and changes what the state was read from.
     return Snapshot(parts, engine.rng_state(), copy.deepcopy(state))
@@ -167,7 +174,9 @@ def _check_not_past_its_end(training: Training, saved: dict[str, Any], path: Pat
 def _changeable_options(training: Training) -> dict[str, Any]:
     """Options that do not decide the run's identity, as a checkpoint notes them."""
     names = [name for name in (*_KEPT, *_NEW) if hasattr(training.config, name)]
+    evaluation = training.data.evaluation
     return {name: getattr(training.config, name) for name in names} | {
+        EVALUATION_ROWS: evaluation.identity[:12] if evaluation is not None else None,
         "total_updates": training.schedule.total_updates,
         "mixed_precision": training.accumulator.engine.mixed_precision,
     }
@@ -196,7 +205,8 @@ def _with_kept_options(
     changes += [
         f"{name} is {now[name]} from here on; until now it was {saved[name]}"
         for name in _NEW
-        if now[name] != saved[name]
+        if now[name] != saved.get(name)
+        and not (name == EVALUATION_ROWS and saved.get(name) is None)
     ]
     return dataclasses.replace(
         training,

@@ -70,9 +70,10 @@ def load_rows(config: TrainConfig, tokenizer: Any) -> tuple[TokenizedRows, Token
     def from_file(path: Any, name: str) -> TokenizedRows:
         skipped = Skipped() if skips else None
         if skipped is not None:
-            path = files.without_bad_lines(path, skipped)
-        digest = files.digest(path)
-        table = files.read_file(path, [c for c in columns if c], digest)
+            with files.unchanged(path):
+                path = files.without_bad_lines(path, skipped)
+        with files.unchanged(path) as digest:
+            table = files.read_file(path, [c for c in columns if c], digest)
         return from_table(table, name, digest, skipped=skipped)
 
     def embedded_rows(path: Any, name: str) -> TokenizedRows:

@@ -36,14 +36,16 @@ def test_diverged_training_ends_with_status_1(train, tmp_path, rows):
     )
     assert finished.status == 1
     said = r"5 of the last (\d+) windows gave no update \(--max-skips 5; last reason: non-finite\) "
-    said += r"after update \d+: in the last of them the loss was finite, its gradient not; it "
-    said += r"held samples (\d+) of the training data"
+    said += r"after update \d+: in the last of them the loss was finite, its gradient not; the "
+    said += r"first parameter whose gradient has inf or nan is (model\.[\w.]+); it held samples "
+    said += r"(\d+) of the training data"
     found = re.search(said, finished.error)
     assert found, finished.error
     # With B_eff 1 the samples are the seed's order (its arithmetic has tests of its own).
     records = read_records(tmp_path / "run" / "metrics.jsonl")
     order = global_order(70, 0, len(records) // 70)
-    assert int(found[2]) == order[len(records) % 70 - 1]
+    assert [r["nonfinite_parameter"] for r in records if r["skipped"]][-1] == found[2]
+    assert int(found[3]) == order[len(records) % 70 - 1]
     # Its weights are ruined: they replace no checkpoint and become no model.
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert not (tmp_path / "run" / "model").exists()
@@ -71,7 +73,10 @@ def test_the_process_and_the_samples_of_a_loss_that_is_not_finite_are_named(tmp_
     done = torchrun(
         2, "accum_trainer.train", *argv, "--batch-size", "1", "--output-dir", "run", cwd=tmp_path
     )
-    said = r"the loss was nan on process ([01]); it held samples (\d), (\d) of the training data"
+    said = (
+        r"the loss was nan on process ([01]); .* is model\.\S+; it held samples (\d), (\d) of the "
+    )
+    said += "training data"
     found = re.search(said, done.stderr)
     assert done.returncode == 1 and found, done.stderr
     order = global_order(8, 0, 0).tolist()

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -289,6 +290,38 @@ def test_i49_another_base_model_is_refused_and_a_moved_one_is_not(train, argv, t
     refused = train(*longer, "--steps", "4", "--model", "moved")
     assert refused.status == 2
     assert "the checksum of the weights of the model before training" in refused.error
+
+
+def test_a_data_file_that_changed_since_is_refused_and_an_evaluation_file_is_said(
+    train, argv, undisturbed, tmp_path
+):
+    """With the size and the time that it had."""
+    shutil.copytree(undisturbed, tmp_path / "run")
+    data = Path(argv[argv.index("--dataset-file") + 1])
+    was, stat = data.read_text(), data.stat()
+    (tmp_path / "eval.jsonl").write_text(was)
+
+    def change(path):
+        path.write_text(was.replace("yes", "yet", 1))
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    try:
+        change(data)
+        refused = train(*argv, "--steps", "7")
+    finally:
+        data.write_text(was)
+    assert refused.status == 2
+    contents = rf"data={data} \(content (\w+)\), this run has data={data} \(content (\w+)\)"
+    before, now = re.search(contents, refused.error).groups()
+    assert before != now
+
+    longer = (*argv, "--eval-file", "eval.jsonl", "--steps")
+    said = "the evaluation rows' content is"
+    first = train(*longer, "7")
+    assert first.status == 0 and said not in first.err
+    change(tmp_path / "eval.jsonl")
+    second = train(*longer, "8")
+    assert second.status == 0 and f"note: {said}" in second.err
 
 
 def test_resume_from_another_runs_checkpoint_keeps_its_records(train, argv, undisturbed, tmp_path):

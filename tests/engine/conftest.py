@@ -86,6 +86,7 @@ OF_A_STAGE = {
     "bf16_is_as_near_as_one_big_bf16_batch",
     "i31_one_clip_of_the_averaged_gradient",
     "i33_inf_is_dropped_everywhere",
+    "a_parameter_with_inf_in_its_gradient_is_named",
     "i45_one_rank_leaves_out_what_another_uses",
     "state_survives_a_round_trip",
     "parts_of_all_ranks_are_the_whole_state",

@@ -542,6 +542,16 @@ def test_i33_r7_injected_inf_changes_nothing_on_any_rank(case, name):
         assert result.get("scale", 512.0) == 512.0
 
 
+def test_the_first_parameter_with_inf_in_its_gradient_is_named(case):
+    for result in case("a_parameter_with_inf_in_its_gradient_is_named"):
+        for windows in result.values():
+            assert windows == [
+                ["", "", True],
+                ["non-finite", "model.layers.0.mlp.up_proj.weight", True],
+                ["", "", True],
+            ]
+
+
 def test_i36_one_curve_for_one_effective_batch(case, world_size):
     """Fifty updates at B_eff 16 against one big batch in float64, as (B, K, W) = (16, 1, 1) and
     (4, 4, 1), or (2, 4, 2) and (1, 8, 2); packed; with shares 3:1."""

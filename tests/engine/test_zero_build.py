@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 import threading
 import time
@@ -50,6 +51,24 @@ def test_a_lock_that_a_process_holds_is_waited_for_however_old(lock, caplog):
         zero_build.await_lock(lock)
     (record,) = caplog.records
     assert f"process {os.getpid()} compiles DeepSpeed's extension" in record.getMessage()
+
+
+@pytest.mark.parametrize("has_own", [True, False])
+def test_the_ninja_of_this_python_builds(tmp_path, monkeypatch, has_own):
+    """Wherever another one is on PATH: each version builds anew what another has built."""
+    for name, has_ninja in (("own", has_own), ("other", True)):
+        (tmp_path / name).mkdir()
+        if has_ninja:
+            (tmp_path / name / "ninja").write_text("#!/bin/sh\n")
+            (tmp_path / name / "ninja").chmod(0o755)
+    own, other = str(tmp_path / "own"), str(tmp_path / "other")
+    first = shutil.which("ninja", path=own) or shutil.which("ninja", path=other)
+    for path in ([other], [other, own], [own, other]):
+        monkeypatch.setenv("PATH", os.pathsep.join(path))
+        zero_build.prefer_own_ninja(own)
+        assert shutil.which("ninja") == first
+        assert other in os.environ["PATH"].split(os.pathsep)
+        assert (os.environ["PATH"] == os.pathsep.join(path)) or has_own
 
 
 @pytest.mark.parametrize("rank, built, says", [(0, False, 1), (1, False, 0), (0, True, 0)])

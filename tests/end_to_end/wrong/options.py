@@ -47,6 +47,15 @@ OPTIONS = {
         ["--set", "learning_rate=1"],
         ("unknown option 'learning_rate'", "did you mean lr?"),
     ),
+    "its workers": (
+        ["--dataloader-num-workers", "4"],
+        ("No such option '--dataloader-num-workers'. Leave it out: rows are tokenised before",),
+    ),
+    "workers": (["--num-workers=2"], "a thread makes the next window while one is trained on"),
+    "workers in a setting": (
+        ["--set", "num_workers=2"],
+        "unknown option 'num_workers'. Leave it out: rows are tokenised before training",
+    ),
     "a slip": (["--batch-sise", "4"], "Did you mean '--batch-size'?"),
     "unknown option": (["--grad-acum-steps", "4"], "No such option '--grad-acum-steps'"),
     "K and B_eff beside the default B": (

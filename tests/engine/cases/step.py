@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from itertools import islice
 from typing import Any
 
+import torch
+
 from accum_trainer import Accumulator, EngineError, causal_lm_loss
 from tests.engine.cases.probing import (
+    ENGINE,
     Probe,
     _with_scaler,
     accumulator,
@@ -128,3 +132,45 @@ def i33_inf_is_dropped_everywhere() -> dict[str, Any]:
 def i33_inf_is_dropped_everywhere_under_a_scaler() -> dict[str, Any]:
     acc, scaler = _with_scaler(max_grad_norm=1.0)
     return _inject(acc) | {"scale": scaler.get_scale()}
+
+
+class _Poison(torch.autograd.Function):
+    """Leaves the output as it is, and adds inf to a weight's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.like = weight.shape, weight.dtype
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        shape, dtype = ctx.like
+        return gradient, torch.full(shape, float("inf"), dtype=dtype, device=gradient.device)
+
+
+@case
+def a_parameter_with_inf_in_its_gradient_is_named() -> dict[str, Any]:
+    """Two of them have it, on the last rank only, in the second window of three."""
+    precisions = ["no"]
+    if ENGINE.get("zero_stage", 0) > 0:  # stage 1 has another optimizer of DeepSpeed's then
+        precisions.append("bf16")
+    results = {}
+    for precision in precisions:
+        acc = accumulator(2, global_batch_size=8, mixed_precision=precision)
+        model, is_bad = make_model("llama"), [False]
+
+        def poison(module: Any, _: Any, output: torch.Tensor, bad: Any = is_bad) -> torch.Tensor:
+            return _Poison.apply(output, module.weight) if bad[0] else output
+
+        for layer, name in ((1, "self_attn.q_proj"), (0, "mlp.up_proj")):
+            model.model.layers[layer].get_submodule(name).register_forward_hook(poison)
+        probe, said = Probe(acc, model), []
+        for index, window in enumerate(acc.windows(make_rows(24), collate_fn=pad)):
+            is_bad[0] = index == 1 and rank() == world_size() - 1
+            for batch in window:
+                with acc.accumulate(probe.model):
+                    acc.backward(causal_lm_loss(probe.model, batch))
+            update = acc.step(probe.optimizer)
+            said.append([update.reason, update.nonfinite_parameter, math.isfinite(update.loss)])
+        results[precision] = said
+    return results
