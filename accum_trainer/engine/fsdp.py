@@ -358,7 +358,7 @@ class FSDPEngine(TorchEngine):
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def _held_gradient(self, parameter: torch.Tensor) -> torch.Tensor | None:
-        return None if parameter.grad is None else _local(parameter.grad)
+        return None if parameter.grad is None else local(parameter.grad)
 
     def _set_weight(self, parameter: torch.Tensor, value: torch.Tensor) -> None:
         with torch.no_grad():
