@@ -340,6 +340,8 @@ class TestCurves:
         found = points(steps, values, most=100)
         assert len(found) == 100 and found[0] == [10, 0.5] and found[-1] == [1000, 0.5]
         assert points([1, 2], [None, 3.0]) == [[2, 3.0]]
+        with_gaps = points([1, 2, 3], [1.0, None, 3.0], with_gaps=True)
+        assert with_gaps == [[1, 1.0], [2, None], [3, 3.0]]
 
 
 class TestRuns:

@@ -43,7 +43,7 @@ def base(name: str) -> dict[str, Any]:
     }
 
 
-def _line(name: str, data: list[list[float]], color: str, **more: Any) -> dict[str, Any]:
+def _line(name: str, data: list[list[float | None]], color: str, **more: Any) -> dict[str, Any]:
     return {
         "name": name,
         "type": "line",
@@ -144,5 +144,5 @@ def _drawable(records: RecordReader, log: bool) -> Numbers:
 
 def draw_column(options: dict[str, Any], records: RecordReader, key: str, name: str) -> None:
     """Put one column of the records into a chart's options."""
-    data = points(records.columns["step"], records.columns[key])
+    data = points(records.columns["step"], records.columns[key], with_gaps=True)
     options["series"] = [_line(name, data, "var(--accent)")]

@@ -117,18 +117,26 @@ def smoothed(values: Sequence[float | None], weight: float) -> Numbers:
 
 
 def points(
-    steps: Sequence[float | None], values: Sequence[float | None], most: int = _MOST_POINTS
-) -> list[list[float]]:
-    """[step, value] of each number; of a long curve, at most `most` means of equal stretches."""
+    steps: Sequence[float | None],
+    values: Sequence[float | None],
+    most: int = _MOST_POINTS,
+    with_gaps: bool = False,
+) -> list[list[float | None]]:
+    """[step, value] of each number; of a long curve, at most `most` means of equal stretches.
+
+    Args:
+        with_gaps: [step, None] where there is no number, so that the line breaks off there.
+    """
     known = [
         (step, value)
         for step, value in zip(steps, values, strict=True)
-        if step is not None and value is not None
+        if step is not None and (with_gaps or value is not None)
     ]
     size = -(-len(known) // most) or 1
-    found = []
+    found: list[list[float | None]] = []
     for first in range(0, len(known), size):
         stretch = known[first : first + size]
-        value = sum(value for _, value in stretch) / len(stretch)
-        found.append([stretch[-1][0], float(f"{value:.6g}")])
+        numbers = [value for _, value in stretch if value is not None]
+        mean = float(f"{sum(numbers) / len(numbers):.6g}") if numbers else None
+        found.append([stretch[-1][0], mean])
     return found
