@@ -376,20 +376,24 @@ SENT = {"zero3": 0.05}
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("footprint")
     make_files(folder)
-    return folder, launch(folder, TESTED)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(folder):
+    return launch(folder, TESTED)
 
 
 @pytest.mark.parametrize("name", TESTED)
 @pytest.mark.long
-def test_estimate_is_what_happens(measured, name):
-    folder, found = measured
-    case, expected = CASES[name], estimate(folder, CASES[name])
-    assert expected.total == pytest.approx(found[name].peak, rel=0.05)
+def test_estimate_is_what_happens(folder, measured, name):
+    case, expected, found = CASES[name], estimate(folder, CASES[name]), measured[name]
+    assert expected.total == pytest.approx(found.peak, rel=0.05)
     assert expected.traffic[case.grad_sync] == pytest.approx(
-        found[name].sent, rel=SENT.get(case.engine, 0.001)
+        found.sent, rel=SENT.get(case.engine, 0.001)
     )
 
 
@@ -397,9 +401,9 @@ KS = (1, 2, 16)
 
 
 @pytest.fixture(scope="module")
-def peaks(measured):
+def peaks(folder):
     names = {k: f"single, K={k}" for k in KS}
-    found = launch(measured[0], list(names.values()))
+    found = launch(folder, list(names.values()))
     return {k: found[name].peak for k, name in names.items()}
 
 
@@ -408,8 +412,8 @@ def test_r22_peak_memory_does_not_depend_on_k(peaks):
 
 
 @pytest.mark.long
-def test_r22_k_1_needs_one_gradient_less(measured, peaks):
-    gradient = estimate(measured[0], CASES["single"]).gradients
+def test_r22_k_1_needs_one_gradient_less(folder, peaks):
+    gradient = estimate(folder, CASES["single"]).gradients
     assert peaks[16] - gradient == pytest.approx(peaks[1], rel=0.01)
 
 

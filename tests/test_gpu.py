@@ -27,6 +27,7 @@ SMALL = [name for name in PARTS if name != "compile"]
 # the test that looks at each.
 LONG = {
     "sharded": "test_sharded_engines_hold_it_and_fsdp2_needs_a_launcher",
+    "contract": "test_contract_is_held_on_one_process_and_on_two",
     "precision": "test_precision_bf16_follows_float32",
     "throughput": "test_throughput_against_the_trainer",
 }
@@ -75,6 +76,7 @@ def test_every_part_has_its_checks_and_they_hold(made, parts):
         assert all(check["passed"] for check in checks.values()), (part, checks)
 
 
+@pytest.mark.long
 def test_contract_is_held_on_one_process_and_on_two(made):
     rows, _, _ = result_of(made, "contract")
     assert [(row["engine"], row["processes"], row["over"]) for row in rows] == [

@@ -41,17 +41,14 @@ class Engine(FullState, abc.ABC):
         name: in plan.json and in messages, and how `Accumulator(engine=)` asks for it.
         options: arguments of `Accumulator` that ask for this engine.
         asked_for_as: names for `Accumulator(engine=)`, each with the options that it stands for.
-        library: whose plugin, or variable of accelerate's launcher, asks for this engine; "" if
-            none does.
+        library: whose plugin or launcher variable asks for this engine; "" if none does.
         grad_sync: the policy in force, `once-per-window` or `every-microbatch`.
         grad_sync_reason: why it is this one.
         weight_sync: the same for gathering sharded weights; None if every process has them whole.
         weight_sync_reason: why it is this one.
-        shard_size: processes of a group that shards the model, where groups are copies of each
-            other; None elsewhere.
-        defer_grad_reduction: reduce after a window's last backward instead of overlapping it, so
-            that a rank that runs out of memory there strands no other. Set between windows, on
-            all ranks together.
+        shard_size: processes of a group that shards the model; None without such groups.
+        defer_grad_reduction: reduce after a window's last backward, not in it, so that a rank that
+            runs out of memory there strands no other. Set between windows, on all ranks together.
 
     Capabilities:
         runs_alone: one process can run the model without the others: no collective in a forward.

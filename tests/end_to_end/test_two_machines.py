@@ -19,7 +19,6 @@ import pytest
 from accum_trainer.train.records import read_records
 from tests.end_to_end.read_runs import weights_in
 from tests.end_to_end.started import Started
-from tests.grids import thinned
 from tests.reference import equal
 
 SIDES = ("accum-left", "accum-right")
@@ -105,7 +104,8 @@ class Machine(Started):
             os.kill(int(pid), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("engine", thinned(["ddp", "zero2"], ["ddp"]))
+@pytest.mark.long
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
 def test_a_lost_machine_changes_nothing(tmp_path, command, rows_file, cable, engine):
     rows = rows_file(
         "rows.jsonl", [{"text": f"{n} and {n + 1} " * (n % 5 + 1)} for n in range(200)]

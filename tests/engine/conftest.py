@@ -72,7 +72,7 @@ OF_ANY_ENGINE = {
     "r52_global_batch_that_does_not_divide",
 }
 # Stage 0 is DDP inside DeepSpeed; stage 1 reduces as stage 0 and shards as stage 2. Of these two,
-# only the cases in which a stage matters; of stage 0, which few ask for, in the long grid.
+# only the cases in which a stage matters, in the long grid.
 OF_A_STAGE = {
     "planned_llama",
     "planned_every_microbatch",
@@ -135,7 +135,7 @@ def _is_long(item):
         return True
     if engine == "ddp":
         return False
-    return engine == "zero0" or bool(cases & OF_ANY_ENGINE)
+    return engine in ("zero0", "zero1") or bool(cases & OF_ANY_ENGINE)
 
 
 def _is_left_to_others(item):
