@@ -78,13 +78,14 @@ def test_traffic_of_weights_gathered_once_is_the_model_once_at_any_k(traffic, lo
 
 @pytest.mark.long
 def test_traffic_beside_the_gradient_is_a_few_numbers_at_any_k(traffic):
-    """One exchange for what all ranks share after a window and the counts of the next, and
-    DeepSpeed's norm or DDP's buffers (16 rotary frequencies)."""
+    """One exchange for what all ranks share after a window, the counts of the next and the eight
+    sums of a measured window, and DeepSpeed's norm or DDP's buffers (16 rotary frequencies): 64
+    numbers at most."""
     for engine in ("ddp", "zero2"):
         for lora in (False, True):
             beside = [traffic[Case(engine, lora, k=k)]["other"] for k in KS]
             assert beside[0] == beside[1] == beside[2]
-            assert beside[0]["collectives"] == 2 and beside[0]["bytes"] < 500
+            assert beside[0]["collectives"] == 2 and beside[0]["bytes"] <= 64 * 8
 
 
 @pytest.mark.long
