@@ -111,6 +111,12 @@ class FSDPEngine(TorchEngine):
             raise EngineError("mixed_precision=fp16 is not available with FSDP2 here; use bf16")
         self._mesh = shard_mesh(self.rank, self.world_size, shard_size)
         self.shard_size = self._mesh.shard_size if self._mesh.replicas > 1 else None
+        if self.shard_size is not None and not self._reduces_unused:
+            raise EngineError(
+                f"shard_size={self.shard_size} needs torch 2.13 or newer, and this is "
+                f"{torch.__version__}: an older one reduces only what a process has used, and "
+                "groups would wait for each other without end; leave shard_size out"
+            )
         # Of each model: what is gathered together, the model itself among them.
         self._units: dict[torch.nn.Module, list[Any]] = {}
         self._prepared: list[AcceleratedOptimizer] = []
@@ -218,9 +224,8 @@ class FSDPEngine(TorchEngine):
                     "model that prepare() returned"
                 )
             model.set_requires_gradient_sync(exchange)
-            if exchange and self._mesh.replicas > 1 and self._reduces_unused:
-                # Reduced inside its group, a gradient waits for the window's end. An older torch
-                # would add up gradients of whatever each micro-batch used: there it does not wait.
+            if exchange and self._mesh.replicas > 1:
+                # Reduced inside its group, a gradient waits for the window's end.
                 model.set_requires_all_reduce(self.accelerator.sync_gradients)
         yield
 

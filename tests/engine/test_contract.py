@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 
 import pytest
-from torch.distributed.fsdp import FSDPModule
 
 from accum_trainer.exchanged import WindowCounts
 
@@ -263,10 +262,8 @@ def test_i21_order_of_micro_batches_does_not_matter(case):
 
 def test_i18_i24_each_gradient_is_exchanged_once_per_window(case, engine, world_size):
     """In multiples of the trained parameters; FSDP2 pads what it reduces by a little. Two groups of
-    two processes all-reduce their shards, half of it, once per window whatever the policy; before
-    torch 2.13 only if gradients are reduced once per window."""
+    two processes all-reduce their shards, half of it, once per window whatever the policy."""
     between = 0.5 if engine == "fsdp2-groups" else 0
-    waits = hasattr(FSDPModule, "set_reduce_scatter_unused_params")
     for result in case("exchanges_per_window"):
         for k in (1, 2, 8):
             once = 0 if world_size == 1 else 1
@@ -274,8 +271,8 @@ def test_i18_i24_each_gradient_is_exchanged_once_per_window(case, engine, world_
                 once if engine in ("single", "zero0", "zero1") else k
             )  # stages 0 and 1 reduce at a window's end only
             assert result[f"once-per-window K={k}"] == pytest.approx([once + between] * 3, rel=0.01)
-            more = between * (1 if waits else every)
-            assert result[f"every-microbatch K={k}"] == pytest.approx([every + more] * 3, rel=0.01)
+            both = [every + between] * 3
+            assert result[f"every-microbatch K={k}"] == pytest.approx(both, rel=0.01)
 
 
 def test_weights_are_gathered_once_per_window_at_any_k(case, engine):
