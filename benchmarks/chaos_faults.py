@@ -53,6 +53,7 @@ class Job:
         inject: dict[str, int] | None = None,
         limit: float = LIMIT,
     ) -> None:
+        self.kind = kind
         processes, options, environment = KINDS[kind]
         self.folder, self.run = folder, folder / "run"
         self.finished: Completed | None = None
@@ -228,7 +229,8 @@ def _full_disk(job: Job, rng: random.Random) -> bool:
 def _second_start(job: Job, rng: random.Random) -> bool:
     hit = _moment(job, rng)
     if hit:
-        second = Job(rng.choice(["single", "ddp"]), job.folder)
+        # The same engine: if the first has not locked the folder yet, the second is the run.
+        second = Job(job.kind, job.folder)
         second.wait()
     job.wait()
     return hit
