@@ -124,3 +124,40 @@ def test_attention_that_is_not_plain_is_refused(calls):
         with pytest.raises(ValueError, match="packed_sdpa computes plain causal attention, and"):
             packed_attention.attention(torch.nn.Module(), query, query, query, lengths, **options)
     assert not calls
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+def test_what_the_kernel_of_a_gpu_is_given(heads, monkeypatch):
+    """The kernel runs on a GPU only (`benchmarks/gpu/packed.py`); here torch's attention on each
+    sample takes its place and its arguments."""
+    kernel_calls = []
+
+    def kernel(query, key, value, ends, ends_k, longest, longest_k, *, scale, **options):
+        assert torch.equal(ends, ends_k) and longest == longest_k and ends.dtype == torch.int32
+        assert options.pop("window_size") == (-1, 0)
+        assert options == ({"enable_gqa": True} if query.shape[1] != key.shape[1] else {})
+        kernel_calls.append((ends.tolist(), longest, query.dtype))
+        sizes = ends.diff().tolist()
+        parts = (tensor.transpose(0, 1)[None].split(sizes, 2) for tensor in (query, key, value))
+        found = [
+            scaled_dot_product_attention(*one, scale=scale, is_causal=True, **options)
+            for one in zip(*parts, strict=True)
+        ]
+        return torch.cat(found, dim=2)[0].transpose(0, 1)
+
+    model = make("Llama", num_attention_heads=heads)
+    assert attend_inside_samples(model)
+    row = PackingCollator()(ROWS)
+    lengths = [len(sample["input_ids"]) for sample in ROWS]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(**row).logits
+        monkeypatch.setattr(packed_attention, "varlen_attn", kernel)
+        monkeypatch.setattr(packed_attention, "has_varlen", lambda *_: True)
+        found = model(**row).logits
+    begins = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    assert kernel_calls == [(begins, max(lengths), torch.bfloat16)] * 2
+    assert torch.equal(found, expected)
+    # In float32 the samples are attended to one after the other.
+    exact = model(**row).logits
+    monkeypatch.setattr(packed_attention, "has_varlen", lambda *_: False)
+    assert torch.equal(exact, model(**row).logits) and len(kernel_calls) == 2

@@ -1,17 +1,21 @@
 """Attention for packed rows that computes no pair of tokens of different samples.
 
 transformers' `sdpa` computes all pairs of a packed row and masks those of different samples: K
-samples of length L cost (K L)^2 instead of K L^2. Here torch's attention runs on each sample by
-itself. Registered with transformers under the name `PACKED_SDPA`; a batch that is not packed takes
-transformers' own path. Knows transformers' interfaces, and no model, window or configuration.
+samples of length L cost (K L)^2 instead of K L^2. Here each sample is attended to by itself: in 16
+bits on a GPU by torch's kernel for sequences of several lengths, `varlen_attn`, else by
+`scaled_dot_product_attention` on one sample after the other. Registered with transformers under the
+name `PACKED_SDPA`; a batch that is not packed takes transformers' own path. Knows transformers'
+interfaces, and no model, window or configuration.
 """
 
 from __future__ import annotations
 
+import inspect
 from itertools import groupby
 from typing import Any
 
 import torch
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -20,6 +24,9 @@ from transformers.masking_utils import sdpa_mask
 SDPA, PACKED_SDPA = "sdpa", "packed_sdpa"
 # What other kinds of attention do to the scores.
 _UNKNOWN = ("softcap", "s_aux", "position_bias", "cache")
+_16_BIT = (torch.float16, torch.bfloat16)
+# torch 2.11 has no grouped heads there.
+_GROUPS_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def register() -> None:
@@ -55,14 +62,15 @@ def mask(
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> torch.Tensor | None:
-    """For a packed row the lengths of its samples, shape (samples,), int64, on the CPU; else
-    transformers' mask for `sdpa`. The arguments are transformers'."""
+    """For a packed row its samples: their lengths, shape (samples,), int64, on the CPU, or for
+    `varlen_attn` their `_ends`. Else transformers' mask for `sdpa`. The arguments are
+    transformers'."""
     is_one_row = batch_size == 1 and q_length == kv_length and not (q_offset or kv_offset)
     # transformers asks for the mask itself where it found positions that restart.
     if is_one_row and attention_mask is None and not allow_is_causal_skip and not use_vmap:
         lengths = _lengths(mask_function, q_length, device)
         if lengths is not None:
-            return lengths
+            return _ends(lengths, device) if has_varlen(device, options.get("dtype")) else lengths
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -76,6 +84,28 @@ def mask(
         device=device,
         **options,
     )
+
+
+def has_varlen(device: torch.device | str, dtype: torch.dtype | None) -> bool:
+    """Whether attention of this device and number format runs as `varlen_attn`: in 16 bits, by
+    itself or under autocast, on a GPU of compute capability 8.0 or above."""
+    device = torch.device(device)
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    return _dtype_of("cuda", dtype) in _16_BIT
+
+
+def _dtype_of(kind: str, dtype: torch.dtype | None) -> torch.dtype | None:
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+
+
+def _ends(lengths: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """What `varlen_attn` needs in one tensor, so that compiled code sees tensors and sizes only:
+    where samples begin and the last ends, int32, in each of as many equal rows as the longest
+    sample has tokens. The rows share their memory."""
+    ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    longest = int(lengths.max())
+    return ends.to(device, non_blocking=True).expand(longest, -1)
 
 
 def _lengths(
@@ -121,7 +151,7 @@ def attention(
     Raises:
         ValueError: the model's attention is not plain causal attention on this packed row.
     """
-    if attention_mask is None or attention_mask.ndim != 1:
+    if attention_mask is None or attention_mask.ndim > 2:
         return sdpa_attention_forward(
             module,
             query,
@@ -139,11 +169,37 @@ def attention(
             f"{PACKED_SDPA} computes plain causal attention, and {type(module).__name__} asks for "
             f"{', '.join(unknown) or 'attention to later tokens'}"
         )
-    lengths = attention_mask.tolist()
-    return _each_by_itself(query, key, value, lengths, dropout, scaling), None
+    if attention_mask.ndim == 2 and not dropout:  # its kernel knows no dropout
+        dtype = _dtype_of(query.device.type, query.dtype)
+        if dtype in _16_BIT:
+            # As autocast does for torch's own attention: rotated queries are in float32.
+            found = (tensor.to(dtype) for tensor in (query, key, value))
+            return _all_at_once(*found, attention_mask, scaling), None
+    lengths = attention_mask if attention_mask.ndim == 1 else attention_mask[0].diff()
+    return _each_by_itself(query, key, value, lengths.tolist(), dropout, scaling), None
 
 
-@torch.compiler.disable  # compiled, every other set of lengths would be compiled anew
+def _all_at_once(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ends: torch.Tensor,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Causal attention inside each sample, shape (1, tokens, heads, size), by one kernel."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and not _GROUPS_HEADS:
+        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    options = {"enable_gqa": True} if groups > 1 and _GROUPS_HEADS else {}
+    rows = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    longest = ends.shape[0]
+    found: Any = varlen_attn(
+        *rows, ends[0], ends[0], longest, longest, scale=scaling, window_size=(-1, 0), **options
+    )
+    return found[None]
+
+
+@torch.compiler.disable  # every other set of lengths would be compiled anew
 def _each_by_itself(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -18,7 +18,7 @@ from accum_trainer.config import TrainConfig
 from accum_trainer.data.tokenizing import TokenizedRows
 from accum_trainer.errors import ConfigError
 from accum_trainer.lm.model import is_flash
-from accum_trainer.lm.packed_attention import PACKED_SDPA, attend_inside_samples
+from accum_trainer.lm.packed_attention import PACKED_SDPA, attend_inside_samples, has_varlen
 from accum_trainer.losses.packing import attention_windows, find_packing, worst_of
 from accum_trainer.losses.packing_proof import Packing
 from accum_trainer.sources.collating import PaddingCollator
@@ -132,14 +132,32 @@ def _attention_of(model: Any) -> str:
 def _skips_other_samples(config: TrainConfig, engine: Any, model: Any, longest: int) -> bool:
     """Switch to attention inside samples where it is faster; True if it was.
 
-    A GPU's kernels for many small samples were not timed. Compiled blocks would break at the loop
-    over samples. Beyond an attention window the whole row would be masked.
+    On a CPU it is a loop over samples, at which compiled blocks would break. On a GPU it is one
+    kernel, which needs 16 bits and knows no dropout. Beyond an attention window the whole row would
+    be masked.
     """
-    if engine.device.type != "cpu" or config.compile or config.attention is not None:
+    if config.attention is not None:
+        return False
+    if engine.device.type == "cpu":
+        if config.compile:
+            return False
+    elif not _runs_as_one_kernel(engine, model):
         return False
     if any(1 < size < longest for size in attention_windows(model)):
         return False
     return attend_inside_samples(model)
+
+
+def _runs_as_one_kernel(engine: Any, model: Any) -> bool:
+    dropout = any(
+        getattr(model.config, name, 0.0)
+        for name in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+    )
+    if dropout:
+        return False
+    if engine.mixed_precision != "no":
+        return has_varlen(engine.device, torch.bfloat16)
+    return has_varlen(engine.device, next(model.parameters()).dtype)
 
 
 def decide_cut(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from accum_trainer.lm.packed_attention import PACKED_SDPA, attend_inside_samples
 from benchmarks.gpu.models import llama
 from benchmarks.gpu.part import Result, Setting, Table, one_line
 from tests.reference import big_batch, make_rows, pad, relative_error
@@ -29,7 +30,7 @@ HEADER = [
 
 def packing(setting: Setting) -> Result:
     result = Result(Table(HEADER, []))
-    tried = [("sdpa", "no"), ("sdpa", "bf16")]
+    tried = [("sdpa", "no"), ("sdpa", "bf16"), (PACKED_SDPA, "no"), (PACKED_SDPA, "bf16")]
     if not setting.cpu:
         tried += [
             ("flex_attention", "no"),
@@ -38,7 +39,7 @@ def packing(setting: Setting) -> Result:
         ]
         tried += [("flash_attention_3", "bf16")]
     # 64 numbers per head, as kernels want them.
-    sizes = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 97}
+    sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 97}
     model = llama("1M", **sizes)
     rows = make_rows(12, longest=40 if setting.small else 200)
     exact = big_batch(model, rows)[1]
@@ -57,7 +58,7 @@ def packing(setting: Setting) -> Result:
         "micro-batches."
     )
     result.notes.append(
-        "torch's varlen_attn, which transformers does not know as an attention, is not tried."
+        f"{PACKED_SDPA} in bf16 is torch's varlen_attn on a GPU, else a loop over samples."
     )
     if setting.cpu:
         result.notes.append("flex_attention and flash attention need a GPU: not run here.")
@@ -75,7 +76,10 @@ def _one(
 ) -> None:
     from accum_trainer.losses.packing import find_packing
 
-    model.set_attn_implementation(attention)
+    if attention == PACKED_SDPA:
+        assert attend_inside_samples(model)
+    else:
+        model.set_attn_implementation(attention)
     acc = _accumulator(setting, precision)
     prepared, _ = _prepared(acc, model)
     tokens = torch.tensor(rows[0]["input_ids"], device=acc.device)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from accum_trainer.lm.packed_attention import PACKED_SDPA
 from benchmarks.gpu.part import Result, Setting, Table, one_line
 
 K = 8
@@ -36,7 +37,7 @@ def waits(setting: Setting) -> Result:
     result = Result(
         Table(["layout", "event", f"in {K} micro-batches", "per micro-batch", "in the step"], [])
     )
-    layouts = [("padded", None), ("packed", "sdpa")]
+    layouts = [("padded", None), ("packed", "sdpa"), ("packed", PACKED_SDPA)]
     layouts += [] if setting.cpu else [("packed", "flex_attention")]
     for layout, attention in layouts:
         name = f"{layout}, {attention}" if attention else layout
@@ -53,8 +54,8 @@ def waits(setting: Setting) -> Result:
             f"{name}, callers in a window and its step, forwards only on a GPU: {called}."
         )
     result.notes.append(
-        "The third update, its micro-batches and its step each under a profiler of its own, in "
-        "float32."
+        "The third update, its micro-batches and its step each under a profiler of its own, in bf16 "
+        "on a GPU, else in float32."
     )
     return result
 
@@ -75,6 +76,7 @@ def _count(
     batch = 1 if setting.small else 4
     sizes: dict[str, Any] = {"batch_size": batch, "gradient_accumulation_steps": K}
     sizes["max_seq_len"] = 64 if setting.small else 512
+    sizes["mixed_precision"] = "no" if setting.cpu else "bf16"
     parts = assemble(
         TrainConfig(cpu=setting.cpu, layout=layout, attention=attention, steps=10, **sizes)
     )
