@@ -173,8 +173,8 @@ def attention(
         dtype = _dtype_of(query.device.type, query.dtype)
         if dtype in _16_BIT:
             # As autocast does for torch's own attention: rotated queries are in float32.
-            found = (tensor.to(dtype) for tensor in (query, key, value))
-            return _all_at_once(*found, attention_mask, scaling), None
+            query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+            return _all_at_once(query, key, value, attention_mask, scaling), None
     lengths = attention_mask if attention_mask.ndim == 1 else attention_mask[0].diff()
     return _each_by_itself(query, key, value, lengths.tolist(), dropout, scaling), None
 
@@ -190,11 +190,20 @@ def _all_at_once(
     groups = query.shape[1] // key.shape[1]
     if groups > 1 and not _GROUPS_HEADS:
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-    options = {"enable_gqa": True} if groups > 1 and _GROUPS_HEADS else {}
-    rows = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    longest = ends.shape[0]
+    options: dict[str, Any] = {"enable_gqa": True} if groups > 1 and _GROUPS_HEADS else {}
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    begins, longest = ends[0], ends.shape[0]
     found: Any = varlen_attn(
-        *rows, ends[0], ends[0], longest, longest, scale=scaling, window_size=(-1, 0), **options
+        query,
+        key,
+        value,
+        begins,
+        begins,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1, 0),
+        **options,
     )
     return found[None]
 

@@ -12,6 +12,7 @@ import os
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,9 @@ SMALL = (
     "i13_tail_window_is_the_mean_of_its_own",
 )
 # Seconds for one engine: one that hangs must not take the others with it.
-LIMIT = 90.0
+LIMIT = 140.0
+# In the folder of an engine.
+REPORT, MADE, LOG = "junit.xml", "made", "pytest.txt"
 HEADER = [
     "engine",
     "processes",
@@ -129,6 +132,7 @@ def _all(
 ) -> Result:
     result = Result(Table(HEADER, []))
     result.notes.append(f"Cases: {', '.join(cases)}.")
+    waiting = []
     for title, (engine, count, backend) in engines.items():
         options: dict[str, Any] = {"cpu": setting.cpu}
         options |= {"zero_stage": int(engine[-1])} if engine.startswith("zero") else {}
@@ -137,12 +141,18 @@ def _all(
         under_torchrun = backend is not None
         asked = {"engine": engine, "processes": count, "options": options}
         asked |= {"cases": cases, "torchrun": under_torchrun}
-        _one(result, title, asked, setting.place(title.replace(" ", "-")), LIMIT * setting.patience)
+        waiting.append((title, asked, setting.place(title.replace(" ", "-"))))
+    # The models are tiny: a GPU holds them all, a CPU is full with one.
+    with ThreadPoolExecutor(1 if setting.cpu else len(waiting)) as pool:
+        limit = LIMIT * setting.patience
+        for ended in pool.map(lambda one: (one, _run(*one[1:], limit)), waiting):
+            (title, asked, folder), how = ended
+            _read(result, title, asked, folder, how)
     return result
 
 
-def _one(result: Result, title: str, asked: dict[str, Any], folder: Path, limit: float) -> None:
-    report, made = folder / "junit.xml", folder / "made"
+def _run(asked: dict[str, Any], folder: Path, limit: float) -> str:
+    """Run one engine's cases, their report in the folder; how that ended."""
     command = [
         sys.executable,
         "-m",
@@ -152,15 +162,24 @@ def _one(result: Result, title: str, asked: dict[str, Any], folder: Path, limit:
         "-p",
         "no:cacheprovider",
     ]
-    command += ["-p", "no:xdist", "--basetemp", str(made), "--junitxml", str(report)]
-    log, environment = (
-        folder / "pytest.txt",
-        os.environ | {"ACCUM_TRAINER_CONTRACT": json.dumps(asked)},
-    )
-    ended = processes.how_it_ended(processes.run(command, log, limit, environment), limit)
-    said = last_words(log.read_text(errors="replace"))
-    passed, failed = verdicts(report)
-    returned = [json.loads(path.read_text()) for path in made.rglob("rank*.json")]
+    command += [
+        "-p",
+        "no:xdist",
+        "--basetemp",
+        str(folder / MADE),
+        "--junitxml",
+        str(folder / REPORT),
+    ]
+    environment = os.environ | {"ACCUM_TRAINER_CONTRACT": json.dumps(asked)}
+    status = processes.run(command, folder / LOG, limit, environment)
+    return processes.how_it_ended(status, limit)
+
+
+def _read(result: Result, title: str, asked: dict[str, Any], folder: Path, ended: str) -> None:
+    """The row and the checks of one engine."""
+    said = last_words((folder / LOG).read_text(errors="replace"))
+    passed, failed = verdicts(folder / REPORT)
+    returned = [json.loads(path.read_text()) for path in (folder / MADE).rglob("rank*.json")]
     worst = max((error for found in returned for error in errors_of(found)), default=None)
     ran = sorted({name for found in returned for name in found})
     shown = "none" if worst is None else worst

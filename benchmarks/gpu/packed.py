@@ -29,15 +29,25 @@ HEADER = [
 
 
 def packing(setting: Setting) -> Result:
-    result = Result(Table(HEADER, []))
     tried = [("sdpa", "no"), ("sdpa", "bf16"), (PACKED_SDPA, "no"), (PACKED_SDPA, "bf16")]
     if not setting.cpu:
-        tried += [
-            ("flex_attention", "no"),
-            ("flex_attention", "bf16"),
-            ("flash_attention_2", "bf16"),
-        ]
-        tried += [("flash_attention_3", "bf16")]
+        tried += [("flash_attention_2", "bf16"), ("flash_attention_3", "bf16")]
+    result = _all(setting, tried)
+    result.notes.append(
+        f"{PACKED_SDPA} in bf16 is torch's varlen_attn on a GPU, else a loop over samples."
+    )
+    if setting.cpu:
+        result.notes.append("Flash attention needs a GPU: not run here.")
+    return result
+
+
+def flex(setting: Setting) -> Result:
+    """Apart from the others: it is compiled for minutes."""
+    return _all(setting, [("flex_attention", "no"), ("flex_attention", "bf16")])
+
+
+def _all(setting: Setting, tried: list[tuple[str, str]]) -> Result:
+    result = Result(Table(HEADER, []))
     # 64 numbers per head, as kernels want them.
     sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 97}
     model = llama("1M", **sizes)
@@ -57,11 +67,6 @@ def packing(setting: Setting) -> Result:
         "Relative errors of the whole gradient, one update of 12 ragged rows in three "
         "micro-batches."
     )
-    result.notes.append(
-        f"{PACKED_SDPA} in bf16 is torch's varlen_attn on a GPU, else a loop over samples."
-    )
-    if setting.cpu:
-        result.notes.append("flex_attention and flash attention need a GPU: not run here.")
     return result
 
 
