@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from accum_trainer.lm import packed_attention
 from accum_trainer.lm.packed_attention import PACKED_SDPA, attend_inside_samples
 from accum_trainer.losses.packing import find_packing
 from accum_trainer.sources.collating import PackingCollator, PaddingCollator
+from tests.engine.cases.reads import Reads
 from tests.packed_families import EXACT, FAMILIES, ROWS, TOKENS, gradient_apart, gradient_packed
 from tests.packed_families import make as make_any
 from tests.reference import relative_error
@@ -161,3 +163,17 @@ def test_what_the_kernel_of_a_gpu_is_given(heads, monkeypatch):
     exact = model(**row).logits
     monkeypatch.setattr(packed_attention, "has_varlen", lambda *_: False)
     assert torch.equal(exact, model(**row).logits) and len(kernel_calls) == 2
+
+
+def test_the_samples_are_found_by_one_read(monkeypatch):
+    """A read waits for a GPU. transformers makes another one, to see that a row is packed."""
+    model = make("Llama", num_hidden_layers=4)
+    assert attend_inside_samples(model)
+    monkeypatch.setattr(packed_attention, "has_varlen", lambda *_: True)
+    monkeypatch.setattr(packed_attention, "varlen_attn", lambda query, *_, **__: query)
+    row = PackingCollator()(ROWS)
+    with torch.autocast("cpu", torch.bfloat16), Reads() as reads:
+        model(**row)
+    callers = (re.findall(r"\w+/(\w+\.py)", read) for read in reads.elements())
+    innermost = sorted(next(f for f in files if f != "reads.py") for files in callers)
+    assert innermost == ["masking_utils.py", "packed_attention.py"], reads

@@ -14,6 +14,7 @@ import inspect
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
@@ -104,8 +105,9 @@ def _ends(lengths: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     where samples begin and the last ends, int32, in each of as many equal rows as the longest
     sample has tokens. The rows share their memory."""
     ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-    longest = int(lengths.max())
-    return ends.to(device, non_blocking=True).expand(longest, -1)
+    if torch.device(device).type == "cuda":
+        ends = ends.pin_memory()  # else the copy waits
+    return ends.to(device, non_blocking=True).expand(int(lengths.numpy().max()), -1)
 
 
 def _lengths(
@@ -118,17 +120,21 @@ def _lengths(
     all, which a sliding window or a chunk smaller than the sample forbids.
     """
     at = torch.arange(num_tokens, device=device)
-    none = torch.zeros((), dtype=at.dtype, device=device)
+    none = at.new_zeros(1)  # an index of no dimension would be read on the host
 
     def sees(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         return torch.as_tensor(mask_function(none, none, queries, keys), device=device)
 
-    begins = torch.cat([at[:1], at[1:][~sees(at[1:], at[:-1])]])
-    lengths = torch.diff(begins, append=at.new_tensor([num_tokens]))
-    last = (begins + lengths - 1).repeat_interleave(lengths)
-    if bool(sees(at[:-1], at[1:]).any() | ~sees(last, at).all()):
+    begins = torch.ones_like(at, dtype=torch.bool)
+    begins[1:] = ~sees(at[1:], at[:-1])
+    sample = begins.cumsum(0)
+    last = torch.searchsorted(sample, sample, right=True) - 1
+    is_more = sees(at[:-1], at[1:]).any() | ~sees(last, at).all()
+    # One copy to the host, for which it waits once.
+    found = torch.cat([begins, is_more[None]]).cpu().numpy()
+    if found[-1]:
         return None
-    return lengths.cpu()
+    return torch.from_numpy(np.diff(np.flatnonzero(found[:-1]), append=num_tokens))
 
 
 def attention(
