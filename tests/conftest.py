@@ -31,28 +31,32 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
         if process_that_holds(lock) is None:  # a suite beside this one may be building
             lock.unlink()
 
-# The longest files first, so that two workers end together (CPU seconds, measured).
+# The longest files first, so that two workers end together. Those that start DeepSpeed come when
+# the first of them has compiled its extension.
 LONG = (
     "engine/test_contract",
-    "test_docs",
-    "end_to_end/test_engines",
-    "test_verify",
-    "test_gpu",
-    "test_compile",
-    "end_to_end/test_launch_files",
-    "test_footprint",
-    "end_to_end/test_launch",
-    "end_to_end/panel/test_set_up",
-    "end_to_end/panel/test_watch",
-    "end_to_end/panel/test_several_runs",
-    "end_to_end/test_independent",
-    "end_to_end/test_tasks",
-    "end_to_end/test_demo",
-    "end_to_end/test_cut",
-    "end_to_end/test_two_machines",
+    "test_chaos",
     "end_to_end/test_train",
-    "end_to_end/test_slurm",
     "end_to_end/test_resume",
+    "test_docs",
+    "end_to_end/panel/test_set_up",
+    "test_verify",
+    "end_to_end/test_engines",
+    "end_to_end/test_launch",
+    "test_compile",
+    "end_to_end/test_tasks",
+    "test_footprint",
+    "end_to_end/test_launch_files",
+    "end_to_end/test_cut",
+    "end_to_end/panel/test_several_runs",
+    "end_to_end/panel/test_watch",
+    "end_to_end/test_keep_best",
+    "end_to_end/test_demo",
+    "end_to_end/test_hangs",
+    "test_memory_over_time",
+    "test_benchmarks",
+    "test_gpu",
+    "end_to_end/test_two_machines",
 )
 # The inner loop: arithmetic, windows, single and DDP, wrong input.
 QUICK = (

@@ -124,6 +124,7 @@ def test_a_row_of_10_mb(tmp_path, suffix):
     assert count_rows(path) == 1
 
 
+@pytest.mark.long
 def test_a_row_of_10_mb_is_tokenised(tmp_path, tokenizer):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"text": "' + BIG[:1_000_000] * 10 + b'"}\n')

@@ -15,6 +15,7 @@ from accum_trainer.train import updates
 from tests.launching import cli, torchrun
 
 
+@pytest.mark.long
 def test_few_compilations_serve_all_sizes_of_micro_batches(tmp_path):
     seen = set()
 

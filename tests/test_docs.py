@@ -26,8 +26,9 @@ def examples():
                 f"{page.name}: a block in {language}"
             )
             if language in ("python", "bash") and code not in elsewhere:
-                # Launchers, one after another: half a minute and more each.
-                is_slow = language == "bash" and code.count("launch") > 1
+                # Commands of the guides take a minute of CPU together, launchers more.
+                is_first = page.stem in ("README", "quick_start")
+                is_slow = language == "bash" and (code.count("launch") > 1 or not is_first)
                 yield pytest.param(
                     *(language, code),
                     id=f"{page.stem}-{number}-{language}",

@@ -407,6 +407,7 @@ def peaks(folder):
     return {k: found[name].peak for k, name in names.items()}
 
 
+@pytest.mark.long
 def test_r22_peak_memory_does_not_depend_on_k(peaks):
     assert peaks[16] == pytest.approx(peaks[2], rel=0.01)
 

@@ -183,6 +183,7 @@ def test_a_second_run_runs_no_part_again(made, parts):
     assert (made / "gpu.md").read_text() == report
 
 
+@pytest.mark.long
 def test_a_part_that_fails_is_shown_in_its_own_words_and_run_again(tmp_path):
     asked = ("--small", "--folder", tmp_path, "--parts", "compile")
     run = python(*COMMAND, *asked, CXX="/no/such/compiler", fresh=True)

@@ -17,9 +17,8 @@ def check(points, growth):
     assert 2 * (last["objects"] - first["objects"]) < last["step"] - first["step"], points
 
 
-@pytest.mark.parametrize(
-    "kind, growth", [("single", 0.0025), pytest.param("ddp", 0.01, marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("kind, growth", [("single", 0.0025), ("ddp", 0.01)])
+@pytest.mark.long
 def test_memory_does_not_grow(tmp_path, kind, growth):
     for points in measure(kind, tmp_path, most=400)[0]:
         check(points, growth)

@@ -51,6 +51,7 @@ def test_what_may_be_a_folder_or_a_hub_id_is_said_to_be_looked_for_there(caplog)
     assert caplog.messages.count(said) == 1
 
 
+@pytest.mark.long
 def test_samples_packed_for_flex_attention_do_not_see_each_other():
     """Its loss against each sample alone in float64; only a GPU computes the gradient."""
     config = TrainConfig(attention="flex_attention")

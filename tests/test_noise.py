@@ -22,7 +22,7 @@ from tests.launching import cli, python, torchrun
 from tests.noise_worker import closed_form
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_the_closed_form_is_found_within_a_tenth_padded_and_packed(processes, tmp_path):
     arguments = ("tests.noise_worker", tmp_path)
     run = python("-m", *arguments) if processes == 1 else torchrun(2, *arguments)

@@ -145,6 +145,7 @@ def test_i47_what_one_process_raises_in_mid_training_ends_all_with_its_words(tmp
     assert f"FloatingPointError: {place} of process 1" in launched.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("machines", [1, 2])
 def test_slow_work_is_waited_for_and_done_once_per_machine(tmp_path, machines):
     launched = torchrun(2, "tests.patience", tmp_path, machines, timeout=120)

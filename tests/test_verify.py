@@ -436,6 +436,7 @@ def test_command_names_the_fault_of_a_loop():
     assert "Traceback" not in run.stderr
 
 
+@pytest.mark.long
 def test_loop_in_low_precision(fresh_accelerate):
     """A right loop passes, one that is 6 percent off in every window fails by its fault's name."""
     from accum_trainer.verify.plain_accelerate import plain_engine

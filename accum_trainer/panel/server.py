@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -53,13 +53,18 @@ def serve(runs: Path, host: str, port: int, password: str | None) -> None:
             timeout_graceful_shutdown=1,
         )
     )
+
+    def end(*_: object) -> None:
+        server.should_exit = True
+
+    # Before the address is known: a KeyboardInterrupt while the server starts can be lost.
+    signal.signal(signal.SIGINT, end)
     name = f"[{host}]" if ":" in host else host
     print(f"panel: http://{name}:{port}/ (runs in {runs}; Ctrl-C ends the panel, not the runs)")
     if not is_loopback(host):
         print("note: passwords and pages travel unencrypted; use it in a network that you trust")
     sys.stdout.flush()
-    with contextlib.suppress(KeyboardInterrupt):  # that is how it is ended
-        server.run(sockets=[listener])
+    server.run(sockets=[listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:

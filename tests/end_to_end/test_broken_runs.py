@@ -161,6 +161,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_tried_again(tmp_path):
     assert (run / "model" / "model.safetensors").exists()
 
 
+@pytest.mark.long
 def test_a_run_that_cannot_be_saved_at_its_end_says_so_and_continues_later(train, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     started = None

@@ -98,6 +98,7 @@ def test_i40_a_cpu_packs_by_itself_and_nothing_changes(train, tmp_path, rows):
     assert PACKED_SDPA not in (tmp_path / "auto" / "model" / "config.json").read_text()
 
 
+@pytest.mark.long
 def test_a_token_budget_continues_to_the_bit(train, tmp_path, rows):
     """The measured cost that the cut depends on is kept: a continued run cuts its windows as
     before."""

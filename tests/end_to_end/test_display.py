@@ -127,6 +127,7 @@ def test_a_limit_of_tokens_is_shown_as_the_plan_says_it(tmp_path, rows):
     assert " x K " not in shown
 
 
+@pytest.mark.long
 def test_what_other_processes_write_is_not_erased(tmp_path, rows):
     (tmp_path / "shared.py").write_text(SHARED)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
@@ -169,6 +170,7 @@ def test_narrow_without_colour_and_dumb(tmp_path, rows):
     assert b"\x1b" not in dumb.raw and "update 10/10  loss" in dumb.text
 
 
+@pytest.mark.long
 def test_of_ten_columns_without_utf_8(tmp_path, rows):
     """An ellipsis was written as six characters there, and the display as two lines for one."""
     plain = {"LC_ALL": "C", "PYTHONUTF8": 0, "PYTHONCOERCECLOCALE": 0}
@@ -190,6 +192,7 @@ def test_closed_streams_end_nothing(tmp_path, rows):
     assert steps == [1, 2, 3]
 
 
+@pytest.mark.long
 def test_resized_and_interrupted_by_a_key(tmp_path, rows):
     """A fresh process, whose terminal sends it what a person types."""
     command = [sys.executable, "-m", "accum_trainer", *SMALL, "--dataset-file", rows]

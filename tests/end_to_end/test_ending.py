@@ -117,6 +117,7 @@ def under_torchrun(tmp_path, rows, run):
     return started, [by_rank[False], by_rank[True]]
 
 
+@pytest.mark.long
 def test_processes_whose_launcher_was_killed_save_and_end(tmp_path, rows):
     """torchrun's launcher keeps the store that they met at; nothing tells them that it is gone."""
     run = tmp_path / "run"

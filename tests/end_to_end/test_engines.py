@@ -62,11 +62,10 @@ def launch(tmp_path, config, *argv):
 
 @pytest.mark.parametrize(
     "extra",
-    [
-        pytest.param([], marks=pytest.mark.long, id="float32"),
-        pytest.param(["--amp", "--gradient-checkpointing"], id="amp+checkpointing"),
-    ],
+    [[], ["--amp", "--gradient-checkpointing"]],
+    ids=["float32", "amp+checkpointing"],
 )
+@pytest.mark.long
 def test_r14_r18_r41_lora_under_zero2(tmp_path, rows, extra):
     argv = [
         "--use-peft",
@@ -161,6 +160,7 @@ def test_r18_merged_model_is_the_base_with_the_adapter(tmp_path, rows):
     assert (adapted - before).abs().max() > 1e-2
 
 
+@pytest.mark.long
 def test_r18_lora_with_modules_to_save_under_zero2(tmp_path, rows):
     """The nine norms of 128 are trained whole and saved with the adapter; the curve is that of one
     process."""
@@ -224,6 +224,7 @@ def test_fsdp2_from_a_launch_config(tmp_path, rows):
         assert torch.allclose(weights[0][name], weights[1][name], rtol=1e-4, atol=1e-6), name
 
 
+@pytest.mark.long
 def test_fsdp2_on_an_adapters_folder_trains_as_one_process(tmp_path, rows):
     """Its folder has no model's configuration that process 1 could build shapes from."""
     argv = ["--use-peft", "--steps", "2", "--batch-size", "1", "--dataset-file", rows, "--cpu"]

@@ -225,6 +225,7 @@ def test_a_run_that_keeps_crashing_is_given_up_and_the_other_ends(tmp_path, rows
     assert len(records_of(folder, 0)) == 4
 
 
+@pytest.mark.long
 def test_a_terminal_shows_one_table_of_all_runs(tmp_path, rows):
     screen, inside = pty.openpty()
     argv = [

@@ -67,6 +67,7 @@ def test_train_runs_from_a_wheel(installed, tmp_path):
     assert json.loads((tmp_path / "run" / "result.json").read_text())["done"]
 
 
+@pytest.mark.long
 def test_launch_runs_from_a_wheel(installed, tmp_path):
     shutil.copy(ROOT / "launch_configs" / "cpu_2proc.yaml", tmp_path)
     batch = ("--batch-size", 2, "--global-batch-size", 4, "--steps", 2, "--max-seq-len", 32)

@@ -283,9 +283,10 @@ def test_a_process_that_a_foreign_file_names_is_not_killed(tmp_path, train):
 
 @pytest.mark.parametrize(
     "whole_group",
-    [False, pytest.param(True, marks=pytest.mark.long)],
+    [False, True],
     ids=["launcher", "launcher and torchrun"],
 )
+@pytest.mark.long
 def test_a_launcher_that_is_killed_takes_its_processes_along(tmp_path, train, whole_group):
     """Nothing is left that would write into the run while the next start does; the run was
     saved."""

@@ -258,6 +258,7 @@ def test_i23_another_k_than_the_created_file_says(tmp_path, command):
     assert "Traceback" not in refused.stderr and not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_precision_beside_a_deepspeed_file(tmp_path, command):
     """accelerate would stop with a traceback; here it is one message."""
     argv = ["--gpus-per-node", "2", "--engine", "zero2", "--precision", "bf16", "-o", "z.yaml"]

@@ -217,6 +217,20 @@ def test_ctrl_c_ends_the_panel_with_status_0(tmp_path):
     assert panel.ended() == 0 and "Traceback" not in panel.err
 
 
+def test_ctrl_c_while_the_server_starts_is_not_lost(tmp_path):
+    """Python drops a KeyboardInterrupt that is raised in a destructor, as here."""
+    hook = tmp_path / "hook.py"
+    hook.write_text(
+        "import os, signal, time, uvicorn\nrun = uvicorn.Server.run\n"
+        "def interrupted(self, **options):\n    try:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n        time.sleep(0.1)\n"
+        "    except KeyboardInterrupt:\n        pass\n    run(self, **options)\n"
+        "uvicorn.Server.run = interrupted\n"
+    )
+    panel = StartedPanel(tmp_path, ACCUM_TESTS_HOOK=hook)
+    assert panel.ended() == 0 and "Traceback" not in panel.err
+
+
 def test_without_the_extra_it_says_how_to_install_it(tmp_path):
     code = (
         "import importlib.util as u, json, sys\nfind = u.find_spec\n"

@@ -149,10 +149,12 @@ def test_a_job_that_is_stopped_before_training_begins_is_not_requeued_for_ever(
     tmp_path, command, rows
 ):
     create(command, tmp_path, "multi-gpu", "--gpus-per-node", "2", "-o", "job.yaml")
-    run = tmp_path / "runs" / "job-4711"
+    run, slow = tmp_path / "runs" / "job-4711", tmp_path / "slow.py"
+    slow.write_text("import sys, time\nif sys.argv[0] == 'accum_trainer.train':\n    time.sleep(5)")
     for start in (0, 1):
         train = ["--dataset-file", rows, "--steps", 500]
-        job = submit(tmp_path, "job.sbatch", *train, SLURM_NNODES=1, SLURM_RESTART_COUNT=start)
+        more = {"SLURM_NNODES": 1, "SLURM_RESTART_COUNT": start, "ACCUM_TESTS_HOOK": slow}
+        job = submit(tmp_path, "job.sbatch", *train, **more)
         job.until(lambda: list(run.glob("logs/.processes-*")))
         stop(tmp_path)
         if start == 0:

@@ -181,11 +181,14 @@ def test_r19_r21_evaluation_on_the_cadence_of_updates(train, tmp_path, tiny_rows
 @pytest.mark.parametrize(
     "extra",
     [
-        ["--amp"],
-        ["--mixed-precision", "bf16", "--gradient-checkpointing"],
-        ["--use-peft", "--lora-r", "4", "--amp"],
+        pytest.param(["--amp"], marks=pytest.mark.long, id="amp"),
+        pytest.param(
+            ["--mixed-precision", "bf16", "--gradient-checkpointing"],
+            marks=pytest.mark.long,
+            id="bf16+checkpointing",
+        ),
+        pytest.param(["--use-peft", "--lora-r", "4", "--amp"], id="lora+amp"),
     ],
-    ids=["amp", "bf16+checkpointing", "lora+amp"],
 )
 def test_r16_r17_r18_twenty_updates(train, tmp_path, tiny_rows, extra):
     argv = [
@@ -270,6 +273,7 @@ LAUNCHERS = {
 }
 
 
+@pytest.mark.long
 def test_r12_r13_one_program_under_every_launcher(tmp_path, tiny_rows):
     curves = {}
     for name, launch in LAUNCHERS.items():

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from tests.end_to_end.wrong import refused
+from tests.grids import thinned
 from tests.launching import python
 
 CREATE = {
@@ -358,7 +359,7 @@ MULTI_CPU = {
 }
 
 
-@pytest.mark.parametrize("how", ["options", "file", "no gpu"])
+@pytest.mark.parametrize("how", thinned(["options", "file", "no gpu"], ["file"]))
 def test_i23b_processes_that_accelerate_does_not_start_are_missed(how, tmp_path):
     """accelerate starts one process here, without a word; it must not train alone."""
     options = {
@@ -380,6 +381,7 @@ def test_i23b_processes_that_accelerate_does_not_start_are_missed(how, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_one_process_that_was_asked_for_is_not_missed(tmp_path):
     """Also where the shell has a meeting place of its own; what nothing can tell is said."""
     shell = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500, "CUDA_VISIBLE_DEVICES": ""}

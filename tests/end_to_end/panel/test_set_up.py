@@ -106,6 +106,7 @@ def test_two_processes_are_launched_as_the_two_commands_say(open_page, panels, p
     assert (panels.runs / "launch-files" / "ddp_2proc.yaml").read_bytes() == written
 
 
+@pytest.mark.long
 def test_what_was_typed_is_there_after_a_reload_and_a_restart(open_page, panels):
     page = open_page()
     set_up(page, "kept", updates=7, batch=2, steps=16)
@@ -125,6 +126,7 @@ def test_what_was_typed_is_there_after_a_reload_and_a_restart(open_page, panels)
     expect(page.locator("output")).to_have_text("Effective Batch: 32")
 
 
+@pytest.mark.long
 def test_two_pages_are_one_form_and_start_one_run_once(open_page, panels):
     one, two = open_page(), open_page()
     set_up(one, "once", updates=LONG)
@@ -151,6 +153,7 @@ def test_two_pages_are_one_form_and_start_one_run_once(open_page, panels):
     assert not (run / "result.json").exists()
 
 
+@pytest.mark.long
 def test_a_page_takes_nothing_in_before_it_is_connected(open_page, panels):
     """What is typed then is sent later, each key by a timer, so the last need not be the last."""
     page = open_page()
@@ -170,6 +173,7 @@ def test_a_page_takes_nothing_in_before_it_is_connected(open_page, panels):
     expect(command_of(page)).to_contain_text("--batch-size 123")
 
 
+@pytest.mark.long
 def test_a_double_click_starts_one_run(open_page, panels):
     """Without a name the second would be another run, under the next free name."""
     page = open_page()
@@ -315,6 +319,7 @@ def test_a_proof_on_two_processes_and_one_that_ends_with_the_panel(open_page, pa
     wait_for_end(proof)
 
 
+@pytest.mark.long
 def test_keyboard_alone(open_page, panels):
     page = open_page()
     set_up(page, "keys", updates=2)

@@ -50,6 +50,7 @@ def record(folder, batch, noise, updates=60):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
 
 
+@pytest.mark.long
 def test_two_runs_and_more_as_compare_compares_them(open_page, panels, place):
     record(place / "outside", 2, 0.4)
     page = open_page("/compare?run=../outside&run=..%2Foutside%2F")
@@ -105,6 +106,7 @@ def test_two_runs_and_more_as_compare_compares_them(open_page, panels, place):
     expect(page.locator(".verdicts li")).to_contain_text(f"k4 {EVIL}: loss variance")
 
 
+@pytest.mark.long
 def test_shares_are_started_seen_side_by_side_and_merged(open_page, panels, place):
     page = open_page()
     set_up(page, "shares", updates=3, batch=4, steps=2)
