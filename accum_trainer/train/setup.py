@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from accum_trainer.accumulator import Accumulator
+from accum_trainer.batch_plan import BatchPlan
 from accum_trainer.config import TrainConfig
 from accum_trainer.data.tokenizing import TokenizedRows
 from accum_trainer.engine.build import choose_precision
@@ -22,11 +24,14 @@ from accum_trainer.speed.noise_every import affordable_noise_every
 from accum_trainer.train.model import PreparedModel, prepare_model
 from accum_trainer.train.rows import Data, load_data
 from accum_trainer.train.schedule import Schedule, make_schedule
+from accum_trainer.window_plan import Cut
 from accum_trainer.windows import Windows
 
 # These options decide, beside the base model, which function adapters compute and which are
 # trained.
 _LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save")
+# Tokens of a micro-batch below which a GPU may mostly wait (benchmarks/results/gpu-h100.md).
+_FEW_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -230,12 +235,37 @@ def _notes(
             f"{visible} GPUs are visible and this one process uses one; use all with accelerate "
             f"launch --multi_gpu --num_processes {visible} -m accum_trainer.train"
         )
+    small = note_on_small_micro_batches(
+        accumulator.device, plan, prepared.cutting.cut, rows.lengths
+    )
+    if small is not None:
+        notes.append(small)
     if (plan.num_samples or 0) < plan.global_batch_size:
         notes.append(
             f"the effective batch of {plan.global_batch_size} is more than the {plan.num_samples} "
             "samples: every update sees all of them"
         )
     return notes
+
+
+def note_on_small_micro_batches(
+    device: torch.device, plan: BatchPlan, cut: Cut, lengths: np.ndarray
+) -> str | None:
+    """What to do about micro-batches that leave a GPU waiting for its host; None if they do not.
+
+    Args:
+        lengths: tokens of each sample, shape (samples,).
+    """
+    tokens = plan.micro_batch_size * float(lengths.mean())
+    if device.type != "cuda" or cut.max_tokens is not None or tokens >= _FEW_TOKENS:
+        return None
+    if plan.gradient_accumulation_steps == 1:
+        return None
+    return (
+        f"a micro-batch of {plan.micro_batch_size} samples has about {tokens:,.0f} tokens, with "
+        "which a GPU may wait more than it computes; --batch-size auto --global-batch-size "
+        f"{plan.global_batch_size} cuts the same effective batch into as few as its memory allows"
+    )
 
 
 def _evaluation_notes(config: TrainConfig, data: Data) -> list[str]:
