@@ -1,5 +1,5 @@
 # make demo       train the embedded default three ways and leave a picture in runs/demo/
-# make test       run the tests: every situation, up to 12 minutes on 2 cores
+# make test       run the tests, up to 12 minutes on 2 cores
 # make quick      arithmetic, windows, single, DDP, wrong input: at most 90 seconds
 # make test-long  measurements of memory and traffic, many launchers, the rest of the long grids
 # make check      ruff, mypy and a strict build of the site
@@ -17,7 +17,8 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Three workers on two cores: tests wait for processes, signals and files.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test: $(INSTALLED)
 	$(PYTEST) -m "not long"
