@@ -69,6 +69,7 @@ def result_of(folder, part):
     return rows, {check["name"]: check for check in result["checks"]}, result["notes"]
 
 
+@pytest.mark.long
 def test_every_part_has_its_checks_and_they_hold(made, parts):
     for part in parts:
         rows, checks, _ = result_of(made, part)
@@ -109,6 +110,7 @@ def test_precision_bf16_follows_float32(made):
     assert 0 < bf16["worst difference / fall in float32"] <= 0.05
 
 
+@pytest.mark.long
 def test_memory_ran_out_and_auto_stays_below_the_limit(made):
     rows, _, _ = result_of(made, "memory")
     found = {row["what"]: row["found"] for row in rows}
@@ -120,6 +122,7 @@ def test_memory_ran_out_and_auto_stays_below_the_limit(made):
     assert 0 < found["peak while training, GB"] < found["limit, GB"]
 
 
+@pytest.mark.long
 def test_packing_is_proven_and_exact(made):
     rows = result_of(made, "packing")[0]
     assert [row["attention"] for row in rows] == ["sdpa"] * 2 + ["packed_sdpa"] * 2
@@ -129,6 +132,7 @@ def test_packing_is_proven_and_exact(made):
         assert 1e-4 < bf16["error of packed"] < 1.25 * bf16["error of padded"]
 
 
+@pytest.mark.long
 def test_waits_are_counted_and_their_callers_named(made):
     rows, _, notes = result_of(made, "waits")
     found = {(row["layout"], row["event"]): row for row in rows}
@@ -138,6 +142,7 @@ def test_waits_are_counted_and_their_callers_named(made):
     assert any(" engine/ranks.py:" in note for note in notes)  # the exchange that ends the window
 
 
+@pytest.mark.long
 def test_footprint_is_estimated_and_said_not_to_be_measured(made):
     rows, _, _ = result_of(made, "footprint")
     assert [(row["model"], row["trained"]) for row in rows] == [
@@ -162,6 +167,7 @@ def test_throughput_against_the_trainer(made):
         assert float(row["over Trainer"]) == pytest.approx(speed / speeds[0], abs=0.01)
 
 
+@pytest.mark.long
 def test_report_has_versions_a_table_per_part_and_the_verdict(made, parts):
     text = (made / "gpu.md").read_text()
     assert "**All parts passed.**" in text and "torch 2" in text and "accelerate 1" in text
@@ -171,6 +177,7 @@ def test_report_has_versions_a_table_per_part_and_the_verdict(made, parts):
         assert section.count("\n| --- |") == 2, part  # what was found, and the checks
 
 
+@pytest.mark.long
 def test_a_second_run_runs_no_part_again(made, parts):
     before = {part: (made / f"{part}.log").stat().st_mtime_ns for part in parts}
     report = (made / "gpu.md").read_text()

@@ -59,7 +59,7 @@ REFUSED = {
 }
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.long)])
 def short_table(request):
     """The short form of the table of families, in one process and in two."""
     families = [f for f in FAMILIES if (f.kind, f.name) in SHORT]

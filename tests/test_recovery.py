@@ -468,6 +468,7 @@ RUNS = {
 LONG = ["ddp_always_on_all"]  # `ddp_always` on each choice of ranks
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", thinned(RUNS, {*RUNS} - {*LONG}))
 def test_failure_on_one_rank_or_both(on_two, name):
     for rank, found in enumerate(on_two[name]):
@@ -482,6 +483,7 @@ def test_failure_on_one_rank_or_both(on_two, name):
             assert run + others[4] == micro_batches, what
 
 
+@pytest.mark.long
 def test_ranks_that_cannot_go_on_alone_say_so(on_two):
     lower = r"lower the micro-batch \(the effective batch stays\)"
     says = {
@@ -517,6 +519,7 @@ def test_one_rank_that_is_refused_ends_the_launch(tmp_path):
     assert "it is the last of its window, whose backward exchanges gradients" in run.stderr
 
 
+@pytest.mark.long
 def test_size_that_fits_is_found_on_two_processes_alike(on_two):
     for found in on_two["fits"]:
         assert len(found) == 6

@@ -105,8 +105,8 @@ OF_GROUPS = OF_A_STAGE - {"stream_unsized"} | {
     "weight_sync_changes_no_bit",
     "window_that_one_rank_cannot_read",
 }
-# Most of ZeRO-3's time; what they show of sharded weights, FSDP2 shows in the short part.
-SLOW_UNDER_ZERO3 = {
+# Most of ZeRO's time; what they show of sharded engines, FSDP2 shows in the short part.
+SLOW_UNDER_ZERO = {
     "combinations",
     "weight_sync_changes_no_bit",
     "gathers_per_window",
@@ -144,7 +144,7 @@ def _is_long(item):
         return True
     if engine == "ddp":
         return False
-    if engine == "zero3" and cases & SLOW_UNDER_ZERO3:
+    if engine in ("zero2", "zero3") and cases & SLOW_UNDER_ZERO:
         return True
     return engine in ("zero0", "zero1") or bool(cases & OF_ANY_ENGINE)
 
@@ -183,7 +183,7 @@ def engine_results(request, tmp_path_factory):
     """case name -> one result per rank, for one engine: the cases of the tests that are run."""
     out = tmp_path_factory.mktemp(request.param)
     processes, options = ENGINES[request.param]
-    named = OF_ANY_ENGINE | OF_A_STAGE | OF_GROUPS | SLOW_UNDER_ZERO3 | MORE_POINTS
+    named = OF_ANY_ENGINE | OF_A_STAGE | OF_GROUPS | SLOW_UNDER_ZERO | MORE_POINTS
     unknown = named - {*_all_cases()}
     assert not unknown, f"no cases have these names: {unknown}"
     using = [i for i in request.session.items if "engine_results" in getattr(i, "fixturenames", ())]
