@@ -1,5 +1,5 @@
 # make demo       train the embedded default three ways and leave a picture in runs/demo/
-# make test       run the tests, up to 12 minutes on 2 cores
+# make test       run the tests, about 12 minutes on 2 cores
 # make quick      arithmetic, windows, single, DDP, wrong input: at most 90 seconds
 # make test-long  measurements of memory and traffic, many launchers, the rest of the long grids
 # make check      ruff, mypy and a strict build of the site
