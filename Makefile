@@ -1,6 +1,6 @@
 # make demo       train the embedded default three ways and leave a picture in runs/demo/
 # make test       run the tests, about 12 minutes on 2 cores
-# make quick      arithmetic, windows, single, DDP, wrong input: at most 90 seconds
+# make quick      arithmetic, windows, single, DDP, wrong input: about 100 seconds
 # make test-long  measurements of memory and traffic, many launchers, the rest of the long grids
 # make check      ruff, mypy and a strict build of the site
 # make docs       the documentation as a site in build/site, which needs no server and no network
@@ -17,17 +17,17 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
-# Three workers on two cores: tests wait for processes, signals and files.
-PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+# With a number of workers. Three on two cores: tests wait for processes, signals and files.
+PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder -n
 
 test: $(INSTALLED)
-	$(PYTEST) -m "not long"
+	$(PYTEST) 3 -m "not long"
 
 quick: $(INSTALLED)
-	$(PYTEST) -m "quick and not long"
+	$(PYTEST) 2 -m "quick and not long"
 
 test-long: $(INSTALLED)
-	$(PYTEST) -m long
+	$(PYTEST) 3 -m long
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
