@@ -177,3 +177,17 @@ def test_the_samples_are_found_by_one_read(monkeypatch):
     callers = (re.findall(r"\w+/(\w+\.py)", read) for read in reads.elements())
     innermost = sorted(next(f for f in files if f != "reads.py") for files in callers)
     assert innermost == ["masking_utils.py", "packed_attention.py"], reads
+
+
+@pytest.mark.parametrize("of", [torch.bool, torch.float32])
+def test_a_models_own_mask_of_two_dimensions_is_not_taken_for_samples(of, calls):
+    """A model may hand attention a mask of (tokens, tokens), which broadcasts."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, 5, 4)
+    seen = torch.ones(5, 5).tril() - torch.eye(5).roll(1, 0).tril(-1)
+    mask = seen.bool() if of == torch.bool else torch.where(seen > 0, 0.0, -torch.inf)
+    module = torch.nn.Module()
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = packed_attention.attention(module, query, key, value, mask)
+        expected = scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    assert torch.equal(found, expected.transpose(1, 2)) and not calls

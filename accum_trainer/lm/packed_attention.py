@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -137,6 +137,12 @@ def _lengths(
     return torch.from_numpy(np.diff(np.flatnonzero(found[:-1]), append=num_tokens))
 
 
+def _is_of_samples(mask: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
+    """Whether `mask` made it for a packed row. Masks of other kinds are bool or floating point, of
+    any number of dimensions: a model may hand its own to attention."""
+    return mask is not None and (mask.dtype, mask.ndim) in ((torch.int64, 1), (torch.int32, 2))
+
+
 def attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -157,7 +163,7 @@ def attention(
     Raises:
         ValueError: the model's attention is not plain causal attention on this packed row.
     """
-    if attention_mask is None or attention_mask.ndim > 2:
+    if not _is_of_samples(attention_mask):
         return sdpa_attention_forward(
             module,
             query,

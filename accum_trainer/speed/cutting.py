@@ -141,23 +141,26 @@ def _skips_other_samples(config: TrainConfig, engine: Any, model: Any, longest: 
     if engine.device.type == "cpu":
         if config.compile:
             return False
-    elif not _runs_as_one_kernel(engine, model):
+    elif not runs_as_one_kernel(engine, model):
         return False
     if any(1 < size < longest for size in attention_windows(model)):
         return False
     return attend_inside_samples(model)
 
 
-def _runs_as_one_kernel(engine: Any, model: Any) -> bool:
+def runs_as_one_kernel(engine: Any, model: Any) -> bool:
+    """Whether attention inside samples is one kernel on every rank's GPU. Collective."""
+    config = model.config
     dropout = any(
-        getattr(model.config, name, 0.0)
+        getattr(holder, name, 0.0)
+        for holder in (config, config.get_text_config())
         for name in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
     )
-    if dropout:
-        return False
-    if engine.mixed_precision != "no":
-        return has_varlen(engine.device, torch.bfloat16)
-    return has_varlen(engine.device, next(model.parameters()).dtype)
+    # What the forward computes in; its autocast is not on yet.
+    is_16_bit = engine.mixed_precision != "no"
+    dtype = torch.bfloat16 if is_16_bit else next(model.parameters()).dtype
+    # GPUs may differ, and the proof that follows is one of all ranks.
+    return all(engine.gather_objects(not dropout and has_varlen(engine.device, dtype)))
 
 
 def decide_cut(

@@ -256,10 +256,10 @@ def note_on_small_micro_batches(
     Args:
         lengths: tokens of each sample, shape (samples,).
     """
-    tokens = plan.micro_batch_size * float(lengths.mean())
-    if device.type != "cuda" or cut.max_tokens is not None or tokens >= _FEW_TOKENS:
+    if device.type != "cuda" or cut.max_tokens is not None or plan.gradient_accumulation_steps == 1:
         return None
-    if plan.gradient_accumulation_steps == 1:
+    tokens = plan.micro_batch_size * float(lengths.mean())
+    if tokens >= _FEW_TOKENS:
         return None
     return (
         f"a micro-batch of {plan.micro_batch_size} samples has about {tokens:,.0f} tokens, with "

@@ -1,6 +1,8 @@
-"""The note on micro-batches that leave a GPU waiting for its host."""
+"""What `train` decides about cuts on a GPU, and says of them; as far as that needs no GPU."""
 
 from __future__ import annotations
+
+import json
 
 import numpy as np
 import pytest
@@ -9,6 +11,9 @@ import torch
 from accum_trainer import BatchPlan
 from accum_trainer.train.setup import note_on_small_micro_batches
 from accum_trainer.window_plan import Cut
+from tests.launching import torchrun
+
+# --- a note on micro-batches that leave a GPU waiting for its host ---
 
 LENGTHS = np.array([100, 300])
 
@@ -36,3 +41,17 @@ def test_it_names_the_command_that_keeps_the_effective_batch():
 )
 def test_it_is_not_said(options):
     assert note(**options) is None
+
+
+# --- attention inside samples as one kernel ---
+
+
+def test_ranks_on_unlike_gpus_decide_alike(tmp_path):
+    """One alone that packed would wait in its proof for the others."""
+    launched = torchrun(2, "tests.unlike_gpus", tmp_path, timeout=120)
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    one_has_it, all_have_it, attention_drops, text_drops = range(4)
+    for decided in found:
+        assert not decided[one_has_it] and decided[all_have_it]
+        assert not decided[attention_drops] and not decided[text_drops]
