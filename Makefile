@@ -1,6 +1,6 @@
 # make demo       train the embedded default three ways and leave a picture in runs/demo/
 # make test       run the tests, about 12 minutes on 2 cores
-# make quick      arithmetic, windows, single, DDP, wrong input: about 100 seconds
+# make quick      arithmetic, windows, single, DDP, wrong input: at most 90 seconds
 # make test-long  measurements of memory and traffic, many launchers, the rest of the long grids
 # make check      ruff, mypy and a strict build of the site
 # make docs       the documentation as a site in build/site, which needs no server and no network

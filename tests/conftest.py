@@ -45,7 +45,7 @@ LONG = (
     "end_to_end/test_launch",
     "test_compile",
     "end_to_end/test_tasks",
-    "test_footprint",
+    "test_footprint_measured",
     "end_to_end/test_launch_files",
     "end_to_end/test_cut",
     "end_to_end/panel/test_several_runs",
@@ -71,6 +71,13 @@ QUICK = (
     "end_to_end/test_wrong_options",
     "end_to_end/test_wrong_input",
 )
+# The slowest of these files: many updates, grids, processes that read ahead.
+NOT_QUICK = (
+    "test_i36_",
+    "test_i20_i25_i29_every_combination",
+    "test_r55_every_cut_gives_the_same_gradient",
+    "test_an_epoch_resumed_in_its_middle_sees_the_rest_of_it_or_is_refused",
+)
 BEGUN = time.monotonic()
 
 
@@ -80,6 +87,8 @@ def _file(item):
 
 def _is_quick(item):
     engine = getattr(getattr(item, "callspec", None), "params", {}).get("engine_results", "single")
+    if item.name.startswith(NOT_QUICK):
+        return False
     return _file(item) in QUICK and engine in ("single", "ddp")
 
 
@@ -123,3 +132,12 @@ def quick_collections():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """The chunked loss in chunks of three targets of the tests' vocabulary."""
+    from accum_trainer.losses import chunked
+    from tests.reference import VOCABULARY
+
+    monkeypatch.setattr(chunked, "CHUNK", 3 * VOCABULARY)

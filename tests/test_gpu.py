@@ -19,7 +19,7 @@ from benchmarks.gpu.contract import errors_of
 from benchmarks.gpu.part import PARTS, Setting
 from benchmarks.gpu.report import markdown
 from benchmarks.gpu.runner import run_part
-from benchmarks.gpu.throughput import LOOPS
+from benchmarks.gpu.throughput import LOOPS, throughput
 from tests.launching import python
 
 SMALL = [name for name in PARTS if name not in ("compile", "flex")]
@@ -252,6 +252,15 @@ def test_a_check_that_fails_is_shown_and_not_passed(tmp_path):
         "| waits | 1 of 1 checks failed |" in text
         and "| errors | **FAILED** | 0.5, at most 0.1 |" in text
     )
+
+
+def test_throughput_keeps_what_it_has_when_its_time_is_over(tmp_path):
+    """On a slow machine all was lost that had been measured."""
+    result = throughput(Setting("cpu", True, str(tmp_path), limit=20.0))  # less than a start needs
+    assert not result.table.rows and {c.words for c in result.checks} == {
+        "the part's time was over"
+    }
+    assert [c.name for c in result.checks] == [f"1M, {loop}: runs" for loop in LOOPS]
 
 
 def test_without_a_gpu_one_message(tmp_path):

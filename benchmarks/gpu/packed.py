@@ -36,8 +36,7 @@ def packing(setting: Setting) -> Result:
     result.notes.append(
         f"{PACKED_SDPA} in bf16 is torch's varlen_attn on a GPU, else a loop over samples."
     )
-    if setting.cpu:
-        result.notes.append("Flash attention needs a GPU: not run here.")
+    result.needs_gpu(setting, "Flash attention")
     return result
 
 

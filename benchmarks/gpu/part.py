@@ -110,6 +110,11 @@ class Result:
     def check(self, name: str, passed: bool, words: str) -> None:
         self.checks.append(Check(name, bool(passed), words))
 
+    def needs_gpu(self, setting: Setting, what: str) -> None:
+        """Say on a CPU what was left out there."""
+        if setting.cpu:
+            self.notes.append(f"{what} needs a GPU: not run here.")
+
     def at_most(self, name: str, value: float, limit: float) -> None:
         """A check that `value` is at most `limit`, and a number."""
         self.check(name, value <= limit, f"{value:.3g}, at most {limit:.3g}")

@@ -63,7 +63,11 @@ def throughput(setting: Setting) -> Result:
         for run in asked if number % 2 == 0 else asked[::-1]:
             if len(found[run]) < number:
                 continue  # it failed before
-            outcome = _launch(setting, *run, number)
+            left = setting.limit - STARTING - (time.monotonic() - begun)
+            if left < STARTING:  # what was measured so far is kept
+                result.check(f"{', '.join(run)}: runs", False, "the part's time was over")
+                continue
+            outcome = _launch(setting, *run, number, min(left, LIMIT * setting.patience))
             if isinstance(outcome, str):
                 result.check(f"{', '.join(run)}: runs", False, outcome)
             else:
@@ -72,7 +76,7 @@ def throughput(setting: Setting) -> Result:
     for size in runs:
         measured = {loop: found[size, loop] for loop in runs[size] if found[size, loop]}
         _rows(result, size, measured, device_peak)
-    size, batch, k, updates = next(iter(runs)), *_sizes(setting)
+    batch, k, updates = _sizes(setting)
     longest = 8 * _median(setting)
     result.notes.append(
         f"Llamas with random weights in float32 under bf16 autocast, AdamW, clipping; B={batch}, "
@@ -127,11 +131,12 @@ def _median(setting: Setting) -> int:
     return 16 if setting.small else 160
 
 
-def _launch(setting: Setting, size: str, name: str, number: int) -> dict[str, float] | str:
-    """What one loop measured in a process of its own, or its last words."""
+def _launch(
+    setting: Setting, size: str, name: str, number: int, limit: float
+) -> dict[str, float] | str:
+    """What one loop measured in a process of its own in `limit` seconds, or its last words."""
     log = setting.place("logs") / f"{size}-{name}-{number}.txt"
     command = [sys.executable, "-m", "benchmarks.gpu.throughput", "--measure"]
-    limit = LIMIT * setting.patience
     status = processes.run(
         [*command, size, name, json.dumps(vars(setting))], log, limit, os.environ
     )
@@ -167,9 +172,8 @@ def measure(size: str, name: str, setting: Setting, profiled: bool = False) -> d
         if name in ("trainer", "grouped")
         else _ours(setting, name, model, rows, batch, k)
     )
-    tokens = [0]
     for _ in range(WARM_UP):
-        first_loss, tokens[0] = next(loop)
+        first_loss, _ = next(loop)
     _settle(setting)
     begun = time.perf_counter()
     tokens = [next(loop)[1] for _ in range(updates)]
@@ -240,10 +244,8 @@ def _ours(
         collate = PackingCollator(found.boundaries)
     if name.endswith("compiled"):
         compile_blocks(plain, acc.device)
-    cut = Cut(
-        None if by_tokens else batch, 8 * _median(setting) * batch if by_tokens else None,
-        packed=packed,
-    )  # fmt: skip
+    most = 8 * _median(setting) * batch  # tokens of B samples of the longest
+    cut = Cut(None, most, packed=packed) if by_tokens else Cut(batch, packed=packed)
     windows = acc.windows(
         rows, collate_fn=collate, lengths=rows.lengths, shuffle=False, cut=cut, prefetch=True
     )

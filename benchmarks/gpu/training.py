@@ -87,8 +87,7 @@ def precision(setting: Setting) -> Result:
     result.notes.append(
         f"{UPDATES} updates of the tiny model through `accum_trainer.train.updates`."
     )
-    if setting.cpu:
-        result.notes.append("fp16 needs a GPU: not run here.")
+    result.needs_gpu(setting, "fp16")
     return result
 
 
