@@ -11,8 +11,9 @@ by closing the connection. tests/stand_ins/command is a client that is a program
 place of python for all that a forked process starts.
 
 It does not know what a test wants, and imports no module that runs as a program. A process from
-here differs from a fresh one: a forgotten import does not show, and variables that libraries read
-when they are imported have no effect. Tests of these start fresh processes.
+here differs from a fresh one: a forgotten import does not show, variables that libraries read when
+they are imported have no effect, and libraries' caches are filled (`warm_up`). Tests of these start
+fresh processes.
 
 The code in the file ACCUM_TESTS_HOOK runs before the program, in each process from here. `inject`
 makes a process send itself SIGKILL: {"micro_step": n} before its n-th micro-batch, {"sync": n}
@@ -68,13 +69,14 @@ MOST_BYTES = 1 << 18  # of a message
 
 
 def warm_up() -> None:
-    """What a process does once, and a forked one then finds done: about a sixth of a short
-    training's time."""
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
+    """What a process does once, and a forked one then finds done: about a third of a short
+    training's CPU time."""
     from accum_trainer.lm.model import load_model, load_tokenizer
 
-    get_checkpoint_conversion_mapping("llama")
+    with contextlib.suppress(ImportError):  # no public name of transformers: saving a model asks it
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        get_checkpoint_conversion_mapping("llama")
     load_model(TrainConfig(), load_tokenizer(TrainConfig()))
     with tempfile.TemporaryDirectory() as folder:
         drawn = {"skipped": False, "step": 1, "loss": 1.0, "lr": 1e-3}

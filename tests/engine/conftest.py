@@ -105,7 +105,7 @@ OF_GROUPS = OF_A_STAGE - {"stream_unsized"} | {
     "weight_sync_changes_no_bit",
     "window_that_one_rank_cannot_read",
 }
-# Most of ZeRO's time; what they show of sharded engines, FSDP2 shows in the short part.
+# Much of ZeRO's time; what they show of sharded engines, FSDP2 shows in the short part.
 SLOW_UNDER_ZERO = {
     "combinations",
     "weight_sync_changes_no_bit",
