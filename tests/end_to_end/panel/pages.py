@@ -37,6 +37,10 @@ def set_up(page, name, updates, batch=8, steps=4):
     """A small training on the sums."""
     page.get_by_role("button", name="Reset").click()
     expect(command_of(page)).to_have_text(re.compile(r"accum-trainer train --output-dir \S+"))
+    # Reset empties each field by a message of its own, after the command's: one that is typed into
+    # before would lose that. The answer to another click comes behind them all.
+    page.get_by_role("radio", name="32", exact=True).check()
+    expect(command_of(page)).to_contain_text("--gradient-accumulation-steps 32 ")
     fill(page, Batch_size=batch, Data_file="rows.jsonl", Name_of_the_run=name, Train_for=updates)
     page.get_by_label("Longest sample (tokens)").fill("32")
     choose(page, "Unit", "updates")
