@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,13 +15,16 @@ from accum_trainer.cli.options import BeforeTrainArguments, is_on_command_line
 from accum_trainer.cli.train import options_in, parse
 from accum_trainer.config.sources import read_yaml
 from accum_trainer.errors import AccumTrainerError, ConfigError
-from accum_trainer.launch.node_ending import note_ending
+from accum_trainer.launch.node_ending import Ending, note_ending
 from accum_trainer.launch.signals import STOPPED_AND_SAVED
 from accum_trainer.train.run_folder import LOGS
 
 if TYPE_CHECKING:
     from accum_trainer.launch.launch_file import LaunchFile
     from accum_trainer.launch.placement import NodePlacement
+
+# Until the processes of a node that was slow to fail run again.
+_STARTING_SEC = 600.0
 
 
 @click.command(
@@ -64,7 +68,8 @@ if TYPE_CHECKING:
     metavar="N",
     help="After a failure (a process was killed, or a status other than 0, 2 and 75) start all "
     "processes again from the newest checkpoint, at most N times in a row without a new one; "
-    "torchrun's option of this name counts all restarts. On one machine.",
+    "torchrun's option of this name counts all restarts. With several nodes give it to each; node "
+    "0 decides.",
 )
 @train_arguments
 def command(
@@ -101,7 +106,7 @@ def command(
         status = error.exit_status
         raise
     finally:
-        note_ending(Path(folder) / LOGS, batch_start, machine_rank or 0, status)
+        note_ending(Path(folder) / LOGS, Ending(status, batch_start), machine_rank or 0)
     sys.exit(0 if status == STOPPED_AND_SAVED else status)
 
 
@@ -130,6 +135,7 @@ def _launch(
     # accelerate and torch take seconds to import: only now that the options are known to be right.
     from accum_trainer.launch.launch_file import read_launch_file
     from accum_trainer.launch.run import launch
+    from accum_trainer.launch.starting_together import StartingTogether
     from accum_trainer.runs.restarts import Restarts
     from accum_trainer.train.run_folder import check_output_dir, new_run_folder
 
@@ -139,14 +145,9 @@ def _launch(
             f"{config} has {file.num_machines} nodes, which must agree on one --output-dir; "
             "give it after --"
         )
-    if file.num_machines > 1 and max_restarts:
-        raise ConfigError(
-            f"max_restarts={max_restarts} is for one machine, and {config} has "
-            f"{file.num_machines} nodes: a launcher that starts again would wait for nodes that do "
-            "not. Leave it out and give the same commands again after a failure, which continue; "
-            "in a batch system put the job back into the queue (`config create --slurm`)"
-        )
     placement = _placement(config, file, machine_rank, main_process_ip, main_process_port)
+    if max_restarts and placement.num_machines > 1:
+        _check_restarts(placement, composed.resume, max_restarts)
     folder = Path(composed.output_dir) if composed.output_dir else new_run_folder(composed.model)
     check_output_dir(folder, composed.resume)
     arguments = [*train, *([] if composed.output_dir else ["--output-dir", str(folder)])]
@@ -156,13 +157,45 @@ def _launch(
             f"processes, logs in {folder / LOGS}",
             err=True,
         )
-    if not max_restarts:
-        return launch(path, placement, arguments, folder / LOGS, file.deepspeed_file)
-    job = Restarts(folder, arguments, composed.resume, max_restarts)
-    return launch(
-        *(path, placement, arguments, folder / LOGS, file.deepspeed_file),
-        after_failure=job.after_failure,
+    start = functools.partial(
+        launch, path, placement, arguments, folder / LOGS, file.deepspeed_file
     )
+    if not max_restarts:
+        return start()
+    if placement.num_machines == 1:
+        return start(restarting=Restarts(folder, arguments, composed.resume, max_restarts))
+    together = StartingTogether(
+        folder / LOGS,
+        placement,
+        arguments,
+        Restarts(folder, arguments, composed.resume, max_restarts),
+    )
+    status = 1
+    try:
+        # A process that hangs keeps its node until its timeout.
+        status = start(restarting=together, meeting_sec=composed.timeout + _STARTING_SEC)
+    except AccumTrainerError as error:
+        status = error.exit_status
+        raise
+    finally:
+        together.end(status)
+    return status
+
+
+def _check_restarts(placement: NodePlacement, resume: str, max_restarts: int) -> None:
+    """Raise a ConfigError unless several nodes can start again together."""
+    if resume != "auto":
+        raise ConfigError(
+            f"max_restarts={max_restarts} on {placement.num_machines} nodes continues a run, and "
+            f"resume={resume} does not: the nodes would not agree at a restart on what was already "
+            "written. Leave --resume out, with a new --output-dir for a new run"
+        )
+    port = placement.main_process_port
+    if port == 65535:
+        raise ConfigError(
+            f"main_process_port={port} has no port after it, where the nodes meet at every other "
+            "restart; give at most 65534"
+        )
 
 
 def _placement(

@@ -5,8 +5,9 @@ Knows sockets and accelerate's options; starts nothing.
 
 from __future__ import annotations
 
+import math
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from accum_trainer.errors import ConfigError
 
@@ -19,6 +20,7 @@ class NodePlacement:
     num_machines: int = 1
     main_process_ip: str | None = None
     main_process_port: int | None = None
+    meeting_sec: float | None = None  # how long to wait for other nodes; torchrun's 600 if None
 
     def check(self) -> None:
         """Raise a ConfigError unless the processes can meet at this address."""
@@ -38,12 +40,26 @@ class NodePlacement:
         if port is not None and self.machine_rank == 0:
             _check_free(port)
 
+    def of_restart(self, number: int, meeting_sec: float) -> NodePlacement:
+        """This node's place in the restart `number`, from 1.
+
+        Several nodes meet at the port and at the one after it by turns: a node that is quicker than
+        node 0 waits there, and cannot reach what is left of the start before.
+        """
+        if self.num_machines == 1 or self.main_process_port is None:
+            return self
+        step = 1 if number % 2 else -1
+        port = self.main_process_port + step
+        return replace(self, main_process_port=port, meeting_sec=meeting_sec)
+
     def arguments(self) -> list[str]:
         """Options for accelerate's launcher; without a port, a free one of this machine."""
         port = self.main_process_port or free_port()
         given = ["--num_machines", str(self.num_machines), "--machine_rank", str(self.machine_rank)]
         if self.main_process_ip is not None:
             given += ["--main_process_ip", self.main_process_ip]
+        if self.meeting_sec is not None:
+            given += ["--rdzv_conf", f"timeout={math.ceil(self.meeting_sec)}"]
         return [*given, "--main_process_port", str(port)]
 
 

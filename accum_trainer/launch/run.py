@@ -14,22 +14,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from accum_trainer.errors import AccumTrainerError, ConfigError
 from accum_trainer.launch.folders import make_folder, private, remove_folders
 from accum_trainer.launch.placement import NodePlacement
 from accum_trainer.launch.rank import follow_parent, make_statuses
+from accum_trainer.launch.restarting import Restarting
 from accum_trainer.launch.signals import (
     POLL_INTERVAL_SEC,
     RESEND_AFTER_SEC,
     collect_stop_signals,
 )
-from accum_trainer.launch.watch import LAUNCHER_LOG, RankWatch
+from accum_trainer.launch.watch import LAUNCHER_LOG, NodesNotMet, RankWatch
 
-# After a failure: the arguments of `train` for another start or None, and a line for the user.
-AfterFailure = Callable[[], tuple[Sequence[str] | None, str]]
+_LOOK_AFTER_SEC = 2.0  # for what other nodes have noted, on a file system that all share
 
 
 def launch(
@@ -38,7 +39,8 @@ def launch(
     train: Sequence[str],
     logs: Path,
     deepspeed_file: Path | None = None,
-    after_failure: AfterFailure = lambda: (None, ""),
+    restarting: Restarting | None = None,
+    meeting_sec: float = 600.0,
 ) -> int:
     """Run `train` with the arguments `train` under the accelerate configuration `config`.
 
@@ -48,84 +50,128 @@ def launch(
         train: arguments of `train`; must name the run directory.
         logs: folder for the logs; made if missing.
         deepspeed_file: the DeepSpeed configuration that `config` names, as a path that exists.
-        after_failure: asked after an exit status of 1, unless a signal asked for a stop.
+        restarting: asked after an exit status of 1, unless a signal asked for a stop or the nodes
+            did not meet; by default the first start is the only one.
+        meeting_sec: how long each restart waits for the other nodes.
 
     Returns:
         The exit status: 0 done, 75 stopped by a signal after saving, 128 + N stopped by signal N
         with nothing saved, 2 wrong input, 1 anything else.
     """
     made = make_folder(logs)
+    restarting = restarting or Restarting()
     try:
         with collect_stop_signals() as signals:
+            start = _Start(config, logs, deepspeed_file, logs in made, signals, restarting)
+            restarts = 0
             while True:
                 failure = None
                 try:
-                    status = _start(
-                        config, place, train, logs, deepspeed_file, logs in made, signals
-                    )
+                    status = start.run(place, train)
                 except AccumTrainerError as error:
                     failure, status = error, error.exit_status
-                again, line = after_failure() if status == 1 and not signals else (None, "")
+                again, line = None, ""
+                if isinstance(failure, NodesNotMet) and not restarting.is_over():
+                    raise failure
+                if status == 1 and not signals:
+                    again, line = restarting.after_failure()
                 if again is not None and failure is not None:
                     print(f"failed: {failure}", file=sys.stderr)
                 if line:
                     print(line, file=sys.stderr, flush=True)
                 if again is None:
-                    if failure is not None:
+                    if failure is not None and not isinstance(failure, NodesNotMet):
                         raise failure
                     return status
-                train = again
+                restarts += 1
+                train, place = again, place.of_restart(restarts, meeting_sec)
     finally:
         remove_folders(made)
 
 
-def _start(
-    config: Path,
-    place: NodePlacement,
-    train: Sequence[str],
-    logs: Path,
-    deepspeed_file: Path | None,
-    made_logs: bool,
-    signals: list[int],
-) -> int:
-    """Start the processes once and wait for their end; see `launch`."""
-    try:
-        statuses = make_statuses(logs)
-    except OSError as error:
-        raise ConfigError(
-            f"no file can be made in {logs}: {error.strerror}; name another output_dir"
-        ) from None
-    try:
-        watch = RankWatch(logs, place, statuses)
-        command = _command(config, place, train, logs, statuses, deepspeed_file)
-        status = _run(command, watch, logs, signals)
-        if status == 2 and made_logs:  # refused: leave nothing behind
-            watch.remove_logs()
-        return status
-    finally:
-        shutil.rmtree(statuses, ignore_errors=True)
+@dataclass(frozen=True)
+class _Start:
+    """One start of the processes and the wait for their end; see `launch`."""
 
+    config: Path
+    logs: Path
+    deepspeed_file: Path | None
+    made_logs: bool
+    signals: list[int]
+    restarting: Restarting
 
-def _run(command: list[str], watch: RankWatch, logs: Path, signals: list[int]) -> int:
-    with open(logs / LAUNCHER_LOG, "a", opener=private) as output:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=os.environ | _terminal(),
-            start_new_session=True,  # Ctrl-C reaches only us; we pass it on
-            preexec_fn=follow_parent,
-        )
+    def run(self, place: NodePlacement, train: Sequence[str]) -> int:
+        """The exit status.
+
+        Raises:
+            NodesNotMet: no process ran, because another node did not come.
+            AccumTrainerError: a process was killed, or the launcher failed before any process.
+        """
         try:
-            _wait(process, watch, signals)
-            watch.stop_orphans()
+            statuses = make_statuses(self.logs)
+        except OSError as error:
+            raise ConfigError(
+                f"no file can be made in {self.logs}: {error.strerror}; name another output_dir"
+            ) from None
+        try:
+            watch = RankWatch(self.logs, place, statuses)
+            command = _command(self.config, place, train, self.logs, statuses, self.deepspeed_file)
+            status = self._run(command, watch)
+            if status == 2 and self.made_logs:  # refused: leave nothing behind
+                watch.remove_logs()
+            return status
         finally:
-            watch.send(signal.SIGKILL)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            shutil.rmtree(statuses, ignore_errors=True)
+
+    def _run(self, command: list[str], watch: RankWatch) -> int:
+        with open(self.logs / LAUNCHER_LOG, "a", opener=private) as output:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | _terminal(),
+                start_new_session=True,  # Ctrl-C reaches only us; we pass it on
+                preexec_fn=follow_parent,
+            )
+            try:
+                lost = self._wait(process, watch)
+                watch.stop_orphans()
+            finally:
+                watch.send(signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                watch.show()
+            if lost is not None:
+                raise AccumTrainerError(
+                    f"the processes of node {lost} have failed, and those of this node had not "
+                    "noticed, so they were stopped; the same command continues from the last "
+                    "checkpoint"
+                )
+            signals = self.signals
+            return watch.exit_status(process.returncode, signals[0] if signals else None)
+
+    def _wait(self, process: subprocess.Popen[bytes], watch: RankWatch) -> int | None:
+        """Wait for accelerate's launcher, showing rank 0 and passing on a stop; at most until
+        another node is lost, whose number is returned."""
+        asked = looked = 0.0
+        while process.poll() is None:
+            time.sleep(POLL_INTERVAL_SEC)
             watch.show()
-        return watch.exit_status(process.returncode, signals[0] if signals else None)
+            now = time.monotonic()
+            if self.signals and now - asked > RESEND_AFTER_SEC:
+                asked = now
+                if not watch.send(signal.SIGTERM):
+                    process.terminate()  # no process runs yet, so there is nothing to save
+            if not self.signals and now - looked > _LOOK_AFTER_SEC:
+                looked = now
+                if watch.has_processes():
+                    lost = self.restarting.lost_node()
+                    if lost is not None:
+                        return lost
+                elif self.restarting.is_over():
+                    process.kill()  # it waits in a library for nodes that will not come
+        return None
 
 
 def _command(
@@ -150,15 +196,3 @@ def _terminal() -> dict[str, str]:
     if not sys.stderr.isatty():
         return {}
     return {"FORCE_COLOR": "1", "COLUMNS": str(os.get_terminal_size(sys.stderr.fileno()).columns)}
-
-
-def _wait(process: subprocess.Popen[bytes], watch: RankWatch, signals: list[int]) -> None:
-    """Wait for accelerate's launcher, showing rank 0 and passing on a stop."""
-    asked = 0.0
-    while process.poll() is None:
-        time.sleep(POLL_INTERVAL_SEC)
-        watch.show()
-        if signals and time.monotonic() - asked > RESEND_AFTER_SEC:
-            asked = time.monotonic()
-            if not watch.send(signal.SIGTERM):
-                process.terminate()  # no process runs yet, so there is nothing to save

@@ -29,6 +29,10 @@ _GRACE_SEC = 60.0  # for processes without a launcher to save
 _SCREEN = 100_000  # characters of what was printed that are kept
 
 
+class NodesNotMet(AccumTrainerError):
+    """The launcher of a node ended before any of its processes ran."""
+
+
 class RankWatch:
     """The processes of this node that write to `logs` and their statuses to `statuses`, from now
     on."""
@@ -54,6 +58,10 @@ class RankWatch:
         self._shown += len(new)
         self._print(new.decode(errors="replace"))
 
+    def has_processes(self) -> bool:
+        """Whether a process has been started; with several nodes, once these have met."""
+        return bool(read_statuses(self._statuses))
+
     def send(self, number: int) -> bool:
         """Send a signal (0: none) to each running process; False if none is running."""
         sent = [process.send(number) for process in read_statuses(self._statuses)]  # all of them
@@ -75,6 +83,7 @@ class RankWatch:
             stopped_by: the signal that asked for a stop, if one did.
 
         Raises:
+            NodesNotMet: there are several nodes, and the launcher ended before any process.
             AccumTrainerError: a process was killed, or the launcher failed before any process.
         """
         ended = read_statuses(self._statuses)
@@ -98,10 +107,13 @@ class RankWatch:
         if (first is None or first.status != 2) and any(p.status is None for p in ended):
             self._raise_if_killed()
         if first is None:
-            raise AccumTrainerError(
+            said = (
                 f"accelerate's launcher ended with status {launcher_status}; its last lines "
                 f"({self._launcher_log}):\n{last_words(self._since_start(self._launcher_log))}"
             )
+            if ended or self._is_only_node:
+                raise AccumTrainerError(said)
+            raise NodesNotMet(f"the nodes did not meet: {said}")
         if not self._is_shown(first):
             self._print_failure(first)
         return 2 if first.status == 2 else 1

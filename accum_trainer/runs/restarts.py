@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accum_trainer.errors import CheckpointError
+from accum_trainer.launch.restarting import Restarting
 from accum_trainer.runs.json_file import read_json
 from accum_trainer.train.run_folder import DIVERGENCE, LAST, RESULT
 
@@ -26,7 +27,7 @@ class _Written:
     at: tuple[int, int] | None
 
 
-class Restarts:
+class Restarts(Restarting):
     """The restarts of one launch; made before its first start.
 
     Args:

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from accum_trainer.accumulator import Accumulator
 from accum_trainer.config import TrainConfig
 from accum_trainer.engine.memory import memory_gb, peak_gb, reset_peak
-from accum_trainer.engine.ranks import StoreLostError, is_lost_connection
+from accum_trainer.engine.ranks import StoreLostError
 from accum_trainer.errors import AccumTrainerError, ConfigError, DivergedError
 from accum_trainer.launch.rank import end_at_once
 from accum_trainer.losses.causal_lm import causal_lm_loss
@@ -27,6 +28,7 @@ from accum_trainer.train.diagnosis import describe_window
 from accum_trainer.train.evaluation import Evaluation
 from accum_trainer.train.hang_watch import HangWatch
 from accum_trainer.train.leaving import LoopPlaces
+from accum_trainer.train.lost_peer import naming_lost_processes
 from accum_trainer.train.model_origin import ModelOrigin, identity_of, read_origin
 from accum_trainer.train.rank_agreement import agree_on_checkpoint, agree_on_folder, agree_on_origin
 from accum_trainer.train.records import Record
@@ -82,6 +84,11 @@ class Run:
         accumulator = make_accumulator(config)
         self.engine = accumulator.engine
         self.stopping = StoppingPolicy(accumulator, config, started)
+        with naming_lost_processes(self.engine, lambda: 0, lambda: None):
+            self._prepare(config, accumulator)
+
+    def _prepare(self, config: TrainConfig, accumulator: Accumulator) -> None:
+        """All that comes before the first window. Collective."""
         self.folder, lock = agree_on_folder(self.engine, config)
         self._files = RunFolder(self.folder, lock)
         self._hangs = HangWatch(self.engine, config.timeout, self._end_at_once)
@@ -112,6 +119,11 @@ class Run:
         self._trackers = Trackers(self.folder, self.config)
         self._utilisation = Utilisation.of_training(self.training)
         self._plan = run_plan(self.training, self._resumed_from)
+
+    def _naming_lost_processes(self) -> contextlib.AbstractContextManager[None]:
+        return naming_lost_processes(
+            self.engine, lambda: self._files.tally.records, lambda: self.folder
+        )
 
     def _best_checkpoint(self, config: TrainConfig) -> BestCheckpoint:
         evaluation = self.training.data.evaluation
@@ -174,9 +186,9 @@ class Run:
         places = LoopPlaces(self.engine, self._files.tally.records)
         with (
             self.stopping.on_signals(),
+            self._naming_lost_processes(),
             self._open_files(places),
             self._saving_if_memory_runs_out(),
-            self._naming_lost_processes(),
         ):
             last_ended = time.perf_counter()
             for window in self._windows():
@@ -226,22 +238,6 @@ class Run:
                     return
                 # Evaluation, saving and the caller's own code are not part of a step.
                 last_ended = time.perf_counter()
-
-    @contextlib.contextmanager
-    def _naming_lost_processes(self) -> Iterator[None]:
-        """Say in one sentence that another process is gone: its own words say why, not torch's."""
-        try:
-            yield
-        except RuntimeError as error:
-            if self.engine.world_size == 1 or not is_lost_connection(error):
-                raise
-            said = str(error).splitlines()[0].partition(". ")[0]  # gloo goes on with advice
-            raise AccumTrainerError(
-                f"process {self.engine.rank} lost another process in window "
-                f"{self._files.tally.records + 1} ({said}): it ended, and "
-                "its log says why, or the network failed. The last checkpoint stays; the same "
-                f"command with --output-dir {self.folder} continues from it"
-            ) from error
 
     @contextlib.contextmanager
     def _saving_if_memory_runs_out(self) -> Iterator[None]:

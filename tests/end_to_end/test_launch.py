@@ -102,7 +102,7 @@ def test_a_killed_process_is_named_and_its_run_continues(tmp_path, train):
     assert started.ended() == 1
     errors = [line for line in started.err.splitlines() if line.startswith("error")]
     assert "process 1 was killed by SIGKILL, as the kernel does when memory runs out" in errors[-1]
-    assert all("process 0 lost another process in window" in error for error in errors[:-1])
+    assert all("process 0 lost another process " in error for error in errors[:-1])
     assert "torch.distributed.elastic" not in started.err and "ChildFailedError" not in started.err
     again = torchrun(2, "accum_trainer.train", *arguments)
     assert again.returncode == 0, again.stderr[-3000:]

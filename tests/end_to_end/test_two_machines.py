@@ -1,14 +1,15 @@
-"""Two machines: two network namespaces joined by one cable, `accelerate launch --num_machines 2` on
-both.
+"""Two machines: two network namespaces joined by one cable, one launcher on each.
 
 Each side sees its own network devices only, so that nothing can go by the loopback of the other.
-One machine is lost in mid-run; both start again; the end is bit-equal to that of an undisturbed
-run.
+One machine is lost in mid-run, or a process of one; both start again; the end is bit-equal to that
+of an undisturbed run.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -75,24 +76,14 @@ def cable():
 
 
 class Machine(Started):
-    """`accelerate launch` on one side of the cable."""
+    """A launcher, with its arguments, on one side of the cable."""
 
-    def __init__(self, number, config, folder, train):
+    def __init__(self, number, folder, launcher):
         self.side = SIDES[number]
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
-        launcher += [
-            "--num_machines",
-            2,
-            "--machine_rank",
-            number,
-            "--main_process_ip",
-            ADDRESSES[0],
-        ]
-        launcher += ["--main_process_port", 29500, "-m", "accum_trainer.train"]
         folder = folder / f"machine-{number}"
         folder.mkdir(exist_ok=True)
         super().__init__(
-            ["ip", "netns", "exec", self.side, *launcher, *train],
+            ["ip", "netns", "exec", self.side, sys.executable, "-m", *launcher],
             folder,
             fresh=True,  # a forked process would be outside the namespace
             GLOO_SOCKET_IFNAME=DEVICE,
@@ -104,48 +95,145 @@ class Machine(Started):
             os.kill(int(pid), signal.SIGKILL)
 
 
+@pytest.fixture
+def train(tmp_path, rows_file):
+    """Arguments of a training of ten updates, but for its folder."""
+    texts = [{"text": f"{n} and {n + 1} " * (n % 5 + 1)} for n in range(200)]
+    options = {
+        "dataset-file": rows_file("rows.jsonl", texts),
+        "batch-size": 2,
+        "gradient-accumulation-steps": 4,
+        "lr": "1e-2",
+        "steps": 10,
+        "checkpoint-every": 2,
+    }
+    return [part for name, value in options.items() for part in (f"--{name}", value)]
+
+
+@pytest.fixture
+def start(tmp_path, command, cable, train):
+    """Start a run on both machines, by accelerate's launcher or, with options, by ours."""
+
+    def start_both(name, engine, *options):
+        config = tmp_path / "two.yaml"
+        argv = ["--nodes", "2", "--gpus-per-node", "1", "--engine", engine, "-o", config, "--force"]
+        assert command("config", "create", "multi-gpu", *argv, cwd=tmp_path).status == 0
+        arguments = [*train, "--output-dir", tmp_path / name]
+        meeting = {"main-process-ip": ADDRESSES[0], "main-process-port": 29500}
+        machines = []
+        for number in (0, 1):
+            place = {"machine-rank": number} | meeting
+            if options:
+                flags = [part for flag, value in place.items() for part in (f"--{flag}", value)]
+                launcher = ["accum_trainer", "launch", config, *flags, *options, "--"]
+            else:
+                place = {"config-file": config, "num-machines": 2} | place
+                flags = [
+                    part
+                    for flag, value in place.items()
+                    for part in (f"--{flag.replace('-', '_')}", value)
+                ]
+                launcher = ["accelerate.commands.launch", *flags, "-m", "accum_trainer.train"]
+            machines.append(Machine(number, tmp_path, [*launcher, *arguments]))
+        return machines
+
+    return start_both
+
+
+def losses_of(run):
+    return [(record["step"], record["loss"]) for record in read_records(run / "metrics.jsonl")]
+
+
+def ended(machines):
+    return [machine.ended() for machine in machines]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("engine", ["ddp", "zero2"])
-def test_a_lost_machine_changes_nothing(tmp_path, command, rows_file, cable, engine):
-    rows = rows_file(
-        "rows.jsonl", [{"text": f"{n} and {n + 1} " * (n % 5 + 1)} for n in range(200)]
-    )
-    config = tmp_path / "two.yaml"
-    argv = ["--nodes", "2", "--gpus-per-node", "1", "--engine", engine, "-o", config]
-    assert command("config", "create", "multi-gpu", *argv, cwd=tmp_path).status == 0
-
-    def start(name):
-        train = [
-            "--dataset-file",
-            rows,
-            "--batch-size",
-            2,
-            "--gradient-accumulation-steps",
-            4,
-            "--lr",
-            "1e-2",
-        ]
-        train += ["--steps", 10, "--checkpoint-every", 2, "--output-dir", tmp_path / name]
-        return [Machine(number, config, tmp_path, train) for number in (0, 1)]
-
-    whole = start("whole")
-    assert [machine.ended() for machine in whole] == [0, 0], whole[0].err + whole[1].err
-    machines = start("run")
-    machines[0].until_update(tmp_path / "run", 5)
+def test_a_lost_machine_changes_nothing(tmp_path, start, engine):
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    machines = start("whole", engine)
+    assert ended(machines) == [0, 0], machines[0].err + machines[1].err
+    machines = start("run", engine)
+    machines[0].until_update(run, 5)
     machines[1].lose()
     # The one that is left cannot go on, and says so with its status instead of hanging.
     assert machines[0].ended() not in (0, 75) and machines[1].ended() != 0
-    survived = len(read_records(tmp_path / "run" / "metrics.jsonl"))
-    assert 5 <= survived < 10
-    again = start("run")
-    assert [machine.ended() for machine in again] == [0, 0], again[0].err + again[1].err
-    assert "continued from" in again[0].err
-    assert [record["step"] for record in read_records(tmp_path / "run" / "metrics.jsonl")] == list(
-        range(1, 11)
+    assert 5 <= len(losses_of(run)) < 10
+    machines = start("run", engine)
+    assert ended(machines) == [0, 0], machines[0].err + machines[1].err
+    assert "continued from" in machines[0].err
+    assert [step for step, _ in losses_of(run)] == list(range(1, 11))
+    assert equal(weights_in(run / "model"), weights_in(whole / "model"))
+    assert losses_of(run) == losses_of(whole)
+
+
+def lose_process(run, rank, machine):
+    """Kill a process as soon as it runs."""
+    found = []
+    machine.until(
+        lambda: found.extend((run / "logs").glob(f".processes-*/rank-{rank}.json")) or found
     )
-    assert equal(weights_in(tmp_path / "run" / "model"), weights_in(tmp_path / "whole" / "model"))
-    losses = [
-        [record["loss"] for record in read_records(tmp_path / name / "metrics.jsonl")]
-        for name in ("run", "whole")
-    ]
-    assert losses[0] == losses[1]
+    os.kill(json.loads(found[0].read_text())["pid"], signal.SIGKILL)
+
+
+@pytest.mark.long
+def test_both_start_again_when_a_process_of_either_is_lost(tmp_path, start):
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    machines = start("whole", "ddp")
+    assert ended(machines) == [0, 0], machines[0].err + machines[1].err
+    machines = start("run", "ddp", "--max-restarts", 1)
+    for number, (update, rank) in enumerate([(3, 1), (6, 0)], 1):
+        machines[0].until_update(run, update)
+        lose_process(run, rank, machines[rank])
+        machines[0].until(lambda n=number: machines[0].err.count("continued from") == n)
+    assert ended(machines) == [0, 0], machines[0].err + machines[1].err
+    again = (
+        r"starting all processes again from the checkpoint of update (\d), restart 1 of at most 1"
+    )
+    first, second = map(int, re.findall(again, machines[0].err))
+    assert 2 <= first < second
+    assert machines[1].err.count("starting the processes of this node again") == 2
+    assert losses_of(run) == losses_of(whole)
+    assert equal(weights_in(run / "model"), weights_in(whole / "model"))
+    assert not any("Traceback" in machine.err for machine in machines)
+
+
+def started_again(run, machines, restart):
+    """Wait until both machines run the start after so many restarts."""
+    line = "starting all processes again"
+    machines[0].until(lambda: machines[0].err.count(line) == restart)
+    machines[0].until(lambda: machines[0].err.count("run directory: ") == restart + 1)
+
+
+@pytest.mark.long
+def test_node_1_ends_when_node_0_does_not_start_again(tmp_path, start, train):
+    train[train.index("--checkpoint-every") + 1] = 500
+    run = tmp_path / "run"
+    machines = start("run", "ddp", "--max-restarts", 1)
+    for restart in (0, 1):
+        started_again(run, machines, restart)
+        lose_process(run, 1, machines[1])
+    assert ended(machines) == [1, 1]
+    assert "not started again: 1 restart in a row ended without" in machines[0].err
+    assert "not started again: node 0 has ended, with status 1" in machines[1].err
+    assert not any("Traceback" in machine.err for machine in machines)
+    # The note of that launch does not end the next one.
+    machines = start("run", "ddp", "--max-restarts", 1)
+    started_again(run, machines, 0)
+    lose_process(run, 0, machines[0])
+    assert ended(machines) == [0, 0], machines[0].err + machines[1].err
+
+
+@pytest.mark.long
+def test_processes_that_do_not_notice_a_lost_node_are_stopped(tmp_path, start):
+    """Process 1 is lost while process 0 does not yet talk to it, as one whose network is silent."""
+    run = tmp_path / "run"
+    machines = start("run", "ddp", "--max-restarts", 1)
+    started_again(run, machines, 0)
+    [status] = (run / "logs").glob(".processes-*/rank-0.json")
+    os.kill(json.loads(status.read_text())["pid"], signal.SIGSTOP)
+    lose_process(run, 1, machines[1])
+    assert ended(machines) == [0, 0], machines[0].err + machines[1].err
+    assert "the processes of node 1 have failed, and those of this node had not" in machines[0].err
+    assert machines[0].err.count("starting all processes again") == 1

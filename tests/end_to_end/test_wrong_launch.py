@@ -160,6 +160,7 @@ TWO = {
     "num_processes": 2,
     "num_machines": 1,
 }
+MEETING = ("--machine-rank", "0", "--main-process-ip", "a", "--main-process-port", "29500")
 LAUNCH = {
     "no such file": (None, [], "cannot read the launch configuration launch.yaml"),
     "not YAML": ("a: [1", [], "launch.yaml line 1 is not YAML"),
@@ -197,7 +198,7 @@ LAUNCH = {
     "too many processes": (TWO | {"num_processes": 4096}, [], ("4096 processes", "CPU cores")),
     "too many processes of two nodes": (
         TWO | {"num_processes": 8192, "num_machines": 2},
-        ["--machine-rank", "0", "--main-process-ip", "a", "--main-process-port", "29500"],
+        [*MEETING],
         ("4096 processes on this machine", "or less (over 2 nodes)"),
     ),
     "which node": (TWO | {"num_machines": 2}, [], "say which one this is with --machine-rank"),
@@ -211,10 +212,15 @@ LAUNCH = {
         ["--machine-rank", "1"],
         "2 nodes must know where to meet",
     ),
-    "restarts of one node of two": (
+    "restarts of two nodes that do not continue": (
         TWO | {"num_machines": 2},
-        ["--machine-rank", "1", "--max-restarts", "3"],
-        ("max_restarts=3 is for one machine", "launch.yaml has 2 nodes", "give the same commands"),
+        [*MEETING, "--max-restarts", "3", "--", "--resume", "anew"],
+        ("max_restarts=3 on 2 nodes continues a run", "resume=anew does not", "a new --output-dir"),
+    ),
+    "restarts beyond the last port": (
+        TWO | {"num_machines": 2},
+        [*MEETING[:-1], "65535", "--max-restarts", "3"],
+        ("main_process_port=65535 has no port after it", "give at most 65534"),
     ),
     "restarts below zero": (TWO, ["--max-restarts", "-1"], "-1 is not in the range x>=0"),
     "a node of one": (TWO, ["--machine-rank", "1"], "machine_rank=1, but launch.yaml has one node"),
@@ -237,9 +243,8 @@ def test_wrong_launch(command, tmp_path, name):
     if content is not None:
         text = content if isinstance(content, str) else yaml.safe_dump(content)
         (tmp_path / "launch.yaml").write_text(text)
-    refused(
-        command, tmp_path, "launch", "launch.yaml", *argv, "--", "--output-dir", "run", says=says
-    )
+    more = argv if "--" in argv else [*argv, "--"]
+    refused(command, tmp_path, "launch", "launch.yaml", *more, "--output-dir", "run", says=says)
 
 
 def test_a_batch_job_without_a_run_directory(command, tmp_path):
