@@ -135,8 +135,10 @@ def _accelerate_yaml(spec: LaunchSpec, path: Path) -> str:
                 "standard",
                 "torch's rendezvous on each node; no ssh",
             ),
-            ("  zero3_init_flag", False, "the model is loaded whole, then sharded"),
         ]
+        if spec.zero_stage == 3:
+            comment = "a model from a path or hub id is sharded while it is read"
+            nested.append(("  zero3_init_flag", True, comment))
         lines += [*_JSON_COMMENT, "deepspeed_config:", *_lines(nested)]
     if spec.engine == "fsdp2":
         lines += ["fsdp_config:", "  fsdp_version: 2"]
