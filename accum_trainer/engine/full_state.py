@@ -86,18 +86,18 @@ class FullState(Ranks):
             model: as `prepare` returned it.
             trained_only: leave out frozen parameters, which are as the model was loaded.
         """
-        return dict(self.each_full_weight(model, trained_only))
+        return {name: w.cpu() for name, w in self.each_full_weight(model, trained_only)}
 
     def each_full_weight(
         self, model: torch.nn.Module, trained_only: bool = False
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """`full_weights`, one at a time; every rank takes all of them."""
+        """`full_weights`, one at a time and on the device; every rank takes all of them."""
         plain = self.unwrap(model)
         for name, p in plain.named_parameters():
             if p.requires_grad or not trained_only:
-                yield name, self._whole_weight(p).detach().cpu()
+                yield name, self._whole_weight(p).detach()
         for name, b in persistent_buffers(plain).items():
-            yield name, b.detach().cpu()
+            yield name, b.detach()
 
     def shapes_of_weights(self, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
         """The shape of each trained weight and persistent buffer. Not collective."""

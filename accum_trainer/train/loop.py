@@ -26,6 +26,7 @@ from accum_trainer.train.checkpoint_folder import folder_name
 from accum_trainer.train.checkpoint_writer import CheckpointWriter
 from accum_trainer.train.diagnosis import describe_window
 from accum_trainer.train.evaluation import Evaluation
+from accum_trainer.train.gathered_weights import gathered_weights
 from accum_trainer.train.hang_watch import HangWatch
 from accum_trainer.train.leaving import LoopPlaces
 from accum_trainer.train.lost_peer import naming_lost_processes
@@ -37,7 +38,7 @@ from accum_trainer.train.resume import capture, restore
 from accum_trainer.train.run_folder import CHECKPOINTS, METRICS, MODEL, PICTURE, RunFolder
 from accum_trainer.train.run_plan import describe_plan, describe_split, run_plan
 from accum_trainer.train.save_times import SaveTimes
-from accum_trainer.train.saved_model import needs_only_trained_weights, save_model
+from accum_trainer.train.saved_model import needs_only_trained_weights, save_model, saved_dtype
 from accum_trainer.train.setup import Training, assemble, make_accumulator
 from accum_trainer.train.stopping import StoppingPolicy
 from accum_trainer.train.trackers import Trackers, check_installed
@@ -380,12 +381,15 @@ class Run:
 
     def _finish(self, writes_model: bool) -> None:
         self.save(is_last=True)
-        weights = None
+        gathered: contextlib.AbstractContextManager[tuple[dict[str, torch.Tensor] | None, str]]
+        gathered = contextlib.nullcontext((None, ""))
         if writes_model:
-            trained_only = needs_only_trained_weights(self.config)
-            weights = self.engine.full_weights(self.training.model, trained_only=trained_only)
-        failure = self._writer.wait()
-        self.engine.on_main(self._write_results, weights, [failure] if failure else [])
+            model, config = self.training.model, self.config
+            only_trained, dtype = needs_only_trained_weights(config), saved_dtype(config)
+            gathered = gathered_weights(self.engine, model, self.folder, only_trained, dtype)
+        with gathered as (weights, not_gathered):
+            failed = [one for one in (self._writer.wait(), not_gathered) if one]
+            self.engine.on_main(self._write_results, weights, failed)
 
     def _write_results(self, weights: dict[str, torch.Tensor] | None, failed: list[str]) -> None:
         """Write the model and result.json, each that can be.

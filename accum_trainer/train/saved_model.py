@@ -21,6 +21,9 @@ from accum_trainer.train.model_card import CARD, model_card
 from accum_trainer.train.model_origin import ModelOrigin
 from accum_trainer.train.run_folder import MERGED, MODEL
 
+# A file is in memory while it is written.
+_LARGEST_FILE = "5GB"
+
 
 def needs_only_trained_weights(config: TrainConfig) -> bool:
     """Whether the saved model holds trained weights only: an adapter whose base model stays where
@@ -53,7 +56,7 @@ def save_model(
         # A fresh model is whole even if the trained one is sharded.
         fresh = load_model(config, tokenizer)
         fresh.load_state_dict(weights, strict=False)
-        merged, dtype = fresh.merge_and_unload(), _saved_dtype(config)
+        merged, dtype = fresh.merge_and_unload(), _model_dtype(config)
         card = model_card(config, plan, origin, is_adapter=False)
         _write(folder / MERGED, merged, tokenizer, merged.state_dict(), dtype, origin, card)
 
@@ -68,9 +71,8 @@ def write_model(
     origin: ModelOrigin,
 ) -> None:
     """Write the folder that `from_pretrained` loads: a model, or with `use_peft` an adapter."""
-    dtype = None if config.use_peft else _saved_dtype(config)
     card = model_card(config, plan, origin, is_adapter=config.use_peft)
-    _write(target, model, tokenizer, weights, dtype, origin, card)
+    _write(target, model, tokenizer, weights, saved_dtype(config), origin, card)
 
 
 def _write(
@@ -91,7 +93,8 @@ def _write(
     durable.remove(partial)
     try:
         with _without_bar():
-            model.save_pretrained(partial, state_dict=_cast(weights, dtype or torch.float32))
+            state = _cast(weights, dtype or torch.float32)
+            model.save_pretrained(partial, state_dict=state, max_shard_size=_LARGEST_FILE)
         if dtype is not None:
             _state_dtype(partial / "config.json", dtype)
         tokenizer.save_pretrained(partial)
@@ -120,7 +123,12 @@ def _without_bar() -> Iterator[None]:
         logging.set_tqdm_hook(before)
 
 
-def _saved_dtype(config: TrainConfig) -> torch.dtype:
+def saved_dtype(config: TrainConfig) -> torch.dtype | None:
+    """Of the weights in model/; None for an adapter, whose weights are saved as they are."""
+    return None if config.use_peft else _model_dtype(config)
+
+
+def _model_dtype(config: TrainConfig) -> torch.dtype:
     if config.save_dtype != "auto":
         return getattr(torch, config.save_dtype)
     return torch.float32 if config.shard is not None else stored_dtype(config)
