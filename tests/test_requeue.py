@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from accum_trainer.launch.node_ending import Ending, note_ending
+from accum_trainer.launch.node_ending import note_ending
 from accum_trainer.runs.requeue import decide
 
 STOPPED = {"done": False, "stopped_by": "SIGUSR1", "updates": 12}
@@ -61,8 +61,8 @@ def test_the_verdict(run, name):
     for step in checkpoints:
         (run / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
     for node, one in enumerate(nodes):
-        note_ending(run / "logs", Ending(one, "4711.0"), node)
-    note_ending(run / "logs", Ending(2, "4711.9"), 7)  # of another start
+        note_ending(run / "logs", "4711.0", node, one)
+    note_ending(run / "logs", "4711.9", 7, 2)  # of another start
     assert decide(run, status, "4711.0", 3).status == verdict
     assert not list(run.glob("logs/node-*"))
 
@@ -85,6 +85,6 @@ def test_a_failure_after_an_earlier_stop_is_no_stop(run):
 
 
 def test_a_refusal_leaves_no_folder(run):
-    note_ending(run / "logs", Ending(2, "1.0"), 0)
+    note_ending(run / "logs", "1.0", 0, 2)
     assert decide(run, 137, "1.0", 3).status == 2
     assert not run.exists()

@@ -15,7 +15,7 @@ from accum_trainer.cli.options import BeforeTrainArguments, is_on_command_line
 from accum_trainer.cli.train import options_in, parse
 from accum_trainer.config.sources import read_yaml
 from accum_trainer.errors import AccumTrainerError, ConfigError
-from accum_trainer.launch.node_ending import Ending, note_ending
+from accum_trainer.launch.node_ending import note_ending
 from accum_trainer.launch.signals import STOPPED_AND_SAVED
 from accum_trainer.train.run_folder import LOGS
 
@@ -106,7 +106,7 @@ def command(
         status = error.exit_status
         raise
     finally:
-        note_ending(Path(folder) / LOGS, Ending(status, batch_start), machine_rank or 0)
+        note_ending(Path(folder) / LOGS, batch_start, machine_rank or 0, status)
     sys.exit(0 if status == STOPPED_AND_SAVED else status)
 
 
@@ -134,6 +134,7 @@ def _launch(
         )
     # accelerate and torch take seconds to import: only now that the options are known to be right.
     from accum_trainer.launch.launch_file import read_launch_file
+    from accum_trainer.launch.restarting import Restarting
     from accum_trainer.launch.run import launch
     from accum_trainer.launch.starting_together import StartingTogether
     from accum_trainer.runs.restarts import Restarts
@@ -145,9 +146,10 @@ def _launch(
             f"{config} has {file.num_machines} nodes, which must agree on one --output-dir; "
             "give it after --"
         )
+    if max_restarts and file.num_machines > 1:
+        _check_restarts(file.num_machines, composed.resume, max_restarts)
     placement = _placement(config, file, machine_rank, main_process_ip, main_process_port)
-    if max_restarts and placement.num_machines > 1:
-        _check_restarts(placement, composed.resume, max_restarts)
+    placement.check(may_restart=max_restarts > 0)
     folder = Path(composed.output_dir) if composed.output_dir else new_run_folder(composed.model)
     check_output_dir(folder, composed.resume)
     arguments = [*train, *([] if composed.output_dir else ["--output-dir", str(folder)])]
@@ -160,15 +162,13 @@ def _launch(
     start = functools.partial(
         launch, path, placement, arguments, folder / LOGS, file.deepspeed_file
     )
-    if not max_restarts:
-        return start()
+    restarting = Restarting()
+    if max_restarts:
+        restarting = Restarts(folder, arguments, composed.resume, max_restarts)
     if placement.num_machines == 1:
-        return start(restarting=Restarts(folder, arguments, composed.resume, max_restarts))
+        return start(restarting=restarting)
     together = StartingTogether(
-        folder / LOGS,
-        placement,
-        arguments,
-        Restarts(folder, arguments, composed.resume, max_restarts),
+        folder / LOGS, placement, arguments, restarting, starts_again=max_restarts > 0
     )
     status = 1
     try:
@@ -177,24 +177,21 @@ def _launch(
     except AccumTrainerError as error:
         status = error.exit_status
         raise
+    except KeyboardInterrupt:
+        status = 130
+        raise
     finally:
         together.end(status)
     return status
 
 
-def _check_restarts(placement: NodePlacement, resume: str, max_restarts: int) -> None:
+def _check_restarts(nodes: int, resume: str, max_restarts: int) -> None:
     """Raise a ConfigError unless several nodes can start again together."""
     if resume != "auto":
         raise ConfigError(
-            f"max_restarts={max_restarts} on {placement.num_machines} nodes continues a run, and "
-            f"resume={resume} does not: the nodes would not agree at a restart on what was already "
-            "written. Leave --resume out, with a new --output-dir for a new run"
-        )
-    port = placement.main_process_port
-    if port == 65535:
-        raise ConfigError(
-            f"main_process_port={port} has no port after it, where the nodes meet at every other "
-            "restart; give at most 65534"
+            f"max_restarts={max_restarts} on {nodes} nodes continues a run, and resume={resume} "
+            "does not: the nodes would not agree at a restart on what was already written. Leave "
+            "--resume out, with a new --output-dir for a new run"
         )
 
 
@@ -205,7 +202,7 @@ def _placement(
     main_process_ip: str | None,
     main_process_port: int | None,
 ) -> NodePlacement:
-    """This node's place among the nodes of `file`, checked.
+    """This node's place among the nodes of `file`.
 
     On one node, the environment's SLURM_NODEID and MASTER_PORT do not count: they describe a
     cluster.
@@ -228,7 +225,6 @@ def _placement(
         if not is_on_command_line("main_process_port"):
             main_process_port = file.main_process_port
         placement = NodePlacement(main_process_port=main_process_port or None)
-    placement.check()
     return placement
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 import socket
+import zlib
 from dataclasses import dataclass, replace
 
-from accum_trainer.errors import ConfigError
+from accum_trainer.errors import AccumTrainerError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,11 @@ class NodePlacement:
     main_process_ip: str | None = None
     main_process_port: int | None = None
     meeting_sec: float | None = None  # how long to wait for other nodes; torchrun's 600 if None
+    meeting_name: str | None = None  # tells it from meetings of other jobs
 
-    def check(self) -> None:
-        """Raise a ConfigError unless the processes can meet at this address."""
+    def check(self, may_restart: bool = False) -> None:
+        """Raise a ConfigError unless the processes can meet at this address, and again at the next
+        port if they `may_restart`."""
         if not 0 <= self.machine_rank < self.num_machines:
             raise ConfigError(
                 f"machine_rank={self.machine_rank} is no node of num_machines={self.num_machines}; "
@@ -37,20 +40,37 @@ class NodePlacement:
                 f"{self.num_machines} nodes must know where to meet; give --main-process-ip (the "
                 "first node) and --main-process-port, the same on each, and --machine-rank"
             )
-        if port is not None and self.machine_rank == 0:
-            _check_free(port)
+        ports = [] if port is None else [port]
+        if port is not None and self.num_machines > 1 and may_restart:
+            if port == 65535:
+                raise ConfigError(
+                    f"main_process_port={port} has no port after it, where the nodes meet at every "
+                    "other restart; give at most 65534"
+                )
+            ports.append(port + 1)
+        if self.machine_rank == 0:
+            for number in ports:
+                _check_free(number)
 
-    def of_restart(self, number: int, meeting_sec: float) -> NodePlacement:
-        """This node's place in the restart `number`, from 1.
+    def of_restart(self, number: int, meeting_sec: float, run: str) -> NodePlacement:
+        """This node's place in the restart `number`, from 1, of what trains in the folder `run`.
 
         Several nodes meet at the port and at the one after it by turns: a node that is quicker than
         node 0 waits there, and cannot reach what is left of the start before.
+
+        Raises:
+            AccumTrainerError: the port has been taken.
         """
         if self.num_machines == 1 or self.main_process_port is None:
             return self
-        step = 1 if number % 2 else -1
-        port = self.main_process_port + step
-        return replace(self, main_process_port=port, meeting_sec=meeting_sec)
+        port = self.main_process_port + (1 if number % 2 else -1)
+        name = f"{zlib.crc32(run.encode()):08x}-{number}"
+        place = replace(self, main_process_port=port, meeting_sec=meeting_sec, meeting_name=name)
+        try:
+            place.check()
+        except ConfigError as error:
+            raise AccumTrainerError(f"not started again: {error}") from None
+        return place
 
     def arguments(self) -> list[str]:
         """Options for accelerate's launcher; without a port, a free one of this machine."""
@@ -61,6 +81,11 @@ class NodePlacement:
         if self.meeting_sec is not None:
             given += ["--rdzv_conf", f"timeout={math.ceil(self.meeting_sec)}"]
         return [*given, "--main_process_port", str(port)]
+
+    def environment(self) -> dict[str, str]:
+        """Variables for accelerate's launcher. torchrun takes its `--rdzv-id` from one: nodes of
+        another job that come to the same port are not met."""
+        return {} if self.meeting_name is None else {"PET_RDZV_ID": self.meeting_name}
 
 
 def free_port() -> int:

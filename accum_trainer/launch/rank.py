@@ -111,12 +111,12 @@ def main(logs: Path, statuses: Path, train: Callable[[], None]) -> None:
     """Run `train`, which raises SystemExit at its end, as one process of a launcher."""
     follow_parent()
     rank = int(os.environ.get("RANK", "0"))
+    running = RankStatus(rank, os.getpid(), start_of(os.getpid()))
+    running.write(statuses)
     log = private(str(log_of(logs, rank)), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     sys.stdout.flush()
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
-    running = RankStatus(rank, os.getpid(), start_of(os.getpid()))
-    running.write(statuses)
     os.environ[_STATUSES] = f"{running.pid} {statuses}"
     status = 1
     try:

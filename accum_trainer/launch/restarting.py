@@ -8,6 +8,9 @@ from collections.abc import Sequence
 class Restarting:
     """Decides on another start. This one: the first is the only one, and no other node counts."""
 
+    def has_met(self) -> None:
+        """The processes run, so those of all nodes have met."""
+
     def after_failure(self) -> tuple[Sequence[str] | None, str]:
         """(arguments of `train` for the next start or None, a line for the user)."""
         return None, ""

@@ -28,7 +28,7 @@ from accum_trainer.launch.signals import (
     RESEND_AFTER_SEC,
     collect_stop_signals,
 )
-from accum_trainer.launch.watch import LAUNCHER_LOG, NodesNotMet, RankWatch
+from accum_trainer.launch.watch import NodesNotMet, RankWatch, launcher_log_of
 
 _LOOK_AFTER_SEC = 2.0  # for what other nodes have noted, on a file system that all share
 
@@ -84,7 +84,7 @@ def launch(
                         raise failure
                     return status
                 restarts += 1
-                train, place = again, place.of_restart(restarts, meeting_sec)
+                train, place = again, place.of_restart(restarts, meeting_sec, str(logs))
     finally:
         remove_folders(made)
 
@@ -116,21 +116,22 @@ class _Start:
         try:
             watch = RankWatch(self.logs, place, statuses)
             command = _command(self.config, place, train, self.logs, statuses, self.deepspeed_file)
-            status = self._run(command, watch)
+            log = launcher_log_of(self.logs, place.machine_rank)
+            status = self._run(command, place.environment(), log, watch)
             if status == 2 and self.made_logs:  # refused: leave nothing behind
                 watch.remove_logs()
             return status
         finally:
             shutil.rmtree(statuses, ignore_errors=True)
 
-    def _run(self, command: list[str], watch: RankWatch) -> int:
-        with open(self.logs / LAUNCHER_LOG, "a", opener=private) as output:
+    def _run(self, command: list[str], env: dict[str, str], log: Path, watch: RankWatch) -> int:
+        with open(log, "a", opener=private) as output:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=os.environ | _terminal(),
+                env=os.environ | _terminal() | env,
                 start_new_session=True,  # Ctrl-C reaches only us; we pass it on
                 preexec_fn=follow_parent,
             )
@@ -142,7 +143,7 @@ class _Start:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 watch.show()
-            if lost is not None:
+            if lost is not None and not watch.all_ended_well():
                 raise AccumTrainerError(
                     f"the processes of node {lost} have failed, and those of this node had not "
                     "noticed, so they were stopped; the same command continues from the last "
@@ -155,6 +156,7 @@ class _Start:
         """Wait for accelerate's launcher, showing rank 0 and passing on a stop; at most until
         another node is lost, whose number is returned."""
         asked = looked = 0.0
+        has_met = False
         while process.poll() is None:
             time.sleep(POLL_INTERVAL_SEC)
             watch.show()
@@ -163,13 +165,15 @@ class _Start:
                 asked = now
                 if not watch.send(signal.SIGTERM):
                     process.terminate()  # no process runs yet, so there is nothing to save
-            if not self.signals and now - looked > _LOOK_AFTER_SEC:
+            if not has_met and watch.has_processes():
+                has_met = True
+                self.restarting.has_met()
+            if now - looked > _LOOK_AFTER_SEC:
                 looked = now
-                if watch.has_processes():
-                    lost = self.restarting.lost_node()
-                    if lost is not None:
-                        return lost
-                elif self.restarting.is_over():
+                lost = self.restarting.lost_node() if has_met else None
+                if lost is not None:
+                    return lost
+                if not has_met and self.restarting.is_over():
                     process.kill()  # it waits in a library for nodes that will not come
         return None
 

@@ -24,9 +24,13 @@ from accum_trainer.launch.placement import NodePlacement
 from accum_trainer.launch.rank import RankStatus, log_of, read_statuses
 from accum_trainer.launch.signals import POLL_INTERVAL_SEC, STOPPED_AND_SAVED
 
-LAUNCHER_LOG = "launcher.log"
 _GRACE_SEC = 60.0  # for processes without a launcher to save
 _SCREEN = 100_000  # characters of what was printed that are kept
+
+
+def launcher_log_of(logs: Path, node: int) -> Path:
+    """Of accelerate's launcher on this node: nodes share the folder."""
+    return logs / ("launcher.log" if node == 0 else f"launcher-{node}.log")
 
 
 class NodesNotMet(AccumTrainerError):
@@ -40,7 +44,7 @@ class RankWatch:
     def __init__(self, logs: Path, place: NodePlacement, statuses: Path) -> None:
         self._logs, self._node, self._statuses = logs, place.machine_rank, statuses
         self._is_only_node = place.num_machines == 1
-        self._launcher_log = logs / LAUNCHER_LOG
+        self._launcher_log = launcher_log_of(logs, place.machine_rank)
         # A continued run appends to its logs: remember where this start begins.
         written = [self._launcher_log, *logs.glob("rank-*.log")]
         self._begins = {log: log.stat().st_size for log in written if log.exists()}
@@ -61,6 +65,11 @@ class RankWatch:
     def has_processes(self) -> bool:
         """Whether a process has been started; with several nodes, once these have met."""
         return bool(read_statuses(self._statuses))
+
+    def all_ended_well(self) -> bool:
+        """Whether each process is done, or was stopped and has saved."""
+        ended = read_statuses(self._statuses)
+        return all(process.status in (0, STOPPED_AND_SAVED) for process in ended)
 
     def send(self, number: int) -> bool:
         """Send a signal (0: none) to each running process; False if none is running."""
@@ -107,11 +116,13 @@ class RankWatch:
         if (first is None or first.status != 2) and any(p.status is None for p in ended):
             self._raise_if_killed()
         if first is None:
+            log = self._since_start(self._launcher_log)
             said = (
                 f"accelerate's launcher ended with status {launcher_status}; its last lines "
-                f"({self._launcher_log}):\n{last_words(self._since_start(self._launcher_log))}"
+                f"({self._launcher_log}):\n{last_words(log)}"
             )
-            if ended or self._is_only_node:
+            # torchrun names a root cause where a process ran, if it left no status.
+            if ended or self._is_only_node or "Root Cause" in log:
                 raise AccumTrainerError(said)
             raise NodesNotMet(f"the nodes did not meet: {said}")
         if not self._is_shown(first):

@@ -20,6 +20,7 @@ import pytest
 from accum_trainer.train.records import read_records
 from tests.end_to_end.read_runs import weights_in
 from tests.end_to_end.started import Started
+from tests.launching import cli
 from tests.reference import equal
 
 SIDES = ("accum-left", "accum-right")
@@ -95,12 +96,15 @@ class Machine(Started):
             os.kill(int(pid), signal.SIGKILL)
 
 
-@pytest.fixture
-def train(tmp_path, rows_file):
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
     """Arguments of a training of ten updates, but for its folder."""
-    texts = [{"text": f"{n} and {n + 1} " * (n % 5 + 1)} for n in range(200)]
+    rows = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"text": f"{n} and {n + 1} " * (n % 5 + 1)}) + "\n" for n in range(200))
+    )
     options = {
-        "dataset-file": rows_file("rows.jsonl", texts),
+        "dataset-file": rows,
         "batch-size": 2,
         "gradient-accumulation-steps": 4,
         "lr": "1e-2",
@@ -110,34 +114,43 @@ def train(tmp_path, rows_file):
     return [part for name, value in options.items() for part in (f"--{name}", value)]
 
 
-@pytest.fixture
-def start(tmp_path, command, cable, train):
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    file = tmp_path_factory.mktemp("config") / "two.yaml"
+    argv = ["config", "create", "multi-gpu", "--nodes", "2", "--gpus-per-node", "1", "-o", file]
+    assert cli(*argv).returncode == 0
+    return file
+
+
+def start(folder, config, train, *options):
     """Start a run on both machines, by accelerate's launcher or, with options, by ours."""
+    arguments = [*train, "--output-dir", folder / "run"]
+    meeting = {"main-process-ip": ADDRESSES[0], "main-process-port": 29500}
+    machines = []
+    for number in (0, 1):
+        place = {"machine-rank": number} | meeting
+        if options:
+            flags = [part for flag, value in place.items() for part in (f"--{flag}", value)]
+            launcher = ["accum_trainer", "launch", config, *flags, *options, "--"]
+        else:
+            place = {"config-file": config, "num-machines": 2} | place
+            flags = [
+                part
+                for flag, value in place.items()
+                for part in (f"--{flag.replace('-', '_')}", value)
+            ]
+            launcher = ["accelerate.commands.launch", *flags, "-m", "accum_trainer.train"]
+        machines.append(Machine(number, folder, [*launcher, *arguments]))
+    return machines
 
-    def start_both(name, engine, *options):
-        config = tmp_path / "two.yaml"
-        argv = ["--nodes", "2", "--gpus-per-node", "1", "--engine", engine, "-o", config, "--force"]
-        assert command("config", "create", "multi-gpu", *argv, cwd=tmp_path).status == 0
-        arguments = [*train, "--output-dir", tmp_path / name]
-        meeting = {"main-process-ip": ADDRESSES[0], "main-process-port": 29500}
-        machines = []
-        for number in (0, 1):
-            place = {"machine-rank": number} | meeting
-            if options:
-                flags = [part for flag, value in place.items() for part in (f"--{flag}", value)]
-                launcher = ["accum_trainer", "launch", config, *flags, *options, "--"]
-            else:
-                place = {"config-file": config, "num-machines": 2} | place
-                flags = [
-                    part
-                    for flag, value in place.items()
-                    for part in (f"--{flag.replace('-', '_')}", value)
-                ]
-                launcher = ["accelerate.commands.launch", *flags, "-m", "accum_trainer.train"]
-            machines.append(Machine(number, tmp_path, [*launcher, *arguments]))
-        return machines
 
-    return start_both
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cable, config, train):
+    """The undisturbed run."""
+    folder = tmp_path_factory.mktemp("whole")
+    machines = start(folder, config, train)
+    assert ended(machines) == [0, 0], machines[0].err + machines[1].err
+    return folder / "run"
 
 
 def losses_of(run):
@@ -149,18 +162,15 @@ def ended(machines):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("engine", ["ddp", "zero2"])
-def test_a_lost_machine_changes_nothing(tmp_path, start, engine):
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    machines = start("whole", engine)
-    assert ended(machines) == [0, 0], machines[0].err + machines[1].err
-    machines = start("run", engine)
+def test_a_lost_machine_changes_nothing(tmp_path, config, train, whole):
+    run = tmp_path / "run"
+    machines = start(tmp_path, config, train)
     machines[0].until_update(run, 5)
     machines[1].lose()
     # The one that is left cannot go on, and says so with its status instead of hanging.
     assert machines[0].ended() not in (0, 75) and machines[1].ended() != 0
     assert 5 <= len(losses_of(run)) < 10
-    machines = start("run", engine)
+    machines = start(tmp_path, config, train)
     assert ended(machines) == [0, 0], machines[0].err + machines[1].err
     assert "continued from" in machines[0].err
     assert [step for step, _ in losses_of(run)] == list(range(1, 11))
@@ -178,11 +188,9 @@ def lose_process(run, rank, machine):
 
 
 @pytest.mark.long
-def test_both_start_again_when_a_process_of_either_is_lost(tmp_path, start):
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    machines = start("whole", "ddp")
-    assert ended(machines) == [0, 0], machines[0].err + machines[1].err
-    machines = start("run", "ddp", "--max-restarts", 1)
+def test_both_start_again_when_a_process_of_either_is_lost(tmp_path, config, train, whole):
+    run = tmp_path / "run"
+    machines = start(tmp_path, config, train, "--max-restarts", 1)
     for number, (update, rank) in enumerate([(3, 1), (6, 0)], 1):
         machines[0].until_update(run, update)
         lose_process(run, rank, machines[rank])
@@ -207,10 +215,11 @@ def started_again(run, machines, restart):
 
 
 @pytest.mark.long
-def test_node_1_ends_when_node_0_does_not_start_again(tmp_path, start, train):
+def test_node_1_ends_when_node_0_does_not_start_again(tmp_path, cable, config, train):
+    train = [*train]
     train[train.index("--checkpoint-every") + 1] = 500
     run = tmp_path / "run"
-    machines = start("run", "ddp", "--max-restarts", 1)
+    machines = start(tmp_path, config, train, "--max-restarts", 1)
     for restart in (0, 1):
         started_again(run, machines, restart)
         lose_process(run, 1, machines[1])
@@ -218,18 +227,20 @@ def test_node_1_ends_when_node_0_does_not_start_again(tmp_path, start, train):
     assert "not started again: 1 restart in a row ended without" in machines[0].err
     assert "not started again: node 0 has ended, with status 1" in machines[1].err
     assert not any("Traceback" in machine.err for machine in machines)
+    logs = {path.name for path in (run / "logs").glob("launcher*.log")}
+    assert logs == {"launcher.log", "launcher-1.log"}
     # The note of that launch does not end the next one.
-    machines = start("run", "ddp", "--max-restarts", 1)
+    machines = start(tmp_path, config, train, "--max-restarts", 1)
     started_again(run, machines, 0)
     lose_process(run, 0, machines[0])
     assert ended(machines) == [0, 0], machines[0].err + machines[1].err
 
 
 @pytest.mark.long
-def test_processes_that_do_not_notice_a_lost_node_are_stopped(tmp_path, start):
+def test_processes_that_do_not_notice_a_lost_node_are_stopped(tmp_path, cable, config, train):
     """Process 1 is lost while process 0 does not yet talk to it, as one whose network is silent."""
     run = tmp_path / "run"
-    machines = start("run", "ddp", "--max-restarts", 1)
+    machines = start(tmp_path, config, train, "--max-restarts", 1)
     started_again(run, machines, 0)
     [status] = (run / "logs").glob(".processes-*/rank-0.json")
     os.kill(json.loads(status.read_text())["pid"], signal.SIGSTOP)
