@@ -28,8 +28,8 @@ SIZES = dict(
     pad_token_id=0,
 )
 OWN_SIZES = {
-    "GPT2": dict(n_embd=32, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
-    "OPT": dict(ffn_dim=64, word_embed_proj_dim=32, dropout=0),
+    "GPT2": dict(n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    "OPT": dict(ffn_dim=64, word_embed_proj_dim=32, dropout=0.0),
     "Bloom": dict(n_layer=2, n_head=2),
     "Gemma2": dict(head_dim=16, query_pre_attn_scalar=16, final_logit_softcapping=2.0),
     "Mixtral": dict(

@@ -105,7 +105,7 @@ SEES_OTHERS = {
     "Rwkv": dict(attention_hidden_size=32),
     "Bloom": dict(n_layer=2, n_head=2),  # positions by ALiBi, which packing does not reach
     "Mpt": dict(d_model=32, n_heads=2, n_layers=2, max_seq_len=512),
-    "OPT": dict(ffn_dim=64, word_embed_proj_dim=32, dropout=0),
+    "OPT": dict(ffn_dim=64, word_embed_proj_dim=32, dropout=0.0),
 }
 FAMILIES = KEEPS_APART | SEES_OTHERS
 

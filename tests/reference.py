@@ -61,9 +61,9 @@ def make_model(kind: str, seed: int = 0) -> torch.nn.Module:
             n_layer=2,
             n_head=2,
             n_positions=512,
-            resid_pdrop=0,
-            embd_pdrop=0,
-            attn_pdrop=0,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
         )
         return GPT2LMHeadModel(config)
     llama = LlamaForCausalLM(

@@ -50,7 +50,7 @@ from accum_trainer.engine.sync import (
     choose_weight_sync,
     gradient_bytes,
 )
-from accum_trainer.engine.usage import Usage, refuse_difference
+from accum_trainer.engine.usage import Agreement, Usage
 from accum_trainer.errors import EngineError
 
 
@@ -122,6 +122,8 @@ class FSDPEngine(TorchEngine):
         self._prepared: list[AcceleratedOptimizer] = []
         self._sharded: dict[str, torch.nn.Parameter] = {}
         self._usage = Usage({})
+        self._agreement = Agreement(self, self.name)
+        self._exchanges = False  # the micro-batch in hand
 
     def prepare(
         self, models: list[torch.nn.Module], optimizers: list[torch.optim.Optimizer]
@@ -217,6 +219,7 @@ class FSDPEngine(TorchEngine):
 
     @contextlib.contextmanager
     def _sync(self, models: Sequence[torch.nn.Module], exchange: bool) -> Iterator[None]:
+        self._exchanges = exchange
         for model in models:
             if not isinstance(model, FSDPModule):
                 raise EngineError(
@@ -271,19 +274,27 @@ class FSDPEngine(TorchEngine):
                 raise EngineError(missed + ("" if waits else ", or use grad_sync=every-microbatch"))
 
     def backward(self, loss: torch.Tensor) -> None:
-        self._usage.watch(loss)
+        compares = self._exchanges and not self._reduces_unused
+        self._usage.watch(loss, self._compare_usage if compares else None)
         super().backward(loss)
+
+    def _compare_usage(self) -> None:
+        """Before a reduction that takes only what a rank has used, of as many bytes on each."""
+        used = self._usage.used if self.grad_sync == ONCE else self._usage.used_now
+        unused = self._usage.left_out(used)
+        # One that was frozen meanwhile is left out by all.
+        self._agreement.check([name for name in unused if self._sharded[name].requires_grad])
 
     def end_window(self, numbers: Sequence[float | torch.Tensor]) -> np.ndarray:
         unused = self._usage.left_out(self._usage.used)
-        table = self.all_gather_floats([float(len(unused)), *numbers])
-        if table[:, 0].any() and not self._reduces_unused:
-            refuse_difference(self, unused, self.name)
+        left_some_out = float(self._agreement.left_some_out)
+        table = self.all_gather_floats([float(len(unused)), left_some_out, *numbers])
+        self._agreement.hear(bool(table[:, 1].any()))
         if table[:, 0].all():  # every rank left some out: which ones did all of them?
             for name in set.intersection(*map(set, self.gather_objects(unused))):
                 # Used by no rank: the optimizer leaves it alone, as in one process.
                 self._sharded[name].grad = None
-        return table[:, 1:]
+        return table[:, 2:]
 
     def _gradients_of(self, models: Sequence[torch.nn.Module]) -> dict[Any, torch.Tensor]:
         found = {}

@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.tensor import DTensor
+
+_IN_FORWARD, _IDLE = TrainingState.FORWARD, TrainingState.IDLE
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -28,7 +31,12 @@ def unsharded(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """Put every parameter back into its shard."""
+    """Put every parameter back into its shard; not inside a forward."""
+    for group in groups_of(model):
+        # After a forward that raised, torch before 2.13 takes itself to be in it still, where
+        # the outermost weights stay gathered.
+        if group._training_state is _IN_FORWARD:  # noqa: SLF001
+            group._training_state = _IDLE  # noqa: SLF001
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -57,28 +57,55 @@ def _nodes(parameters: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     return {name: get_gradient_edge(parameter).node for name, parameter in parameters.items()}
 
 
-def refuse_difference(ranks: Ranks, unused: Sequence[str], engine: str) -> None:
-    """Raise an EngineError on all ranks if they left different parameters `unused`. Collective."""
-    everyones = [set(names) for names in ranks.gather_objects(list(unused))]
-    differing = sorted(set.union(*everyones) - set.intersection(*everyones))
-    if differing:
-        raise EngineError(
-            _refusal(
-                differing,
-                next(r for r, names in enumerate(everyones) if differing[0] in names),
-                engine,
-            )
-        )
+class Agreement:
+    """Has all ranks leave out the same parameters before gradients are reduced that each rank has,
+    or end.
 
+    They ask each other in the first window, and as long as any of them leaves one out. A rank that
+    does so when nobody asks ends alone: the others would wait for it, or add gradients of different
+    parameters.
 
-def refuse(ranks: Ranks, unused: Sequence[str], engine: str) -> None:
-    """Raise an EngineError for the parameters that this rank left `unused`; not collective."""
-    raise EngineError(_refusal(unused, ranks.rank, engine))
+    Args:
+        engine: its name, for messages.
+
+    Attributes:
+        left_some_out: whether this rank ever has. The exchange at a window's end carries it.
+    """
+
+    def __init__(self, ranks: Ranks, engine: str) -> None:
+        self._ranks, self._engine = ranks, engine
+        self._asks_others, self.left_some_out = True, False
+
+    def check(self, unused: Sequence[str]) -> None:
+        """Before a reduction. Collective, if they ask each other.
+
+        Raises:
+            EngineError: the ranks differ, or may.
+        """
+        if self._ranks.world_size == 1:
+            return
+        self.left_some_out = self.left_some_out or bool(unused)
+        if self._asks_others:
+            self._refuse_difference(unused)
+        elif unused:
+            raise EngineError(_refusal(unused, self._ranks.rank, self._engine))
+
+    def hear(self, anyone: bool) -> None:
+        """At a window's end: whether any rank ever left one out."""
+        self._asks_others = anyone
+
+    def _refuse_difference(self, unused: Sequence[str]) -> None:
+        everyones = [set(names) for names in self._ranks.gather_objects(list(unused))]
+        differing = sorted(set.union(*everyones) - set.intersection(*everyones))
+        if differing:
+            first = next(r for r, names in enumerate(everyones) if differing[0] in names)
+            raise EngineError(_refusal(differing, first, self._engine))
 
 
 def _refusal(names: Sequence[str], rank: int, engine: str) -> str:
+    first = names[0].split()[-1]  # some engines put the number of its model before it
     return (
-        f"process {rank} left {len(names)} parameters unused, such as {names[0]}, and another "
+        f"process {rank} left {len(names)} parameters unused, such as {first}, and another "
         f"process may have used them; {engine} exchanges the gradients that each process has and "
         "would add one parameter's to another's: use DDP or (from torch 2.13) FSDP2, which average "
         "them exactly, or use every parameter in each micro-batch"

@@ -35,7 +35,7 @@ from accum_trainer.engine.sync import (
     gradient_bytes,
     numbers_of,
 )
-from accum_trainer.engine.usage import Usage, refuse, refuse_difference
+from accum_trainer.engine.usage import Agreement, Usage
 from accum_trainer.engine.zero_build import await_extension, stand_in_for_launcher
 from accum_trainer.engine.zero_config import complete, keep_weights, make_plugin, weights_are_set
 from accum_trainer.engine.zero_internals import (
@@ -113,7 +113,7 @@ class ZeroEngine(Engine):
         self._window = contextlib.ExitStack()
         self._is_leaving = False
         self._reduces = False  # the micro-batch in hand, in its backward or right after it
-        self._asks_others, self._left_some_out = True, False
+        self._agreement = Agreement(self, self.name)
 
     @property
     def gradient_divisor(self) -> float:
@@ -254,8 +254,8 @@ class ZeroEngine(Engine):
             self._deepspeed.step()
 
     def end_window(self, numbers: Sequence[float | torch.Tensor]) -> np.ndarray:
-        table = self.all_gather_floats([float(self._left_some_out), *numbers])
-        self._asks_others = bool(table[:, 0].any())
+        table = self.all_gather_floats([float(self._agreement.left_some_out), *numbers])
+        self._agreement.hear(bool(table[:, 0].any()))
         self._usage.used.clear()
         return table[:, 1:]
 
@@ -277,21 +277,8 @@ class ZeroEngine(Engine):
             self._is_leaving = False
 
     def _compare_usage(self) -> None:
-        """Before gradients are reduced: have all ranks leave out the same parameters, or end.
-
-        They ask each other in the first window, and as long as any of them leaves one out. A rank
-        that does so when nobody asks ends alone: the others would wait for it, or add gradients of
-        different parameters.
-        """
-        if self.world_size == 1:
-            return
         used = self._usage.used if self._defers_reduction else self._usage.used_now
-        unused = self._usage.left_out(used)
-        self._left_some_out = self._left_some_out or bool(unused)
-        if self._asks_others:
-            refuse_difference(self, unused, self.name)
-        elif unused:
-            refuse(self, unused, self.name)
+        self._agreement.check(self._usage.left_out(used))
 
     # --- a micro-batch that ran out of memory ---
 
