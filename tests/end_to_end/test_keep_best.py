@@ -84,6 +84,7 @@ def test_a_run_that_is_killed_before_an_update_has_the_same_best(train, tmp_path
 
 # The second to the fourth save. Each syncs 6 times, the last time after its rename and before the
 # earlier best is deleted.
+@pytest.mark.long
 @pytest.mark.parametrize("sync", thinned((*range(9, 15), 18, 24), (18,)))
 def test_a_run_that_is_killed_in_a_save_has_the_same_best(train, tmp_path, ten, sync):
     killed_and_continued(train, tmp_path / "run", ten, {"sync": sync})

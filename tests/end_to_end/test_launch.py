@@ -93,6 +93,7 @@ def test_each_process_has_its_log_and_rank_0_the_screen(tmp_path, train):
     assert "done" not in (run / "logs" / "rank-1.log").read_text()
 
 
+@pytest.mark.long
 def test_a_killed_process_is_named_and_its_run_continues(tmp_path, train):
     run = tmp_path / "run"
     arguments = [*train, "--steps", 8, "--checkpoint-every", 2, "--output-dir", run]
@@ -155,6 +156,7 @@ if os.environ.get("RANK") == "1":
     assert finished.err.count("RuntimeError: the disk of process 1") == 3
 
 
+@pytest.mark.long
 def test_after_a_stop_nothing_is_started_again(tmp_path, train):
     """Process 1 is killed while it should save, as a batch system does."""
     run = tmp_path / "run"

@@ -245,6 +245,7 @@ def test_a_launch_file_of_any_name_starts(tmp_path, command, rows):
     assert mode == 0o700
 
 
+@pytest.mark.long
 def test_an_array_of_independent_runs_trains_every_sample_once(tmp_path, command, rows):
     create(command, tmp_path, "parallel-independent", "--gpus-per-node", "2", "-o", "job.yaml")
     jobs = []

@@ -144,6 +144,7 @@ def test_a_sweep_goes_on_from_the_checkpoint_that_it_began_from(trained, tmp_pat
         begin(plan_sweep(other, [2, 8], output=tmp_path / "swept-first", samples=16, lr=1e-3))
 
 
+@pytest.mark.long
 def test_a_sweep_that_was_killed_while_it_began_begins_again_with_its_own_checkpoint(
     trained, tmp_path
 ):
