@@ -31,5 +31,5 @@ def test_a_machine_holds_the_model_once_while_it_is_loaded(tmp_path):
     model = llama("60M", vocab_size=4096)  # no fewer than the tokenizer has
     size = sum(p.numel() * 4 for p in model.parameters())
     model.bfloat16().save_pretrained(tmp_path)
-    by_all, by_one = (measure(tmp_path, 2, deals) for deals in (False, True))
+    by_all, by_one = (measure(tmp_path, 2, "fsdp2", deals) for deals in (False, True))
     assert by_one < 1.7 * size < 2.5 * size < by_all
