@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from accum_trainer.engine.settings import Settings
 from accum_trainer.errors import ConfigError, EngineError
 
 INSTALL = "pip install 'accum-trainer[deepspeed]'"
+_OLDEST = (0, 19, 8)
 _PERSISTENT = "stage3_param_persistence_threshold"
 CONFIG_FILE_VARIABLE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 
@@ -203,10 +205,16 @@ def _source() -> str:
 
 
 def _check_installed() -> None:
-    """Raise an EngineError with the install command if DeepSpeed is missing."""
+    """Raise an EngineError with the install command if DeepSpeed is missing or too old."""
     try:
-        import deepspeed  # noqa: F401
+        import deepspeed
     except ImportError as error:
         raise EngineError(
             f"DeepSpeed is asked for but not installed ({error}); {INSTALL}"
         ) from None
+    if tuple(map(int, re.findall(r"\d+", deepspeed.__version__)[:3])) < _OLDEST:
+        raise EngineError(
+            f"deepspeed {deepspeed.__version__} is too old: 0.19.1 stepped with gradients of "
+            "float32 weights that are not finite, and 0.19.8 is the oldest that is known not to; "
+            f"{INSTALL}"
+        )

@@ -25,8 +25,8 @@ def check_internals(sharded: Any, stage: int, names: Sequence[str]) -> None:
     if is_zero and missing:
         raise EngineError(
             f"deepspeed {version('deepspeed')} keeps ZeRO-{stage}'s state in another way "
-            f"than is known here (no {', '.join(missing)}); use deepspeed >=0.18,<0.21, or another "
-            "engine"
+            f"than is known here (no {', '.join(missing)}); use deepspeed >=0.19.8,<0.21, or "
+            "another engine"
         )
 
 
