@@ -13,28 +13,13 @@ of the weights would be on the GPU.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.gpu.models import SIZES, llama
-from tests.launching import ROOT, environment
-
-
-def held(pids: list[str]) -> int:
-    """Bytes in memory of these processes that no file backs."""
-    total = 0
-    for pid in pids:
-        try:
-            status = Path(f"/proc/{pid}/status").read_text()
-        except OSError:
-            continue
-        found = [line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")]
-        total += 1024 * int(found[0]) if found else 0
-    return total
+from benchmarks.host_memory import linger, most_held, wait_to_begin
 
 
 def load(folder: str, engine: str, deals: bool) -> None:
@@ -53,45 +38,21 @@ def load(folder: str, engine: str, deals: bool) -> None:
         unset_hf_deepspeed_config()
     config = TrainConfig(model=folder, cpu=True)
     tokenizer = load_tokenizer(TrainConfig())
-    acc.engine.barrier()
-    Path(folder, f"ready-{acc.engine.rank}").touch()
-    while not Path(folder, "go").exists():
-        time.sleep(0.01)
+    wait_to_begin(Path(folder), acc.engine)
     model = load_same(config, acc.engine, tokenizer)
     if engine == "fsdp2":
         model = acc.prepare(model)
         assert sum(p.to_local().numel() for p in model.parameters()) > 0
     else:
         assert deals == all(hasattr(p, "ds_id") for p in model.parameters())
-    acc.engine.barrier()
-    time.sleep(0.2)
+    linger(acc.engine)
 
 
 def measure(folder: Path, processes: int, engine: str, deals: bool) -> int:
-    """The most that was held."""
-    for mark in ("go", *(f"ready-{rank}" for rank in range(processes))):
-        (folder / mark).unlink(missing_ok=True)
-    launched = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *(f"--nproc_per_node={processes}", "-m", "benchmarks.loading"),
-            *("--folder", str(folder), "--engine", engine, *(["--deals"] if deals else [])),
-        ],
-        cwd=ROOT,
-        env=environment(OMP_NUM_THREADS=1, MALLOC_TRIM_THRESHOLD_=0),
-        stderr=subprocess.DEVNULL,
-    )
-    while not all((folder / f"ready-{rank}").exists() for rank in range(processes)):
-        assert launched.poll() is None, "a process failed"
-        time.sleep(0.05)
-    pids = Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split()
-    before = most = held(pids)
-    (folder / "go").touch()
-    while launched.poll() is None:
-        most = max(most, held(pids))
-        time.sleep(0.005)
-    assert launched.returncode == 0, "a process failed"
-    return most - before
+    """The most that was held while it was loaded."""
+    ways = ["--deals"] if deals else []
+    arguments = ("--folder", folder, "--engine", engine, *ways)
+    return most_held(folder, processes, "benchmarks.loading", *arguments)
 
 
 def main() -> None:

@@ -11,16 +11,13 @@ multiple of the model.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.gpu.models import SIZES, llama
-from benchmarks.loading import held
-from tests.launching import ROOT, environment
+from benchmarks.host_memory import linger, most_held, wait_to_begin
 
 WAYS = ("everywhere", "main")
 ENGINES = {
@@ -43,45 +40,20 @@ def gather(folder: Path, size: str, engine: str, way: str) -> None:
     )
     model = llama(size)
     model, _ = acc.prepare(model, torch.optim.AdamW(model.parameters()))
-    acc.engine.barrier()
-    (folder / f"ready-{acc.engine.rank}").touch()
-    while not (folder / "go").exists():
-        time.sleep(0.01)
+    wait_to_begin(folder, acc.engine)
     if way == "everywhere":
         assert acc.engine.full_weights(model)
     else:
         with gathered_weights(acc.engine, model, folder, False, None) as (weights, failure):
             assert not failure and (weights is not None) == acc.engine.is_main
-    acc.engine.barrier()
-    time.sleep(0.2)
+    linger(acc.engine)
 
 
 def measure(processes: int, size: str, engine: str, way: str) -> int:
     """The most that was held beside what was held before."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        launched = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-                *(f"--nproc_per_node={processes}", "-m", "benchmarks.writing"),
-                *("--folder", name, "--size", size, "--engine", engine, "--way", way),
-            ],
-            cwd=ROOT,
-            env=environment(OMP_NUM_THREADS=1, MALLOC_TRIM_THRESHOLD_=0),
-            stderr=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-        )
-        while not all((folder / f"ready-{rank}").exists() for rank in range(processes)):
-            assert launched.poll() is None, "a process failed"
-            time.sleep(0.05)
-        pids = Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split()
-        before = most = held(pids)
-        (folder / "go").touch()
-        while launched.poll() is None:
-            most = max(most, held(pids))
-            time.sleep(0.005)
-        assert launched.returncode == 0, "a process failed"
-        return most - before
+        arguments = ("--folder", name, "--size", size, "--engine", engine, "--way", way)
+        return most_held(Path(name), processes, "benchmarks.writing", *arguments)
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from accum_trainer.train import durable
@@ -38,7 +37,7 @@ def gathered_weights(
     try:
         for name, weight in engine.each_full_weight(model, trained_only):
             if kept is not None:
-                kept.take(name, weight.to("cpu", dtype if weight.is_floating_point() else None))
+                kept.take(name, weight, dtype if weight.is_floating_point() else None)
         yield (None, "") if kept is None else kept.all()
     finally:
         if kept is not None:
@@ -55,20 +54,25 @@ class _Kept:
         self._failure = ""
         durable.remove(folder)  # of a process that was killed
 
-    def take(self, name: str, weight: torch.Tensor) -> None:
-        """Keep a weight. After an error all are dropped: the other processes go on to the last."""
+    def take(self, name: str, weight: torch.Tensor, dtype: torch.dtype | None) -> None:
+        """Keep a weight. After an error all are dropped: the other processes go on to the last, and
+        would wait for this one."""
         if self._failure:
             return
-        self._buffer[name] = weight
-        if sum(w.nbytes for w in self._buffer.values()) > _BUFFER_BYTES:
-            try:
-                self._folder.mkdir(exist_ok=True)
-                file = self._folder / f"{self._files}.safetensors"
-                save_file({n: w.contiguous() for n, w in self._buffer.items()}, file)
-            except (OSError, SafetensorError) as error:
-                self._failure = f"{self._folder} could not be written: {error}"
-            self._files += 1
+        try:
+            self._buffer[name] = weight.to("cpu", dtype)
+            if sum(w.nbytes for w in self._buffer.values()) > _BUFFER_BYTES:
+                self._write()
+        except Exception as error:  # of any type, such as a MemoryError
+            self._failure = f"{self._folder} could not be written: {error}"
             self._buffer = {}
+
+    def _write(self) -> None:
+        self._folder.mkdir(exist_ok=True)
+        file = self._folder / f"{self._files}.safetensors"
+        save_file({n: w.contiguous() for n, w in self._buffer.items()}, file)
+        self._files += 1
+        self._buffer = {}
 
     def all(self) -> tuple[dict[str, torch.Tensor] | None, str]:
         if self._failure:
