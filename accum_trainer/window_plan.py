@@ -10,12 +10,16 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 
+from accum_trainer.packed_parts import even_parts, fewest_parts, parts_by_share
+
 # (begin, end) of a micro-batch in the sorted window -> its cost
 Costs = Callable[[int, int], float]
+# Micro-batches of a window, costliest first: the cost of each, and its samples in the sorted window
+Priced = tuple[list[float], Sequence[slice | np.ndarray]]
 # window[rank][step] -> positions of that micro-batch's samples inside the window
 Dealt = list[list[np.ndarray]]
 # Micro-batches of a window whose noise is measured, over all ranks.
@@ -57,11 +61,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class Cut:
-    """How windows are cut into micro-batches and dealt to ranks. Any cut gives the same gradient.
+    """How windows are cut into micro-batches and dealt to ranks. Any cut gives the same gradient,
+    but for a router's loss, which is by definition a mean over micro-batches.
 
     Attributes:
         micro_batch_size: B, most samples of a micro-batch; None for no limit. Without `max_tokens`
             a window becomes the fewest micro-batches that B allows, with the least padding.
+            Packed, B is an amount of memory: a micro-batch may have as many tokens as the B
+            longest samples of its window, so that more of the short ones share it.
         max_tokens: most tokens of a micro-batch, padding counted. A window becomes the
             micro-batches of least cost.
         multiple: lengths are padded up to a multiple of this.
@@ -98,6 +105,20 @@ class Cut:
         weights = self.rank_weights or (1.0,) * world_size
         if self.equal_counts and self.rank_weights is not None:
             return self._deal_in_steps(order, padded, weights)
+        if self.packed and self.rank_weights is not None:
+            parts = parts_by_share(padded, weights, self._budget(padded))
+            return [[order[part] for part in rank] for rank in parts]
+        cuts = (self._packed_cuts if self.packed else self._padded_cuts)(padded, world_size)
+        _, ranks, (_, samples) = min(
+            ((*self._dealt(cut[0], weights), cut) for cut in cuts), key=lambda found: found[0]
+        )
+        dealt: Dealt = [[] for _ in weights]
+        for rank, taken in zip(ranks, samples, strict=True):
+            dealt[rank].append(order[taken])
+        return dealt
+
+    def _padded_cuts(self, padded: np.ndarray, world_size: int) -> list[Priced]:
+        """Contiguous cuts to choose from: neighbours need the least padding."""
         ends, costs = self._ends(padded), self._costs(padded)
         cuts = [ends]
         if self.equal_counts:
@@ -110,14 +131,33 @@ class Cut:
                 cuts.append(_split_to_multiple(costs, cuts[-1], world_size, at_least))
         # Cuts are equal if no sample is left to split; such a cut is dealt once.
         different = [cut for i, cut in enumerate(cuts) if cut not in cuts[:i]]
-        _, ranks, ends = min(
-            ((*self._dealt(costs, cut, weights), cut) for cut in different),
-            key=lambda found: found[0],
-        )
-        dealt: Dealt = [[] for _ in weights]
-        for rank, begin, end in zip(ranks, [0, *ends], ends, strict=False):
-            dealt[rank].append(order[begin:end])
-        return dealt
+        between = [list(pairwise([0, *cut])) for cut in different]
+        return [([costs(*one) for one in cut], [slice(*one) for one in cut]) for cut in between]
+
+    def _packed_cuts(self, tokens: np.ndarray, world_size: int) -> list[Priced]:
+        """Cuts into equal parts to choose from: the fewest that give every rank as many, and a few
+        more."""
+        budget = self._budget(tokens)
+        fewest = fewest_parts(tokens, budget)
+        if world_size == 1:
+            return [self._priced(tokens, fewest)]
+        least = -(-(int(fewest.max()) + 1) // world_size) * world_size
+        counts = range(least, len(tokens) + world_size, world_size)  # the last: each sample alone
+        even = (part for n in counts if (part := even_parts(tokens, n, budget)) is not None)
+        return [self._priced(tokens, cut) for cut in islice(even, 1 if self.equal_counts else 2)]
+
+    def _budget(self, tokens: np.ndarray) -> int:
+        """Most tokens of a packed micro-batch, of samples that come longest first."""
+        longest = int(tokens[: self.micro_batch_size].sum())
+        return longest if self.max_tokens is None else min(longest, self.max_tokens)
+
+    def _priced(self, tokens: np.ndarray, part_of: np.ndarray) -> Priced:
+        squares = np.bincount(part_of, weights=tokens.astype(float) ** 2)
+        costs = self.cost.fixed + np.bincount(part_of, weights=tokens) + self.cost.square * squares
+        by_part = np.argsort(part_of, kind="stable")
+        samples = np.split(by_part, np.cumsum(np.bincount(part_of))[:-1])
+        order = np.argsort(-costs, kind="stable").tolist()
+        return costs[order].tolist(), [samples[part] for part in order]
 
     def assign_at_random(self, lengths: np.ndarray, world_size: int) -> Dealt | None:
         """Cut a window whose order is random so that each micro-batch is a random sample, too, to
@@ -146,9 +186,7 @@ class Cut:
             for share, count in zip(shares, counts, strict=True)
         ]
 
-    def _dealt(
-        self, costs: Costs, ends: list[int], weights: Sequence[float]
-    ) -> tuple[float, list[int]]:
+    def _dealt(self, priced: list[float], weights: Sequence[float]) -> tuple[float, list[int]]:
         """Each micro-batch to the rank that would be done with it first; the time of the last rank,
         and the rank of each.
 
@@ -156,13 +194,12 @@ class Cut:
         than its part of it.
         """
         shares = np.array(weights, dtype=float)
-        counted = self.max_tokens is None or self.equal_counts
+        counted = (self.max_tokens is None and not self.packed) or self.equal_counts
         room = (
-            np.ceil(len(ends) * shares / shares.sum() - 1e-9)
+            np.ceil(len(priced) * shares / shares.sum() - 1e-9)
             if counted
             else np.full(len(shares), np.inf)
         )
-        priced = [costs(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
         if len(set(weights)) == 1:
             return _dealt_evenly(priced, len(shares), float(room[0]))
         loads, taken, ranks = np.zeros(len(shares)), np.zeros(len(shares)), []
@@ -175,7 +212,9 @@ class Cut:
 
     def padded(self, lengths: np.ndarray) -> np.ndarray:
         """Lengths as a micro-batch computes them: rounded up to the multiple, unless packed."""
-        return lengths if self.packed else -(-lengths // self.multiple) * self.multiple
+        multiple = 1 if self.packed else self.multiple
+        found: np.ndarray = -(-lengths // multiple) * multiple
+        return np.maximum(found, 1) if self.packed else found  # one without tokens counts as one
 
     def positions(self, lengths: np.ndarray) -> int:
         """Positions that a micro-batch of samples of these lengths computes, padding counted."""
@@ -187,10 +226,6 @@ class Cut:
     def _costs(self, padded: np.ndarray) -> Costs:
         """Prices of micro-batches of these samples, longest first."""
         fixed, square = self.cost.fixed, self.cost.square
-        if self.packed:
-            tokens = [0.0, *np.cumsum(padded, dtype=float).tolist()]
-            squares = [0.0, *np.cumsum(padded.astype(float) ** 2).tolist()]
-            return lambda a, b: fixed + tokens[b] - tokens[a] + square * (squares[b] - squares[a])
         longest = padded.tolist()
         return lambda a, b: fixed + (b - a) * longest[a] * (1.0 + square * longest[a])
 
@@ -208,8 +243,6 @@ class Cut:
         limit = min(self.micro_batch_size or size, size)
         if self.max_tokens is None and size % limit == 0:
             return list(range(limit, size + 1, limit))  # the fewest are all full
-        if self.packed:
-            return _first_fit(padded, limit, self.max_tokens)
         tokens = padded.astype(float)
         # Without a token budget the number of micro-batches is what B makes it: one more costs more
         # than any padding.
@@ -263,20 +296,6 @@ def cut_window(lengths: np.ndarray, micro_batch_size: int, world_size: int) -> D
     """`Cut(micro_batch_size).assign_to_ranks(lengths, world_size)`: the fewest micro-batches of at
     most B samples, dealt evenly."""
     return Cut(micro_batch_size).assign_to_ranks(lengths, world_size)
-
-
-def _first_fit(lengths: np.ndarray, limit: int, max_tokens: int | None) -> list[int]:
-    """Ends of contiguous groups filled up to the limits: without padding the fewest micro-batches
-    are the cheapest."""
-    ends, samples, tokens = [], 0, 0
-    for position, length in enumerate(lengths.tolist()):
-        if samples and (
-            samples == limit or (max_tokens is not None and tokens + length > max_tokens)
-        ):
-            ends.append(position)
-            samples = tokens = 0
-        samples, tokens = samples + 1, tokens + length
-    return [*ends, len(lengths)]
 
 
 def _split_to_multiple(

@@ -20,7 +20,11 @@ from accum_trainer.train.records import read_records
 FOLDER = Path(os.environ.get("DEMO_FOLDER", "runs/demo"))
 BIN = Path(sys.executable).parent
 # The noise of the gradient is not measured: it keeps one more copy of it, and memory is compared.
-COMMON = "--cpu --batch-size 2 --steps 100 --lr 1e-3 --warmup 10 --max-seq-len 128 --noise-every 0"
+# Packed, a window would need fewer than K micro-batches.
+COMMON = (
+    "--cpu --batch-size 2 --steps 100 --lr 1e-3 --warmup 10 --max-seq-len 128 --noise-every 0 "
+    "--layout padded"
+)
 TRAIN = "accum-trainer train"
 TWO = (
     "accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "

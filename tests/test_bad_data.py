@@ -209,9 +209,9 @@ class TestChanges:
 
     @pytest.mark.parametrize("on_bad_row", ["error", "skip"])
     def test_a_file_that_is_being_written(self, tmp_path, tokenizer, on_bad_row):
-        """By another thread, half a line at a time."""
+        """By another thread, half a line at a time; long enough that it writes meanwhile."""
         path, is_done = tmp_path / "rows.jsonl", threading.Event()
-        path.write_bytes(GOOD * 1000)
+        path.write_bytes(GOOD * 20_000)
 
         def write():
             with open(path, "ab", buffering=0) as file:

@@ -154,7 +154,12 @@ class TestWindows:
         positions = np.concatenate(micro_batches)
         assert sorted(positions.tolist()) == list(range(len(lengths)))
         for micro_batch in micro_batches:
-            assert 0 < len(micro_batch) <= (cut.micro_batch_size or len(lengths))
+            most = cut.micro_batch_size or len(lengths)
+            if cut.packed:  # B is the memory of the B longest
+                longest = np.sort(lengths)[-most:].sum()
+                assert 0 < lengths[micro_batch].sum() <= longest
+            else:
+                assert 0 < len(micro_batch) <= most
             # Padding to a multiple counts where the user's limit is that of a real batch.
             if cut.max_tokens is not None and len(micro_batch) > 1 and not cut.packed:
                 assert cut.positions(lengths[micro_batch]) <= cut.max_tokens

@@ -308,7 +308,9 @@ def test_a_run_says_its_noise_scale_and_a_resumed_one_goes_on(tmp_path):
     resumed_said, halves = train("halves", "--steps", 16)
     keys = ("noise_scale", "noise_scale_low", "noise_scale_high", "loss", "num_micro_batches")
     assert [[r[k] for k in keys] for r in whole] == [[r[k] for k in keys] for r in halves]
-    assert [r["num_micro_batches"] for r in whole] == [6] * 16
+    # A window that is measured is cut at random, by B; the others are packed in its memory.
+    assert [r["num_micro_batches"] for r in whole[1::2]] == [6] * 8
+    assert all(1 < r["num_micro_batches"] < 6 for r in whole[::2])
     assert whole[6]["noise_scale"] is None  # three windows
     last = whole[-1]
     assert 0 <= last["noise_scale_low"] < last["noise_scale"] < last["noise_scale_high"] < 12

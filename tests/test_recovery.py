@@ -416,9 +416,9 @@ def test_packed_windows_recover():
                 acc.backward(causal_lm_loss(probe.model, batch))
                 if number == 1:
                     out_of_memory()
-        assert len(window) == 5
-        update = probe.step()
-    assert update.num_splits == 2
+        found, made = len(window), probe.step()
+    # In the memory of the four longest of twelve.
+    assert (found, made.num_splits) == (2 + 2, 2)
     assert relative_error(probe.stepped[-1], exact) <= EXACT
 
 

@@ -23,6 +23,7 @@ from torch.utils.data import (
 )
 
 from accum_trainer import Accumulator, DataError
+from accum_trainer.window_plan import Cut
 from tests.launching import torchrun
 
 
@@ -439,6 +440,23 @@ def test_ready_batches_cannot_make_a_window_that_does_not_divide():
             acc.windows(source)
     batches = acc.batches(rows, count_targets=lambda batch: len(batch[0]))
     assert len(batches.windows) == 3 and len(batches) == 9  # 4, 4 and 2, three times
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_packed_batches_have_no_length_before_they_are_cut():
+    """The lengths of each window decide how many it becomes."""
+    acc = Accumulator(micro_batch_size=2, gradient_accumulation_steps=4, cpu=True)
+    lengths = np.array([100, 100, *[1] * 6, *[100] * 8])
+    batches = acc.batches(
+        TensorDataset(torch.arange(16.0)),
+        lengths=lengths,
+        cut=Cut(2, packed=True),
+        shuffle=False,
+        count_targets=lambda batch: len(batch[0]),
+    )
+    assert len(batches.windows) == 2 and len(next(iter(batches.windows))) == 2  # of K = 4
+    with pytest.raises(TypeError, match="how many micro-batches this source gives is not known"):
+        len(batches)
 
 
 # --- an order of the loader's own ---

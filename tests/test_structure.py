@@ -14,7 +14,17 @@ import accum_trainer
 PACKAGE = Path(accum_trainer.__file__).parent
 # The core: windows, what a loss sums over, sources, engines. It knows none of the rooms.
 CORE = {
-    *("errors", "seeds", "batch_plan", "window_plan", "batch", "sources", "losses", "engine"),
+    *(
+        "errors",
+        "seeds",
+        "batch_plan",
+        "packed_parts",
+        "window_plan",
+        "batch",
+        "sources",
+        "losses",
+        "engine",
+    ),
     *(
         "exchanged",
         "window_reader",

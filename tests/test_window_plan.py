@@ -135,21 +135,70 @@ def test_b_alone_makes_the_fewest_micro_batches_with_the_least_padding():
     ]
 
 
-def test_packed_fills_up_to_the_limits():
-    lengths = np.array([50, 40, 30, 20, 10, 10])
-    by_tokens = Cut(max_tokens=90, packed=True).assign_to_ranks(lengths, 1)[0]
-    assert [lengths[micro_batch].tolist() for micro_batch in by_tokens] == [
-        [50, 40],
-        [30, 20, 10, 10],
+def tokens_of(lengths: np.ndarray, dealt: list) -> list[list[int]]:
+    """Of each micro-batch of each rank; every sample must be in one."""
+    taken = np.concatenate([micro_batch for rank in dealt for micro_batch in rank])
+    assert sorted(taken.tolist()) == list(range(len(lengths)))
+    return [[int(lengths[micro_batch].sum()) for micro_batch in rank] for rank in dealt]
+
+
+def test_packed_micro_batches_are_as_few_as_fit_and_equal():
+    lengths = np.array([10, 50, 40, 30, 20, 10])
+    assert tokens_of(lengths, Cut(max_tokens=90, packed=True).assign_to_ranks(lengths, 1)) == [
+        [80, 80]
     ]
-    by_samples = Cut(4, packed=True).assign_to_ranks(lengths, 1)[0]
-    assert [lengths[micro_batch].tolist() for micro_batch in by_samples] == [
-        [50, 40, 30, 20],
-        [10, 10],
+    # B = 2 is the memory of 50 + 40 tokens.
+    assert tokens_of(lengths, Cut(2, packed=True).assign_to_ranks(lengths, 1)) == [[80, 80]]
+    assert tokens_of(lengths, Cut(2, 60, packed=True).assign_to_ranks(lengths, 1)) == [[60, 50, 50]]
+    assert Cut(packed=True).positions(lengths) == 160
+    assert Cut(multiple=8).positions(lengths) == 6 * 56
+
+
+def test_packed_a_sample_above_the_budget_is_alone_and_equal_ones_keep_their_order():
+    lengths = np.array([4, 100, 3, 2])
+    assert tokens_of(lengths, Cut(max_tokens=9, packed=True).assign_to_ranks(lengths, 1)) == [
+        [100, 9]
     ]
-    assert (
-        Cut(packed=True).positions(lengths) == 160 and Cut(multiple=8).positions(lengths) == 6 * 56
-    )
+    same = Cut(3, packed=True).assign_to_ranks(np.full(8, 5), 1)[0]
+    assert [part.tolist() for part in same] == [[0, 1, 2], [3, 4, 5], [6, 7]]
+
+
+def test_packed_shares_follow_the_weights_in_the_fewest_parts():
+    """128 equal samples, in proportion to the shares as far as whole samples go."""
+    weights = (1, 2, 1, 2, 1, 3, 3, 3)
+    cut = Cut(None, 16384, packed=True, rank_weights=weights)
+    found = tokens_of(np.full(128, 512), cut.assign_to_ranks(np.full(128, 512), 8))
+    assert [sum(rank) // 512 for rank in found] == [8 * weight for weight in weights]
+    assert [len(rank) for rank in found] == [1] * 8
+    few = Cut(1, packed=True, rank_weights=(3, 1)).assign_to_ranks(np.array([5, 4]), 2)
+    assert [len(rank) for rank in few] == [2, 0]  # one after the other, done before 4 of 1 are
+
+
+def test_packed_samples_without_tokens_are_dealt_too():
+    for weights in (None, (1, 2)):
+        cut = Cut(2, packed=True, rank_weights=weights)
+        for lengths in (np.zeros(4, int), np.array([0, 3, 0, 0, 2, 0])):
+            found = cut.assign_to_ranks(lengths, 2)
+            tokens_of(lengths, found)
+            assert all(found)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+@pytest.mark.parametrize("equal_counts", [False, True])
+def test_packed_needs_no_more_memory_than_b_and_ends_together(world_size, equal_counts):
+    """Windows of 8 x 16 samples: no micro-batch has more tokens than the eight longest samples, and
+    the ranks' tokens differ by less than a tenth."""
+    rng = np.random.RandomState(0)
+    for _ in range(20):
+        lengths = rng.lognormal(4.6, 0.8, 128).astype(int).clip(8, 512)
+        cut = Cut(8, packed=True, equal_counts=equal_counts)
+        found = tokens_of(lengths, cut.assign_to_ranks(lengths, world_size))
+        budget = int(np.sort(lengths)[-8:].sum())
+        assert max(max(rank) for rank in found) <= budget
+        assert sum(map(len, found)) < 1.3 * lengths.sum() / budget + world_size
+        assert not equal_counts or len({len(rank) for rank in found}) == 1
+        of_ranks = [sum(rank) for rank in found]
+        assert max(of_ranks) < 1.1 * min(of_ranks)
 
 
 @pytest.mark.parametrize("weights", [(3.0, 1.0), (1.0, 3.0), (2.0, 1.0, 1.0)])

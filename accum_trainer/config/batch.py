@@ -13,8 +13,9 @@ class BatchOptions(Section):
 
     batch_size: int | str | None = option(
         None,
-        "B, the micro-batch: most samples in one forward/backward on one process; auto finds the "
-        "largest that fits the device. Default: 4, or what --max-tokens-per-micro-batch allows.",
+        "B, the micro-batch: most samples in one forward/backward on one process; packed, more "
+        "short ones in the memory of B; auto finds the largest that fits the device. Default: 4, "
+        "or what --max-tokens-per-micro-batch allows.",
         minimum=1,
         word="auto",
     )

@@ -73,7 +73,9 @@ class Objective:
         """One line for the record."""
         if not self.reduction:
             return f"targets counted as {self.counting.name}; the model's own loss: {self.reason}"
-        router = ", and a router's loss per micro-batch" if self.has_router_term else ""
+        router = (
+            ", and a router's loss as a mean over micro-batches" if self.has_router_term else ""
+        )
         length = ", all batches of one length" if self.one_length else ""
         return f"{self.reduction} over {self.counting.name}{router}{length} ({self.reason})"
 

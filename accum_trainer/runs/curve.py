@@ -248,7 +248,8 @@ def _split(log: Log) -> tuple[str, int | None]:
         return f"effective batch {batch}", batch
     if b is not None and b * k * w == batch:
         return f"B {b} x K {k} x W {w} = {batch}", batch
-    return f"K up to {k} x W {w}, effective batch {batch}", batch
+    within = "" if b is None else f"B {b}, "
+    return f"{within}K up to {k} x W {w}, effective batch {batch}", batch
 
 
 def _most_common(numbers: np.ndarray) -> int | None:

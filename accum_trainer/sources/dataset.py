@@ -105,8 +105,9 @@ class PlannedSource:
         plan = self._plan
         if self._options.noise_every:
             return None  # windows that are cut at random may have more
-        if self._cut.max_tokens is not None or self._cut.rank_weights is not None:
-            return None
+        by_tokens = self._cut.packed or self._cut.max_tokens is not None
+        if by_tokens or self._cut.rank_weights is not None:
+            return None  # each window's lengths decide
         if not (plan.is_whole or plan.world_size == 1 or self._cut.equal_counts):
             return None  # the lengths decide which rank runs one more
         order = self._order(epoch)

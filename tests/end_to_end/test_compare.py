@@ -24,7 +24,11 @@ from tests.launching import cli
 from tests.made_runs import small_llama
 
 # B = 2 in all; R24 is measured with 100 updates by benchmarks/variance.py.
-COMMON = ("--cpu", "--batch-size", 2, "--max-seq-len", 32, "--lr", "1e-2", "--steps", 50)
+# Padded, K micro-batches are K; packed, fewer.
+COMMON = (
+    *("--cpu", "--batch-size", 2, "--max-seq-len", 32, "--lr", "1e-2", "--steps", 50),
+    *("--layout", "padded"),
+)
 K = {"k1": 1, "k16": 16}
 
 

@@ -60,7 +60,7 @@ def argv(tmp_path_factory):
             "--output-dir",
             "run",
         ),
-        *("--use-peft", "--lora-dropout", "0.3"),
+        *("--use-peft", "--lora-dropout", "0.3", "--layout", "padded"),
     ]
 
 
