@@ -59,8 +59,8 @@ class Accumulator:
             spectral norm moves with each, so the cut changes the update: refused unless True.
         accelerator: the Accelerator to use; otherwise one is made from `accelerator_kwargs`, which
             may also name the `engine` that must be in force (`single`, `ddp`, `fsdp2`, `zero0` to
-            `zero3`); or `zero_stage` (0 to 3) and `cpu_offload` for DeepSpeed, `fsdp=True` for
-            FSDP2, with `shard_size` for groups of processes that each hold the model.
+            `zero3`); or `zero_stage` (0 to 3) for DeepSpeed, `fsdp=True` for FSDP2, with
+            `shard_size` for groups that each hold the model; `cpu_offload` for both.
 
     Attributes:
         accelerator: the `accelerate.Accelerator`.

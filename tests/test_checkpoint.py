@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -447,3 +448,30 @@ def test_a_process_that_has_no_room_for_its_part_is_not_waited_for(tmp_path):
     first, second = done.stdout.splitlines()
     assert "could not be written: process 1: " in first and "No space left" in first
     assert second == "written"
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_one_copy_of_the_trained_state_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    """On a disk that is slower than training, the next copy waits for the last one."""
+    from accum_trainer import TrainConfig
+    from accum_trainer.train import checkpoint_writer, loop, updates
+
+    being_written, copied = threading.Event(), []
+    write_part, capture = checkpoint_writer.write_part, loop.capture
+
+    def slowly(*arguments):
+        being_written.set()
+        time.sleep(0.3)
+        found = write_part(*arguments)
+        being_written.clear()
+        return found
+
+    def copy(*arguments):
+        copied.append(being_written.is_set())
+        return capture(*arguments)
+
+    monkeypatch.setattr(checkpoint_writer, "write_part", slowly)
+    monkeypatch.setattr(loop, "capture", copy)
+    sizes = {"batch_size": 1, "max_seq_len": 16, "steps": 3, "checkpoint_every": 1}
+    list(updates(TrainConfig(cpu=True, output_dir=str(tmp_path / "run"), **sizes)))
+    assert len(copied) >= 3 and not any(copied)

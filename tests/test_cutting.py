@@ -29,6 +29,13 @@ def test_it_names_the_command_that_keeps_the_effective_batch():
     assert "--batch-size auto --global-batch-size 128 cuts the same effective batch" in found
 
 
+def test_packed_it_is_said_of_the_longest_samples():
+    """16 of 128 samples of a window are of its longest: 8 x 300 tokens."""
+    found = note(cut=Cut(8, packed=True))
+    assert found is not None and "8 samples has about 2,400 tokens" in found
+    assert note(b=16, cut=Cut(16, packed=True)) is None
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -214,6 +214,65 @@ def test_offload_takes_the_optimizer_off_the_gpu():
     assert set(rows(config)) == {("single", ONCE), ("zero2", ONCE), ("zero2", EVERY)}
 
 
+def test_fsdp2_offloaded_keeps_no_shard_on_the_gpu():
+    """Left are gathered weights, a whole gradient until it is reduced, and a block's shard on its
+    way."""
+    config = TrainConfig(engine="fsdp2", cpu_offload=True)
+    found = rows(config, w=2)
+    once, every = found["fsdp2", ONCE], found["fsdp2", EVERY]
+    assert (once.weights, once.optimizer, once.gradients) == (0, 0, 4 * TINY)
+    assert (every.weights, every.optimizer, every.gradients) == (0, 0, 0)
+    on_gpu = rows(dataclasses.replace(config, cpu_offload=False), w=2)["fsdp2", EVERY]
+    block = 4 * H * H + 3 * H * INNER + 2 * H
+    shards = 4 * TINY // 2 * (1 + 2 + 1)  # weights, moments, gradients
+    assert on_gpu.total - every.total == pytest.approx(shards - 4 * block // 2, rel=0.01)
+
+
+# --- host memory ---
+
+
+def host(w: int = 1, k: int = 2, **options) -> dict:
+    """Engine to its need; a batch of 4 x 512 tokens unless another is given."""
+    return footprints(TrainConfig(**options), BatchPlan(4, k, w)).host
+
+
+def test_who_reads_the_model(tmp_path):
+    from transformers import LlamaConfig
+
+    sizes = {"vocab_size": V, "hidden_size": H, "intermediate_size": INNER, "num_hidden_layers": L}
+    LlamaConfig(**sizes, tie_word_embeddings=True, num_attention_heads=HEADS).save_pretrained(
+        tmp_path
+    )
+    found = host(w=4, model=str(tmp_path))
+    whole = 4 * TINY
+    assert [found[name].reading for name in ("ddp", "zero1", "zero2")] == [4 * whole] * 3
+    assert found["fsdp2"].reading == whole  # process 0 alone
+    assert found["zero3"].reading == 4 * 4 * V * H  # a tensor on each process, the largest
+    assert host(model=str(tmp_path))["single"].reading == whole
+
+
+def test_a_checkpoint_is_a_copy_of_the_trained_state():
+    found = host(w=4)
+    assert {need.writing for need in found.values()} == {12 * TINY}
+    adapters = L * 8 * ((H + H) + (INNER + H))
+    lora = host(use_peft=True, lora_r=8, lora_target_modules="q_proj,down_proj")["single"]
+    assert lora.writing == 12 * adapters and lora.beside == 0
+    assert lora.total == lora.reading == 4 * (TINY + adapters)
+
+
+def test_what_is_offloaded_lies_in_host_memory():
+    zero = host(w=2, k=1, engine="zero2", cpu_offload=True)
+    assert zero["ddp"].beside == 0 and zero["zero2"].beside == 16 * TINY
+    assert zero["zero3"].beside == 20 * TINY  # and the reduced gradient
+    assert host(w=2, k=2, engine="zero2", cpu_offload=True)["zero2"].beside == 20 * TINY
+    assert zero["fsdp2"].beside == 16 * TINY  # the same four numbers, unlike ZeRO also frozen ones
+    groups = host(w=4, shard_size=2, cpu_offload=True)["fsdp2"]
+    assert groups.beside == 2 * 16 * TINY  # each group holds the model
+    need = host(w=2, gradient_checkpointing=True, activation_offload=True)["ddp"]
+    assert need.beside == 2 * L * 4 * 512 * H * 4
+    assert need.total == need.beside + need.writing
+
+
 def test_fp16_has_no_fsdp2():
     assert "fsdp2" not in {engine for engine, _ in rows(TrainConfig(mixed_precision="fp16"), w=2)}
 

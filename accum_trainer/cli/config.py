@@ -92,7 +92,11 @@ def command() -> None:
     help="Mixed precision.",
 )
 @click.option("--cpu", is_flag=True, help="Processes on the CPU instead of GPUs.")
-@click.option("--cpu-offload", is_flag=True, help="Keep ZeRO's optimizer state in host memory.")
+@click.option(
+    "--cpu-offload",
+    is_flag=True,
+    help="Keep ZeRO's optimizer state, or FSDP2's shards, in host memory.",
+)
 @click.option(
     "--vary",
     metavar="TEXT",

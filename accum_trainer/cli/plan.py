@@ -26,7 +26,8 @@ _USED = (
     *("accumulation_dtype", "steps", "epochs", "dataset_file", "lr", "lr_scaling"),
     *("lr_base_batch_size", "scheduler", "warmup", "model", "max_seq_len", "mixed_precision"),
     *("revision", "trust_remote_code"),
-    *("amp", "gradient_checkpointing", "attention", "use_peft", "lora_r", "lora_dropout"),
+    *("amp", "gradient_checkpointing", "activation_offload", "attention"),
+    *("use_peft", "lora_r", "lora_dropout"),
     *("lora_target_modules", "lora_modules_to_save", "engine", "zero_stage"),
     *("cpu_offload", "shard_size", "cpu", "parallel_independent", "cuda_ids", "vary", "shard"),
 )

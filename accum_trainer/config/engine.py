@@ -29,7 +29,11 @@ class EngineOptions(Section):
         choices=("none", "zero1", "zero2", "zero3"),
         aliases={"1": "zero1", "2": "zero2", "3": "zero3"},  # as `Accumulator(zero_stage=2)`
     )
-    cpu_offload: bool = option(False, "Keep ZeRO's optimizer state in host memory.")
+    cpu_offload: bool = option(
+        False,
+        "Keep the optimizer's state in host memory (ZeRO), and under FSDP2 weights and gradients "
+        "too; the optimizer steps there.",
+    )
     shard_size: int | None = option(
         None,
         "FSDP2: shard the model over groups of so many processes, those of a machine, that hold "
@@ -61,11 +65,11 @@ class EngineOptions(Section):
                     "engine=fsdp2, or leave shard_size out"
                 )
             self._set("engine", "fsdp2")
-        if self.cpu_offload and self.zero_stage == "none":
-            other = f"engine={self.engine} has none" if self.engine else "no engine is named"
+        if self.cpu_offload and self.zero_stage == "none" and self.engine != "fsdp2":
+            other = f"engine={self.engine} cannot" if self.engine else "no engine is named"
             raise ConfigError(
-                f"cpu_offload keeps ZeRO's optimizer state in host memory, but {other}; give "
-                "engine (zero1 to zero3), or leave cpu_offload out"
+                f"cpu_offload keeps what is sharded in host memory, but {other}; give engine "
+                "(zero1 to zero3, fsdp2), or leave cpu_offload out"
             )
 
 

@@ -35,6 +35,12 @@ class ModelOptions(Section):
     gradient_checkpointing: bool = option(
         False, "Recompute activations in the backward: less memory, more time."
     )
+    activation_offload: bool = option(
+        False,
+        "Keep the input of each block in host memory until its backward: less memory of a GPU on "
+        "long samples, more time.",
+        only_with="gradient_checkpointing",
+    )
     attention: str | None = option(
         None,
         "transformers' attention implementation, such as sdpa, eager or flash_attention_2. "
@@ -85,6 +91,11 @@ class ModelOptions(Section):
             raise ConfigError(
                 f"{name}={getattr(self, name)} has no effect on model=tiny, which is built in; "
                 f"give a model, or leave {name} out"
+            )
+        if self.activation_offload and self.compile:
+            raise ConfigError(
+                "activation_offload moves what the blocks keep, which compile decides by itself; "
+                "leave one of them out"
             )
         if self.merge_adapter and not self.use_peft:
             raise ConfigError(

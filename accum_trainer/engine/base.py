@@ -8,8 +8,7 @@
 Abstract methods are what an engine must provide. It declares its abilities as named capabilities;
 its name decides only whether it is the one that was asked for. An engine knows no windows, targets
 or data. Beside this module: `ranks` (talk between processes), `full_state` (whole tensors by name),
-`memory`, `sync` (the policies), and `single`, which implements the contract with a torch optimizer
-for engines to build on.
+`memory`, `sync` (the policies), and `single`: the contract with a torch optimizer, to build on.
 """
 
 from __future__ import annotations
@@ -43,10 +42,10 @@ class Engine(FullState, abc.ABC):
         asked_for_as: names for `Accumulator(engine=)`, each with the options that it stands for.
         library: whose plugin or launcher variable asks for this engine; "" if none does.
         grad_sync: the policy in force, `once-per-window` or `every-microbatch`.
-        grad_sync_reason: why it is this one.
         weight_sync: the same for gathering sharded weights; None if every process has them whole.
-        weight_sync_reason: why it is this one.
+        grad_sync_reason, weight_sync_reason: why it is this one.
         shard_size: processes of a group that shards the model; None without such groups.
+        offloaded: in words, what lies elsewhere than on the device; "" for nothing.
         defer_grad_reduction: reduce after a window's last backward, not in it, so that a rank that
             runs out of memory there strands no other. Set between windows, on all ranks together.
 
@@ -72,6 +71,7 @@ class Engine(FullState, abc.ABC):
     weight_sync: str | None = None
     weight_sync_reason: str = "every process has the whole weights"
     shard_size: int | None = None
+    offloaded: str = ""
     defer_grad_reduction: bool = False
 
     runs_alone: bool = True

@@ -50,9 +50,10 @@ def build_engine(
         grad_sync, weight_sync: `auto`, `once-per-window` or `every-microbatch`.
         accelerator: the user's own; by default one is made from `options`.
         options: of an engine (`Engine.options`: `zero_stage`, 0 to 3; `cpu_offload`, which keeps
-            ZeRO's optimizer state in host memory; `fsdp`; `shard_size`, the processes over which
-            FSDP2 shards the model), each of which the launcher may ask for too; `engine`, the name
-            of the one that must be in force; others are for `Accelerator(...)`.
+            ZeRO's optimizer state, or FSDP2's shards, in host memory; `fsdp`; `shard_size`, the
+            processes over which FSDP2 shards the model), each of which the launcher may ask for
+            too; `engine`, the name of the one that must be in force; others are for
+            `Accelerator(...)`.
 
     Raises:
         ConfigError: another source says another K; an unknown policy or engine; an Accelerator and
@@ -90,6 +91,7 @@ def build_engine(
         atexit.register(_let_gloo_finish)
     for kind in ENGINES:
         if kind.drives(accelerator, request):
+            _refuse_without_effect(request, kind)
             engine = kind.on(accelerator, syncs, request)
             if request.engine not in (None, engine.name):
                 raise EngineError(
@@ -113,6 +115,22 @@ def build_engine(
         f"accelerate runs {accelerator.distributed_type.value}, for which accum_trainer has no "
         "engine; launch a single process, DDP, DeepSpeed or FSDP2"
     )
+
+
+def _refuse_without_effect(request: Request, kind: type[Engine]) -> None:
+    """Raise a ConfigError for an option of another engine than `kind`, the one in force."""
+    for name, value in request.options.items():
+        if name not in kind.options:
+            takers = {
+                engine
+                for other in ENGINES
+                if name in other.options
+                for engine in other.asked_for_as
+            } - {"zero0"}  # which shards nothing
+            raise ConfigError(
+                f"{name}={value} has no effect: {kind.name} is in force; give engine "
+                f"({', '.join(sorted(takers))}), or leave {name} out"
+            )
 
 
 def check_arguments(given: Iterable[str], taker: type) -> None:
@@ -141,6 +159,9 @@ def _request(options: dict[str, Any]) -> Request:
     ours = {name for kind in ENGINES for name in kind.options}
     name = options.pop("engine", None)
     given = {k: v for k, v in options.items() if k in ours and v is not None and v is not False}
+    for flag in ("fsdp", "cpu_offload"):
+        if given.get(flag, True) is not True:
+            raise ConfigError(f"{flag}={given[flag]!r} is neither True nor False; give one of them")
     if name is not None:
         kind = _engine_of(name)
         for option, value in kind.asked_for_as[name].items():

@@ -17,19 +17,25 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from accum_trainer.engine.fsdp_internals import (
     forget_unreduced,
     is_half_reduced,
     local,
+    on_mesh,
     parameters_in,
     reshard,
     unreduced,
     unsharded,
 )
-from accum_trainer.engine.fsdp_settings import refuse_lost_settings
+from accum_trainer.engine.fsdp_settings import offloads, refuse_lost_settings
 from accum_trainer.engine.mesh import (
     PARALLELISM_VARIABLE,
     parallelism_of,
@@ -63,10 +69,13 @@ class FSDPEngine(TorchEngine):
     backward. A window always begins from the shards, whatever ran before it.
 
     Groups of processes (`mesh`) exchange gradients once per window, under either policy.
+
+    cpu_offload: the shards of weights, gradients and optimizer state lie in host memory, where the
+    optimizer steps. Collectives still run on the device.
     """
 
     name = "fsdp2"
-    options = ("fsdp", "shard_size")
+    options = ("fsdp", "shard_size", "cpu_offload")
     asked_for_as: ClassVar[Mapping[str, Mapping[str, Any]]] = {"fsdp2": {"fsdp": True}}
     library = "fsdp"
     runs_alone = False  # weights are gathered in every forward
@@ -77,7 +86,8 @@ class FSDPEngine(TorchEngine):
 
     @classmethod
     def is_asked_for(cls, request: Request) -> bool:
-        return any(request.options.get(name) for name in cls.options) or request.names(cls.library)
+        own = any(request.options.get(name) for name in ("fsdp", "shard_size"))
+        return own or request.names(cls.library)
 
     @classmethod
     def accelerator_kwargs(cls, request: Request) -> dict[str, Any]:
@@ -97,10 +107,14 @@ class FSDPEngine(TorchEngine):
 
     @classmethod
     def on(cls, accelerator: Accelerator, asked: Syncs, request: Request) -> FSDPEngine:
-        return cls(accelerator, asked, shard_size_of(request))
+        return cls(accelerator, asked, shard_size_of(request), offloads(request))
 
-    def __init__(self, accelerator: Accelerator, asked: Syncs, shard_size: int | None) -> None:
+    def __init__(
+        self, accelerator: Accelerator, asked: Syncs, shard_size: int | None, cpu_offload: bool
+    ) -> None:
         super().__init__(accelerator, asked)
+        if cpu_offload:
+            self.offloaded = "weights, gradients and optimizer state in host memory"
         # One that a launcher started is a mesh of one: a script for many GPUs, tried on one.
         if accelerator.num_processes == 1 and not torch.distributed.is_initialized():
             raise EngineError(
@@ -138,7 +152,7 @@ class FSDPEngine(TorchEngine):
             whole = Whole(self, model) if is_whole_on_one else None
             self._shard(model)
             if whole is not None:
-                whole.deal(model, self._mesh)
+                whole.deal(model, self._mesh, self._home)
             self._units[model] = [m for m in model.modules() if isinstance(m, FSDPModule)]
             renamed |= {id(before[name]): p for name, p in model.named_parameters()}
             self._sharded |= {
@@ -187,6 +201,11 @@ class FSDPEngine(TorchEngine):
             )
 
     @property
+    def _home(self) -> torch.device:
+        """Where shards lie."""
+        return torch.device("cpu") if self.offloaded else self.device
+
+    @property
     def _compute_dtype(self) -> torch.dtype | None:
         """Of gathered weights; None for that of the shards."""
         return torch.bfloat16 if self.mixed_precision == "bf16" else None
@@ -201,6 +220,8 @@ class FSDPEngine(TorchEngine):
                 param_dtype=self._compute_dtype, reduce_dtype=self.settings.gradient_dtype
             ),
         }
+        if self.offloaded:
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
         # Each call moves its own weights to the device and keeps a shard of them: no GPU has to
         # hold the whole model.
         blocks = set(getattr(model, "_no_split_modules", None) or ())
@@ -371,7 +392,7 @@ class FSDPEngine(TorchEngine):
         return [local(p) for p in super()._without_state(optimizer)]
 
     def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return on_mesh(tensor).full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def _held_gradient(self, parameter: torch.Tensor) -> torch.Tensor | None:
         return None if parameter.grad is None else local(parameter.grad)
@@ -415,4 +436,11 @@ class FSDPEngine(TorchEngine):
 
     def _sharded_like(self, parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         assert isinstance(parameter, DTensor)
-        return distribute_tensor(value.to(self.device), parameter.device_mesh, parameter.placements)
+        found = distribute_tensor(
+            value.to(self.device), parameter.device_mesh, parameter.placements
+        )
+        if not self.offloaded:
+            return found
+        kept = torch.empty_like(parameter, dtype=found.dtype)  # where the parameter's shard lies
+        local(kept).copy_(local(found))
+        return kept

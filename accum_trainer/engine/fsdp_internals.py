@@ -18,6 +18,19 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def on_mesh(tensor: DTensor) -> DTensor:
+    """A sharded tensor whose shard lies where the mesh's collectives run: NCCL has none for shards
+    in host memory."""
+    return DTensor.from_local(  # which moves it
+        tensor.to_local(),
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
+
+
 def unsharded(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The whole parameters, which autograd sees. FSDP2 makes them once and later only gives them
     memory."""

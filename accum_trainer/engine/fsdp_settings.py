@@ -1,6 +1,7 @@
-"""Settings of FSDP in accelerate's plugin and launcher that this project's engine does not have.
+"""Settings of FSDP in accelerate's plugin and launcher: one that this project's engine has under
+another name, and those that it lacks and that would be lost.
 
-accelerate would apply them; here they would be lost. Knows accelerate's names of them; no engine.
+Knows accelerate's names of them; no engine.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from accum_trainer.engine.request import Request, is_true
 from accum_trainer.errors import EngineError
 
 
@@ -19,23 +21,16 @@ def refuse_lost_settings(plugin: Any) -> None:
     """
     if plugin is not None:
         version = int(plugin.fsdp_version)
-        offload = bool(getattr(plugin.cpu_offload, "offload_params", plugin.cpu_offload))
         checkpointing = bool(plugin.activation_checkpointing)
         strategy = str(plugin.sharding_strategy)
     else:
         # `fsdp=True` sets no variable; accelerate's launcher always sets the version.
         version = int(os.environ.get("FSDP_VERSION", "2"))
-        offload = _is_true("FSDP_OFFLOAD_PARAMS")
-        checkpointing = _is_true("FSDP_ACTIVATION_CHECKPOINTING")
+        checkpointing = is_true(os.environ.get("FSDP_ACTIVATION_CHECKPOINTING"))
         strategy = os.environ.get("FSDP_SHARDING_STRATEGY", "")
     if version != 2:
         raise EngineError(
             f"fsdp_version={version} is asked for; only FSDP2 is available: set fsdp_version: 2"
-        )
-    if offload:
-        raise EngineError(
-            "FSDP2 with its parameters offloaded to the CPU is not available; leave "
-            "fsdp_offload_params out"
         )
     if checkpointing:
         raise EngineError(
@@ -49,5 +44,11 @@ def refuse_lost_settings(plugin: Any) -> None:
         )
 
 
-def _is_true(variable: str) -> bool:
-    return os.environ.get(variable, "false").lower() == "true"
+def offloads(request: Request) -> bool:
+    """Whether shards are to lie in host memory: by `cpu_offload`, or in the words of accelerate."""
+    plugin = request.accelerator_kwargs.get("fsdp_plugin")
+    if plugin is not None:
+        theirs = bool(getattr(plugin.cpu_offload, "offload_params", plugin.cpu_offload))
+    else:
+        theirs = request.names("fsdp") and is_true(os.environ.get("FSDP_OFFLOAD_PARAMS"))
+    return theirs or bool(request.options.get("cpu_offload"))

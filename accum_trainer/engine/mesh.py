@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from accum_trainer.engine.request import Request
+from accum_trainer.engine.request import Request, is_true
 from accum_trainer.errors import ConfigError, EngineError
 
 PARALLELISM_VARIABLE = "ACCELERATE_USE_PARALLELISM_CONFIG"
@@ -86,7 +86,7 @@ def parallelism_of(request: Request) -> Mapping[str, int]:
     given: Any = request.accelerator_kwargs.get("parallelism_config")
     if given is not None:
         return sizes_of(given)
-    if request.launcher.get(PARALLELISM_VARIABLE, "false").lower() != "true":
+    if not is_true(request.launcher.get(PARALLELISM_VARIABLE)):
         return {}
     prefix = "PARALLELISM_CONFIG_"
     return {name: int(os.environ.get(prefix + name.upper(), "1")) for name in _SIZES}

@@ -11,6 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+def is_true(value: str | None) -> bool:
+    """Whether accelerate takes a variable's text for true."""
+    return (value or "").lower() in ("y", "yes", "t", "true", "on", "1")
+
+
 def _launcher_variables() -> dict[str, str]:
     return {name: v for name, v in os.environ.items() if name.startswith("ACCELERATE_USE_")}
 
@@ -40,6 +45,6 @@ class Request:
         if self.accelerator_kwargs.get(f"{library}_plugin") is not None:
             return f"{library}_plugin"
         variable = f"ACCELERATE_USE_{library.upper()}"
-        if self.launcher.get(variable, "false").lower() == "true":
+        if is_true(self.launcher.get(variable)):
             return f"accelerate's launcher ({variable}=true)"
         return ""

@@ -69,10 +69,10 @@ class Whole:
                     on_meta[id(p)] = torch.nn.Parameter(empty, requires_grad=p.requires_grad)
                 setattr(module, name, on_meta[id(p)])  # tied weights stay one
 
-    def deal(self, model: torch.nn.Module, mesh: ShardMesh) -> None:
-        """Fill the model, sharded over `mesh` since. Collective."""
+    def deal(self, model: torch.nn.Module, mesh: ShardMesh, home: torch.device) -> None:
+        """Fill the model, sharded over `mesh` since, with shards that lie in `home`. Collective."""
         device = self._ranks.device
-        model.to_empty(device=device)
+        model.to_empty(device=home)
         for name, p in model.named_parameters():
             assert isinstance(p, DTensor)
             whole = self._weights.pop(name, None)
@@ -120,7 +120,7 @@ def _scatter(
     """Fill this rank's rows of a parameter that each group of `shard_size` ranks shards along its
     first dimension, as `torch.chunk` cuts it: the last ranks may have fewer rows, or none."""
     rows = math.ceil(shape[0] / shard_size)
-    received = torch.empty(rows, *shape[1:], dtype=mine.dtype, device=mine.device)
+    received = torch.empty(rows, *shape[1:], dtype=mine.dtype, device=ranks.device)
     parts = None
     if ranks.is_main:
         assert whole is not None

@@ -70,9 +70,8 @@ def _head(spec: LaunchSpec, path: Path, title: str) -> list[str]:
 def _lines(entries: list[tuple[str, Any, str]]) -> list[str]:
     """`key: value` lines with their comments in one column."""
     texts = [f"{key}: {_scalar(value)}" for key, value, _ in entries]
-    width = (
-        max(len(text) for text, (_, _, comment) in zip(texts, entries, strict=True) if comment) + 2
-    )
+    commented = [t for t, (_, _, comment) in zip(texts, entries, strict=True) if comment]
+    width = max(map(len, commented), default=0) + 2
     return [
         f"{text:<{width}}# {comment}" if comment else text
         for text, (_, _, comment) in zip(texts, entries, strict=True)
@@ -141,7 +140,11 @@ def _accelerate_yaml(spec: LaunchSpec, path: Path) -> str:
             nested.append(("  zero3_init_flag", True, comment))
         lines += [*_JSON_COMMENT, "deepspeed_config:", *_lines(nested)]
     if spec.engine == "fsdp2":
-        lines += ["fsdp_config:", "  fsdp_version: 2"]
+        fsdp: list[tuple[str, Any, str]] = [("  fsdp_version", 2, "")]
+        if spec.cpu_offload:
+            comment = "weights, gradients and optimizer state lie in host memory"
+            fsdp.append(("  fsdp_offload_params", True, comment))
+        lines += ["fsdp_config:", *_lines(fsdp)]
     return "\n".join(lines) + "\n"
 
 

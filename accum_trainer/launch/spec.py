@@ -25,7 +25,7 @@ class LaunchSpec:
         nodes, gpus_per_node: machines, and processes on each (one per GPU).
         precision: `no`, `bf16` or `fp16`.
         cpu: processes on the CPU instead of on GPUs.
-        cpu_offload: keep ZeRO's optimizer state in host memory.
+        cpu_offload: keep ZeRO's optimizer state, or FSDP2's shards, in host memory.
         micro_batch_size, gradient_accumulation_steps: B and K for DeepSpeed's file; None for
             "auto".
         train: options of `train` for the command and the batch script, as typed.
@@ -107,10 +107,10 @@ def _check_engine(spec: LaunchSpec) -> None:
             f"engine={spec.engine} shards over processes, and single-gpu has one; leave engine "
             f"out{other}"
         )
-    if spec.cpu_offload and not spec.zero_stage:
+    if spec.cpu_offload and not spec.zero_stage and spec.engine != "fsdp2":
         raise ConfigError(
-            f"cpu_offload keeps ZeRO's optimizer state in host memory, but engine={spec.engine}; "
-            "give engine zero1 to zero3"
+            f"cpu_offload keeps what is sharded in host memory, but engine={spec.engine} shards "
+            "nothing; give engine zero1 to zero3, or fsdp2"
         )
     if spec.cpu_offload and spec.cpu:
         raise ConfigError(

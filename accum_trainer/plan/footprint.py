@@ -16,8 +16,8 @@ process sends with a ring algorithm (Patarasuk and Yuan 2009, Bandwidth optimal 
 of a buffer that is gathered or reduced-and-scattered, twice that when it is all-reduced. Numbers
 exchanged once per window (norms, counts, losses) are left out.
 
-Not counted: the CUDA context, NCCL's buffers and fragmentation, for which RESERVED is kept free;
-and host memory.
+Not counted: the CUDA context, NCCL's buffers and fragmentation, for which RESERVED is kept free.
+Host memory is `host`'s.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from accum_trainer.config import TrainConfig
 from accum_trainer.engine.sync import AUTO, EVERY, ONCE, Syncs
 from accum_trainer.errors import ConfigError
 from accum_trainer.plan import fsdp, unsharded, zero
+from accum_trainer.plan.host import HostNeed, host_need
 from accum_trainer.plan.job import DeepSpeedSizes, Job, Need
 from accum_trainer.plan.shapes import PHASES, Shapes
 
@@ -127,6 +128,7 @@ class Footprints:
         unknown: why activations are not known, or None.
         between_groups: bytes of an update that a process sends to other groups of `shard_size`
             processes; None without groups.
+        host: engine to its host memory.
     """
 
     shapes: Shapes
@@ -135,6 +137,7 @@ class Footprints:
     rows: list[Footprint]
     unknown: str | None
     between_groups: int | None
+    host: dict[str, HostNeed]
 
 
 def footprints(
@@ -168,7 +171,8 @@ def footprints(
         for weight_sync in _weight_policies(job, engine)
     ]
     between = fsdp.between_groups(job) if config.shard_size is not None else None
-    return Footprints(job.shapes, job.samples, job.precision, rows, job.unknown, between)
+    host = {engine: host_need(job, engine) for engine in engines}
+    return Footprints(job.shapes, job.samples, job.precision, rows, job.unknown, between, host)
 
 
 def recommend(found: Sequence[Footprint], gpu_memory: float) -> Footprint | None:

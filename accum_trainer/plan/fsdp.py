@@ -16,14 +16,16 @@ def fsdp2(job: Job, syncs: Syncs) -> Need:
     last reduction in the reduce dtype (_fsdp_param_group.py, post_backward). Under once-per-window
     the whole gradient stays unsharded in the reduce dtype, from the window's first micro-batch to
     its last. Whole weights kept through the window are counted as if all were there all the time.
+    Offloaded, the shards are on the host, and a block's is copied before it is gathered.
     """
     s, b, group = job.shapes, _gathered_bytes(job), group_size(job)
     shard, outside = job.shard(s.trained, group), b * s.outside
     # The head's gradient is made first and reduced last, with the weights outside the blocks.
     two, reduced = 2 * b * s.block + b * s.head, (b + job.accumulated) * s.block_trained
     whole = syncs.grad_sync == ONCE and job.has_earlier_gradients
-    gradients = job.accumulated * s.trained if whole else 4 * shard
-    extra = (
+    here = 0 if job.config.cpu_offload else 1  # of shards
+    gradients = job.accumulated * s.trained if whole else here * 4 * shard
+    extra: tuple[int, ...] = (
         # The last block's buffer lives until the next one's is read (comm_ctx.all_gather_state).
         outside + 2 * b * s.block,
         outside + b * s.block,
@@ -35,19 +37,21 @@ def fsdp2(job: Job, syncs: Syncs) -> Need:
         kept, head = b * s.parameters, b * s.head
         first = 0 if job.has_earlier_gradients else b * s.block
         extra = (kept + first, kept, kept + head, kept + head + reduced)
+    if not here:
+        extra = tuple(size + 4 * job.shard(s.block, group) for size in extra)
     return Need(
-        weights=4 * job.shard(s.parameters, group),
+        weights=here * 4 * job.shard(s.parameters, group),
         gradients=gradients,
-        optimizer=8 * shard,
+        optimizer=here * 8 * shard,
         trace=job.cast_trace,
         extra=extra,
         other=max(extra),
         held=gradients if job.has_earlier_gradients else 0,
-        kept=0.0 if job.has_earlier_gradients else 4 * shard / (b * s.trained),
-        outside_trace=(4 * shard + 8 * job.shard(s.largest, group),),
+        kept=0.0 if job.has_earlier_gradients else here * 4 * shard / (b * s.trained),
+        outside_trace=(here * (4 * shard + 8 * job.shard(s.largest, group)),),
         # Moved to the GPU and sharded block by block, then the weights outside the blocks
         # (_fsdp_init.py, _move_states_to_device).
-        start=4 * (job.shard(s.parameters, group) + max(s.block, s.outside)),
+        start=4 * (here * job.shard(s.parameters, group) + max(s.block, s.outside)),
     )
 
 

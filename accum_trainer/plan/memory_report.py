@@ -45,6 +45,7 @@ def memory_report(
         "when sharded weights are gathered, once per window keeping them whole through it",
     ]
     lines.append(line("16 bytes per parameter", _beside_the_usual(config, found)))
+    lines += _host_table(found)
     if found.unknown is not None:
         lines.append(
             f"activations are unknown: the model cannot be run without values ({found.unknown})"
@@ -126,10 +127,30 @@ def _table(rows: list[Footprint], limit: float | None) -> list[str]:
             cells.append({True: "yes", False: "no", None: "unknown"}[row.fits(limit)])
         sent = [f"{value / 1e9:.{digits}f}" for value in row.traffic.values()]
         table.append([row.engine, row.grad_sync, row.weight_sync or "-", *cells, *sent])
+    return _columns(table, left=3)
+
+
+def _host_table(found: Footprints) -> list[str]:
+    """One line per engine: host memory of a machine that runs all processes, sizes in GB."""
+    digits = 2 if max(need.total for need in found.host.values()) >= 1e9 else 4
+    table = [["GB of host memory", "reading the model", "training", "and a checkpoint", "at most"]]
+    for engine, need in found.host.items():
+        sizes = (need.reading, need.beside, need.writing, need.total)
+        table.append([engine, *(f"{size / 1e9:.{digits}f}" for size in sizes)])
+    return [
+        *_columns(table, left=1),
+        "of a machine that runs all processes. Left out: Python and its libraries; the run's end, "
+        "which gathers the model, and with --merge-adapter loads it once more; on a GPU, that "
+        "torch rounds what is copied to the host up to a power of two",
+    ]
+
+
+def _columns(table: list[list[str]], left: int) -> list[str]:
+    """Lines whose cells stand below each other, the first `left` to the left."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return [
         "  ".join(
-            cell.ljust(w) if i < 3 else cell.rjust(w)
+            cell.ljust(w) if i < left else cell.rjust(w)
             for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
         )
         for cells in table

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from accum_trainer.config import TrainConfig
 from accum_trainer.lm.model import shape_of_model
+from accum_trainer.lm.offloading import offload_block_inputs
 from accum_trainer.losses.causal_lm import causal_lm_loss
 from accum_trainer.losses.head import decide_loss_path
 
@@ -86,10 +87,15 @@ class Allocated:
 
 
 class Trace:
-    """One micro-batch's forward and backward, operation by operation."""
+    """One micro-batch's forward and backward, operation by operation.
 
-    def __init__(self, states: list[Allocated]) -> None:
+    Attributes:
+        offloaded: bytes that wait on the host for the backward.
+    """
+
+    def __init__(self, states: list[Allocated], offloaded: int) -> None:
         self._states = states
+        self.offloaded = offloaded
 
     def peak(self, *phases: int, kept: float = 0.0) -> int:
         """Most bytes in these phases (default: all), with `kept` bytes for each byte of finished
@@ -127,6 +133,9 @@ def trace(config: TrainConfig, micro_batch_size: int, precision: str) -> Trace:
             picks experts, say).
     """
     model = _weightless(config)
+    away: list[int] = []  # bytes that left the device
+    if config.activation_offload:
+        offload_block_inputs(model, partial(_shape_alone, away), _of_shape)
     _plan_attention(model, masked=micro_batch_size > 1, keeps_dropout=config.cpu)
     with _quiet(), FakeTensorMode():
         _make_fake(model, torch.bfloat16 if precision == "16-bit" else torch.float32)
@@ -140,7 +149,7 @@ def trace(config: TrainConfig, micro_batch_size: int, precision: str) -> Trace:
         recorder = _Recorder(model)
         with recorder:
             causal_lm_loss(model, batch).backward()
-        return Trace(recorder.states)
+        return Trace(recorder.states, sum(away))
 
 
 def _weightless(config: TrainConfig) -> Any:
@@ -212,6 +221,19 @@ def _make_fake(model: torch.nn.Module, dtype: torch.dtype) -> None:
             setattr(module, name, made[p])
         for name, b in list(module.named_buffers(recurse=False, remove_duplicate=False)):
             setattr(module, name, torch.empty(b.shape, dtype=b.dtype))
+
+
+def _shape_alone(away: list[int], tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What is left of a tensor that leaves the device; its bytes are added to `away`, as many as
+    torch pins for it: a power of two."""
+    away.append(1 << (tensor.nbytes - 1).bit_length())
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _of_shape(kept: tuple[Any, ...]) -> torch.Tensor:
+    """One that comes back."""
+    shape, strides, dtype = kept
+    return torch.empty_strided(shape, strides, dtype=dtype)
 
 
 def _autocast(model: Any) -> None:

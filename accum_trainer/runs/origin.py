@@ -32,6 +32,7 @@ class Origin:
         self.config = replace(
             config,
             gradient_checkpointing=False,
+            activation_offload=False,
             merge_adapter=False,
             attention=None,
             chat_template=None,

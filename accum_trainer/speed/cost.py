@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from accum_trainer.data.files import cache_dir
+from accum_trainer.lm.offloading import offloads_block_inputs
 from accum_trainer.losses.causal_lm import causal_lm_loss
 from accum_trainer.window_plan import Cost
 
@@ -112,10 +113,11 @@ def _key(model: torch.nn.Module, max_tokens: int, max_seq_len: int, precision: s
     checkpointing = any(
         getattr(module, "gradient_checkpointing", False) for module in model.modules()
     )
+    offloading = offloads_block_inputs(model)
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
     compiled = any(
         getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()
     )
-    how = [precision, checkpointing, attention, compiled, max_tokens, max_seq_len]
+    how = [precision, checkpointing, offloading, attention, compiled, max_tokens, max_seq_len]
     what = [type(model).__name__, shapes, where, *how, torch.__version__]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]

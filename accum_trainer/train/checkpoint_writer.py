@@ -82,12 +82,16 @@ class CheckpointWriter:
         )
         self._thread.start()
 
-    def wait(self) -> str:
-        """Wait for the checkpoint that is being written; why it could not be, on rank 0, else
-        ""."""
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def wait(self) -> str:
+        """Wait for the checkpoint that is being written; why it could not be, on rank 0, else
+        ""."""
+        self.finish()
         failure, self._failure = self._failure, ""
         return failure
 

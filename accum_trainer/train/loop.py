@@ -306,14 +306,14 @@ class Run:
 
     def save(self, is_last: bool = False) -> None:
         """Begin to write a checkpoint of the last finished window. Collective; training waits for
-        the copy into host memory only, and for the checkpoint before.
-
-        If it cannot be written, a warning says so, and training goes on to the next one.
+        the copy into host memory only, and for the checkpoint before. If it cannot be written, a
+        warning says so, and training goes on to the next one.
         """
         started = time.perf_counter()
         step = self.training.accumulator.num_updates
         noted = self._best.begin_save()
         kept = folder_name(noted["updates"]) if noted is not None else ""
+        self._writer.finish()  # else there would be two copies
         snapshot = capture(self.training, self._files.tally, noted)
         self._writer.save(step, snapshot, is_last, kept)
         self._save_times.saved()

@@ -26,6 +26,7 @@ from accum_trainer.lm.model import (
     load_model,
     shape_of_model,
 )
+from accum_trainer.lm.offloading import offload_block_inputs
 from accum_trainer.losses.head import LossPath, decide_loss_path
 from accum_trainer.losses.targets import SHIFTED
 from accum_trainer.sources.collating import PackingCollator, PaddingCollator
@@ -87,6 +88,8 @@ def prepare_model(
     unprepared = load_same(config, engine, data.tokenizer)
     initial_weights = _same_weights(engine, config, unprepared)
     _check_attention(unprepared, engine)
+    if config.activation_offload:
+        offload_block_inputs(unprepared)
     if not any(p.requires_grad for p in unprepared.parameters()):
         raise ConfigError(
             f"model={config.model} has no weight that is trained, as an adapter that was saved has "

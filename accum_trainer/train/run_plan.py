@@ -61,6 +61,7 @@ def run_plan(training: Training, resumed_from: Path | None) -> dict[str, Any]:
         "noise_every": training.noise_every,
         "engine": engine.name,
         "shard_size": engine.shard_size,
+        "offloaded": engine.offloaded,
         "grad_sync": engine.grad_sync,
         "grad_sync_reason": engine.grad_sync_reason,
         "weight_sync": engine.weight_sync,
@@ -101,6 +102,8 @@ def describe_split(plan: dict[str, Any], training: Training) -> str:
     if plan["max_tokens_per_micro_batch"] is not None:
         limit = f"at most {plan['max_tokens_per_micro_batch']:,} tokens per micro-batch"
         batch = f"{limit}, W {plan['world_size']}, effective batch {plan['effective_batch_size']}"
+    elif plan["layout"] == "packed" and plan["gradient_accumulation_steps"] > 1:
+        batch += ", packed"
     if plan["rank_weights"] is not None:
         shares = ", ".join(f"{weight:g}" for weight in plan["rank_weights"])
         batch += f"; shares of the processes {shares}"
@@ -119,11 +122,12 @@ def describe_plan(plan: dict[str, Any], training: Training) -> str:
     if plan["weight_sync"] is not None:
         syncs += f", weight_sync {plan['weight_sync']}"
     groups = f" over groups of {plan['shard_size']}" if plan["shard_size"] else ""
+    offloaded = f", {plan['offloaded']}" if plan["offloaded"] else ""
     lines = [
         describe_split(plan, training),
         f"{sized}{tail}; {plan['total_updates']} updates in all, {plan['warmup_updates']} of them "
         f"warm-up, lr {plan['lr']:g}",
-        f"engine {plan['engine']}{groups}, {syncs}, {plan['device']}, precision "
+        f"engine {plan['engine']}{groups}{offloaded}, {syncs}, {plan['device']}, precision "
         f"{plan['mixed_precision']}; "
         f"{plan['trained_parameters']:,} of {plan['parameters']:,} parameters trained",
         f"loss: {training.prepared.objective}",

@@ -227,6 +227,8 @@ def _notes(
         )
     if accumulator.device.type == "cpu" and not config.cpu:
         notes.append("no GPU was found: training on the CPU")
+    if accumulator.device.type == "cpu" and config.activation_offload:
+        notes.append("activation_offload changes nothing on a CPU, whose memory is the host's")
     if (lost := note_on_lost_processes()) is not None:
         notes.append(lost)
     visible = torch.cuda.device_count() if accumulator.device.type == "cuda" else 0
@@ -258,7 +260,10 @@ def note_on_small_micro_batches(
     """
     if device.type != "cuda" or cut.max_tokens is not None or plan.gradient_accumulation_steps == 1:
         return None
-    tokens = plan.micro_batch_size * float(lengths.mean())
+    # Packed, of the longest samples of a window, which has K W times as many.
+    share = plan.gradient_accumulation_steps * plan.world_size if cut.packed else 1
+    longest = np.sort(lengths)[-max(1, len(lengths) // share) :]
+    tokens = plan.micro_batch_size * float(longest.mean())
     if tokens >= _FEW_TOKENS:
         return None
     return (

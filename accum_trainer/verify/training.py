@@ -62,7 +62,9 @@ class Subject:
     def of(cls, training: Training) -> Subject:
         """The subject that `assemble(config)` made. The reference model has no gradient
         checkpointing and no attention that needs a GPU."""
-        plain = dataclasses.replace(training.config, gradient_checkpointing=False, attention=None)
+        plain = dataclasses.replace(
+            training.config, gradient_checkpointing=False, activation_offload=False, attention=None
+        )
         return cls(
             accumulator=training.accumulator,
             model=training.model,

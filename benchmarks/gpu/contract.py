@@ -114,7 +114,10 @@ def sharded(setting: Setting) -> Result:
     """ZeRO and FSDP2 with one process, FSDP2's under torchrun; on a CPU also FSDP2 with two."""
     small = ["zero2"] if setting.small else ["zero1", "zero2", "zero3"]
     engines: dict[str, tuple[str, int, str | None]] = {name: (name, 1, None) for name in small}
-    engines["fsdp2"] = ("fsdp2", 1, "gloo" if setting.cpu else "nccl")
+    over = "gloo" if setting.cpu else "nccl"
+    engines["fsdp2"] = ("fsdp2", 1, over)
+    if not setting.small:
+        engines["fsdp2, offloaded"] = ("fsdp2-offload", 1, over)
     if setting.cpu:
         engines["fsdp2, two processes"] = ("fsdp2", 2, "gloo")
     result = _all(setting, SMALL if setting.small else SHARDED, engines)
@@ -136,7 +139,8 @@ def _all(
     for title, (engine, count, backend) in engines.items():
         options: dict[str, Any] = {"cpu": setting.cpu}
         options |= {"zero_stage": int(engine[-1])} if engine.startswith("zero") else {}
-        options |= {"fsdp": True} if engine == "fsdp2" else {}
+        options |= {"fsdp": True} if engine.startswith("fsdp2") else {}
+        options |= {"cpu_offload": True} if engine == "fsdp2-offload" else {}
         options |= {"backend": backend} if backend else {}
         under_torchrun = backend is not None
         asked = {"engine": engine, "processes": count, "options": options}

@@ -1,5 +1,5 @@
-"""Memory that really runs out: the update is that of unlimited memory; and the batch size that
-`auto` finds.
+"""Memory that really runs out: the update is that of unlimited memory; the batch size that `auto`
+finds; and what leaves the GPU with `--activation-offload`.
 
 On a GPU torch's allocator is limited (`set_per_process_memory_fraction`), on a CPU the address
 space of the process. The model makes the blocks that do not fit as large as they are on both.
@@ -34,6 +34,7 @@ def memory(setting: Setting) -> Result:
     result = Result(Table(["what", "found"], []))
     _out_of_memory(setting, result)
     _batch_size_auto(setting, result)
+    _activation_offload(setting, result)
     return result
 
 
@@ -148,3 +149,38 @@ def _batch_size_auto(setting: Setting, result: Result) -> None:
     if not setting.cpu:
         words = f"{found['micro_batch_size']} of {largest} samples"
         result.check("memory is what limits it", found["micro_batch_size"] < largest, words)
+
+
+def _activation_offload(setting: Setting, result: Result) -> None:
+    """The built-in model's four blocks keep an input each, of B x T x 128 float32 numbers."""
+    samples, tokens = (2, 64) if setting.small else (64, 512)
+    losses, peaks = [], []
+    for name, offloads in (("kept", False), ("offloaded", True)):
+        records = train(
+            setting,
+            name,
+            3,
+            batch_size=samples,
+            global_batch_size=2 * samples,
+            max_seq_len=tokens,
+            layout="padded",
+            gradient_checkpointing=True,
+            activation_offload=offloads,
+        )
+        losses.append([record["loss"] for record in records])
+        peaks.append(max(record["peak_gb"] for record in records))
+    result.table.rows += [
+        ["peak with checkpointing, GB", peaks[0]],
+        ["peak with --activation-offload too, GB", peaks[1]],
+    ]
+    result.check(
+        "losses with --activation-offload",
+        losses[0] == losses[1],
+        "equal to the bit to those without",
+    )
+    if not setting.cpu:
+        result.check(
+            "--activation-offload takes less memory",
+            peaks[1] < peaks[0],
+            f"{peaks[1]:.3f} against {peaks[0]:.3f} GB",
+        )

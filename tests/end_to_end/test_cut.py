@@ -151,6 +151,7 @@ def test_r55_shares_of_two_processes(tmp_path, rows):
         "2",
         "--rank-weights",
         "3:1",
+        *("--layout", "padded"),  # in K micro-batches
         *("--noise-every", "0"),  # a window that is measured is cut at random
         "--output-dir",
         tmp_path / "shared",
@@ -213,7 +214,7 @@ def test_r53_the_micro_batch_that_fits_keeps_the_effective_batch(train, tmp_path
     limit = f"at most {found['max_tokens']:,} tokens per micro-batch"
     assert titles == [
         f"auto: {limit}, W 1, effective batch 16",
-        "four: B 4 x K 4 x W 1 = effective batch 16",
+        "four: B 4 x K 4 x W 1 = effective batch 16, packed",
     ]
 
 

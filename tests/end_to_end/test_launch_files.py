@@ -189,6 +189,12 @@ TRAINED = {
         "fsdp2",
         2,
     ),
+    "fsdp2 offload": (
+        "multi-gpu",
+        ["--gpus-per-node", "2", "--engine", "fsdp2", "--cpu-offload"],
+        "fsdp2",
+        2,
+    ),
 }
 
 

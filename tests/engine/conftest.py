@@ -19,6 +19,7 @@ ENGINES = {
     "zero3": (2, {"zero_stage": 3}),
     "fsdp2": (2, {"fsdp": True}),
     "fsdp2-groups": (4, {"fsdp": True, "shard_size": 2}),
+    "fsdp2-offload": (2, {"fsdp": True, "cpu_offload": True}),
 }
 # One engine instead, some of its cases, on another device (benchmarks/gpu/contract.py):
 # {"engine": name, "processes": how many, "options": as above, "cases": names, "torchrun": for one
@@ -105,6 +106,8 @@ OF_GROUPS = OF_A_STAGE - {"stream_unsized"} | {
     "weight_sync_changes_no_bit",
     "window_that_one_rank_cannot_read",
 }
+# Shards of FSDP2 that lie in host memory: who reads and writes them. The last is of ZeRO.
+OF_OFFLOAD = OF_GROUPS - {"i22_i26_offload_by_policy"}
 # Much of ZeRO's time; what they show of sharded engines, FSDP2 shows in the short part.
 SLOW_UNDER_ZERO = {
     "combinations",
@@ -138,7 +141,7 @@ def _is_long(item):
     engine, cases = _engine_of(item), _cases_of(item)
     if engine == "single":
         return False
-    if engine == "fsdp2-groups":
+    if engine in ("fsdp2-groups", "fsdp2-offload"):
         return True
     if cases & MORE_POINTS:
         return True
@@ -155,6 +158,8 @@ def _is_left_to_others(item):
         return not cases & OF_A_STAGE
     if engine == "fsdp2-groups":
         return not cases & OF_GROUPS
+    if engine == "fsdp2-offload":
+        return not cases & OF_OFFLOAD
     return engine == "zero2" and bool(cases & OF_ANY_ENGINE)
 
 
@@ -183,7 +188,7 @@ def engine_results(request, tmp_path_factory):
     """case name -> one result per rank, for one engine: the cases of the tests that are run."""
     out = tmp_path_factory.mktemp(request.param)
     processes, options = ENGINES[request.param]
-    named = OF_ANY_ENGINE | OF_A_STAGE | OF_GROUPS | SLOW_UNDER_ZERO | MORE_POINTS
+    named = OF_ANY_ENGINE | OF_A_STAGE | OF_GROUPS | OF_OFFLOAD | SLOW_UNDER_ZERO | MORE_POINTS
     unknown = named - {*_all_cases()}
     assert not unknown, f"no cases have these names: {unknown}"
     using = [i for i in request.session.items if "engine_results" in getattr(i, "fixturenames", ())]

@@ -108,6 +108,11 @@ def test_a_zero_stage_that_does_not_exist_is_refused(written):
         ({"engine": "zero2", "fsdp": True}, "engine=zero2, but fsdp=True asks for fsdp2"),
         ({"engine": "zero2", "shard_size": 2}, "engine=zero2, but shard_size=2 asks for fsdp2"),
         ({"engine": "fsdp2", "accelerator": object()}, "accelerator is given together with engine"),
+        (
+            {"cpu_offload": True},
+            r"effect: single is in force; give engine \(fsdp2, zero1, zero2, z",
+        ),
+        ({"engine": "fsdp2", "cpu_offload": "no"}, "cpu_offload='no' is neither True nor False"),
     ],
 )
 def test_a_named_engine_that_cannot_be_in_force_is_refused(given, says):

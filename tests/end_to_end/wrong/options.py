@@ -83,10 +83,18 @@ OPTIONS = {
         ["--attention", "flex_attention"],
         "attention=flex_attention gives no gradient on a CPU",
     ),
-    "offload of nothing": (["--cpu-offload"], "give engine (zero1 to zero3)"),
-    "offload without ZeRO": (
-        ["--cpu-offload", "--engine", "fsdp2"],
-        "host memory, but engine=fsdp2 has none; give engine (zero1 to zero3)",
+    "offload of nothing": (["--cpu-offload"], "give engine (zero1 to zero3, fsdp2)"),
+    "offload of what is not sharded": (
+        ["--cpu-offload", "--engine", "single"],
+        "host memory, but engine=single cannot; give engine (zero1 to zero3, fsdp2)",
+    ),
+    "activations offloaded alone": (
+        ["--activation-offload"],
+        "only with gradient_checkpointing, and gradient_checkpointing is off",
+    ),
+    "activations offloaded and compiled": (
+        ["--activation-offload", "--gradient-checkpointing", "--compile"],
+        "activation_offload moves what the blocks keep, which compile decides by itself",
     ),
     "engine of nobody": (
         ["--engine", "deepspeed"],
