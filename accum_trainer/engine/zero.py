@@ -36,8 +36,18 @@ from accum_trainer.engine.sync import (
     numbers_of,
 )
 from accum_trainer.engine.usage import Agreement, Usage
-from accum_trainer.engine.zero_build import await_extension, stand_in_for_launcher
-from accum_trainer.engine.zero_config import complete, keep_weights, make_plugin, weights_are_set
+from accum_trainer.engine.zero_build import (
+    await_extension,
+    prepared_by_deepspeed,
+    stand_in_for_launcher,
+)
+from accum_trainer.engine.zero_config import (
+    complete,
+    keep_weights,
+    make_plugin,
+    offloaded,
+    weights_are_set,
+)
 from accum_trainer.engine.zero_internals import (
     before_overflow_is_dropped,
     check_internals,
@@ -141,6 +151,7 @@ class ZeroEngine(Engine):
         super().configure(plan, settings)
         config = self.accelerator.state.deepspeed_plugin.deepspeed_config
         complete(config, plan, settings, self.mixed_precision)
+        self.offloaded = offloaded(config)
         self.accelerator.gradient_accumulation_steps = plan.gradient_accumulation_steps
 
     def prepare(
@@ -155,7 +166,7 @@ class ZeroEngine(Engine):
                 f"{len(optimizers)}; call acc.prepare(model, optimizer)"
             )
         self._choose_weight_sync(models[0])
-        model, optimizer = self.accelerator.prepare(models[0], optimizers[0])
+        model, optimizer = prepared_by_deepspeed(self.accelerator, models[0], optimizers[0])
         self._deepspeed = model
         hold_back_reductions(model, unless=lambda: self._is_leaving)
         if model.zero_optimization_stage() != self.stage:
@@ -164,6 +175,8 @@ class ZeroEngine(Engine):
                 "is in force"
             )
         check_internals(model.optimizer, self.stage, self.internals)
+        if isinstance(self, FlatState):
+            self.check_own_parts(model)
         trained = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
         self._usage = Usage(trained, are_whole=self.runs_alone)
         self._choose_grad_sync()

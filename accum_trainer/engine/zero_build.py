@@ -1,4 +1,4 @@
-"""DeepSpeed's start: a launcher's variables if there is no launcher, and its extension.
+"""DeepSpeed's start: a launcher's variables if there is none, its extension, what it refuses.
 
 Without a GPU, DeepSpeed compiles an extension at its first start on a machine, in silence; here it
 is announced. torch marks the build by a file `lock`, which names no owner: a build that is killed
@@ -16,10 +16,12 @@ import socket
 import sysconfig
 import time
 from pathlib import Path
+from typing import Any
 
+from accelerate import Accelerator
 from torch.utils.cpp_extension import _get_build_directory
 
-from accum_trainer.errors import EngineError
+from accum_trainer.errors import EngineError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +107,25 @@ def await_lock(lock: Path, speaks: bool = True) -> None:
                     lock,
                 )
         time.sleep(0.1)
+
+
+def prepared_by_deepspeed(accelerator: Accelerator, model: Any, optimizer: Any) -> Any:
+    """`accelerator.prepare(model, optimizer)`; an EngineError for what DeepSpeed refuses, which it
+    says by errors of many types."""
+    from deepspeed.runtime.config import DeepSpeedConfigError
+
+    refusals = (DeepSpeedConfigError, ValueError, AssertionError)
+    try:
+        return accelerator.prepare(model, optimizer)
+    except (*refusals, AttributeError, KeyError, TypeError) as error:
+        said = first_line(error)
+        if hasattr(error, "errors"):  # pydantic's, which tell the field apart
+            said = "; ".join(
+                f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()
+            )
+        elif not isinstance(error, refusals):
+            said = f"{type(error).__name__}: {said}"
+        raise EngineError(f"DeepSpeed refuses its configuration: {said}") from error
 
 
 def _extension_to_compile() -> str | None:

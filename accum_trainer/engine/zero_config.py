@@ -17,11 +17,14 @@ from accelerate.utils import DeepSpeedPlugin
 
 from accum_trainer.batch_plan import BatchPlan
 from accum_trainer.engine.settings import Settings
+from accum_trainer.engine.zero_settings import check_shape, refuse_other_settings
 from accum_trainer.errors import ConfigError, EngineError
 
 INSTALL = "pip install 'accum-trainer[deepspeed]'"
 _OLDEST = (0, 19, 8)
 _PERSISTENT = "stage3_param_persistence_threshold"
+# Each group of so many processes keeps a second copy of the weights, for the backward (ZeRO++).
+_GROUPS = "zero_hpz_partition_size"
 CONFIG_FILE_VARIABLE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 
 
@@ -65,7 +68,10 @@ def make_plugin(
         config = plugin.deepspeed_config
     else:
         config = {}
+    refuse_other_settings(check_shape(config, _source()), _source())
     zero = config.setdefault("zero_optimization", {})
+    if zero.get("stage", "auto") not in ("auto", None):
+        zero["stage"] = _stage_number(zero["stage"])
     stage = 2 if zero_stage is None and "stage" not in zero else zero_stage
     _agree(zero, "stage", stage, f"engine=zero{stage}, zero_stage")
     for dtype in ("bf16", "fp16"):  # accelerate would take the file's precision
@@ -82,7 +88,18 @@ def make_plugin(
         if os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{device.upper()}_DEVICE", "none") == "cpu":
             zero.setdefault(f"offload_{device}", {"device": "cpu"})
     if cpu_offload:
-        zero.setdefault("offload_optimizer", {"device": "cpu"})
+        place = zero.setdefault("offload_optimizer", {})
+        if place.get("device", "auto") in ("auto", None):
+            place["device"] = "cpu"
+        if _place_of(zero, "optimizer") == "none":
+            raise ConfigError(
+                f"cpu_offload=True, but {_source()} says offload_optimizer to none; make them agree"
+            )
+    if zero.get("stage") == 0 and (what := offloaded(config)):
+        raise ConfigError(
+            f"ZeRO stage 0 shards nothing, so {what} would have no effect; use stage 1, 2 or 3, or "
+            "leave cpu_offload and offload_optimizer out"
+        )
     # A missing K would silently become 1 and override every other source; a missing micro-batch
     # stops accelerate, which needs a number.
     config.setdefault("gradient_accumulation_steps", "auto")
@@ -102,10 +119,10 @@ def file_precision() -> str:
 
 def _read_file(path: str) -> dict[str, Any]:
     try:
-        config: dict[str, Any] = json.loads(Path(path).read_text())
+        config = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"the DeepSpeed configuration {path} cannot be read: {error}") from None
-    return config
+    return check_shape(config, path)
 
 
 def _refuse_ignored_fields(path: str) -> None:
@@ -157,13 +174,14 @@ def complete(
             mixed_precision == dtype,
             f"mixed_precision={dtype}",
         )
+    # ZeRO's default is the weights' dtype; in bf16, 256 + 1 - 256 is 0.
+    wanted = "fp32" if settings.accumulation_dtype == "float32" else "bf16"
+    types = config.setdefault("data_types", {})
+    if mixed_precision != "bf16" and "grad_accum_dtype" not in types:
+        types = {}  # that default is right
+    _agree(types, "grad_accum_dtype", wanted, "accumulation_dtype")
     if mixed_precision == "bf16":
-        # ZeRO's default is the weights' dtype; in bf16, 256 + 1 - 256 is 0.
-        wanted = "fp32" if settings.accumulation_dtype == "float32" else "bf16"
-        _agree(
-            config.setdefault("data_types", {}), "grad_accum_dtype", wanted, "accumulation_dtype"
-        )
-        config["bf16"].setdefault("check_grad_overflow", True)
+        _agree(config["bf16"], "check_grad_overflow", True, "check_grad_overflow")
     # Any torch optimizer of the user's is used as it is. DeepSpeed would replace an offloaded Adam
     # by its own.
     config.setdefault("zero_allow_untested_optimizer", True)
@@ -177,8 +195,26 @@ def weights_are_set(config: dict[str, Any]) -> str:
     threshold = zero.get(_PERSISTENT, "auto")
     if threshold != "auto":
         return f"{_source()} says {_PERSISTENT}={threshold}"
-    device = zero.get("offload_param", {}).get("device", "none")
+    if zero.get(_GROUPS, 1) > 1:
+        return f"{_source()} says {_GROUPS}={zero[_GROUPS]}"
+    device = _place_of(zero, "param")
     return f"{_source()} says offload_param to {device}" if device != "none" else ""
+
+
+def offloaded(config: dict[str, Any]) -> str:
+    """In words, what the configuration keeps off the device; "" for nothing."""
+    zero = config["zero_optimization"]
+    found = (
+        (what, _place_of(zero, kind))
+        for kind, what in (("param", "weights"), ("optimizer", "optimizer state"))
+    )
+    places = {"cpu": "in host memory", "nvme": "on NVMe"}
+    return ", ".join(f"{what} {places.get(at, at)}" for what, at in found if at != "none")
+
+
+def _place_of(zero: dict[str, Any], kind: str) -> str:
+    """Where what is offloaded goes, of `optimizer` or `param`; `none` if it is not."""
+    return str((zero.get(f"offload_{kind}") or {}).get("device") or "none")
 
 
 def keep_weights(config: dict[str, Any], numbers: int) -> None:

@@ -14,6 +14,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 
 from accum_trainer.engine.full_state import FullState
 from accum_trainer.engine.own_parts import Part, share_of
+from accum_trainer.errors import EngineError
 
 
 class ShardedState(FullState):
@@ -68,7 +69,8 @@ class ShardedState(FullState):
         return weight
 
     def _set_weight(self, parameter: torch.Tensor, value: torch.Tensor) -> None:
-        self._set_fragment(parameter, None, value)
+        if parameter.requires_grad:  # a frozen one has no master copy
+            self._set_fragment(parameter, None, value)
         # DeepSpeed makes the copy that the forward uses at a step only.
         self._set_forward_weight(parameter, value)
 
@@ -145,6 +147,27 @@ class ShardedState(FullState):
 
 class FlatState(ShardedState):
     """Stages 1 and 2: every rank has the weights that the forward uses."""
+
+    def check_own_parts(self, model: torch.nn.Module) -> None:
+        """Raise an EngineError on all ranks unless this rank's float32 parts are, where they are
+        read, those of the weights that the forward uses. Call it before the first step.
+
+        A checkpoint is made of them. In another order (round_robin_gradients) training is right
+        and what is saved is not.
+        """
+        wrong = None
+        for name, p in self.unwrap(model).named_parameters():
+            if p.requires_grad:
+                begin, values = self._own_weight(p)
+                used = p.detach().reshape(-1)[begin : begin + values.numel()]
+                if not torch.equal(values.to(used.device, used.dtype), used):
+                    wrong = EngineError(
+                        f"DeepSpeed reads {name} back as something else than the weight in use: "
+                        "checkpoints would be wrong. Take settings out of its configuration that "
+                        "move weights, or use another engine"
+                    )
+                    break
+        self.agree(wrong)
 
     def _shards(self) -> list[torch.Tensor]:
         return list(self._deepspeed.optimizer.single_partition_of_fp32_groups)
