@@ -36,22 +36,23 @@ RUNTIME = (
 
 def waits(setting: Setting) -> Result:
     result = Result(
-        Table(["layout", "event", f"in {K} micro-batches", "per micro-batch", "in the step"], [])
+        Table(["layout", "event", "in micro-batches", "per micro-batch", "in the step"], [])
     )
     layouts = [("padded", None), ("packed", "sdpa"), ("packed", PACKED_SDPA)]
     for layout, attention in layouts:
         name = f"{layout}, {attention}" if attention else layout
         try:
-            inside, step, kinds, callers, layers = _count(setting, layout, attention)
+            inside, step, kinds, callers, layers, parts = _count(setting, layout, attention)
         except ConfigError as error:
             result.notes.append(f"{name}, refused: {error}")
             continue
         for event in (*OPERATORS, *(() if setting.cpu else RUNTIME)):
-            result.table.rows.append([name, event, inside[event], inside[event] / K, step[event]])
+            found = [inside[event], inside[event] / parts, step[event]]
+            result.table.rows.append([name, event, *found])
         result.check(f"{name}: the window was seen", kinds > 20, f"{kinds} kinds of events")
         if not setting.cpu:
-            words = f"{inside[STREAM]} in {K} micro-batches of {layers} layers"
-            result.check(f"{name}: the layers do not wait", inside[STREAM] < layers * K, words)
+            words = f"{inside[STREAM]} in {parts} micro-batches of {layers} layers"
+            result.check(f"{name}: the layers do not wait", inside[STREAM] < layers * parts, words)
         called = "; ".join(f"{caller} {count}" for caller, count in callers.most_common(8))
         result.notes.append(
             f"{name}, callers in a window and its step, forwards only on a GPU: {called}."
@@ -65,9 +66,9 @@ def waits(setting: Setting) -> Result:
 
 def _count(
     setting: Setting, layout: str, attention: str | None
-) -> tuple[Counter[str], Counter[str], int, Counter[str], int]:
+) -> tuple[Counter[str], Counter[str], int, Counter[str], int, int]:
     """Events in the micro-batches and in the step of the third window, kinds of events, who calls,
-    the model's layers."""
+    the model's layers, the micro-batches: K, or fewer if packed."""
     from accelerate.state import AcceleratorState, GradientState
 
     from accum_trainer import TrainConfig
@@ -83,9 +84,11 @@ def _count(
     parts = assemble(
         TrainConfig(cpu=setting.cpu, layout=layout, attention=attention, steps=10, **sizes)
     )
+    micro_batches = 0
     callers, profiles = _Callers(), [_profile(setting), _profile(setting)]
     for number, window in zip(range(4), parts.windows, strict=False):
-        assert window.num_micro_batches == K, window.num_micro_batches
+        if number == 2:
+            micro_batches = window.num_micro_batches
         if number < 3:
             _update(parts, window, *(profiles if number == 2 else [contextlib.nullcontext()] * 2))
             continue
@@ -102,7 +105,7 @@ def _count(
             for wanted in (*OPERATORS, *RUNTIME):
                 counter[wanted] += count if event.startswith(wanted) else 0
     layers = len(blocks_of(parts.accumulator.engine.unwrap(parts.model)))
-    return inside, step, len(events[0]), callers.found, layers
+    return inside, step, len(events[0]), callers.found, layers, micro_batches
 
 
 def _update(parts: Any, window: Any, in_window: Any, in_step: Any) -> None:
