@@ -2,8 +2,8 @@
 any micro-batch, and micro-batches can be made equal.
 
 Each sample, longest first, goes to the micro-batch that has the fewest tokens so far (Graham 1969,
-longest processing time first): the largest then exceeds the mean by less than one sample that came
-late, and those are short. Knows lengths only.
+longest processing time first): the largest then exceeds the mean by less than the sample it got
+last, and late samples are short. Knows lengths only.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def fewest_parts(tokens: np.ndarray, budget: int) -> np.ndarray:
 
 def even_parts(tokens: np.ndarray, count: int, budget: int) -> np.ndarray | None:
     """The part of each sample, shape (samples,), for `count` parts of about as many tokens; None if
-    one of several samples has more than `budget`.
+    a part of several samples has more than `budget`.
 
     Args:
         tokens: of each sample, longest first, shape (samples,). All equal keeps neighbours
@@ -61,7 +61,8 @@ def parts_by_share(
     Args:
         tokens: of each sample, longest first, shape (samples,).
     """
-    loads, by_rank = np.zeros(len(shares)), [[] for _ in shares]  # type: ignore[var-annotated]
+    loads = np.zeros(len(shares))
+    by_rank: list[list[int]] = [[] for _ in shares]
     of_share = 1 / np.array(shares)
     for sample, length in enumerate(tokens.tolist()):
         rank = int(((loads + length) * of_share).argmin())  # who would be done with it first

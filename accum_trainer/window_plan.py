@@ -18,7 +18,8 @@ from accum_trainer.packed_parts import even_parts, fewest_parts, parts_by_share
 
 # (begin, end) of a micro-batch in the sorted window -> its cost
 Costs = Callable[[int, int], float]
-# Micro-batches of a window, costliest first: the cost of each, and its samples in the sorted window
+# Micro-batches of a window in the order in which they are dealt: the cost of each, and its samples
+# in the sorted window
 Priced = tuple[list[float], Sequence[slice | np.ndarray]]
 # window[rank][step] -> positions of that micro-batch's samples inside the window
 Dealt = list[list[np.ndarray]]
@@ -68,7 +69,8 @@ class Cut:
         micro_batch_size: B, most samples of a micro-batch; None for no limit. Without `max_tokens`
             a window becomes the fewest micro-batches that B allows, with the least padding.
             Packed, B is an amount of memory: a micro-batch may have as many tokens as the B
-            longest samples of its window, so that more of the short ones share it.
+            longest samples of its window, so that more of the short ones share it. With equal
+            counts and shares of the ranks it stays a number of samples.
         max_tokens: most tokens of a micro-batch, padding counted. A window becomes the
             micro-batches of least cost.
         multiple: lengths are padded up to a multiple of this.
@@ -89,9 +91,9 @@ class Cut:
     def assign_to_ranks(self, lengths: np.ndarray, world_size: int) -> Dealt:
         """Cut a window and deal it to `world_size` ranks.
 
-        Sorted by length, so that neighbours need little padding; longest micro-batch first, so that
-        a process that runs out of memory does so at once; each to the rank with the least cost for
-        its share so far. A rank may come away with none.
+        Padded, neighbours in length share a micro-batch, longest first, so that a process that runs
+        out of memory does so at once; packed, the parts are equal (`packed_parts`). Each goes to
+        the rank with the least cost for its share so far. A rank may come away with none.
 
         Args:
             lengths: tokens of each sample of the window, shape (samples,). All equal keeps the
@@ -135,8 +137,8 @@ class Cut:
         return [([costs(*one) for one in cut], [slice(*one) for one in cut]) for cut in between]
 
     def _packed_cuts(self, tokens: np.ndarray, world_size: int) -> list[Priced]:
-        """Cuts into equal parts to choose from: the fewest that give every rank as many, and a few
-        more."""
+        """Cuts into equal parts to choose from: the fewest that give every rank as many and,
+        unless counts must be equal, one more for each rank."""
         budget = self._budget(tokens)
         fewest = fewest_parts(tokens, budget)
         if world_size == 1:

@@ -47,7 +47,6 @@ def main(out: str, kind: str) -> None:
     if acc.engine.is_main:
         size = sum(w.numel() for w in weights.values())
         found = {"weights": digest.hexdigest(), "seen": seen, "gathered": in_window, "size": size}
-        found["weight_sync_reason"] = acc.engine.weight_sync_reason
         Path(out).write_text(json.dumps(found))
 
 

@@ -291,7 +291,7 @@ def test_a_model_that_needs_values_is_unknown_and_said_to_be(tmp_path):
     config = TrainConfig(model=str(tmp_path), max_seq_len=16)
     lines = memory_report(config, BatchPlan(4, 2, 2), 80)
     text = "\n".join(lines)
-    assert "activations are unknown: the model cannot be run without values" in text
+    assert "activations, offloaded ones too, are unknown: the model cannot be run without" in text
     assert lines[-1].endswith("nothing, since what the activations need is unknown")
     assert "unknown" in next(line for line in lines if line.startswith("ddp"))
 

@@ -192,8 +192,8 @@ class TestAxes:
         ("record", "split"),
         [
             ((2, 16, 1, 32), "B 2 x K 16 x W 1 = 32"),
-            ((4, 3, 2, 20), "K up to 3 x W 2, effective batch 20"),
-            ((None, 5, 1, 32), "K up to 5 x W 1, effective batch 32"),
+            ((4, 3, 2, 20), "B 4, K mostly 3 x W 2, effective batch 20"),
+            ((None, 5, 1, 32), "K mostly 5 x W 1, effective batch 32"),
             ((None, None, None, 32), "effective batch 32"),
             ((None, None, None, None), ""),
         ],

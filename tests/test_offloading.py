@@ -95,7 +95,7 @@ def test_an_input_that_is_changed_in_place_is_an_error_as_without(offloads):
         gradients(model)
 
 
-def test_a_model_that_checkpoints_by_itself_is_refused():
+def test_a_model_without_checkpointed_blocks_is_refused():
     with pytest.raises(ConfigError, match="Linear has none; leave it out"):
         offload_block_inputs(torch.nn.Linear(2, 2))
 

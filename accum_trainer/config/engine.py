@@ -66,10 +66,10 @@ class EngineOptions(Section):
                 )
             self._set("engine", "fsdp2")
         if self.cpu_offload and self.zero_stage == "none" and self.engine != "fsdp2":
-            other = f"engine={self.engine} cannot" if self.engine else "no engine is named"
+            other = f"engine={self.engine} shards none" if self.engine else "no engine is named"
             raise ConfigError(
-                f"cpu_offload keeps what is sharded in host memory, but {other}; give engine "
-                "(zero1 to zero3, fsdp2), or leave cpu_offload out"
+                f"cpu_offload keeps sharded state in host memory, but {other}; give engine (zero1 "
+                "to zero3, fsdp2), or leave cpu_offload out"
             )
 
 

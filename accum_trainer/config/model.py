@@ -94,7 +94,7 @@ class ModelOptions(Section):
             )
         if self.activation_offload and self.compile:
             raise ConfigError(
-                "activation_offload moves what the blocks keep, which compile decides by itself; "
+                "activation_offload moves what blocks keep, but compile decides what that is; "
                 "leave one of them out"
             )
         if self.merge_adapter and not self.use_peft:

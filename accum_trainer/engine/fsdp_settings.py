@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from torch.distributed.fsdp import CPUOffloadPolicy
+
 from accum_trainer.engine.request import Request, is_true
 from accum_trainer.errors import EngineError
 
@@ -48,7 +50,7 @@ def offloads(request: Request) -> bool:
     """Whether shards are to lie in host memory: by `cpu_offload`, or in the words of accelerate."""
     plugin = request.accelerator_kwargs.get("fsdp_plugin")
     if plugin is not None:
-        theirs = bool(getattr(plugin.cpu_offload, "offload_params", plugin.cpu_offload))
+        theirs = isinstance(plugin.cpu_offload, CPUOffloadPolicy)  # "no" is its base class
     else:
         theirs = request.names("fsdp") and is_true(os.environ.get("FSDP_OFFLOAD_PARAMS"))
     return theirs or bool(request.options.get("cpu_offload"))

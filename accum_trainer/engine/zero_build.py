@@ -114,18 +114,17 @@ def prepared_by_deepspeed(accelerator: Accelerator, model: Any, optimizer: Any) 
     says by errors of many types."""
     from deepspeed.runtime.config import DeepSpeedConfigError
 
-    refusals = (DeepSpeedConfigError, ValueError, AssertionError)
     try:
         return accelerator.prepare(model, optimizer)
-    except (*refusals, AttributeError, KeyError, TypeError) as error:
+    except (DeepSpeedConfigError, ValueError, AssertionError) as error:
         said = first_line(error)
-        if hasattr(error, "errors"):  # pydantic's, which tell the field apart
-            said = "; ".join(
-                f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()
-            )
-        elif not isinstance(error, refusals):
-            said = f"{type(error).__name__}: {said}"
+        if hasattr(error, "errors"):  # pydantic's, which tell the fields apart
+            fields = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            said = "; ".join(fields)
         raise EngineError(f"DeepSpeed refuses its configuration: {said}") from error
+    except (AttributeError, KeyError, TypeError) as error:
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise EngineError(f"DeepSpeed stopped during set-up: {said}") from error
 
 
 def _extension_to_compile() -> str | None:

@@ -59,7 +59,7 @@ def make_plugin(
     _check_installed()
     path = os.environ.get(CONFIG_FILE_VARIABLE, "none")
     if plugin is not None:
-        config = plugin.deepspeed_config
+        config = check_shape(plugin.deepspeed_config, _source())
     elif path != "none":
         config = _read_file(path)
         _refuse_ignored_fields(path)
@@ -68,7 +68,7 @@ def make_plugin(
         config = plugin.deepspeed_config
     else:
         config = {}
-    refuse_other_settings(check_shape(config, _source()), _source())
+    refuse_other_settings(config, _source())
     zero = config.setdefault("zero_optimization", {})
     if zero.get("stage", "auto") not in ("auto", None):
         zero["stage"] = _stage_number(zero["stage"])
@@ -93,13 +93,10 @@ def make_plugin(
             place["device"] = "cpu"
         if _place_of(zero, "optimizer") == "none":
             raise ConfigError(
-                f"cpu_offload=True, but {_source()} says offload_optimizer to none; make them agree"
+                f"cpu_offload=True, but {_source()} sets offload_optimizer's device to none, as "
+                "accelerate's launcher does unless it is told; set offload_optimizer_device: cpu "
+                "there, or leave cpu_offload out"
             )
-    if zero.get("stage") == 0 and (what := offloaded(config)):
-        raise ConfigError(
-            f"ZeRO stage 0 shards nothing, so {what} would have no effect; use stage 1, 2 or 3, or "
-            "leave cpu_offload and offload_optimizer out"
-        )
     # A missing K would silently become 1 and override every other source; a missing micro-batch
     # stops accelerate, which needs a number.
     config.setdefault("gradient_accumulation_steps", "auto")
@@ -154,8 +151,13 @@ def complete(
     """Fill in entries that are missing or "auto"; others that decide the update must agree.
 
     Raises:
-        ConfigError: an entry contradicts the plan or the settings.
+        ConfigError: an entry contradicts the plan or the settings, may change an update, or would
+            have no effect.
     """
+    refuse_other_settings(
+        check_shape(config, _source()), _source()
+    )  # also of one's own Accelerator
+    _refuse_idle_offload(config)
     _agree(config, "train_micro_batch_size_per_gpu", plan.micro_batch_size, "micro_batch_size")
     _agree(
         config,
@@ -177,9 +179,8 @@ def complete(
     # ZeRO's default is the weights' dtype; in bf16, 256 + 1 - 256 is 0.
     wanted = "fp32" if settings.accumulation_dtype == "float32" else "bf16"
     types = config.setdefault("data_types", {})
-    if mixed_precision != "bf16" and "grad_accum_dtype" not in types:
-        types = {}  # that default is right
-    _agree(types, "grad_accum_dtype", wanted, "accumulation_dtype")
+    if mixed_precision == "bf16" or "grad_accum_dtype" in types:
+        _agree(types, "grad_accum_dtype", wanted, "accumulation_dtype")
     if mixed_precision == "bf16":
         _agree(config["bf16"], "check_grad_overflow", True, "check_grad_overflow")
     # Any torch optimizer of the user's is used as it is. DeepSpeed would replace an offloaded Adam
@@ -195,8 +196,9 @@ def weights_are_set(config: dict[str, Any]) -> str:
     threshold = zero.get(_PERSISTENT, "auto")
     if threshold != "auto":
         return f"{_source()} says {_PERSISTENT}={threshold}"
-    if zero.get(_GROUPS, 1) > 1:
-        return f"{_source()} says {_GROUPS}={zero[_GROUPS]}"
+    size = zero.get(_GROUPS)
+    if isinstance(size, int) and size > 1:
+        return f"{_source()} says {_GROUPS}={size}"
     device = _place_of(zero, "param")
     return f"{_source()} says offload_param to {device}" if device != "none" else ""
 
@@ -215,6 +217,21 @@ def offloaded(config: dict[str, Any]) -> str:
 def _place_of(zero: dict[str, Any], kind: str) -> str:
     """Where what is offloaded goes, of `optimizer` or `param`; `none` if it is not."""
     return str((zero.get(f"offload_{kind}") or {}).get("device") or "none")
+
+
+def _refuse_idle_offload(config: dict[str, Any]) -> None:
+    """Raise a ConfigError for what is to be offloaded and is not, at this stage."""
+    zero = config["zero_optimization"]
+    if zero.get("stage") == 0 and (what := offloaded(config)):
+        raise ConfigError(
+            f"ZeRO stage 0 shards nothing, so {what} would have no effect; use stage 1, 2 or 3, or "
+            "leave cpu_offload and offload_optimizer out"
+        )
+    if zero.get("stage") in (1, 2) and (place := _place_of(zero, "param")) != "none":
+        raise ConfigError(
+            f"{_source()} says offload_param to {place}, which stage 3 alone uses; use stage 3, or "
+            "leave it out"
+        )
 
 
 def keep_weights(config: dict[str, Any], numbers: int) -> None:

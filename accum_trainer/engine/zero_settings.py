@@ -1,12 +1,12 @@
 """Which settings of a DeepSpeed configuration leave an update as it is; all others are refused.
 
-DeepSpeed applies what its configuration says over what a loop does, and passes over names that it
-does not know. So a setting is taken only if it is known here to change speed, memory or what is
-printed. Tried on a CPU against float64 with deepspeed 0.19.8: `scheduler` steps the learning rate
-behind the loop's back, `gradient_allreduce_op=sum` doubles a gradient of two processes (which
-clipping hides), `torch_autocast` and `communication_data_type` round to 16 bits, and with
-`round_robin_gradients` weights are right and read back in another order. Knows DeepSpeed's names;
-no engine.
+DeepSpeed applies what its configuration says over what a loop does, and at the top level passes
+over names that it does not know. So a setting is taken only if it is known here to change speed,
+memory or what is printed. Tried on a CPU against float64 with deepspeed 0.19.8: `scheduler` steps
+the learning rate behind the loop's back, `gradient_allreduce_op=sum` doubles a gradient of two
+processes (which clipping hides), `torch_autocast` and `communication_data_type` round to 16 bits,
+and with `round_robin_gradients` weights are right and read back in another order. Knows DeepSpeed's
+names; no engine.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 
 from accum_trainer.errors import ConfigError
 
-# With any value.
-_HARMLESS = {
+# Taken here: with any value, or compared with the loop's by `zero_config.complete`.
+_TAKEN = {
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
     *("gradient_clipping", "steps_per_print", "dump_state", "memory_breakdown"),
     "zero_allow_untested_optimizer",
@@ -27,7 +27,7 @@ _HARMLESS = {
     *("aio", "activation_checkpointing", "checkpoint", "comms_config"),
     *("zero_optimization", "fp16", "bf16", "data_types", "compile"),  # looked into below
 }
-# Sections, with the names in them that are harmless with any value.
+# Sections, with the names in them that are taken likewise.
 _SECTIONS = {
     "zero_optimization": {
         *("stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size"),
@@ -58,7 +58,7 @@ _SECTIONS = {
         *("hysteresis", "consecutive_hysteresis", "min_loss_scale"),
     },
     "bf16": {"enabled", "check_grad_overflow", "immediate_grad_update"},
-    "data_types": {"grad_accum_dtype"},  # compared with accumulation_dtype
+    "data_types": {"grad_accum_dtype"},
     "compile": set(),
 }
 # Other settings that hold more than one value.
@@ -80,8 +80,8 @@ _WHY = {
     "zero_optimization.cpu_offload_params": "is a former name: write offload_param with device cpu",
     "zero_optimization.cpu_offload_param": "is a former name: write offload_param with device cpu",
     "zero_force_ds_cpu_optimizer": "replaces the loop's optimizer",
-    "wall_clock_breakdown": "times DeepSpeed's own loop, and stops in another",
-    "flops_profiler": "times DeepSpeed's own loop, and stops in another",
+    "wall_clock_breakdown": "times DeepSpeed's own loop, and ends any other",
+    "flops_profiler": "times DeepSpeed's own loop, and ends any other",
     "elasticity": "chooses another batch",
 }
 
@@ -118,7 +118,7 @@ def refuse_other_settings(config: dict[str, Any], source: str) -> None:
             value["enabled"] = False
         if _is_off(name, value) or name.startswith(_COMMENTS):
             continue
-        known = {*_HARMLESS, *(f"{s}.{n}" for s, names in _SECTIONS.items() for n in names)}
+        known = {*_TAKEN, *(f"{s}.{n}" for s, names in _SECTIONS.items() for n in names)}
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
         kind = name.rpartition(".")[2]
         if name in _WHY:
@@ -133,8 +133,8 @@ def refuse_other_settings(config: dict[str, Any], source: str) -> None:
 
 
 def _settings(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Settings that are not known to be harmless, those of sections by `section.name`."""
-    yield from ((name, value) for name, value in config.items() if name not in _HARMLESS)
+    """Settings that are not taken with any value, those of sections by `section.name`."""
+    yield from ((name, value) for name, value in config.items() if name not in _TAKEN)
     for section, names in _SECTIONS.items():
         found: Any = config
         for part in section.split("."):

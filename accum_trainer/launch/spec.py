@@ -109,8 +109,8 @@ def _check_engine(spec: LaunchSpec) -> None:
         )
     if spec.cpu_offload and not spec.zero_stage and spec.engine != "fsdp2":
         raise ConfigError(
-            f"cpu_offload keeps what is sharded in host memory, but engine={spec.engine} shards "
-            "nothing; give engine zero1 to zero3, or fsdp2"
+            f"cpu_offload keeps sharded state in host memory, but engine={spec.engine} shards "
+            "none; give engine zero1 to zero3, or fsdp2"
         )
     if spec.cpu_offload and spec.cpu:
         raise ConfigError(

@@ -51,7 +51,7 @@ _LABELS = {
     "dataset": "Dataset on the hub",
     "dataset_file": "Data file",
     "cpu": "On the CPU",
-    "cpu_offload": "Optimizer on the host",
+    "cpu_offload": "Sharded state on the host",
     "parallel_independent": "Independent runs side by side",
     "cuda_ids": "GPUs, or slots of the CPU",
     "vary": "What differs between them",

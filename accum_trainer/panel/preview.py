@@ -320,7 +320,9 @@ def _warnings(plan: BatchPlan, config: TrainConfig, launch: LaunchSpec | None) -
 
 def _field_of(message: str) -> str:
     """The field that a message is about, or ""."""
-    for named in re.finditer(r"(\w+)=|(data file) |^(cpu_offload|parallel_independent) ", message):
+    for named in re.finditer(
+        r"(\w+)=|(data file) |^(cpu_offload|activation_offload|parallel_independent) ", message
+    ):
         name = named[1] or named[2] or named[3]
         name = _OTHER_NAMES.get(name, name)
         if name in FIELDS:

@@ -1,7 +1,8 @@
 """Host memory of one machine that runs all processes: while the model is read, beside training, and
 while a checkpoint is written.
 
-Who reads a model says `train/model.py` (load_same), what a checkpoint copies `engine/own_parts.py`.
+`train/model.py` (load_same) decides who reads the model, `engine/own_parts.py` what a checkpoint
+copies.
 Measured by `benchmarks/loading.py` and `benchmarks/saving.py`. Not counted: Python and its
 libraries, files that the system keeps in memory while there is room (the tokenised rows), and the
 end of a run, which gathers the model.
@@ -24,7 +25,8 @@ class HostNeed:
 
     Attributes:
         reading: while the model is read, until it is on the GPUs.
-        beside: through the whole training: what is offloaded.
+        beside: through the whole training: what is offloaded, as far as it is known (the block
+            inputs of a model that cannot be traced are not).
         writing: a checkpoint's copy of the trained state, beside training until it is on disk.
     """
 
@@ -53,7 +55,7 @@ def host_need(job: Job, engine: str) -> HostNeed:
             beside += job.compute * trained
     elif job.config.cpu_offload and engine == "fsdp2":
         copies = processes // group_size(job)
-        beside = copies * (4 * job.shapes.parameters + _SAVED * trained)
+        beside = copies * (4 * job.shapes.parameters + (4 + 8) * trained)  # gradient, moments
     whole = engine in ("single", "ddp")
     trace = job.autocast_trace if whole else job.cast_trace
     beside += 0 if trace is None else processes * trace.offloaded

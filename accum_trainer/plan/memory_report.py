@@ -48,7 +48,8 @@ def memory_report(
     lines += _host_table(found)
     if found.unknown is not None:
         lines.append(
-            f"activations are unknown: the model cannot be run without values ({found.unknown})"
+            "activations, offloaded ones too, are unknown: the model cannot be run without values "
+            f"({found.unknown})"
         )
     placing = dict.fromkeys(
         row.engine for row in found.rows if row.total is not None and row.total == row.start
@@ -140,8 +141,8 @@ def _host_table(found: Footprints) -> list[str]:
     return [
         *_columns(table, left=1),
         "of a machine that runs all processes. Left out: Python and its libraries; the run's end, "
-        "which gathers the model, and with --merge-adapter loads it once more; on a GPU, that "
-        "torch rounds what is copied to the host up to a power of two",
+        "which gathers the model, and with --merge-adapter loads it once more; on a GPU, the "
+        "rounding of a checkpoint's copies up to powers of two",
     ]
 
 
@@ -198,6 +199,8 @@ def _remedies(config: TrainConfig, plan: BatchPlan) -> list[str]:
     remedies = []
     if not config.gradient_checkpointing:
         remedies.append("give --gradient-checkpointing")
+    elif not config.activation_offload and not config.compile:
+        remedies.append("give --activation-offload")
     if plan.micro_batch_size > 1 and config.max_tokens_per_micro_batch is None:
         half = plan.micro_batch_size // 2 if plan.micro_batch_size % 2 == 0 else 1
         remedies.append(

@@ -249,7 +249,7 @@ def _split(log: Log) -> tuple[str, int | None]:
     if b is not None and b * k * w == batch:
         return f"B {b} x K {k} x W {w} = {batch}", batch
     within = "" if b is None else f"B {b}, "
-    return f"{within}K up to {k} x W {w}, effective batch {batch}", batch
+    return f"{within}K mostly {k} x W {w}, effective batch {batch}", batch
 
 
 def _most_common(numbers: np.ndarray) -> int | None:

@@ -83,7 +83,7 @@ class CheckpointWriter:
         self._thread.start()
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is being written."""
+        """Return when no checkpoint is being written; `wait` still says whether one failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

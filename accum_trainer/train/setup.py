@@ -266,8 +266,9 @@ def note_on_small_micro_batches(
     tokens = plan.micro_batch_size * float(longest.mean())
     if tokens >= _FEW_TOKENS:
         return None
+    of = "in the memory of" if cut.packed else "of"
     return (
-        f"a micro-batch of {plan.micro_batch_size} samples has about {tokens:,.0f} tokens, with "
+        f"a micro-batch {of} {plan.micro_batch_size} samples has about {tokens:,.0f} tokens, with "
         "which a GPU may wait more than it computes; --batch-size auto --global-batch-size "
         f"{plan.global_batch_size} cuts the same effective batch into as few as its memory allows"
     )

@@ -36,23 +36,23 @@ RUNTIME = (
 
 def waits(setting: Setting) -> Result:
     result = Result(
-        Table(["layout", "event", "in micro-batches", "per micro-batch", "in the step"], [])
+        Table(["layout", "event", "in all micro-batches", "per micro-batch", "in the step"], [])
     )
     layouts = [("padded", None), ("packed", "sdpa"), ("packed", PACKED_SDPA)]
     for layout, attention in layouts:
         name = f"{layout}, {attention}" if attention else layout
         try:
-            inside, step, kinds, callers, layers, parts = _count(setting, layout, attention)
+            inside, step, kinds, callers, layers, count = _count(setting, layout, attention)
         except ConfigError as error:
             result.notes.append(f"{name}, refused: {error}")
             continue
         for event in (*OPERATORS, *(() if setting.cpu else RUNTIME)):
-            found = [inside[event], inside[event] / parts, step[event]]
+            found = [inside[event], inside[event] / count, step[event]]
             result.table.rows.append([name, event, *found])
         result.check(f"{name}: the window was seen", kinds > 20, f"{kinds} kinds of events")
         if not setting.cpu:
-            words = f"{inside[STREAM]} in {parts} micro-batches of {layers} layers"
-            result.check(f"{name}: the layers do not wait", inside[STREAM] < layers * parts, words)
+            words = f"{inside[STREAM]} in {count} micro-batches of {layers} layers"
+            result.check(f"{name}: the layers do not wait", inside[STREAM] < layers * count, words)
         called = "; ".join(f"{caller} {count}" for caller, count in callers.most_common(8))
         result.notes.append(
             f"{name}, callers in a window and its step, forwards only on a GPU: {called}."

@@ -100,8 +100,8 @@ def test_i40_a_cpu_packs_by_itself_and_nothing_changes(train, tmp_path, rows):
 
 @pytest.mark.long
 def test_a_token_budget_continues_to_the_bit(train, tmp_path, rows):
-    """The measured cost that the cut depends on is kept: a continued run cuts its windows as
-    before."""
+    """The measured cost that the cut of padded samples depends on is kept: a continued run cuts its
+    windows as before."""
     common = [
         "--dataset-file",
         rows,
@@ -109,6 +109,7 @@ def test_a_token_budget_continues_to_the_bit(train, tmp_path, rows):
         "16",
         "--max-tokens-per-micro-batch",
         "512",
+        *("--layout", "padded"),
     ]
     assert train(*common, "--steps", "6", "--output-dir", "whole").status == 0
     stopped = train(

@@ -54,7 +54,7 @@ CREATE = {
     ),
     "offload of nothing": (
         ["multi-gpu", "--gpus-per-node", "2", "--cpu-offload"],
-        "engine=ddp shards nothing; give engine zero1 to zero3, or fsdp2",
+        "engine=ddp shards none; give engine zero1 to zero3, or fsdp2",
     ),
     "offload on a CPU": (
         ["multi-gpu", "--gpus-per-node", "2", "--engine", "zero1", "--cpu-offload", "--cpu"],

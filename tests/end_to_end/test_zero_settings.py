@@ -30,8 +30,8 @@ ZERO = {"stage": 2}
         ({"compile": {"deepcompile": True}}, "compile.deepcompile=True, which is not known"),
         ({"gradient_cliping": 1.0}, "leave an update as it is (did you mean gradient_clipping?)"),
         ({"zero_force_ds_cpu_optimizer": True}, "=True, which replaces the loop's optimizer"),
-        ({"wall_clock_breakdown": True}, "which times DeepSpeed's own loop, and stops in another"),
-        ({"flops_profiler": {"enabled": True}}, "which times DeepSpeed's own loop, and stops in"),
+        ({"wall_clock_breakdown": True}, "which times DeepSpeed's own loop, and ends any other"),
+        ({"flops_profiler": {"enabled": True}}, "which times DeepSpeed's own loop, and ends"),
         *(
             ({"zero_optimization": ZERO | zero}, says)
             for zero, says in (
@@ -93,7 +93,7 @@ def test_sections_that_are_null_are_taken_out():
     }
 
 
-CONTRADICTIONS = {
+REFUSED = {
     "steps on inf": (
         {"bf16": {"enabled": True, "check_grad_overflow": False}},
         ["--mixed-precision", "bf16"],
@@ -107,12 +107,22 @@ CONTRADICTIONS = {
     "offload to nowhere": (
         {"zero_optimization": ZERO | {"offload_optimizer": {"device": "none"}}},
         ["--engine", "zero2", "--cpu-offload"],
-        "cpu_offload=True, but .* says offload_optimizer to none; make them agree",
+        "cpu_offload=True, but .* sets offload_optimizer's device to none, as accelerate's launc",
     ),
     "offload at stage 0": (
         {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
         [],
         "ZeRO stage 0 shards nothing, so optimizer state in host memory would have no effect",
+    ),
+    "a scheduler": (
+        {"scheduler": {"type": "WarmupLR", "params": {}}},
+        [],
+        "zero.json says scheduler=.*, which sets the learning rate behind",
+    ),
+    "weights of stage 2 on the host": (
+        {"zero_optimization": ZERO | {"offload_param": {"device": "cpu"}}},
+        [],
+        "says offload_param to cpu, which stage 3 alone uses",
     ),
     "no stage": ({"zero_optimization": {"stage": 4}}, [], "zero_stage=4 is not known; give 0, 1"),
     "no number": (
@@ -123,9 +133,9 @@ CONTRADICTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", CONTRADICTIONS)
-def test_i23_what_contradicts_the_arguments_is_refused(tmp_path, name):
-    config, options, says = CONTRADICTIONS[name]
+@pytest.mark.parametrize("name", REFUSED)
+def test_i23_a_file_is_refused_before_anything_is_written(tmp_path, name):
+    config, options, says = REFUSED[name]
     file, run = tmp_path / "zero.json", tmp_path / "run"
     file.write_text(json.dumps({"zero_optimization": ZERO} | config))
     finished = python(
@@ -148,17 +158,11 @@ SPEED_ONLY = {
 }
 
 
-def test_i23_a_file_says_so_before_anything_is_written(tmp_path, rows_file):
-    """One message with the file's name; others of speed and memory train, to the loss of one
-    process without DeepSpeed."""
+def test_settings_of_speed_and_memory_train_to_the_loss_of_one_process(tmp_path, rows_file):
     rows = rows_file("rows.jsonl", [{"text": f"{n} and {n + 1}"} for n in range(40)])
     file, argv = tmp_path / "zero.json", ["--cpu", "--steps", 2, "--batch-size", 2]
     argv += ["--global-batch-size", 8, "--max-seq-len", 32, "--dataset-file", rows, "--output-dir"]
     launcher = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": file}
-    file.write_text(json.dumps(SPEED_ONLY | {"scheduler": {"type": "WarmupLR", "params": {}}}))
-    refused = python("-m", "accum_trainer.train", *argv, tmp_path / "refused", **launcher)
-    assert refused.returncode == 2 and "Traceback" not in refused.stderr, refused.stderr[-2000:]
-    assert f"{file} says scheduler=" in refused.stderr and not (tmp_path / "refused").exists()
     file.write_text(json.dumps(SPEED_ONLY))
     trained = [
         torchrun(2, "accum_trainer.train", *argv, tmp_path / "zero", **launcher),
@@ -170,6 +174,32 @@ def test_i23_a_file_says_so_before_anything_is_written(tmp_path, rows_file):
         for name in ("zero", "single")
     )
     assert zero == pytest.approx(single, rel=1e-5) and len(zero) == 2
+
+
+OWN_ACCELERATOR = """
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin
+from accum_trainer import Accumulator, ConfigError
+
+plugin = DeepSpeedPlugin(hf_ds_config={
+    "zero_optimization": {"stage": 2}, "gradient_allreduce_op": "sum",
+    "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
+})
+own = Accelerator(deepspeed_plugin=plugin)
+try:
+    Accumulator(micro_batch_size=1, gradient_accumulation_steps=1, accelerator=own)
+except ConfigError as error:
+    print("refused:", error)
+"""
+
+
+def test_i23_a_plugin_of_ones_own_accelerator_is_looked_into(tmp_path):
+    (tmp_path / "own_accelerator.py").write_text(OWN_ACCELERATOR)
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    finished = torchrun(1, "own_accelerator", fresh=True, PYTHONPATH=path)
+    said = "refused: the DeepSpeed configuration says gradient_allreduce_op=sum, which adds the pro"
+    assert said in finished.stdout, finished.stderr[-3000:]
 
 
 UNKNOWN_SETTING = """
@@ -225,4 +255,3 @@ def test_second_copies_of_weights_change_no_bit_and_backwards_gather_in_the_grou
         assert here == pytest.approx(5 * plain["size"], rel=0.01)
     else:
         assert 0 < everywhere < 0.2 * plain["size"]
-    assert grouped["weight_sync_reason"].endswith("says zero_hpz_partition_size=2")

@@ -106,7 +106,7 @@ OF_GROUPS = OF_A_STAGE - {"stream_unsized"} | {
     "weight_sync_changes_no_bit",
     "window_that_one_rank_cannot_read",
 }
-# Shards of FSDP2 that lie in host memory: who reads and writes them. The last is of ZeRO.
+# Shards of FSDP2 that lie in host memory: who reads and writes them. Without ZeRO's own case.
 OF_OFFLOAD = OF_GROUPS - {"i22_i26_offload_by_policy"}
 # Much of ZeRO's time; what they show of sharded engines, FSDP2 shows in the short part.
 SLOW_UNDER_ZERO = {

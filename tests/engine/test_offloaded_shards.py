@@ -1,6 +1,5 @@
 """FSDP2 whose shards lie in host memory, as on a GPU: of torch's fake process group, the mesh is
-one of `cuda`, and no GPU is needed. What gathers, runs on the mesh's device; what is kept for the
-optimizer may not get there."""
+one of `cuda`, and no GPU is needed. What is kept for the optimizer may not get to its device."""
 
 from __future__ import annotations
 
@@ -28,11 +27,20 @@ def sharded(shard):
 
 engine = FSDPEngine.__new__(FSDPEngine)
 engine.offloaded, engine.accelerator = "all", type("", (), {"device": torch.device("cpu")})
-fsdp.distribute_tensor = lambda value, mesh, placements: sharded(value[:2])  # this rank's rows
+made = []
+
+
+def distribute(value, mesh, placements):  # to this rank its rows; with a GPU, on it
+    made.append(sharded(value[:2]))
+    return made[-1]
+
+
+fsdp.distribute_tensor = distribute
 parameter = torch.nn.Parameter(sharded(torch.zeros(2, 3)))
 kept = engine._sharded_like(parameter, torch.arange(12.0, dtype=torch.float64).reshape(4, 3))
 assert kept.to_local().device.type == "cpu" and kept.device_mesh is mesh
 assert kept.to_local().dtype == torch.float64
+assert kept.to_local().data_ptr() != made[0].to_local().data_ptr()  # a copy beside the weights
 assert kept.to_local().tolist() == [[0, 1, 2], [3, 4, 5]]
 print("kept on the host")
 """

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from accelerate import ParallelismConfig
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, str_to_bool
 
 import accum_trainer
 from accum_trainer import Accumulator
@@ -17,6 +17,7 @@ from accum_trainer.engine import build, zero_config
 from accum_trainer.engine.base import Engine
 from accum_trainer.engine.ddp import DDPEngine
 from accum_trainer.engine.fsdp import FSDPEngine
+from accum_trainer.engine.fsdp_settings import offloads
 from accum_trainer.engine.mesh import (
     parallelism_of,
     refuse_shared_samples,
@@ -252,3 +253,26 @@ def test_processes_that_share_a_sample_are_refused(kind, monkeypatch):
     monkeypatch.setenv(f"PARALLELISM_CONFIG_{kind.upper()}_SIZE", "2")
     with pytest.raises(EngineError, match=f"asks for {kind}_size=2: processes that share a sample"):
         refuse_shared_samples(parallelism_of(Request()))
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_plugin_of_fsdp_says_whether_shards_are_offloaded(offload):
+    """accelerate's plugin has a policy either way."""
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_offload=offload)
+    assert offloads(Request({}, {"fsdp_plugin": plugin})) is offload
+
+
+@pytest.mark.parametrize("text", ["true", "True", "1", "yes", "on", "false", "0", "no"])
+def test_a_launcher_says_it_in_the_words_that_accelerate_takes(monkeypatch, text):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", text)
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", text)
+    assert offloads(Request()) is bool(str_to_bool(text))
+
+
+@pytest.mark.parametrize(
+    ("size", "says"), [(2, "says zero_hpz_partition_size=2"), (1, ""), ("auto", ""), (None, "")]
+)
+def test_groups_with_second_copies_of_weights_decide_when_weights_are_gathered(size, says):
+    config = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": size}}
+    assert zero_config.weights_are_set(config).endswith(says)
+    assert bool(zero_config.weights_are_set(config)) is bool(says)

@@ -86,7 +86,7 @@ OPTIONS = {
     "offload of nothing": (["--cpu-offload"], "give engine (zero1 to zero3, fsdp2)"),
     "offload of what is not sharded": (
         ["--cpu-offload", "--engine", "single"],
-        "host memory, but engine=single cannot; give engine (zero1 to zero3, fsdp2)",
+        "host memory, but engine=single shards none; give engine (zero1 to zero3, fsdp2)",
     ),
     "activations offloaded alone": (
         ["--activation-offload"],
@@ -94,7 +94,7 @@ OPTIONS = {
     ),
     "activations offloaded and compiled": (
         ["--activation-offload", "--gradient-checkpointing", "--compile"],
-        "activation_offload moves what the blocks keep, which compile decides by itself",
+        "activation_offload moves what blocks keep, but compile decides what that is; leave one",
     ),
     "engine of nobody": (
         ["--engine", "deepspeed"],
