@@ -68,7 +68,6 @@ def make_plugin(
         config = plugin.deepspeed_config
     else:
         config = {}
-    refuse_other_settings(config, _source())
     zero = config.setdefault("zero_optimization", {})
     if zero.get("stage", "auto") not in ("auto", None):
         zero["stage"] = _stage_number(zero["stage"])
@@ -154,9 +153,8 @@ def complete(
         ConfigError: an entry contradicts the plan or the settings, may change an update, or would
             have no effect.
     """
-    refuse_other_settings(
-        check_shape(config, _source()), _source()
-    )  # also of one's own Accelerator
+    check_shape(config, _source())  # one's own Accelerator brings a configuration unseen
+    refuse_other_settings(config, _source())
     _refuse_idle_offload(config)
     _agree(config, "train_micro_batch_size_per_gpu", plan.micro_batch_size, "micro_batch_size")
     _agree(
