@@ -154,6 +154,16 @@ def test_packed_micro_batches_are_as_few_as_fit_and_equal():
     assert Cut(multiple=8).positions(lengths) == 6 * 56
 
 
+def test_packed_no_part_is_above_the_budget_where_equal_ones_would_be():
+    """Longest first, 3 3 2 2 2 become 3 + 2 + 2 and 3 + 2: one above 6. In turn they fit; on two
+    ranks that must have as many, four parts do."""
+    lengths = np.array([3, 3, 2, 2, 2])
+    found = tokens_of(lengths, Cut(max_tokens=6, packed=True).assign_to_ranks(lengths, 1))
+    assert found == [[6, 6]]
+    equal = Cut(max_tokens=6, packed=True, equal_counts=True)
+    assert tokens_of(lengths, equal.assign_to_ranks(lengths, 2)) == [[4, 2], [3, 3]]
+
+
 def test_packed_a_sample_above_the_budget_is_alone_and_equal_ones_keep_their_order():
     lengths = np.array([4, 100, 3, 2])
     assert tokens_of(lengths, Cut(max_tokens=9, packed=True).assign_to_ranks(lengths, 1)) == [
